@@ -1,0 +1,72 @@
+"""Merge models and adapters larger than memory, exactly, at the speed of the disk.
+
+import streammerge as sm
+plan = sm.plan("recipe.yaml", memory="2GiB")     # reads headers only
+print(plan)
+manifest = sm.merge(plan, "out/")
+sm.functional.ties(task_tensors, weights, density=0.2)
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from streammerge.version import VERSION
+
+if TYPE_CHECKING:
+    from streammerge import functional
+    from streammerge.checkpoint.manifest import Manifest
+    from streammerge.checkpoint.reading import read_checkpoint
+    from streammerge.checkpoint.types import Checkpoint
+    from streammerge.engine.progress import ProgressEvent
+    from streammerge.errors import StreamMergeError
+    from streammerge.plan.types import MergePlan
+    from streammerge.recipe.types import Recipe
+    from streammerge.run import load_recipe, merge, plan
+
+__version__ = VERSION
+
+__all__ = [
+    "Checkpoint",
+    "Manifest",
+    "MergePlan",
+    "ProgressEvent",
+    "Recipe",
+    "StreamMergeError",
+    "__version__",
+    "functional",
+    "load_recipe",
+    "merge",
+    "plan",
+    "read_checkpoint",
+]
+
+# Names are imported on first use, so that `streammerge --help` does not wait for torch.
+_HOMES = {
+    "Checkpoint": "streammerge.checkpoint.types",
+    "Manifest": "streammerge.checkpoint.manifest",
+    "MergePlan": "streammerge.plan.types",
+    "ProgressEvent": "streammerge.engine.progress",
+    "Recipe": "streammerge.recipe.types",
+    "StreamMergeError": "streammerge.errors",
+    "load_recipe": "streammerge.run",
+    "merge": "streammerge.run",
+    "plan": "streammerge.run",
+    "read_checkpoint": "streammerge.checkpoint.reading",
+}
+
+
+# `plan` names a function here and a subpackage on disk. Loading a subpackage binds its name once;
+# done now, and undone, it cannot hide the function later.
+importlib.import_module("streammerge.plan")
+del globals()["plan"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "functional":
+        return importlib.import_module("streammerge.functional")
+    if name not in _HOMES:
+        raise AttributeError(f"module 'streammerge' has no attribute {name!r}")
+    value = globals()[name] = getattr(importlib.import_module(_HOMES[name]), name)
+    return value

@@ -1,0 +1,1 @@
+"""What is on disk: headers, shards, byte sources, output files, the manifest. No torch."""

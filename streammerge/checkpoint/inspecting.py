@@ -1,0 +1,66 @@
+"""A checkpoint's contents for people and for scripts."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+from streammerge.checkpoint.types import Checkpoint
+from streammerge.units import format_size
+
+_LARGEST = 5
+
+
+def describe(checkpoint: Checkpoint) -> str:
+    """Return a summary: files, element types, parameters, the largest tensors."""
+    tensors = checkpoint.tensors.values()
+    by_dtype: Counter[str] = Counter()
+    for entry in tensors:
+        by_dtype[entry.dtype.value] += entry.nbytes
+    rows = [
+        ("path", str(checkpoint.path)),
+        (
+            "files",
+            f"{len(checkpoint.files)}, {format_size(sum(f.nbytes for f in checkpoint.files))}",
+        ),
+        ("tensors", f"{len(tensors):,}"),
+        ("parameters", f"{sum(entry.numel for entry in tensors):,}"),
+        *[(dtype, format_size(nbytes)) for dtype, nbytes in sorted(by_dtype.items())],
+    ]
+    if checkpoint.config is not None:
+        names = checkpoint.config.get("architectures")
+        if isinstance(names, list):
+            rows.append(("architecture", ", ".join(map(str, names))))
+    largest = sorted(tensors, key=lambda entry: (-entry.nbytes, entry.name))[:_LARGEST]
+    rows += [
+        ("largest", f"{entry.name} {list(entry.shape)} {entry.dtype} {format_size(entry.nbytes)}")
+        for entry in largest
+    ]
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+
+def describe_as_json(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return everything: files with size and digest, tensors with place, dtype and shape."""
+    return {
+        "path": str(checkpoint.path),
+        "files": [
+            {
+                "path": str(file.path),
+                "nbytes": file.nbytes,
+                "mtime_ns": file.mtime_ns,
+                "header_digest": file.header_digest,
+            }
+            for file in checkpoint.files
+        ],
+        "tensors": {
+            name: {
+                "dtype": entry.dtype.value,
+                "shape": list(entry.shape),
+                "file": entry.file,
+                "offset": entry.offset,
+                "nbytes": entry.nbytes,
+            }
+            for name, entry in checkpoint.tensors.items()
+        },
+    }

@@ -1,0 +1,126 @@
+"""The model card of a merged model: ``README.md`` as the Hugging Face hub reads it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+import yaml
+
+_ARXIV = re.compile(r"arXiv:([0-9]{4}\.[0-9]{4,5})")
+_HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*)/([A-Za-z0-9][\w.-]*)", flags=re.ASCII)
+_HUB_CACHE = re.compile(r"(?:^|/)models--([^/]+?)--([^/]+)/snapshots/")
+_WEIGHT_FILE = re.compile(r".*\.(safetensors|json|bin|pt|pth)")
+# "models/math" reads like a hub id and is a folder. The hub gives none of these names to anyone who
+# publishes models; a false entry would show a made-up ancestor on the model's page.
+_FOLDERS = frozenset(
+    {"models", "model", "checkpoints", "checkpoint", "weights", "outputs", "output", "out"}
+    | {"runs", "data", "datasets", "spaces", "tmp", "home", "mnt", "results", "experiments"}
+)
+
+
+def render_model_card(
+    *,
+    title: str,
+    method: str,
+    summary: str,
+    reference: str,
+    recipe_yaml: str,
+    models: Sequence[tuple[str, str]],
+    version: str,
+    library_name: str | None,
+) -> str:
+    """Return a model card that says what was merged and how; equal arguments give equal text.
+
+    Args:
+        title: Heading; the name of the output.
+        method: Name of the merge method.
+        summary: What the method does, in one sentence of Markdown.
+        reference: Where the method comes from; arXiv ids become links. May be empty.
+        recipe_yaml: The recipe, shown as it is.
+        models: Role and name of each model, such as ``("base", "org/name")``. Names that are hub
+            ids, or paths into the hub's cache, are listed as ``base_model``; other paths are not.
+        version: Version of streammerge.
+        library_name: The library that loads the model, such as ``"transformers"``; None names none.
+
+    Returns:
+        Markdown with YAML front matter, ending in a newline.
+    """
+    front_matter: dict[str, object] = {"tags": ["merge", "streammerge"]}
+    if library_name is not None:
+        front_matter["library_name"] = library_name
+    hub_ids = [hub_id for _, name in models if (hub_id := _hub_id(name)) is not None]
+    if hub_ids:
+        # The same model may take part twice, with two weights.
+        front_matter["base_model"] = list(dict.fromkeys(hub_ids))
+    rows = "\n".join(
+        f"| {_table_cell(_plain(role))} | {_table_cell(_code(_hub_id(name) or name))} |"
+        for role, name in models
+    )
+    linked = _ARXIV.sub(r"[arXiv:\1](https://arxiv.org/abs/\1)", reference)
+    sentences = [f"Method: {_code(method)}.", summary, f"Reference: {linked}." if reference else ""]
+    fence = _fence(recipe_yaml, 3)
+    ending = "" if recipe_yaml.endswith("\n") else "\n"
+    return f"""\
+---
+{yaml.safe_dump(front_matter, sort_keys=False)}---
+
+# {_plain(title)}
+
+This model was merged with streammerge {_plain(version)}.
+
+## What was merged
+
+| Role | Model |
+| --- | --- |
+{rows}
+
+## How
+
+{" ".join(sentence for sentence in sentences if sentence)}
+
+The recipe:
+
+{fence}yaml
+{recipe_yaml}{ending}{fence}
+"""
+
+
+def _hub_id(name: str) -> str | None:
+    """Return the ``org/name`` that a model's name or its path in the hub's cache spells."""
+    cached = _HUB_CACHE.search(name.replace("\\", "/"))
+    candidate = f"{cached[1]}/{cached[2]}" if cached else name
+    parts = _HUB_ID.fullmatch(candidate)
+    if parts is None or parts[1].lower() in _FOLDERS or _WEIGHT_FILE.fullmatch(candidate):
+        return None
+    return candidate
+
+
+def _plain(text: str) -> str:
+    """Return the text as one line that Markdown shows as it is."""
+    return re.sub(r"([\\`*<>\[\]])", r"\\\1", _one_line(text))
+
+
+def _code(text: str) -> str:
+    """Return the text as one line of code."""
+    line = _one_line(text)
+    fence = _fence(line, 1)
+    padding = " " if line[:1] in {"`", " "} or line[-1:] in {"`", " "} else ""
+    return f"{fence}{padding}{line}{padding}{fence}"
+
+
+def _one_line(text: str) -> str:
+    return "".join(
+        character if character.isprintable() else character.encode("unicode_escape").decode("ascii")
+        for character in text
+    )
+
+
+def _table_cell(markdown: str) -> str:
+    # Tables are split before code is recognised, so a bar needs its backslash there too.
+    return markdown.replace("|", "\\|")
+
+
+def _fence(text: str, shortest: int) -> str:
+    """Return more backticks than stand anywhere in a row in the text."""
+    return "`" * max([shortest, *(len(run) + 1 for run in re.findall("`+", text))])

@@ -1,0 +1,155 @@
+"""The output directory: built under another name, and renamed when it is complete.
+
+Work happens in ``OUT.partial``. Nothing is ever called ``OUT`` before it is whole, and what was
+there before stays until then.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from streammerge.checkpoint.manifest import MANIFEST_NAME, read_manifest_files
+from streammerge.checkpoint.outputfile import sync_directory
+from streammerge.errors import DiskSpaceError, OutputError, OutputExistsError
+from streammerge.units import MIB, format_size
+
+_MARKER = ".streammerge-partial"
+"""Lies in a directory that an interrupted merge may have left, and that may be thrown away."""
+_SIDECAR_ROOM = 64 * MIB
+"""Free disk asked for beyond the shards: tokenizer, configuration, manifest."""
+_LISTED = 5
+
+
+class OutputDirectory:
+    """Builds ``OUT`` as a context manager: complete after :meth:`publish`, gone without it."""
+
+    def __init__(self, out: Path, *, inputs: Sequence[Path], nbytes: int, overwrite: bool) -> None:
+        """Check that the output may be written, before anything is.
+
+        Args:
+            out: The directory to make.
+            inputs: Paths of the models being merged.
+            nbytes: Bytes of all shards.
+            overwrite: Whether an earlier merge in ``out`` may be replaced.
+
+        Raises:
+            OutputExistsError: Something is there, or would be destroyed.
+            DiskSpaceError: The disk has too little room.
+            OutputError: The parent directory is missing or not writable.
+        """
+        self.out = Path(os.path.abspath(out))  # noqa: PTH100 - resolve() would follow a link at OUT
+        self.partial = self.out.with_name(self.out.name + ".partial")
+        self._published = False
+        _check_inputs(self.out, self.partial, inputs)
+        _check_existing(self.out, overwrite=overwrite)
+        _check_partial(self.partial)
+        _check_room(self.out.parent, nbytes)
+
+    def __enter__(self) -> Self:
+        if self.partial.exists():
+            shutil.rmtree(self.partial)
+        self.partial.mkdir()
+        (self.partial / _MARKER).touch()
+        return self
+
+    def publish(self) -> None:
+        """Give the directory its final name; the last act of a merge.
+
+        Raises:
+            OutputError: The system refuses to rename.
+        """
+        (self.partial / _MARKER).unlink()
+        try:
+            sync_directory(self.partial)
+            replaced = self._set_aside()
+            self.partial.rename(self.out)
+            sync_directory(self.out.parent)
+        except OSError as error:
+            raise OutputError(f"{self.out}: cannot be put in place: {error.strerror}") from error
+        self._published = True
+        if replaced is not None:
+            shutil.rmtree(replaced)
+
+    def _set_aside(self) -> Path | None:
+        """Move an existing output out of the way; POSIX renames over an empty one by itself."""
+        if not self.out.exists():
+            return None
+        replaced = self.out.with_name(self.out.name + ".replaced")
+        self.out.rename(replaced)
+        return replaced
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if not self._published:
+            shutil.rmtree(self.partial, ignore_errors=True)
+
+
+def _check_inputs(out: Path, partial: Path, inputs: Sequence[Path]) -> None:
+    for given in inputs:
+        path = given.resolve()
+        for place in (out.resolve(), partial.resolve()):
+            if place == path or place in path.parents or (path in place.parents and path.is_dir()):
+                raise OutputExistsError(
+                    f"{out}: overlaps the input {given}; inputs are never written to, choose "
+                    "another place"
+                )
+
+
+def _check_existing(out: Path, *, overwrite: bool) -> None:
+    if not os.path.lexists(out):
+        return
+    if not out.is_dir() or out.is_symlink():
+        raise OutputExistsError(f"{out}: is not a directory; choose another place")
+    present = sorted(path.name for path in out.iterdir())
+    if not present:
+        return
+    if not overwrite:
+        raise OutputExistsError(
+            f"{out}: already holds {len(present)} file(s); give --overwrite to replace an earlier "
+            "merge, or choose another place"
+        )
+    written = read_manifest_files(out)
+    if written is None:
+        raise OutputExistsError(
+            f"{out}: holds {len(present)} file(s) but no {MANIFEST_NAME}, so no merge of ours made "
+            "it; --overwrite only replaces earlier merges, remove it yourself"
+        )
+    known = {MANIFEST_NAME, *(name.split("/")[0] for name in written)}
+    foreign = [name for name in present if name not in known]
+    if foreign:
+        raise OutputExistsError(
+            f"{out}: holds {len(foreign)} file(s) that the earlier merge did not write "
+            f"({', '.join(foreign[:_LISTED])}); --overwrite would lose them, move them away"
+        )
+
+
+def _check_partial(partial: Path) -> None:
+    if not os.path.lexists(partial):
+        return
+    if partial.is_symlink() or not (partial / _MARKER).is_file():
+        raise OutputExistsError(
+            f"{partial}: is in the way and was not left by a merge; rename or remove it"
+        )
+
+
+def _check_room(parent: Path, nbytes: int) -> None:
+    if not parent.is_dir():
+        raise OutputError(f"{parent}: no such directory; make it first")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise OutputError(f"{parent}: not writable")
+    free = shutil.disk_usage(parent).free
+    if free < nbytes + _SIDECAR_ROOM:
+        raise DiskSpaceError(
+            f"{parent}: the output takes {format_size(nbytes)}, and {format_size(_SIDECAR_ROOM)} "
+            f"for what lies beside it, but {format_size(free)} are free; free some or choose "
+            "another disk"
+        )

@@ -1,0 +1,306 @@
+"""The files beside a model's shards: chosen by name, and copied to the output.
+
+Memory: one piece of :data:`COPY_BYTES` while copying, and one parsed JSON file of at most
+:data:`~streammerge.checkpoint.reading.MAX_CONFIG_BYTES`.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from streammerge.checkpoint.inputs import open_input, parse_json_object, read_exactly
+from streammerge.checkpoint.reading import MAX_CONFIG_BYTES
+from streammerge.errors import CheckpointError, DiskSpaceError, HeaderError, OutputError
+from streammerge.units import MIB, format_size
+
+MAX_SIDECAR_BYTES = 256 * MIB
+"""Eight times the largest tokenizer; beyond it a file holds weights or data under a wrong name."""
+COPY_BYTES = MIB
+"""Bytes copied at once: calls cost nothing at this size, and the memory budget does not notice."""
+
+_CONFIG = "config.json"
+_MODULES = "modules.json"
+_NAMES = frozenset(
+    {_CONFIG, "generation_config.json"}
+    # Tokenizers, as transformers and mistral-common name their files.
+    | {"tokenizer.json", "special_tokens_map.json", "added_tokens.json", "tekken.json"}
+    | {"vocab.json", "vocab.txt", "vocab.bpe", "merges.txt", "bpe.codes", "dict.txt"}
+    | {"vocab-src.json", "vocab-tgt.json", "target_vocab.json", "entity_vocab.json"}
+    | {"normalizer.json", "emoji.json", "byte_maps.json", "prophetnet.tokenizer"}
+    | {"word_shape.json", "word_pronunciation.json"}
+    | {"chat_template.jinja", "chat_template.json"}
+    # sentence-transformers.
+    | {_MODULES, "config_sentence_transformers.json"}
+)
+_PATTERNS = (
+    "*tokenizer_config.json",
+    "*processor_config.json",
+    "sentence_*_config.json",
+    "*.model",
+    "*.spm",
+    "*.tiktoken",
+)
+# Terms that a derived model has to carry; compared in lower case, because people spell them freely.
+_TERMS = ("license*", "licence*", "copying*", "notice*", "use_policy*")
+_WEIGHT_SUFFIXES = frozenset(
+    {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack", ".npz"}
+)
+_TEMPLATES_DIRECTORY = "additional_chat_templates"
+# "1_Pooling": where sentence-transformers keeps the modules after the transformer.
+_MODULE_DIRECTORY = re.compile(r"[0-9]+_\w+")
+_RELATIVE_IMPORT = re.compile(rb"^\s*(?:from|import)\s+\.(\w+)", flags=re.MULTILINE)
+
+_DTYPE_KEYS = ("dtype", "torch_dtype")
+# diffusers warns about every key that its class does not know; its configs hold no dtype.
+_DIFFUSERS_KEYS = ("_class_name", "_diffusers_version")
+
+
+def plan_sidecars(directory: Path) -> tuple[Path, ...]:
+    """Return the files beside the shards that a merged model needs: never weights, never a README.
+
+    Config, tokenizer, chat templates, processors, sentence-transformers modules, licence texts and
+    the Python modules that an ``auto_map`` names, with what those import from beside them. Hidden
+    files are passed over; symbolic links are followed, of which the Hugging Face cache is made.
+
+    Args:
+        directory: The directory that holds the shards.
+
+    Returns:
+        Paths below ``directory``, sorted by their names relative to it. Every file could be opened.
+
+    Raises:
+        CheckpointError: The directory or one of the files cannot be read, a file is larger than
+            :data:`MAX_SIDECAR_BYTES`, a name is not printable, or a sentence-transformers module
+            has weights of its own.
+        HeaderError: A config is not JSON.
+    """
+    files, subdirectories = _list_directory(directory)
+    chosen = {name for name in files if _is_sidecar(name)}
+    if _TEMPLATES_DIRECTORY in subdirectories:
+        templates, _ = _list_directory(directory / _TEMPLATES_DIRECTORY)
+        chosen |= {
+            f"{_TEMPLATES_DIRECTORY}/{name}" for name in templates if name.endswith(".jinja")
+        }
+    if _MODULES in chosen:
+        for subdirectory in sorted(subdirectories):
+            if _MODULE_DIRECTORY.fullmatch(subdirectory):
+                chosen |= _module_files(directory, subdirectory)
+    for name in chosen:
+        _check_sidecar(directory / name)
+    code = _custom_code(directory, chosen, files)
+    for name in code - chosen:
+        _check_sidecar(directory / name)
+    return tuple(directory / name for name in sorted(chosen | code))
+
+
+def write_sidecars(directory: Path, out: Path, *, dtype: str | None) -> tuple[str, ...]:
+    """Copy the files beside the shards to ``out``; ``config.json`` there names the new dtype.
+
+    Every ``dtype`` (transformers from 4.56) and ``torch_dtype`` (before) is updated, those of
+    sub-models such as ``text_config`` too; a config with neither gets ``dtype``, unless
+    diffusers wrote it. Files that are already in ``out`` are replaced, so that an interrupted copy
+    can simply be repeated.
+
+    Args:
+        directory: The directory that holds the shards.
+        out: The directory of the output; another one than ``directory``.
+        dtype: Element type of the output by its torch name, such as ``"bfloat16"``; None copies
+            ``config.json`` as it is.
+
+    Returns:
+        Names of the files written, relative to ``out``, with ``/`` between parts, sorted.
+
+    Raises:
+        CheckpointError: As for :func:`plan_sidecars`.
+        HeaderError: ``config.json`` is not a JSON object.
+        DiskSpaceError: The disk is full.
+        OutputError: A file cannot be written, or ``out`` is ``directory``.
+    """
+    paths = plan_sidecars(directory)
+    _make_directory(out)
+    if out.samefile(directory):
+        raise OutputError(f"{out}: is the directory of the input; name another output")
+    names: list[str] = []
+    for path in paths:
+        name = path.relative_to(directory).as_posix()
+        pieces: Iterable[bytes] = _iter_pieces(path)
+        if name == _CONFIG and dtype is not None:
+            pieces = (_config_with_dtype(path, dtype),)
+        _make_directory((out / name).parent)
+        _write_pieces(out / name, pieces)
+        names.append(name)
+    return tuple(names)
+
+
+def _list_directory(directory: Path) -> tuple[set[str], set[str]]:
+    """Return the names of files and of subdirectories, without hidden ones."""
+    files: set[str] = set()
+    subdirectories: set[str] = set()
+    try:
+        with os.scandir(directory) as entries:
+            for entry in entries:
+                if not entry.name.startswith("."):
+                    # A link to a file that is gone counts as a file, so that it is reported.
+                    (subdirectories if _is_directory(entry) else files).add(entry.name)
+    except OSError as error:
+        raise CheckpointError(f"{directory}: cannot be listed: {error.strerror}") from error
+    return files, subdirectories
+
+
+def _is_directory(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:
+        # Links in a circle, or into a place that may not be entered: opening it tells which.
+        return False
+
+
+def _is_sidecar(name: str) -> bool:
+    if Path(name).suffix.lower() in _WEIGHT_SUFFIXES:
+        return False
+    return (
+        name in _NAMES
+        or any(fnmatchcase(name, pattern) for pattern in _PATTERNS)
+        or any(fnmatchcase(name.lower(), pattern) for pattern in _TERMS)
+    )
+
+
+def _module_files(directory: Path, subdirectory: str) -> set[str]:
+    """Return the configs of one sentence-transformers module."""
+    files, _ = _list_directory(directory / subdirectory)
+    for name in sorted(files):
+        if Path(name).suffix.lower() in _WEIGHT_SUFFIXES:
+            raise CheckpointError(
+                f"{directory / subdirectory / name}: weights of a sentence-transformers module "
+                "outside the merged checkpoint, which the output would lack; to merge the "
+                f"transformer alone, leave {_MODULES} out of a copy of the directory"
+            )
+    return {f"{subdirectory}/{name}" for name in files if name.endswith(".json")}
+
+
+def _check_sidecar(path: Path) -> None:
+    """Return if the file can be opened, is of sound size, and its name can be written anywhere."""
+    # Control characters, and bytes that are not UTF-8: manifests and messages cannot spell them.
+    if not path.name.isprintable():
+        raise CheckpointError(
+            f"{path.parent}: file name {path.name!r} holds characters that cannot be printed; "
+            "rename it"
+        )
+    with open_input(path) as (_, status):
+        if status.st_size > MAX_SIDECAR_BYTES:
+            raise CheckpointError(
+                f"{path}: has {format_size(status.st_size)}, a file beside the weights may have "
+                f"{format_size(MAX_SIDECAR_BYTES)}; move it out of the directory"
+            )
+
+
+def _custom_code(directory: Path, chosen: set[str], files: set[str]) -> set[str]:
+    """Return the Python files that the configs name, and those that these import relatively."""
+    references: list[str] = []
+    for name in sorted(chosen):
+        if "/" not in name and name.endswith("config.json"):
+            config = _read_json(directory / name)
+            references += _iter_strings(
+                config.get("auto_map") if isinstance(config, dict) else None
+            )
+    if _MODULES in chosen:
+        modules = _read_json(directory / _MODULES)
+        for module in modules if isinstance(modules, list) else ():
+            references += _iter_strings(module.get("type") if isinstance(module, dict) else None)
+    # "org/name--modeling_x.XModel" lies in another repository; a module that is not here is one
+    # that the input lacks too, as after fine-tuning a model that transformers has built in.
+    pending = {reference.partition(".")[0] + ".py" for reference in references} & files
+    code: set[str] = set()
+    while pending:
+        name = pending.pop()
+        code.add(name)
+        imported = _RELATIVE_IMPORT.findall(_read_small(directory / name))
+        pending |= {stem.decode("ascii") + ".py" for stem in imported} & (files - code)
+    return code
+
+
+def _iter_strings(value: object) -> Iterator[str]:
+    """Yield the texts in a value: alone, or in lists and objects."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list | dict):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _iter_strings(part)
+
+
+def _config_with_dtype(path: Path, dtype: str) -> bytes:
+    """Return the text of a config in which the model and its sub-models have this dtype."""
+    # float: Python programs write Infinity here, and json.dumps writes it back.
+    config = parse_json_object(_read_small(path), where=str(path), parse_constant=float)
+    present = any(key in config for key in (*_DTYPE_KEYS, *_DIFFUSERS_KEYS))
+    if not present:
+        config["dtype"] = dtype
+    try:
+        _set_dtype(config, dtype)
+        return (json.dumps(config, indent=2) + "\n").encode("ascii")
+    except RecursionError as error:
+        raise HeaderError(f"{path}: JSON nested too deeply; it is not a model's file") from error
+
+
+def _set_dtype(config: dict[str, object], dtype: str) -> None:
+    for key in _DTYPE_KEYS:
+        # A number is something else: the token of that name in a vocabulary, as in Emu3.
+        if key in config and isinstance(config[key], str | dict | None):
+            config[key] = dtype
+    for key, value in config.items():
+        # Encoder-decoder models keep theirs under "encoder" and "decoder", with a model type.
+        if isinstance(value, dict) and (key.endswith("config") or "model_type" in value):
+            _set_dtype(value, dtype)
+
+
+def _read_json(path: Path) -> object:
+    """Return what Python's JSON reader makes of a file that is only copied."""
+    try:
+        content: object = json.loads(_read_small(path))
+    except RecursionError as error:
+        raise HeaderError(f"{path}: JSON nested too deeply; it is not a model's file") from error
+    except ValueError as error:
+        raise HeaderError(f"{path}: not valid JSON: {error}; copy it again") from error
+    return content
+
+
+def _read_small(path: Path) -> bytes:
+    with open_input(path) as (stream, status):
+        if status.st_size > MAX_CONFIG_BYTES:
+            raise HeaderError(
+                f"{path}: has {status.st_size} bytes, the limit is {MAX_CONFIG_BYTES}"
+            )
+        return read_exactly(stream, status.st_size, path=path)
+
+
+def _iter_pieces(path: Path) -> Iterator[bytes]:
+    # A generator, so that a failing read is the input's error and a failing write the output's.
+    with open_input(path) as (stream, _):
+        while piece := stream.read(COPY_BYTES):
+            yield piece
+
+
+def _make_directory(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be created: {error.strerror}") from error
+
+
+def _write_pieces(path: Path, pieces: Iterable[bytes]) -> None:
+    try:
+        with path.open("wb") as stream:
+            for piece in pieces:
+                stream.write(piece)
+    except OSError as error:
+        if error.errno in {errno.ENOSPC, errno.EDQUOT}:
+            raise DiskSpaceError(
+                f"{path}: the disk is full; free some space and run the merge again"
+            ) from error
+        raise OutputError(f"{path}: cannot be written: {error.strerror}") from error

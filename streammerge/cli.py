@@ -1,0 +1,202 @@
+"""The command line: arguments in, exit code out; the work is in :mod:`streammerge.run`.
+
+Exit codes: 0 done, 1 merge failed, 2 usage or recipe, 3 does not fit, 4 output exists,
+130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from streammerge.errors import RecipeError, StreamMergeError
+from streammerge.units import format_size, parse_size
+from streammerge.version import VERSION
+
+_INTERRUPTED = 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    options = _parser().parse_args(arguments)
+    try:
+        return int(options.command(options))
+    except StreamMergeError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        for note in getattr(error, "__notes__", ()):
+            print(f"  {note}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted; nothing was left behind", file=sys.stderr)
+        return _INTERRUPTED
+    except BrokenPipeError:
+        # The reader of our output has gone, as `| head` does.
+        sys.stderr.close()
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="streammerge",
+        description="Merge models larger than memory, exactly, at the speed of the disk.",
+    )
+    parser.add_argument("--version", action="version", version=VERSION)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    merge = commands.add_parser("merge", help="merge models as a recipe says")
+    merge.add_argument("recipe", metavar="RECIPE", help="a YAML or JSON recipe")
+    merge.add_argument("out", metavar="OUT", help="directory to make")
+    _add_resources(merge)
+    merge.add_argument("--overwrite", action="store_true", help="replace an earlier merge in OUT")
+    merge.add_argument(
+        "--byte-source", choices=("pread", "mmap"), default="pread", help="how inputs are read"
+    )
+    merge.add_argument("--quiet", action="store_true", help="no progress on standard error")
+    merge.add_argument("--json", action="store_true", help="events as JSON lines on stdout")
+    merge.set_defaults(command=_merge)
+
+    plan = commands.add_parser("plan", help="show what a merge would do, reading headers only")
+    plan.add_argument("recipe", metavar="RECIPE", help="a YAML or JSON recipe")
+    _add_resources(plan)
+    plan.add_argument("--json", action="store_true", help="the whole plan as JSON")
+    plan.set_defaults(command=_plan)
+
+    inspect = commands.add_parser("inspect", help="show what a checkpoint holds")
+    inspect.add_argument("path", metavar="PATH", help="a checkpoint directory or file")
+    inspect.add_argument("--json", action="store_true", help="every tensor as JSON")
+    inspect.set_defaults(command=_inspect)
+
+    methods = commands.add_parser("methods", help="list merge methods, or explain one")
+    methods.add_argument("name", metavar="NAME", nargs="?", help="a method")
+    methods.add_argument("--json", action="store_true", help="the same as JSON")
+    methods.add_argument(
+        "--schema", action="store_true", help="the JSON Schema of recipes, for editors"
+    )
+    methods.set_defaults(command=_methods)
+    return parser
+
+
+def _add_resources(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--memory",
+        type=_size,
+        metavar="SIZE",
+        help="most private memory of the process, such as 2GiB (default: a quarter of what is free)",
+    )
+    parser.add_argument(
+        "--workers", type=_count, metavar="N", help="compute threads (default: one per core)"
+    )
+    parser.add_argument(
+        "--device", choices=("auto", "cpu"), default="auto", help="where merges are computed"
+    )
+
+
+def _size(text: str) -> int:
+    try:
+        return parse_size(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a number of at least 1, got {text!r}")
+    return int(text)
+
+
+def _merge(options: argparse.Namespace) -> int:
+    from streammerge.checkpoint.bytesource import ByteSourceKind
+    from streammerge.display import show_progress
+    from streammerge.run import merge
+
+    with show_progress(quiet=options.quiet, as_json=options.json) as on_progress:
+        manifest = merge(
+            options.recipe,
+            options.out,
+            memory=options.memory,
+            workers=options.workers,
+            overwrite=options.overwrite,
+            byte_source=ByteSourceKind(options.byte_source),
+            on_progress=on_progress,
+        )
+    run = manifest.run
+    if options.json:
+        print(
+            json.dumps(
+                {
+                    "event": "done",
+                    "out": str(options.out),
+                    "tensors": len(manifest.tensors),
+                    "seconds": run.seconds,
+                    "seconds_by_stage": run.seconds_by_stage,
+                    "bytes_by_stage": run.bytes_by_stage,
+                    "projected_memory": run.projected_memory,
+                    "measured_memory": run.measured_memory,
+                }
+            )
+        )
+    elif not options.quiet:
+        print(
+            f"{options.out}: {len(manifest.tensors)} tensors in {run.seconds:.1f} s, read "
+            f"{format_size(run.bytes_by_stage['read'])}, wrote "
+            f"{format_size(run.bytes_by_stage['write'])}, peak memory "
+            f"{format_size(run.measured_memory)} of {format_size(run.memory_budget)}",
+            file=sys.stderr,
+        )
+    return 0
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from streammerge.plan.codec import dump_plan
+    from streammerge.run import plan
+
+    planned = plan(options.recipe, memory=options.memory, workers=options.workers)
+    print(dump_plan(planned) if options.json else planned)
+    return 0
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    from streammerge.checkpoint.inspecting import describe, describe_as_json
+    from streammerge.checkpoint.reading import read_checkpoint
+
+    checkpoint = read_checkpoint(Path(options.path))
+    if options.json:
+        print(json.dumps(describe_as_json(checkpoint), ensure_ascii=False))
+    else:
+        print(describe(checkpoint))
+    return 0
+
+
+def _methods(options: argparse.Namespace) -> int:
+    from streammerge.methods import discover_methods
+    from streammerge.methods.describing import describe_method, list_methods, method_as_json
+    from streammerge.plan.planning import find_method
+
+    if options.schema:
+        from streammerge.recipe.json_schema import recipe_json_schema
+
+        specs = {name: method.parameters for name, method in discover_methods().items()}
+        print(json.dumps(recipe_json_schema(specs), indent=2, ensure_ascii=False))
+        return 0
+    if options.name is None:
+        chosen: list[Any] = list(discover_methods().values())
+    else:
+        try:
+            chosen = [find_method(options.name)]
+        except RecipeError as error:
+            raise RecipeError(f"methods: {error}") from error
+    if options.json:
+        print(json.dumps([method_as_json(method) for method in chosen], ensure_ascii=False))
+    elif options.name is None:
+        print(list_methods(chosen))
+    else:
+        print(describe_method(chosen[0]))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

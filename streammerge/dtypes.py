@@ -1,0 +1,84 @@
+"""Element types by their safetensors names, without torch."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+
+class DType(StrEnum):
+    """An element type, named as in a safetensors header."""
+
+    F64 = "F64"
+    F32 = "F32"
+    F16 = "F16"
+    BF16 = "BF16"
+    F8_E4M3 = "F8_E4M3"
+    F8_E5M2 = "F8_E5M2"
+    I64 = "I64"
+    I32 = "I32"
+    I16 = "I16"
+    I8 = "I8"
+    U64 = "U64"
+    U32 = "U32"
+    U16 = "U16"
+    U8 = "U8"
+    BOOL = "BOOL"
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes per element."""
+        return _ITEMSIZE[self]
+
+    @property
+    def is_float(self) -> bool:
+        """Whether merge arithmetic applies; integers and bool are only ever copied."""
+        return self in _FLOATS
+
+    @property
+    def torch_name(self) -> str:
+        """The name of the same type in torch and in Hugging Face configs: ``"bfloat16"``."""
+        return _TORCH_NAMES[self]
+
+
+_ITEMSIZE = {
+    DType.F64: 8,
+    DType.F32: 4,
+    DType.F16: 2,
+    DType.BF16: 2,
+    DType.F8_E4M3: 1,
+    DType.F8_E5M2: 1,
+    DType.I64: 8,
+    DType.I32: 4,
+    DType.I16: 2,
+    DType.I8: 1,
+    DType.U64: 8,
+    DType.U32: 4,
+    DType.U16: 2,
+    DType.U8: 1,
+    DType.BOOL: 1,
+}
+_FLOATS = frozenset({DType.F64, DType.F32, DType.F16, DType.BF16, DType.F8_E4M3, DType.F8_E5M2})
+_TORCH_NAMES = {
+    DType.F64: "float64",
+    DType.F32: "float32",
+    DType.F16: "float16",
+    DType.BF16: "bfloat16",
+    DType.F8_E4M3: "float8_e4m3fn",
+    DType.F8_E5M2: "float8_e5m2",
+    DType.I64: "int64",
+    DType.I32: "int32",
+    DType.I16: "int16",
+    DType.I8: "int8",
+    DType.U64: "uint64",
+    DType.U32: "uint32",
+    DType.U16: "uint16",
+    DType.U8: "uint8",
+    DType.BOOL: "bool",
+}
+
+DTYPES_BY_TORCH_NAME = {name: dtype for dtype, name in _TORCH_NAMES.items()}
+
+UNSUPPORTED_CODES = frozenset(
+    {"F8_E8M0", "F4", "F6_E2M3", "F6_E3M2", "C64", "F8_E4M3FNUZ", "F8_E5M2FNUZ"}
+)
+"""Codes that the safetensors format knows and streammerge has no arithmetic for."""

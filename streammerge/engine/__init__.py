@@ -1,0 +1,1 @@
+"""Does the work: threads, buffers, devices, progress. No merge mathematics."""

@@ -1,0 +1,101 @@
+"""Reusable buffers of one size, and the count of what they may cost.
+
+Memory: a pool holds at most ``count * nbytes`` bytes; a slot costs nothing until its first use.
+"""
+
+from __future__ import annotations
+
+import mmap
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from streammerge.engine.monitor import Monitor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Slot:
+    """One buffer."""
+
+    memory: NDArray[np.uint8]
+    """The bytes, page-aligned."""
+
+
+class SlotPool:
+    """A fixed number of buffers that threads take and give back."""
+
+    def __init__(self, monitor: Monitor, *, count: int, nbytes: int) -> None:
+        """Prepare a pool.
+
+        Args:
+            monitor: Ends waiting when the work fails.
+            count: Number of buffers.
+            nbytes: Size of each.
+        """
+        self._monitor = monitor
+        self._nbytes = nbytes
+        self._unmade = count
+        self._idle: list[Slot] = []
+        self._returned = monitor.condition()
+
+    def acquire(self, count: int) -> list[Slot]:
+        """Wait for ``count`` buffers and take them all at once.
+
+        Callers that need several must ask in one call: two threads that each hold some of what
+        the other needs would wait forever.
+
+        Raises:
+            StoppedError: The work was stopped meanwhile.
+        """
+        with self._monitor.lock:
+            self._monitor.wait(self._returned, lambda: len(self._idle) + self._unmade >= count)
+            # Recently used buffers first: their pages exist and may still be in a cache.
+            taken = [self._idle.pop() for _ in range(min(count, len(self._idle)))]
+            self._unmade -= count - len(taken)
+        return taken + [self._make() for _ in range(count - len(taken))]
+
+    def release(self, slots: list[Slot]) -> None:
+        """Give buffers back."""
+        with self._monitor.lock:
+            self._idle.extend(slots)
+            self._returned.notify_all()
+
+    def _make(self) -> Slot:
+        # An anonymous mapping: page-aligned, untouched until used, and returned to the system
+        # whole when the pool goes, where freed heap memory might stay with the process.
+        return Slot(np.frombuffer(mmap.mmap(-1, max(self._nbytes, 1)), dtype=np.uint8))
+
+
+class Allowance:
+    """Bytes that may be in use at once for what is not kept in slots."""
+
+    def __init__(self, monitor: Monitor, nbytes: int) -> None:
+        """Allow ``nbytes`` in all."""
+        self._monitor = monitor
+        self._free = nbytes
+        self._total = nbytes
+        self._returned = monitor.condition()
+
+    @property
+    def total(self) -> int:
+        """All that there is, in bytes."""
+        return self._total
+
+    def reserve(self, nbytes: int) -> int:
+        """Wait until ``nbytes`` are free, take and return them; at most the total is asked for.
+
+        Raises:
+            StoppedError: The work was stopped meanwhile.
+        """
+        nbytes = min(nbytes, self._total)
+        with self._monitor.lock:
+            self._monitor.wait(self._returned, lambda: self._free >= nbytes)
+            self._free -= nbytes
+        return nbytes
+
+    def release(self, nbytes: int) -> None:
+        """Give bytes back."""
+        with self._monitor.lock:
+            self._free += nbytes
+            self._returned.notify_all()

@@ -1,0 +1,152 @@
+"""The loader: takes the next chunk in order, waits for buffers, fills them from the input files.
+
+Several threads load at once. They take chunks one after the other and wait for buffers in that
+order, so the oldest work always gets its memory first and nothing can lock up; reading itself
+runs side by side.
+
+Memory: slots only, one per input of every chunk in flight.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from streammerge.checkpoint.bytesource import ByteSource
+from streammerge.engine.buffers import Slot, SlotPool
+from streammerge.engine.device import PieceInMemory, torch_dtype
+from streammerge.engine.monitor import Monitor
+from streammerge.engine.progress import Progress, Stage
+from streammerge.plan.chunking import Chunk, ModelRead, plan_reads
+from streammerge.plan.types import MergePlan
+
+
+class LoadedChunk:
+    """A chunk in memory; its slots go back when the last holder lets go."""
+
+    def __init__(
+        self,
+        plan: MergePlan,
+        chunk: Chunk,
+        reads: Sequence[ModelRead],
+        slots: list[Slot],
+        pool: SlotPool,
+    ) -> None:
+        """View the slots as tensors."""
+        self.chunk = chunk
+        self._slots = slots
+        self._pool = pool
+        self._holders = 1
+        self._lock = threading.Lock()
+        memories = {read.model: slot.memory for read, slot in zip(reads, slots, strict=True)}
+        places = {read.model: read.placements for read in reads}
+        self.pieces = tuple(
+            _view_piece(plan, chunk, index, memories, places) for index in range(len(chunk.pieces))
+        )
+
+    def hold(self) -> None:
+        """Keep the slots for one more holder."""
+        with self._lock:
+            self._holders += 1
+
+    def release(self) -> None:
+        """Let go; the last holder gives the slots back."""
+        with self._lock:
+            self._holders -= 1
+            last = self._holders == 0
+        if last:
+            self._pool.release(self._slots)
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """One chunk to be loaded, and what to do with it then."""
+
+    chunk: Chunk
+    """What to read."""
+    then: Callable[[LoadedChunk], None]
+    """Hands the loaded chunk on; must not take long."""
+    last_use: bool
+    """Whether the bytes will not be read again, so that the system may forget them."""
+
+
+class Loader:
+    """Reads chunks in the order of a schedule."""
+
+    def __init__(
+        self,
+        plan: MergePlan,
+        sources: Sequence[ByteSource],
+        pool: SlotPool,
+        loads: Iterator[Load],
+        *,
+        monitor: Monitor,
+        progress: Progress,
+    ) -> None:
+        """Prepare to load.
+
+        Args:
+            plan: The plan.
+            sources: Open input files, by their index in the plan.
+            pool: Input buffers.
+            loads: What to load; taken from under a lock, so it may wait for earlier work.
+            monitor: Ends waiting.
+            progress: Counts bytes and seconds.
+        """
+        self._plan = plan
+        self._sources = sources
+        self._pool = pool
+        self._loads = loads
+        self._monitor = monitor
+        self._progress = progress
+        self._turn = threading.Lock()
+
+    def run(self) -> None:
+        """Load until the schedule ends; the body of every reader thread."""
+        while True:
+            with self._progress.spending(Stage.READER_IDLE), self._turn:
+                load = next(self._loads, None)
+                if load is None:
+                    return
+                slots = self._pool.acquire(len(load.chunk.models))
+            with self._progress.spending(Stage.READ):
+                reads = plan_reads(self._plan, load.chunk)
+                for read, slot in zip(reads, slots, strict=True):
+                    self._read(read, slot.memory, last_use=load.last_use)
+            load.then(LoadedChunk(self._plan, load.chunk, reads, slots, self._pool))
+
+    def _read(self, read: ModelRead, memory: NDArray[np.uint8], *, last_use: bool) -> None:
+        view = memory.data
+        for span in read.spans:
+            if self._monitor.failure is not None:
+                return
+            source = self._sources[span.file]
+            source.read_into(span.offset, view[span.slot_offset : span.slot_offset + span.nbytes])
+            if last_use:
+                source.drop(span.offset, span.nbytes)
+            self._progress.count(Stage.READ, span.nbytes)
+
+
+def _view_piece(
+    plan: MergePlan,
+    chunk: Chunk,
+    index: int,
+    memories: dict[int, NDArray[np.uint8]],
+    places: dict[int, tuple[int, ...]],
+) -> PieceInMemory:
+    piece = chunk.pieces[index]
+    task = plan.tasks[piece.task]
+    inputs: list[torch.Tensor | None] = []
+    for model, entry in enumerate(task.inputs):
+        if entry is None:
+            inputs.append(None)
+            continue
+        begin = places[model][index]
+        raw = memories[model][begin : begin + piece.numel * entry.dtype.itemsize]
+        inputs.append(torch.from_numpy(raw).view(torch_dtype(entry.dtype)))
+    return PieceInMemory(task, piece.task, piece.start, tuple(inputs))

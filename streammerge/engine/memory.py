@@ -1,0 +1,76 @@
+"""Private memory: what this process uses now, and what it may use."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import psutil
+
+from streammerge.units import MIB
+
+_CGROUP_LIMITS = (
+    Path("/sys/fs/cgroup/memory.max"),
+    Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
+)
+_LEAST_DEFAULT = 512 * MIB
+
+
+class PeakMemory:
+    """The largest private memory seen."""
+
+    def __init__(self) -> None:
+        """Look once."""
+        self.nbytes = private_memory()
+
+    def look(self) -> None:
+        """Look again."""
+        self.nbytes = max(self.nbytes, private_memory())
+
+
+def private_memory() -> int:
+    """Return the bytes that would be free if this process ended.
+
+    Memory that is shared with others, as the page cache is, does not count.
+    """
+    return int(psutil.Process().memory_full_info().uss)
+
+
+def default_budget() -> int:
+    """Return a quarter of what is available, at least 512 MiB, at most what the cgroup allows."""
+    budget = max(_LEAST_DEFAULT, psutil.virtual_memory().available // 4)
+    limit = cgroup_limit()
+    return budget if limit is None else min(budget, limit)
+
+
+def cgroup_limit() -> int | None:
+    """Return the memory limit of this process's cgroup in bytes, v2 or v1; None without one."""
+    limits = []
+    for path in [*_own_cgroup_files(), *_CGROUP_LIMITS]:
+        try:
+            text = path.read_text().strip()
+        except OSError:
+            continue
+        # v2 says "max", v1 a number near 2^63, where there is no limit.
+        if text.isdecimal() and int(text) < psutil.virtual_memory().total:
+            limits.append(int(text))
+    return min(limits, default=None)
+
+
+def _own_cgroup_files() -> list[Path]:
+    """Return the limit files of this process's cgroup and all above it."""
+    try:
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return []
+    files = []
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            root, name = Path("/sys/fs/cgroup"), "memory.max"
+        elif "memory" in controllers.split(","):
+            root, name = Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes"
+        else:
+            continue
+        group = root / path.lstrip("/")
+        files += [each / name for each in (group, *group.parents) if each.is_relative_to(root)]
+    return files

@@ -1,0 +1,111 @@
+"""From a loaded chunk to bytes for the writers.
+
+Memory: one output slot per chunk being merged or written; copies are written from their input slot.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from streammerge.engine.buffers import Slot, SlotPool
+from streammerge.engine.device import DeviceStage, PieceInMemory, torch_dtype
+from streammerge.engine.loading import LoadedChunk
+from streammerge.engine.progress import Progress
+from streammerge.engine.queues import Outstanding, WorkQueue
+from streammerge.engine.results import Results
+from streammerge.engine.writing import Extent, WriteJob
+from streammerge.errors import CheckpointError
+from streammerge.plan.chunking import padded
+from streammerge.plan.types import Action, MergePlan
+from streammerge.reductions.magnitude import TopK
+
+
+class ChunkMerger:
+    """Merges, copies and compares the pieces of chunks; used by all workers."""
+
+    def __init__(
+        self,
+        plan: MergePlan,
+        *,
+        outputs: SlotPool,
+        writes: WorkQueue[WriteJob],
+        outstanding: Outstanding,
+        results: Results,
+        progress: Progress,
+    ) -> None:
+        """Prepare to merge.
+
+        Args:
+            plan: The plan.
+            outputs: Output buffers.
+            writes: Where finished bytes go.
+            outstanding: Told when a chunk is written.
+            results: What the manifest will say.
+            progress: Counts the time spent waiting for an output buffer.
+        """
+        self._plan = plan
+        self._outputs = outputs
+        self._writes = writes
+        self._outstanding = outstanding
+        self._results = results
+        self._progress = progress
+
+    def merge(
+        self, stage: DeviceStage, loaded: LoadedChunk, tops: Sequence[tuple[TopK, ...]]
+    ) -> None:
+        """Turn a loaded chunk into write jobs and let go of it.
+
+        Args:
+            stage: The worker's device.
+            loaded: The chunk.
+            tops: Statistics per piece.
+        """
+        slots: list[Slot] = []
+        merged: list[Extent] = []
+        copied: list[Extent] = []
+        cursor = 0
+        for piece, piece_tops in zip(loaded.pieces, tops, strict=True):
+            if piece.task.action is not Action.MERGE:
+                copied.append(self._copy(piece))
+                continue
+            if not slots:
+                with self._progress.waiting():
+                    slots = self._outputs.acquire(1)
+            nbytes = piece.numel * piece.task.dtype.itemsize
+            memory = slots[0].memory[cursor : cursor + nbytes]
+            out = torch.from_numpy(memory).view(torch_dtype(piece.task.dtype))
+            self._results.add(piece, stage.apply(piece, piece_tops, out), piece_tops)
+            merged.append(_extent(piece, memory.data))
+            cursor += padded(nbytes)
+        if copied:
+            loaded.hold()
+        loaded.release()
+
+        def then() -> None:
+            self._outputs.release(slots)
+            if copied:
+                loaded.release()
+            self._outstanding.end()
+
+        self._writes.put(WriteJob((*merged, *copied), then))
+
+    def _copy(self, piece: PieceInMemory) -> Extent:
+        present = [(model, t) for model, t in enumerate(piece.inputs) if t is not None]
+        (first_model, first), *others = [(model, t.view(torch.uint8)) for model, t in present]
+        for model, other in others:
+            if not torch.equal(first, other):
+                byte = int((first != other).nonzero()[0])
+                element = piece.start + byte // piece.task.dtype.itemsize
+                raise CheckpointError(
+                    f"{piece.task.name}: {piece.task.dtype} values are only copied, but "
+                    f"{self._plan.label(first_model)} and {self._plan.label(model)} differ at flat "
+                    f"element {element}; add a rule {{tensors: {piece.task.name!r}, copy: ...}}"
+                )
+        return _extent(piece, first.numpy().data)
+
+
+def _extent(piece: PieceInMemory, memory: memoryview) -> Extent:
+    offset = piece.task.offset + piece.start * piece.task.dtype.itemsize
+    return Extent(piece.task.shard, offset, memory)

@@ -1,0 +1,212 @@
+"""Runs a plan: starts the threads of all stages, watches them, and ends them.
+
+    readers ──work queue──▶ workers ──write queue──▶ writers
+
+Queues carry references; what flows is bounded by the slots that loading and merging must take
+first. The first error stops every stage; all threads end before :func:`run_pipeline` returns.
+
+Memory: the plan's slots, scratch and statistics, and the stacks of the threads.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from streammerge.checkpoint.bytesource import ByteSource
+from streammerge.checkpoint.outputfile import OutputFile
+from streammerge.engine.buffers import Allowance, SlotPool
+from streammerge.engine.device import CpuStage, DeviceStage
+from streammerge.engine.loading import Loader
+from streammerge.engine.memory import PeakMemory
+from streammerge.engine.merging import ChunkMerger
+from streammerge.engine.monitor import Monitor, StoppedError
+from streammerge.engine.progress import OnProgress, Progress, Stage
+from streammerge.engine.queues import Outstanding, WorkQueue
+from streammerge.engine.results import Results, TensorResult
+from streammerge.engine.scheduling import Schedule, Shop, Work
+from streammerge.engine.writing import WriteJob, run_writer
+from streammerge.methods.base import MergeMethod
+from streammerge.plan.planning import params_of
+from streammerge.plan.types import MergePlan
+
+_TICK_SECONDS = 0.1
+"""How often the calling thread looks at memory and reports progress."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunReport:
+    """What running a plan came to."""
+
+    results: dict[int, TensorResult]
+    """Per merged tensor, by task index."""
+    bytes_by_stage: dict[str, int]
+    """Bytes read and written."""
+    seconds_by_stage: dict[str, float]
+    """Thread-seconds per stage."""
+    seconds: float
+    """Wall time."""
+    peak_memory: int
+    """Largest private memory of the process that was seen, in bytes."""
+
+
+def run_pipeline(
+    plan: MergePlan,
+    method: MergeMethod,
+    sources: Sequence[ByteSource],
+    outputs: Sequence[OutputFile],
+    *,
+    keep_cached: bool,
+    on_progress: OnProgress,
+) -> RunReport:
+    """Merge everything in the plan into the output files.
+
+    Args:
+        plan: The plan.
+        method: Its method.
+        sources: Open input files, by index in the plan.
+        outputs: Open output files, by index in the plan's layout.
+        keep_cached: Whether the page cache holds all inputs, so that a first sweep leaves them.
+        on_progress: Told how far the work is, on the calling thread.
+
+    Raises:
+        StreamMergeError: Whatever ended the first stage that failed; later errors are its notes.
+        KeyboardInterrupt: The user interrupted; all threads have ended.
+    """
+    running = _Running(plan, method, sources, outputs, keep_cached=keep_cached)
+    threads_before = torch.get_num_threads()
+    try:
+        return running.run(on_progress)
+    finally:
+        # Workers set this to one for themselves, but torch remembers it for threads to come.
+        torch.set_num_threads(threads_before)
+
+
+class _Running:
+    """The threads of one merge and what they share."""
+
+    def __init__(
+        self,
+        plan: MergePlan,
+        method: MergeMethod,
+        sources: Sequence[ByteSource],
+        outputs: Sequence[OutputFile],
+        *,
+        keep_cached: bool,
+    ) -> None:
+        resources = plan.resources
+        self._plan = plan
+        self._method = method
+        self._monitor = Monitor()
+        self._progress = Progress(plan.bytes_to_read + plan.bytes_to_write)
+        self._work: WorkQueue[Work] = WorkQueue(self._monitor)
+        self._writes: WorkQueue[WriteJob] = WorkQueue(self._monitor)
+        self._outstanding = Outstanding(self._monitor)
+        self._results = Results()
+        self._outputs = outputs
+        pool = SlotPool(self._monitor, count=resources.slots, nbytes=resources.slot_bytes)
+        merger = ChunkMerger(
+            plan,
+            outputs=SlotPool(
+                self._monitor,
+                count=resources.output_slots,
+                nbytes=resources.output_slot_bytes,
+            ),
+            writes=self._writes,
+            outstanding=self._outstanding,
+            results=self._results,
+            progress=self._progress,
+        )
+        shop = Shop(
+            plan=plan,
+            needs=tuple(method.reduction(params_of(method, each)) for each in plan.settings),
+            monitor=self._monitor,
+            work=self._work,
+            outstanding=self._outstanding,
+            pool=pool,
+            statistics=Allowance(self._monitor, resources.statistics_bytes),
+            merger=merger,
+            progress=self._progress,
+            keep_cached=keep_cached,
+        )
+        self._loader = Loader(
+            plan,
+            sources,
+            pool,
+            Schedule(shop).iter_loads(),
+            monitor=self._monitor,
+            progress=self._progress,
+        )
+
+    def run(self, on_progress: OnProgress) -> RunReport:
+        resources = self._plan.resources
+        # One more than the chunks, so that the count cannot reach zero while readers still run.
+        self._outstanding.begin(resources.readers)
+        bodies: list[tuple[str, Callable[[], None]]] = [
+            *[(f"streammerge-reader-{i}", self._read) for i in range(resources.readers)],
+            *[(f"streammerge-worker-{i}", self._compute) for i in range(resources.workers)],
+            *[(f"streammerge-writer-{i}", self._write) for i in range(resources.writers)],
+        ]
+        threads = [
+            threading.Thread(target=self._guarded, args=(body,), name=name, daemon=True)
+            for name, body in bodies
+        ]
+        peak = PeakMemory()
+        try:
+            for thread in threads:
+                thread.start()
+            while not self._outstanding.wait(_TICK_SECONDS):
+                peak.look()
+                on_progress(self._progress.event())
+        except StoppedError:
+            pass
+        except BaseException as error:  # noqa: BLE001 - an interrupt must end the threads too
+            self._monitor.fail(error)
+        self._work.close()
+        self._writes.close()
+        for thread in threads:
+            if thread.ident is not None:
+                thread.join()
+        if self._monitor.failure is not None:
+            raise self._monitor.failure
+        peak.look()
+        event = self._progress.event()
+        on_progress(event)
+        return RunReport(
+            results=self._results.by_task(),
+            bytes_by_stage=self._progress.bytes_by_stage(),
+            seconds_by_stage=self._progress.seconds_by_stage(),
+            seconds=event.seconds,
+            peak_memory=peak.nbytes,
+        )
+
+    def _guarded(self, body: Callable[[], None]) -> None:
+        try:
+            body()
+        except StoppedError:
+            pass
+        except BaseException as error:  # noqa: BLE001 - whatever it is, the caller must see it
+            self._monitor.fail(error)
+
+    def _read(self) -> None:
+        self._loader.run()
+        self._outstanding.end()
+
+    def _compute(self) -> None:
+        # Blocks are small: one thread per block and several blocks at once beats the reverse.
+        torch.set_num_threads(1)
+        with torch.inference_mode():
+            stage: DeviceStage = CpuStage(self._plan, self._method)
+            while True:
+                with self._progress.spending(Stage.WORKER_IDLE):
+                    work = self._work.take()
+                if work is None:
+                    return
+                with self._progress.spending(Stage.COMPUTE):
+                    work(stage)
+
+    def _write(self) -> None:
+        run_writer(self._writes, self._outputs, self._progress)

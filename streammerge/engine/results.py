@@ -1,0 +1,48 @@
+"""What the manifest will say about each tensor, collected while the work runs."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+
+from streammerge.engine.device import Applied, PieceInMemory
+from streammerge.reductions.magnitude import TopK
+
+
+@dataclass(frozen=True, slots=True)
+class TensorResult:
+    """What merging one tensor came to."""
+
+    kept: tuple[int, ...]
+    """Entries kept per source; empty for methods that neither trim nor drop."""
+    thresholds: tuple[float, ...]
+    """Threshold per source; empty for methods that do not trim."""
+    not_finite: int
+    """Input values that were NaN or infinite and let through."""
+
+
+class Results:
+    """Adds up what threads report per piece."""
+
+    def __init__(self) -> None:
+        """Start empty."""
+        self._lock = threading.Lock()
+        self._by_task: dict[int, TensorResult] = {}
+
+    def add(self, piece: PieceInMemory, applied: Applied, tops: tuple[TopK, ...]) -> None:
+        """Add one piece of a tensor."""
+        with self._lock:
+            known = self._by_task.get(piece.task_index)
+            kept = applied.kept
+            if known is not None:
+                kept = tuple(a + b for a, b in zip(known.kept, kept, strict=True))
+            self._by_task[piece.task_index] = TensorResult(
+                kept=kept,
+                thresholds=tuple(top.threshold for top in tops),
+                not_finite=applied.not_finite + (known.not_finite if known else 0),
+            )
+
+    def by_task(self) -> dict[int, TensorResult]:
+        """Return the result of every merged tensor, by task index."""
+        with self._lock:
+            return dict(sorted(self._by_task.items()))

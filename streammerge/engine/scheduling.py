@@ -1,0 +1,356 @@
+"""What is loaded in which order, and what happens to each chunk once it is there.
+
+    passing    load ─▶ merge ─▶ write                             no statistics, or whole in one chunk
+    resident   load all ─▶ sample ─▶ measure (rounds) ─▶ merge    read once
+    streamed   load a sample, load all to measure (rounds), load all again to merge
+
+The loader pulls loads from :meth:`Schedule.iter_loads`, which waits where the next load depends on
+a result. Workers run the rest; work on chunks that are already in memory comes before new chunks.
+
+Memory: statistics are reserved before the first chunk of their scope is loaded and given back when
+its thresholds are known; a scope in flight never waits for a second reservation.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass
+
+from streammerge.engine.buffers import Allowance, SlotPool
+from streammerge.engine.device import DeviceStage, PieceInMemory
+from streammerge.engine.loading import Load, LoadedChunk
+from streammerge.engine.merging import ChunkMerger
+from streammerge.engine.monitor import Monitor
+from streammerge.engine.progress import Progress
+from streammerge.engine.queues import Outstanding, WorkQueue
+from streammerge.engine.statistics import ScopeStatistics, statistics_demand
+from streammerge.methods.base import MagnitudeTopK
+from streammerge.plan.chunking import Chunk, Piece, Residence, Unit, iter_units
+from streammerge.plan.types import Action, MergePlan, TensorTask
+from streammerge.reductions import BLOCK, count_blocks
+from streammerge.reductions.magnitude import SAMPLE_RUN, TopK, choose_sample_runs
+
+Work = Callable[[DeviceStage], None]
+"""Something for a worker to do, on its own device stage."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shop:
+    """What all parts of a running merge share."""
+
+    plan: MergePlan
+    """The plan."""
+    needs: tuple[MagnitudeTopK | None, ...]
+    """The statistic per setting of the plan."""
+    monitor: Monitor
+    """Ends waiting."""
+    work: WorkQueue[Work]
+    """What workers take from."""
+    outstanding: Outstanding
+    """Chunks begun and not written."""
+    pool: SlotPool
+    """Input buffers."""
+    statistics: Allowance
+    """Bytes for statistics."""
+    merger: ChunkMerger
+    """Merges a loaded chunk and sends it to the writers."""
+    progress: Progress
+    """Counters."""
+    keep_cached: bool
+    """Whether all inputs fit the page cache, so that a second sweep finds them there."""
+
+    def need_of(self, task: TensorTask) -> MagnitudeTopK | None:
+        """Return the statistic that a tensor needs; None for copies too."""
+        return self.needs[task.setting] if task.action is Action.MERGE else None
+
+
+class Schedule:
+    """Decides the order of loads; owns no thread."""
+
+    def __init__(self, shop: Shop) -> None:
+        """Prepare the schedule of a plan."""
+        self._shop = shop
+
+    def iter_loads(self) -> Iterator[Load]:
+        """Yield every load in order; waits where one depends on earlier results."""
+        shop = self._shop
+        tops: tuple[TopK, ...] | None = None
+        if shop.plan.model_scope:
+            tops = yield from self._sweep_model()
+        per_tensor = not shop.plan.model_scope and any(shop.needs)
+        for unit in iter_units(shop.plan, statistics=per_tensor):
+            if unit.residence is Residence.RESIDENT:
+                yield from self._load_resident(unit)
+            elif unit.residence is Residence.STREAMED:
+                yield from self._load_streamed(unit)
+            else:
+                for chunk in unit.chunks:
+                    yield self._merge_load(chunk, tops)
+
+    def _merge_load(self, chunk: Chunk, tops: tuple[TopK, ...] | None) -> Load:
+        """Load a chunk that can be merged as soon as it is there."""
+        self._shop.outstanding.begin()
+
+        def then(loaded: LoadedChunk) -> None:
+            self._shop.work.put(lambda stage: self._merge(stage, loaded, tops))
+
+        return Load(chunk, then, last_use=True)
+
+    def _merge(
+        self, stage: DeviceStage, loaded: LoadedChunk, tops: tuple[TopK, ...] | None
+    ) -> None:
+        found = [self._tops_of(stage, piece) if tops is None else tops for piece in loaded.pieces]
+        self._shop.merger.merge(stage, loaded, found)
+
+    def _tops_of(self, stage: DeviceStage, piece: PieceInMemory) -> tuple[TopK, ...]:
+        """Find the thresholds of a small tensor that is all here."""
+        need = self._shop.need_of(piece.task)
+        if need is None:
+            return ()
+        statistics = _tensor_statistics(self._shop.plan, need, piece.task, available=None)
+        _sample_pieces(stage, statistics, [piece])
+        while statistics.tops is None:
+            statistics.add(0, stage.measure(piece, statistics.questions))
+            statistics.conclude()
+        return statistics.tops
+
+    def _load_resident(self, unit: Unit) -> Iterator[Load]:
+        shop = self._shop
+        task = shop.plan.tasks[unit.chunks[0].pieces[0].task]
+        need = shop.need_of(task)
+        assert need is not None  # noqa: S101 - or it would be passing
+        reserved = shop.statistics.reserve(
+            statistics_demand(need, task.numel, shop.plan.compute_dtype)
+        )
+        statistics = _tensor_statistics(shop.plan, need, task, available=reserved)
+        tensor = ResidentTensor(shop, statistics, reserved, len(unit.chunks))
+        for chunk in unit.chunks:
+            shop.outstanding.begin()
+            yield Load(chunk, tensor.arrived, last_use=True)
+
+    def _load_streamed(self, unit: Unit) -> Iterator[Load]:
+        shop = self._shop
+        task_index = unit.chunks[0].pieces[0].task
+        task = shop.plan.tasks[task_index]
+        need = shop.need_of(task)
+        assert need is not None  # noqa: S101 - or it would be passing
+        reserved = shop.statistics.reserve(
+            statistics_demand(need, task.numel, shop.plan.compute_dtype)
+        )
+        statistics = _tensor_statistics(shop.plan, need, task, available=reserved)
+        yield from self._sweep(statistics, [task_index], unit.chunks, keep_cached=True)
+        shop.statistics.release(reserved)
+        for chunk in unit.chunks:
+            yield self._merge_load(chunk, statistics.tops)
+
+    def _sweep_model(self) -> Generator[Load, None, tuple[TopK, ...] | None]:
+        """Find one threshold per source over all merged tensors; returns them."""
+        shop = self._shop
+        merged = [i for i, task in enumerate(shop.plan.tasks) if task.action is Action.MERGE]
+        if not merged:
+            return ()
+        first = shop.plan.tasks[merged[0]]
+        need = shop.need_of(first)
+        assert need is not None  # noqa: S101 - model scope says so
+        tasks = [shop.plan.tasks[index] for index in merged]
+        reserved = shop.statistics.reserve(shop.statistics.total)
+        statistics = ScopeStatistics(
+            need,
+            numel=sum(task.numel for task in tasks),
+            blocks=sum(count_blocks(task.numel) for task in tasks),
+            compute_dtype=shop.plan.compute_dtype,
+            available=reserved,
+        )
+        chunks = [
+            Chunk(pieces, chunk.models)
+            for unit in iter_units(shop.plan, statistics=False)
+            for chunk in unit.chunks
+            if (pieces := _merged_pieces(shop.plan, chunk))
+        ]
+        shop.progress.activity = "statistics"
+        yield from self._sweep(statistics, merged, chunks, keep_cached=shop.keep_cached)
+        shop.progress.activity = "merge"
+        shop.statistics.release(reserved)
+        return statistics.tops
+
+    def _sweep(
+        self,
+        statistics: ScopeStatistics,
+        tasks: Sequence[int],
+        chunks: Sequence[Chunk],
+        *,
+        keep_cached: bool,
+    ) -> Iterator[Load]:
+        """Load a sample, then everything once per round, until the thresholds are known."""
+        measuring = Outstanding(self._shop.monitor)
+        runs = _spread_runs(self._shop.plan, tasks, statistics.sample_runs())
+        if runs:
+            statistics.prepare_sample(sum(piece.numel for piece in runs))
+            for chunk in _sample_chunks(self._shop.plan, runs):
+                yield self._measure_load(chunk, statistics, measuring, sample=True)
+            measuring.wait()
+            statistics.conclude_sample()
+        while statistics.tops is None:
+            for chunk in chunks:
+                load = self._measure_load(chunk, statistics, measuring, sample=False)
+                yield Load(load.chunk, load.then, last_use=not keep_cached)
+            measuring.wait()
+            statistics.conclude()
+
+    def _measure_load(
+        self, chunk: Chunk, statistics: ScopeStatistics, measuring: Outstanding, *, sample: bool
+    ) -> Load:
+        measuring.begin()
+
+        def work(stage: DeviceStage, loaded: LoadedChunk) -> None:
+            for piece in loaded.pieces:
+                if sample:
+                    stage.sample(piece, piece.start, statistics.sample_room(piece.numel))
+                else:
+                    _measure(stage, statistics, piece)
+            loaded.release()
+            measuring.end()
+
+        def then(loaded: LoadedChunk) -> None:
+            self._shop.work.put(lambda stage: work(stage, loaded))
+
+        return Load(chunk, then, last_use=False)
+
+
+class ResidentTensor:
+    """A tensor whose chunks wait in memory for its thresholds."""
+
+    def __init__(self, shop: Shop, statistics: ScopeStatistics, reserved: int, chunks: int) -> None:
+        """Expect ``chunks`` chunks; ``reserved`` bytes are given back with the thresholds."""
+        self._shop = shop
+        self._statistics = statistics
+        self._reserved = reserved
+        self._expected = chunks
+        self._lock = threading.Lock()
+        self._loaded: list[LoadedChunk] = []
+        self._unanswered = 0
+
+    def arrived(self, loaded: LoadedChunk) -> None:
+        """Take a loaded chunk; the last one starts the statistics."""
+        with self._lock:
+            self._loaded.append(loaded)
+            complete = len(self._loaded) == self._expected
+        if complete:
+            self._shop.work.put(self._start, urgent=True)
+
+    def _start(self, stage: DeviceStage) -> None:
+        pieces = [loaded.pieces[0] for loaded in self._loaded]
+        _sample_pieces(stage, self._statistics, pieces)
+        self._next_round()
+
+    def _next_round(self) -> None:
+        tops = self._statistics.tops
+        if tops is None:
+            self._unanswered = len(self._loaded)
+            for loaded in self._loaded:
+                self._shop.work.put(_bind(self._measure, loaded), urgent=True)
+            return
+        self._shop.statistics.release(self._reserved)
+        for loaded in self._loaded:
+            self._shop.work.put(_bind(self._merge, loaded), urgent=True)
+        self._loaded = []
+
+    def _measure(self, stage: DeviceStage, loaded: LoadedChunk) -> None:
+        _measure(stage, self._statistics, loaded.pieces[0])
+        with self._lock:
+            self._unanswered -= 1
+            last = self._unanswered == 0
+        if last:
+            self._statistics.conclude()
+            self._next_round()
+
+    def _merge(self, stage: DeviceStage, loaded: LoadedChunk) -> None:
+        tops = self._statistics.tops
+        assert tops is not None  # noqa: S101 - merging starts when they are known
+        self._shop.merger.merge(stage, loaded, [tops])
+
+
+def _bind(work: Callable[[DeviceStage, LoadedChunk], None], loaded: LoadedChunk) -> Work:
+    return lambda stage: work(stage, loaded)
+
+
+def _measure(stage: DeviceStage, statistics: ScopeStatistics, piece: PieceInMemory) -> None:
+    first_block = piece.task.scope_block + piece.start // BLOCK
+    statistics.add(first_block, stage.measure(piece, statistics.questions))
+
+
+def _sample_pieces(
+    stage: DeviceStage, statistics: ScopeStatistics, pieces: Sequence[PieceInMemory]
+) -> None:
+    """Sample a tensor that is all in memory, its pieces in any order."""
+    runs = choose_sample_runs(pieces[0].task.numel, statistics.sample_runs())
+    if not runs:
+        return
+    statistics.prepare_sample(sum(count for _, count in runs))
+    by_start = sorted(pieces, key=lambda piece: piece.start)
+    for start, count in runs:
+        piece = next(p for p in reversed(by_start) if p.start <= start)
+        stage.sample(piece, start, statistics.sample_room(count))
+    statistics.conclude_sample()
+
+
+def _tensor_statistics(
+    plan: MergePlan, need: MagnitudeTopK, task: TensorTask, *, available: int | None
+) -> ScopeStatistics:
+    """Start the statistics of one tensor; None makes the room that a worker keeps for itself."""
+    return ScopeStatistics(
+        need,
+        numel=task.numel,
+        blocks=count_blocks(task.numel),
+        compute_dtype=plan.compute_dtype,
+        available=statistics_demand(need, task.numel, plan.compute_dtype)
+        if available is None
+        else available,
+    )
+
+
+def _merged_pieces(plan: MergePlan, chunk: Chunk) -> tuple[Piece, ...]:
+    return tuple(piece for piece in chunk.pieces if plan.tasks[piece.task].action is Action.MERGE)
+
+
+def _spread_runs(plan: MergePlan, tasks: Sequence[int], runs: int) -> list[Piece]:
+    """Spread sample runs over tensors in proportion to their size."""
+    total = sum(plan.tasks[index].numel for index in tasks)
+    pieces: list[Piece] = []
+    # What is owed carries over, so that many small tensors together are sampled as they weigh.
+    owed = 0.0
+    for index in tasks:
+        owed += runs * plan.tasks[index].numel / max(total, 1)
+        count = int(owed)
+        owed -= count
+        for start, numel in choose_sample_runs(plan.tasks[index].numel, count):
+            pieces.append(Piece(index, start, numel))
+    return pieces
+
+
+def _sample_chunks(plan: MergePlan, runs: Sequence[Piece]) -> Iterator[Chunk]:
+    """Pack sample runs into as few chunks as their slots allow."""
+    widest = max(
+        entry.dtype.itemsize
+        for piece in runs
+        for entry in plan.tasks[piece.task].inputs
+        if entry is not None
+    )
+    # A slot's worth per chunk, but enough chunks for all readers.
+    per_chunk = max(
+        1,
+        min(
+            plan.resources.slot_bytes // (SAMPLE_RUN * widest),
+            -(-len(runs) // plan.resources.readers),
+        ),
+    )
+    for begin in range(0, len(runs), per_chunk):
+        pieces = tuple(runs[begin : begin + per_chunk])
+        models = {
+            model
+            for piece in pieces
+            for model, entry in enumerate(plan.tasks[piece.task].inputs)
+            if entry is not None
+        }
+        yield Chunk(pieces, tuple(sorted(models)))

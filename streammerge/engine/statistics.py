@@ -1,0 +1,128 @@
+"""Pass 1 of one scope: the searches of all its sources, fed by any number of threads.
+
+Memory: what :func:`streammerge.plan.budgeting.search_bytes` says, reserved by the caller.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from streammerge.dtypes import DType
+from streammerge.methods.base import MagnitudeTopK
+from streammerge.plan.budgeting import affordable_limit, search_bytes, values_limit
+from streammerge.reductions.magnitude import (
+    SAMPLE_RUN,
+    Counted,
+    MagnitudeSearch,
+    Question,
+    TopK,
+)
+
+_SAMPLE_RUNS = 64
+"""Runs sampled from a tensor: 2^18 elements put the rank within 0.4 % at five sigma."""
+_SAMPLE_NUMEL_PER_RUN = 2**19
+"""A larger scope gets a run per so many elements: its band must be narrower to be collected."""
+
+
+class ScopeStatistics:
+    """Finds every source's threshold over one scope; thread-safe."""
+
+    def __init__(
+        self,
+        need: MagnitudeTopK,
+        *,
+        numel: int,
+        blocks: int,
+        compute_dtype: DType,
+        available: int,
+    ) -> None:
+        """Start the searches.
+
+        Args:
+            need: What is to be found.
+            numel: Elements in the scope.
+            blocks: Blocks in the scope.
+            compute_dtype: F32 or F64.
+            available: Bytes that the searches may take.
+        """
+        sources = len(need.densities)
+        limit = affordable_limit(sources, numel, compute_dtype.itemsize, available)
+        self._lock = threading.Lock()
+        self._numel = numel
+        self._limit = limit
+        self._dtype = np.float64 if compute_dtype is DType.F64 else np.float32
+        self._searches = [
+            MagnitudeSearch(
+                numel=numel,
+                blocks=blocks,
+                density=density,
+                tie_policy=need.tie_policy,
+                values_limit=limit,
+                bits=compute_dtype.itemsize * 8,
+            )
+            for density in need.densities
+        ]
+        self._sample = np.zeros((sources, 0), dtype=self._dtype)
+        self._sampled = 0
+
+    @property
+    def tops(self) -> tuple[TopK, ...] | None:
+        """The results, one per source; None until all are known."""
+        results = tuple(search.result for search in self._searches)
+        if any(result is None for result in results):
+            return None
+        return tuple(result for result in results if result is not None)
+
+    @property
+    def questions(self) -> list[Question | None]:
+        """What to ask of every block now, per source; None where nothing is open."""
+        return [s.question if s.result is None else None for s in self._searches]
+
+    def sample_runs(self) -> int:
+        """Return how many runs to sample; 0 when the scope is so small that all is collected."""
+        if self.tops is not None or self._numel <= self._limit:
+            return 0
+        runs = max(_SAMPLE_RUNS, self._numel // _SAMPLE_NUMEL_PER_RUN)
+        # The sample lies where the collected values will: it is gone before they come.
+        return min(runs, self._limit // SAMPLE_RUN)
+
+    def prepare_sample(self, numel: int) -> None:
+        """Make room for a sample of ``numel`` elements per source."""
+        self._sample = np.empty((len(self._searches), numel), dtype=self._dtype)
+
+    def sample_room(self, count: int) -> NDArray[Any]:
+        """Return the next ``[n_sources, count]`` of the sample, to be filled."""
+        with self._lock:
+            begin = self._sampled
+            self._sampled += count
+        return self._sample[:, begin : begin + count]
+
+    def conclude_sample(self) -> None:
+        """Choose the first questions from the sample."""
+        for search, values in zip(self._searches, self._sample, strict=True):
+            search.ask_after_sample(values)
+        self._sample = self._sample[:, :0].copy()
+
+    def add(self, first_block: int, answers: Sequence[Sequence[Counted | None]]) -> None:
+        """Add the answers of consecutive blocks."""
+        with self._lock:
+            for block, row in enumerate(answers, first_block):
+                for search, counted in zip(self._searches, row, strict=True):
+                    if counted is not None:
+                        search.answer(block, counted)
+
+    def conclude(self) -> None:
+        """End a round: every search has its result or its next question."""
+        for search in self._searches:
+            if search.result is None:
+                search.conclude()
+
+
+def statistics_demand(need: MagnitudeTopK, numel: int, compute_dtype: DType) -> int:
+    """Return the bytes that the searches of a scope would like to have."""
+    return search_bytes(len(need.densities), numel, compute_dtype.itemsize, values_limit(numel))

@@ -1,0 +1,169 @@
+"""What a merge method is: parameters, the statistics it needs, and one pure function.
+
+A method sees flat chunks of aligned tensors, already in the compute dtype, and returns the merged
+chunk. It knows nothing of files, threads or devices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import Field, dataclass, field, fields
+from enum import StrEnum
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from streammerge.recipe.types import ParameterKind, ParameterSpec
+from streammerge.reductions.magnitude import TiePolicy, TopK
+
+
+class Operand(StrEnum):
+    """What a method is given for each source."""
+
+    WEIGHTS = "weights"
+    """The source's own values."""
+    TASK_VECTORS = "task vectors"
+    """Source minus base; the method needs a base."""
+
+
+class Locality(StrEnum):
+    """What must be seen together to merge one element, once the statistics are known."""
+
+    ELEMENT = "element"
+    """The same element of every source."""
+
+
+class Scope(StrEnum):
+    """What a statistic covers."""
+
+    TENSOR = "tensor"
+    """Every tensor on its own."""
+    MODEL = "model"
+    """All merged tensors together, one threshold per source."""
+
+
+@dataclass(frozen=True, slots=True)
+class MagnitudeTopK:
+    """A need for the exact top-k threshold of every source's task vector."""
+
+    densities: tuple[float, ...]
+    """Fraction kept per source, in [0, 1]."""
+    tie_policy: TiePolicy
+    """Which elements exactly at the threshold are kept."""
+    scope: Scope
+    """What one threshold covers."""
+
+
+class RandomMasks(Protocol):
+    """Drops entries by position, the same ones on every device."""
+
+    def drop_(self, row: Tensor, *, source: int, density: float) -> Tensor:
+        """Multiply ``[m]`` of this chunk in place by the 0/1 keep mask of ``source``.
+
+        Args:
+            row: The source's values.
+            source: Index in recipe order.
+            density: Keep probability, in [0, 1].
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class MergeChunk:
+    """One flat piece of a tensor in every input, on one device, in the compute dtype."""
+
+    base: Tensor | None
+    """``[m]``; read only. None for methods on weights."""
+    vectors: Tensor
+    """``[n_sources, m]``; task vectors or weights. The method may overwrite it."""
+    scratch: Tensor
+    """``[scratch_rows, m]``, uninitialised; the method may overwrite it."""
+    block: int
+    """Which block of the statistics' scope this piece is."""
+    stats: tuple[TopK, ...]
+    """One statistic per source; empty when the method needs none."""
+    masks: RandomMasks
+    """The random masks of this piece."""
+
+    def base_plus(self, merged: Tensor) -> Tensor:
+        """Add the merged task vector to the base, in place of the merged one."""
+        if self.base is None:
+            raise ValueError("a method on task vectors was run without a base")
+        # base first: -0.0 + 0.0 and 0.0 + -0.0 agree, but so the formula reads as it is written.
+        return torch.add(self.base, merged, out=merged)
+
+
+@dataclass(frozen=True, slots=True)
+class MergeMethod:
+    """A merge method, complete: what it is called, asks for, needs and does."""
+
+    name: str
+    """The word in the recipe."""
+    summary: str
+    """One sentence for the table of methods."""
+    reference: str
+    """The paper, with its arXiv id."""
+    params: type[Any]
+    """A frozen dataclass whose fields are declared with :func:`parameter`."""
+    operand: Operand
+    """What the method is given."""
+    locality: Locality
+    """What must be seen together."""
+    reduction: Callable[[Any], MagnitudeTopK | None]
+    """The statistic that these parameters need; None for none."""
+    apply: Callable[[MergeChunk, Any], Tensor]
+    """Merges one chunk: ``[m]`` in the compute dtype, of finite inputs."""
+    scratch_rows: int
+    """Rows of :attr:`MergeChunk.scratch`, beside those of the vectors."""
+    examples: tuple[dict[str, Any], ...]
+    """Parameter sets that the tests run every law on, as a recipe spells them."""
+    random: bool = False
+    """Whether the seed matters."""
+
+    @property
+    def parameters(self) -> tuple[ParameterSpec, ...]:
+        """The declared parameters, in order."""
+        return tuple(entry.metadata["spec"] for entry in fields(self.params))
+
+
+def parameter(spec: ParameterSpec) -> Any:
+    """Declare a field of a parameter dataclass by its specification."""
+    declared: Field[Any] = field(metadata={"spec": spec})
+    return declared
+
+
+WEIGHT = ParameterSpec(
+    name="weight",
+    kind=ParameterKind.FLOAT,
+    doc="Factor of this source; any finite number, negative ones subtract.",
+    default=1.0,
+    per_source=True,
+)
+DENSITY = ParameterSpec(
+    name="density",
+    kind=ParameterKind.FLOAT,
+    doc="Fraction of the task vector that is kept, in [0, 1].",
+    default=None,
+    per_source=True,
+    minimum=0.0,
+    maximum=1.0,
+)
+SCOPE = ParameterSpec(
+    name="scope",
+    kind=ParameterKind.CHOICE,
+    doc="What one threshold covers: every tensor on its own, or the whole model.",
+    default=Scope.TENSOR.value,
+    per_source=False,
+    choices=tuple(scope.value for scope in Scope),
+    per_tensor=False,
+)
+TIE_POLICY = ParameterSpec(
+    name="tie_policy",
+    kind=ParameterKind.CHOICE,
+    doc="Which elements exactly at the threshold are kept: the first until k are, all, or none.",
+    default=TiePolicy.EXACT.value,
+    per_source=False,
+    choices=tuple(policy.value for policy in TiePolicy),
+    per_tensor=False,
+)

@@ -1,0 +1,129 @@
+"""The steps that methods are made of, in place on float32 or float64 chunks.
+
+Each equals the step of the same name in :mod:`streammerge.functional` bit for bit, for finite
+numbers, and avoids boolean tensors, which cost several times more than arithmetic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import StrEnum
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from streammerge.reductions.magnitude import TopK
+
+ADD_LEFT_TO_RIGHT = 4
+"""Up to this many rows, torch.sum over dimension 0 adds from left to right, in every column; so
+rows may be added one by one. Beyond, its order depends on the column and torch.sum itself is used."""
+
+
+class SignVote(StrEnum):
+    """How the majority sign of an element is elected."""
+
+    TOTAL = "total"
+    """By the sign of the sum of the kept values."""
+    FREQUENCY = "frequency"
+    """By the sign of the sum of their signs."""
+
+
+def trim_(vector: Tensor, top: TopK, block: int) -> Tensor:
+    """Set everything outside the top k to zero.
+
+    Args:
+        vector: ``[m]``, one block of a task vector; overwritten.
+        top: The statistic over the whole scope.
+        block: Which block of the scope this is.
+    """
+    if top.threshold == 0:
+        return vector
+    keep_ties = top.ties_to_keep(block)
+    if keep_ties == 0:
+        return _hardshrink_(vector, top.threshold)
+    if keep_ties is not None:
+        ties = (vector.abs() == top.threshold).nonzero().flatten()
+        vector[ties[keep_ties:]] = 0
+    return _hardshrink_(vector, _next_below(top.threshold, vector))
+
+
+def _hardshrink_(vector: Tensor, limit: float) -> Tensor:
+    """Zero what has a magnitude of at most ``limit``; NaN stays."""
+    return torch.ops.aten.hardshrink.out(vector, limit, out=vector)  # type: ignore[no-any-return]
+
+
+def _next_below(threshold: float, vector: Tensor) -> float:
+    dtype = np.float32 if vector.dtype == torch.float32 else np.float64
+    return float(np.nextafter(dtype(threshold), dtype(0)))
+
+
+def weigh_(vectors: Tensor, weights: Sequence[float]) -> Tensor:
+    """Multiply every row ``[n, m]`` by its weight, in place."""
+    for row, weight in zip(vectors, weights, strict=True):
+        row.mul_(weight)
+    return vectors
+
+
+def sum_rows(vectors: Tensor, out: Tensor) -> Tensor:
+    """Sum ``[n, m]`` over its rows into ``out``, in the order of torch.sum, from +0.0.
+
+    ``out`` may be the first row when there are at most :data:`ADD_LEFT_TO_RIGHT` rows.
+    """
+    rows = vectors.shape[0]
+    if rows > ADD_LEFT_TO_RIGHT:
+        return torch.sum(vectors, dim=0, out=out)
+    if rows == 1:
+        return torch.add(vectors[0], 0.0, out=out)
+    torch.add(vectors[0], vectors[1], out=out)
+    for row in vectors[2:]:
+        out.add_(row)
+    # A sum that starts from +0.0 is never -0.0; one that starts from a -0.0 may be.
+    return out.add_(0.0)
+
+
+def elect_sign(vectors: Tensor, vote: SignVote, scratch: Tensor) -> Tensor:
+    """Return ``[m]`` of +1 and -1: the majority sign; a tie, and a sum of zero, elects +1.
+
+    Args:
+        vectors: ``[n, m]`` trimmed, unweighted task vectors.
+        vote: How to count.
+        scratch: ``[2, m]``; the result lies in its first row.
+    """
+    elected, sign = scratch[0], scratch[1]
+    if vote is SignVote.TOTAL:
+        sum_rows(vectors, elected)
+    else:
+        torch.sign(vectors[0], out=elected)
+        for row in vectors[1:]:
+            elected.add_(torch.sign(row, out=sign))
+    # ge writes 1.0 and 0.0 into a float row; 2x - 1 makes them +1 and -1.
+    torch.ge(elected, 0.0, out=elected)
+    return elected.mul_(2.0).sub_(1.0)
+
+
+def disjoint_mean(
+    vectors: Tensor, weights: Sequence[float], elected: Tensor, scratch: Tensor
+) -> Tensor:
+    """Average the weighted entries whose sign is the elected one, over their number.
+
+    Args:
+        vectors: ``[n, m]`` trimmed, unweighted task vectors; overwritten.
+        weights: One factor per row.
+        elected: ``[m]`` of +1 and -1.
+        scratch: ``[2, m]``.
+
+    Returns:
+        ``[m]``, in the second row of ``scratch``.
+    """
+    count, term = scratch[0], scratch[1]
+    for index, (row, weight) in enumerate(zip(vectors, weights, strict=True)):
+        # The magnitude where the entry agrees with the elected sign, and 0 elsewhere.
+        torch.mul(row, elected, out=row).clamp_min_(0.0)
+        if index == 0:
+            torch.sign(row, out=count)
+        else:
+            count.add_(torch.sign(row, out=term))
+        row.mul_(elected).mul_(weight)
+    total = sum_rows(vectors, term)
+    return total.div_(count.clamp_min_(1.0))

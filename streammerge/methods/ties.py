@@ -1,0 +1,94 @@
+"""TIES: trim each task vector, elect a sign per element, average the entries that agree.
+
+Source: Yadav et al. 2023, arXiv:2306.01708, Algorithm 1.
+Follows: peft.utils.merge_utils.ties, on task vectors against the base.
+Differs from PEFT: ties at the threshold follow ``tie_policy``; the scope may be the whole model.
+Differs from the paper: trims per tensor unless ``scope: model``; a zero sum elects plus.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from streammerge.methods.base import (
+    DENSITY,
+    SCOPE,
+    TIE_POLICY,
+    WEIGHT,
+    Locality,
+    MagnitudeTopK,
+    MergeChunk,
+    MergeMethod,
+    Operand,
+    Scope,
+    parameter,
+)
+from streammerge.methods.parts import SignVote, disjoint_mean, elect_sign, trim_
+from streammerge.recipe.types import ParameterKind, ParameterSpec
+from streammerge.reductions.magnitude import TiePolicy
+
+MAJORITY_SIGN_METHOD = ParameterSpec(
+    name="majority_sign_method",
+    kind=ParameterKind.CHOICE,
+    doc="How the sign is elected: by the sum of the kept values, or of their signs.",
+    default=SignVote.TOTAL.value,
+    per_source=False,
+    choices=tuple(vote.value for vote in SignVote),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class TiesParams:
+    """Parameters of ``ties``."""
+
+    weight: tuple[float, ...] = parameter(WEIGHT)
+    """Factor per source; takes no part in the election."""
+    density: tuple[float, ...] = parameter(DENSITY)
+    """Fraction kept per source, in [0, 1]."""
+    majority_sign_method: str = parameter(MAJORITY_SIGN_METHOD)
+    """``total`` or ``frequency``."""
+    scope: str = parameter(SCOPE)
+    """``tensor`` or ``model``."""
+    tie_policy: str = parameter(TIE_POLICY)
+    """``exact``, ``inclusive`` or ``strict``."""
+
+
+def top_k_of(params: TiesParams) -> MagnitudeTopK:
+    """Return the statistic that a trim with these parameters needs."""
+    return MagnitudeTopK(params.density, TiePolicy(params.tie_policy), Scope(params.scope))
+
+
+def ties(chunk: MergeChunk, params: TiesParams) -> Tensor:
+    """Return ``base + disjoint mean of w_i trim(x_i - base)`` under the elected sign."""
+    for row, top in zip(chunk.vectors, chunk.stats, strict=True):
+        trim_(row, top, chunk.block)
+    elected = elect_sign(chunk.vectors, SignVote(params.majority_sign_method), chunk.scratch[:2])
+    merged = disjoint_mean(chunk.vectors, params.weight, elected, chunk.scratch[1:])
+    return chunk.base_plus(merged)
+
+
+METHODS = (
+    MergeMethod(
+        name="ties",
+        summary="Trims task vectors, elects a sign per element, averages what agrees.",
+        reference="Yadav et al. 2023, arXiv:2306.01708",
+        params=TiesParams,
+        operand=Operand.TASK_VECTORS,
+        locality=Locality.ELEMENT,
+        reduction=top_k_of,
+        apply=ties,
+        scratch_rows=3,
+        examples=(
+            {"density": 0.2},
+            {"density": (0.2, 0.7), "weight": (0.6, -0.4)},
+            {"density": 0.0},
+            {"density": 1.0},
+            {"density": 0.5, "majority_sign_method": "frequency"},
+            {"density": 0.2, "tie_policy": "inclusive"},
+            {"density": 0.2, "tie_policy": "strict"},
+            {"density": 0.2, "scope": "model"},
+        ),
+    ),
+)

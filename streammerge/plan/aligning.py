@@ -1,0 +1,202 @@
+"""Which tensors of the inputs belong together, and what is to be done with each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from streammerge.checkpoint.types import Checkpoint, TensorEntry
+from streammerge.dtypes import DType
+from streammerge.errors import (
+    MissingTensorError,
+    RecipeError,
+    ShapeMismatchError,
+    UnsupportedDTypeError,
+)
+from streammerge.plan.types import Action, Setting
+from streammerge.recipe.resolving import Resolved
+from streammerge.recipe.types import BASE, MissingPolicy, Recipe
+
+_LISTED = 10
+"""Names that a message lists before it counts the rest."""
+
+
+@dataclass(frozen=True, slots=True)
+class AlignedTensor:
+    """One output tensor before it has a place."""
+
+    name: str
+    """Its name everywhere."""
+    shape: tuple[int, ...]
+    """Elements per dimension, the same in every input that takes part."""
+    dtype: DType
+    """Element type in the output."""
+    action: Action
+    """What happens to it."""
+    entries: tuple[TensorEntry | None, ...]
+    """One per model; None takes no part."""
+    setting: int
+    """Index into :attr:`Alignment.settings`; -1 for copies."""
+
+
+@dataclass(frozen=True, slots=True)
+class Alignment:
+    """What the inputs and the recipe come to, tensor by tensor."""
+
+    tensors: tuple[AlignedTensor, ...]
+    """Output tensors, in the order of the first model's files."""
+    settings: tuple[Setting, ...]
+    """The distinct parameter values."""
+    dropped: tuple[str, ...]
+    """Names that the recipe drops."""
+    copied_from_base: tuple[str, ...]
+    """Names that ``missing: base`` copies."""
+
+
+def align_tensors(
+    recipe: Recipe,
+    labels: Sequence[str],
+    checkpoints: Sequence[Checkpoint],
+    resolve: Callable[[str], Resolved],
+    *,
+    merges_base: bool,
+) -> Alignment:
+    """Decide about every tensor of every input.
+
+    Args:
+        recipe: What is asked for.
+        labels: How messages name each model; the base first, if there is one.
+        checkpoints: The models, in the same order.
+        resolve: What the recipe says about a tensor name.
+        merges_base: Whether the base's values enter a merge; otherwise a base only lends copies.
+
+    Raises:
+        MissingTensorError: A tensor is not in every input; all of them are listed.
+        ShapeMismatchError: A tensor has two shapes.
+        UnsupportedDTypeError: A tensor is a float in one input and an integer in another.
+        RecipeError: A rule copies a tensor from a model that has none of that name.
+    """
+    return _Aligner(recipe, labels, checkpoints, resolve, merges_base=merges_base).run()
+
+
+class _Aligner:
+    """Holds the tables that the decision about one tensor consults and extends."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        labels: Sequence[str],
+        checkpoints: Sequence[Checkpoint],
+        resolve: Callable[[str], Resolved],
+        *,
+        merges_base: bool,
+    ) -> None:
+        self._recipe = recipe
+        self._labels = labels
+        self._checkpoints = checkpoints
+        self._resolve = resolve
+        self._has_base = recipe.base is not None
+        self._setting_index: dict[tuple[object, ...], int] = {}
+        self._settings: list[Setting] = []
+        self._dropped: list[str] = []
+        self._copied: list[str] = []
+        self._missing: list[str] = []
+        self._first_merged = 1 if self._has_base and not merges_base else 0
+
+    def run(self) -> Alignment:
+        names = dict.fromkeys(name for each in self._checkpoints for name in each.tensors)
+        tensors = [tensor for name in names if (tensor := self._decide(name)) is not None]
+        if self._missing:
+            raise MissingTensorError(_missing_message(self._missing, has_base=self._has_base))
+        return Alignment(
+            tuple(tensors), tuple(self._settings), tuple(self._dropped), tuple(self._copied)
+        )
+
+    def _decide(self, name: str) -> AlignedTensor | None:
+        resolved = self._resolve(name)
+        entries = [each.tensors.get(name) for each in self._checkpoints]
+        if resolved.drop:
+            self._dropped.append(name)
+            return None
+        if resolved.copy is not None:
+            return self._copy_by_rule(name, entries, resolved.copy)
+        merged = range(self._first_merged, len(entries))
+        absent = [self._labels[index] for index in merged if entries[index] is None]
+        if absent:
+            base = entries[0] if self._has_base else None
+            if self._recipe.missing is MissingPolicy.BASE and base is not None:
+                self._copied.append(name)
+                return self._copied_tensor(name, entries, 0)
+            self._missing.append(f"{name} is not in {', '.join(absent)}")
+            return None
+        inputs = tuple(entry if index in merged else None for index, entry in enumerate(entries))
+        first = self._check_shapes(name, inputs)
+        if not all(entry.dtype.is_float for entry in inputs if entry is not None):
+            return self._integers(name, first, inputs)
+        dtype = self._recipe.output.dtype or (entries[0] or first).dtype
+        setting = self._setting(resolved)
+        return AlignedTensor(name, first.shape, dtype, Action.MERGE, inputs, setting)
+
+    def _copy_by_rule(
+        self, name: str, entries: Sequence[TensorEntry | None], copy: int
+    ) -> AlignedTensor:
+        model = 0 if copy == BASE else copy + self._has_base
+        if entries[model] is None:
+            raise RecipeError(
+                f"rules: {name} is to be copied from {self._labels[model]}, which has no such "
+                f"tensor; add a rule before it that drops or merges {name}"
+            )
+        return self._copied_tensor(name, entries, model)
+
+    def _copied_tensor(
+        self, name: str, entries: Sequence[TensorEntry | None], model: int
+    ) -> AlignedTensor:
+        entry = entries[model]
+        assert entry is not None  # noqa: S101 - both callers looked
+        only = tuple(entry if index == model else None for index in range(len(entries)))
+        return AlignedTensor(name, entry.shape, entry.dtype, Action.COPY, only, -1)
+
+    def _check_shapes(self, name: str, inputs: Sequence[TensorEntry | None]) -> TensorEntry:
+        """Return the first input, after checking that all others have its shape."""
+        (first_label, first), *others = self._labelled(inputs)
+        for label, entry in others:
+            if entry.shape != first.shape:
+                raise ShapeMismatchError(
+                    f"{name}: shape {list(first.shape)} in {first_label}, "
+                    f"{list(entry.shape)} in {label}; only equal shapes merge, add a rule "
+                    f"{{tensors: {name!r}, copy: ...}} to take it from one model"
+                )
+        return first
+
+    def _integers(
+        self, name: str, first: TensorEntry, inputs: tuple[TensorEntry | None, ...]
+    ) -> AlignedTensor:
+        (first_label, _), *others = self._labelled(inputs)
+        for label, entry in others:
+            if entry.dtype != first.dtype:
+                raise UnsupportedDTypeError(
+                    f"{name}: {first.dtype} in {first_label}, {entry.dtype} in {label}; "
+                    f"integers are only copied, add a rule {{tensors: {name!r}, copy: ...}}"
+                )
+        return AlignedTensor(name, first.shape, first.dtype, Action.COPY_IF_EQUAL, inputs, -1)
+
+    def _labelled(self, inputs: Sequence[TensorEntry | None]) -> list[tuple[str, TensorEntry]]:
+        pairs = zip(self._labels, inputs, strict=True)
+        return [(label, entry) for label, entry in pairs if entry is not None]
+
+    def _setting(self, resolved: Resolved) -> int:
+        index = self._setting_index.get(resolved.values)
+        if index is None:
+            index = self._setting_index[resolved.values] = len(self._settings)
+            self._settings.append(Setting(resolved.values))
+        return index
+
+
+def _missing_message(missing: list[str], *, has_base: bool) -> str:
+    listed = "".join(f"\n  {line}" for line in missing[:_LISTED])
+    more = f"\n  and {len(missing) - _LISTED} more" if len(missing) > _LISTED else ""
+    remedy = "set `missing: base` to copy such tensors from the base, or " if has_base else ""
+    return (
+        f"{len(missing)} tensor(s) are not in every input:{listed}{more}\n"
+        f"{remedy}add rules that copy or drop them"
+    )

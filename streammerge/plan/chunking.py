@@ -1,0 +1,223 @@
+"""How tensors are cut into chunks, and which bytes each chunk reads.
+
+A chunk is what streams: one aligned piece of a large tensor, or several whole small tensors, in
+every input. It takes one buffer (slot) per input. Everything here is arithmetic on the plan, made
+anew whenever it is needed, so that a plan stays small.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import StrEnum
+
+from streammerge.plan.types import Action, MergePlan, TensorTask
+from streammerge.reductions import BLOCK
+
+_PIECE_ALIGNMENT = 64
+"""Pieces start at multiples of this many bytes of a slot: a cache line, and a multiple of every
+element size."""
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A flat range of one tensor."""
+
+    task: int
+    """Index into :attr:`MergePlan.tasks`."""
+    start: int
+    """First element; a multiple of a block."""
+    numel: int
+    """Elements."""
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """What goes through the pipeline at once."""
+
+    pieces: tuple[Piece, ...]
+    """One piece of a large tensor, or several whole small ones."""
+    models: tuple[int, ...]
+    """The models that are read; each takes one slot."""
+
+
+class Residence(StrEnum):
+    """How the inputs of a tensor are held."""
+
+    PASSING = "passing"
+    """Chunks are independent: each is computed and let go."""
+    RESIDENT = "resident"
+    """All chunks are kept until the statistics are known; every byte is read once."""
+    STREAMED = "streamed"
+    """Too large to keep: the statistics sweep reads everything, the merge reads it again."""
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """A large tensor, or a batch of small ones, with the way it is held."""
+
+    residence: Residence
+    """How the inputs are held."""
+    chunks: tuple[Chunk, ...]
+    """Its chunks in flat order."""
+
+
+@dataclass(frozen=True, slots=True)
+class ReadSpan:
+    """A byte range of one input file that lands in one slot."""
+
+    file: int
+    """Index into :attr:`MergePlan.files`."""
+    offset: int
+    """First byte, from the start of the file."""
+    nbytes: int
+    """Length."""
+    slot_offset: int
+    """Where the first byte lands in the slot."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelRead:
+    """What one slot receives."""
+
+    model: int
+    """Index into :attr:`MergePlan.models`."""
+    spans: tuple[ReadSpan, ...]
+    """What to read, neighbours joined."""
+    placements: tuple[int, ...]
+    """Byte offset of each piece of the chunk in the slot; -1 where the model has no part."""
+
+
+def iter_units(plan: MergePlan, *, statistics: bool) -> Iterator[Unit]:
+    """Yield all work in order.
+
+    Args:
+        plan: The plan.
+        statistics: Whether merges need a statistic of their own tensor first.
+    """
+    batch = _Batch(plan)
+    for index, task in enumerate(plan.tasks):
+        if _fits_one_slot(plan, task):
+            if not batch.fits(task):
+                yield from batch.flush()
+            batch.add(index, task)
+            continue
+        yield from batch.flush()
+        chunks = tuple(_cut(plan, index, task))
+        needs = statistics and task.action is Action.MERGE
+        yield Unit(_residence(plan, chunks) if needs else Residence.PASSING, chunks)
+    yield from batch.flush()
+
+
+def plan_reads(plan: MergePlan, chunk: Chunk) -> tuple[ModelRead, ...]:
+    """Return what each slot of a chunk receives, in the order of :attr:`Chunk.models`."""
+    return tuple(_plan_model_read(plan, chunk, model) for model in chunk.models)
+
+
+def chunk_numel(task: TensorTask, slot_bytes: int) -> int:
+    """Return the elements of this tensor that one slot holds, in whole blocks."""
+    return slot_bytes // widest_input(task) // BLOCK * BLOCK
+
+
+def widest_input(task: TensorTask) -> int:
+    """Return the largest element size among a tensor's inputs, in bytes."""
+    return max(entry.dtype.itemsize for entry in task.inputs if entry is not None)
+
+
+def padded(nbytes: int) -> int:
+    """Return the bytes that a piece takes in a slot, up to the start of the next one."""
+    return -(-nbytes // _PIECE_ALIGNMENT) * _PIECE_ALIGNMENT
+
+
+def reads_twice(plan: MergePlan, task: TensorTask) -> bool:
+    """Return whether a tensor with statistics of its own is too large to be kept."""
+    if _fits_one_slot(plan, task):
+        return False
+    chunks = -(-task.numel // chunk_numel(task, plan.resources.slot_bytes))
+    return chunks * _inputs(task) > plan.resources.slots
+
+
+def _inputs(task: TensorTask) -> int:
+    return sum(entry is not None for entry in task.inputs)
+
+
+def _residence(plan: MergePlan, chunks: tuple[Chunk, ...]) -> Residence:
+    slots = sum(len(chunk.models) for chunk in chunks)
+    return Residence.RESIDENT if slots <= plan.resources.slots else Residence.STREAMED
+
+
+def _fits_one_slot(plan: MergePlan, task: TensorTask) -> bool:
+    return task.numel * widest_input(task) <= plan.resources.slot_bytes
+
+
+def _models(task: TensorTask) -> tuple[int, ...]:
+    return tuple(index for index, entry in enumerate(task.inputs) if entry is not None)
+
+
+def _cut(plan: MergePlan, index: int, task: TensorTask) -> Iterator[Chunk]:
+    step = chunk_numel(task, plan.resources.slot_bytes)
+    for start in range(0, task.numel, step):
+        yield Chunk((Piece(index, start, min(step, task.numel - start)),), _models(task))
+
+
+class _Batch:
+    """Collects small tensors until a slot or an output buffer is full."""
+
+    def __init__(self, plan: MergePlan) -> None:
+        self._resources = plan.resources
+        self._clear()
+
+    def _clear(self) -> None:
+        self._pieces: list[Piece] = []
+        self._models: set[int] = set()
+        self._input_bytes = 0
+        self._output_bytes = 0
+
+    def fits(self, task: TensorTask) -> bool:
+        return (
+            self._input_bytes + padded(task.numel * widest_input(task))
+            <= self._resources.slot_bytes
+            and self._output_bytes + padded(task.numel * task.dtype.itemsize)
+            <= self._resources.output_slot_bytes
+        )
+
+    def add(self, index: int, task: TensorTask) -> None:
+        self._pieces.append(Piece(index, 0, task.numel))
+        self._models.update(_models(task))
+        self._input_bytes += padded(task.numel * widest_input(task))
+        self._output_bytes += padded(task.numel * task.dtype.itemsize)
+
+    def flush(self) -> Iterator[Unit]:
+        if self._pieces:
+            chunk = Chunk(tuple(self._pieces), tuple(sorted(self._models)))
+            yield Unit(Residence.PASSING, (chunk,))
+        self._clear()
+
+
+def _plan_model_read(plan: MergePlan, chunk: Chunk, model: int) -> ModelRead:
+    spans: list[ReadSpan] = []
+    placements = []
+    cursor = 0
+    for piece in chunk.pieces:
+        entry = plan.tasks[piece.task].inputs[model]
+        if entry is None:
+            placements.append(-1)
+            continue
+        itemsize = entry.dtype.itemsize
+        offset = entry.offset + piece.start * itemsize
+        nbytes = piece.numel * itemsize
+        last = spans[-1] if spans else None
+        follows = last is not None and (last.file, last.offset + last.nbytes) == (
+            entry.file,
+            offset,
+        )
+        # Neighbours in the file become one request, unless that would misalign the elements.
+        if last is not None and follows and cursor % itemsize == 0:
+            spans[-1] = ReadSpan(last.file, last.offset, last.nbytes + nbytes, last.slot_offset)
+        else:
+            cursor = padded(cursor)
+            if nbytes:
+                spans.append(ReadSpan(entry.file, offset, nbytes, cursor))
+        placements.append(cursor)
+        cursor += nbytes
+    return ModelRead(model, tuple(spans), tuple(placements))

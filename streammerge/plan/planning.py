@@ -1,0 +1,311 @@
+"""From a recipe and the headers of its inputs to a plan, or to the reason why there is none."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from streammerge.checkpoint.types import Checkpoint
+from streammerge.dtypes import DType
+from streammerge.errors import RecipeError, suggestion
+from streammerge.methods import discover_methods
+from streammerge.methods.base import MergeMethod, Operand, Scope
+from streammerge.plan.aligning import AlignedTensor, Alignment, align_tensors
+from streammerge.plan.budgeting import Demand, choose_resources
+from streammerge.plan.chunking import reads_twice
+from streammerge.plan.layout import plan_layout
+from streammerge.plan.types import (
+    PLAN_VERSION,
+    Action,
+    InputFile,
+    InputModel,
+    MergePlan,
+    OutputLayout,
+    Setting,
+    TensorInput,
+    TensorTask,
+)
+from streammerge.recipe.parsing import dump_recipe
+from streammerge.recipe.resolving import build_resolver
+from streammerge.recipe.types import ComputeDType, NonFinitePolicy, Recipe
+from streammerge.reductions import count_blocks
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """What the plan may use."""
+
+    budget: int
+    """Most private memory the process may have, in bytes."""
+    baseline: int
+    """Private memory of the process before work starts, in bytes."""
+    workers: int
+    """Compute threads."""
+    readers: int
+    """Reading threads."""
+    writers: int
+    """Writing threads."""
+
+
+def find_method(name: str) -> MergeMethod:
+    """Return the method of that name.
+
+    Raises:
+        RecipeError: There is none.
+    """
+    methods = discover_methods()
+    if name not in methods:
+        raise RecipeError(f'there is no method "{name}"{suggestion(name, methods)}')
+    return methods[name]
+
+
+def plan_merge(
+    recipe: Recipe, base: Checkpoint | None, sources: Sequence[Checkpoint], machine: Machine
+) -> MergePlan:
+    """Decide everything about a merge.
+
+    Args:
+        recipe: What is asked for.
+        base: The base's headers; None without one.
+        sources: The sources' headers, in recipe order.
+        machine: What may be used.
+
+    Raises:
+        RecipeError: The method cannot do what the recipe asks.
+        CheckpointError: The inputs do not belong together.
+        MemoryBudgetError: The job does not fit.
+    """
+    method = find_method(recipe.method)
+    if method.operand is Operand.TASK_VECTORS and base is None:
+        raise RecipeError(
+            f"base: {method.name} merges task vectors and needs the model that the sources were "
+            "tuned from; add `base: PATH`"
+        )
+    checkpoints = [*([base] if base is not None else []), *sources]
+    models = _models(recipe)
+    alignment = align_tensors(
+        recipe,
+        [f"{model.label} ({model.path})" for model in models],
+        checkpoints,
+        build_resolver(recipe, method.parameters),
+        merges_base=method.operand is Operand.TASK_VECTORS,
+    )
+    model_scope = _check_settings(method, alignment, len(sources))
+    layout, places = plan_layout(alignment.tensors, recipe.output.max_shard_bytes)
+    files, file_index = _files(checkpoints)
+    tasks = _tasks(alignment.tensors, places, file_index, model_scope=model_scope)
+    demand = _demand(recipe, method, tasks, alignment.settings, model_scope=model_scope)
+    resources, memory = choose_resources(
+        demand,
+        budget=machine.budget,
+        baseline=machine.baseline,
+        workers=machine.workers,
+        readers=machine.readers,
+        writers=machine.writers,
+    )
+    # The order of work is that of the files, the order of the layout that of the names.
+    order = _work_order(tasks)
+    plan = MergePlan(
+        version=PLAN_VERSION,
+        method=method.name,
+        semantics=recipe.semantics.value,
+        recipe=dump_recipe(recipe),
+        seed=recipe.seed,
+        keep_non_finite=recipe.non_finite is NonFinitePolicy.KEEP,
+        compute_dtype=_compute_dtype(recipe),
+        has_base=base is not None,
+        models=models,
+        files=files,
+        settings=alignment.settings,
+        tasks=tuple(tasks[index] for index in order),
+        model_scope=model_scope,
+        layout=_reordered(layout, order),
+        resources=resources,
+        memory=memory,
+        bytes_to_read=0,
+        input_nbytes=demand.input_nbytes,
+        dropped=alignment.dropped,
+        copied_from_base=alignment.copied_from_base,
+    )
+    return _with_reads(plan, has_statistics=demand.statistic_sources > 0)
+
+
+def params_of(method: MergeMethod, setting: Setting) -> Any:
+    """Return a method's parameter dataclass for one setting."""
+    return method.params(**dict(setting.values))
+
+
+def _models(recipe: Recipe) -> tuple[InputModel, ...]:
+    base = [] if recipe.base is None else [InputModel("base", str(recipe.base))]
+    sources = [
+        InputModel(f"sources[{index}]", str(source.path))
+        for index, source in enumerate(recipe.sources)
+    ]
+    return (*base, *sources)
+
+
+def _compute_dtype(recipe: Recipe) -> DType:
+    return DType.F64 if recipe.compute_dtype is ComputeDType.FLOAT64 else DType.F32
+
+
+def _check_settings(method: MergeMethod, alignment: Alignment, n_sources: int) -> bool:
+    """Check what concerns several parameters at once; return whether statistics span the model."""
+    scopes = set()
+    densities = set()
+    for setting in alignment.settings:
+        values = dict(setting.values)
+        weights = values.get("weight")
+        # A sum of exactly zero divides; a sum that only rounds to zero is the user's own number.
+        if values.get("normalize") is True and isinstance(weights, tuple) and sum(weights) == 0:  # type: ignore[arg-type]
+            raise RecipeError(
+                f"weight: the {n_sources} weights {list(weights)} sum to 0, and {method.name} "
+                "divides by the sum; change them or set `normalize: false`"
+            )
+        need = method.reduction(params_of(method, setting))
+        if need is not None:
+            scopes.add(need.scope)
+            densities.add(need.densities)
+    if scopes != {Scope.MODEL}:
+        return False
+    if len(densities) > 1:
+        raise RecipeError(
+            f"rules: {len(densities)} different densities under `scope: model`, where one "
+            "threshold per source covers the whole model; remove the density from the rules or "
+            "set `scope: tensor`"
+        )
+    return True
+
+
+def _files(
+    checkpoints: Sequence[Checkpoint],
+) -> tuple[tuple[InputFile, ...], list[list[int]]]:
+    """Number all files; a file that two models share is one file."""
+    numbers: dict[str, int] = {}
+    files: list[InputFile] = []
+    index = []
+    for checkpoint in checkpoints:
+        row = []
+        for file in checkpoint.files:
+            path = str(file.path)
+            if path not in numbers:
+                numbers[path] = len(files)
+                files.append(InputFile(path, file.nbytes, file.mtime_ns, file.header_digest))
+            row.append(numbers[path])
+        index.append(row)
+    return tuple(files), index
+
+
+def _tasks(
+    tensors: Sequence[AlignedTensor],
+    places: Sequence[tuple[int, int]],
+    file_index: Sequence[Sequence[int]],
+    *,
+    model_scope: bool,
+) -> list[TensorTask]:
+    scope_blocks = _scope_blocks(tensors) if model_scope else {}
+    tasks = []
+    for tensor, (shard, offset) in zip(tensors, places, strict=True):
+        inputs = tuple(
+            None
+            if entry is None
+            else TensorInput(file_index[model][entry.file], entry.offset, entry.dtype)
+            for model, entry in enumerate(tensor.entries)
+        )
+        present = next(entry for entry in tensor.entries if entry is not None)
+        tasks.append(
+            TensorTask(
+                name=tensor.name,
+                shape=tensor.shape,
+                numel=present.numel,
+                dtype=tensor.dtype,
+                action=tensor.action,
+                inputs=inputs,
+                setting=tensor.setting,
+                scope_block=scope_blocks.get(tensor.name, 0),
+                shard=shard,
+                offset=offset,
+            )
+        )
+    return tasks
+
+
+def _scope_blocks(tensors: Sequence[AlignedTensor]) -> dict[str, int]:
+    """Number the blocks of all merged tensors through, in the order of their sorted names."""
+    merged = {tensor.name: tensor for tensor in tensors if tensor.action is Action.MERGE}
+    first = {}
+    cursor = 0
+    for name in sorted(merged):
+        first[name] = cursor
+        present = next(entry for entry in merged[name].entries if entry is not None)
+        cursor += count_blocks(present.numel)
+    return first
+
+
+def _work_order(tasks: Sequence[TensorTask]) -> list[int]:
+    def first_read(index: int) -> tuple[int, int]:
+        entry = next(entry for entry in tasks[index].inputs if entry is not None)
+        return entry.file, entry.offset
+
+    return sorted(range(len(tasks)), key=first_read)
+
+
+def _reordered(layout: OutputLayout, order: Sequence[int]) -> OutputLayout:
+    """Let the layout refer to tasks by their place in the order of work."""
+    place = {old: new for new, old in enumerate(order)}
+    shards = tuple(
+        type(shard)(
+            shard.name,
+            shard.header_nbytes,
+            shard.data_nbytes,
+            tuple(place[index] for index in shard.tasks),
+        )
+        for shard in layout.shards
+    )
+    return OutputLayout(shards, layout.index_name)
+
+
+def _demand(
+    recipe: Recipe,
+    method: MergeMethod,
+    tasks: Sequence[TensorTask],
+    settings: Sequence[Setting],
+    *,
+    model_scope: bool,
+) -> Demand:
+    merged = [task for task in tasks if task.action is Action.MERGE]
+    needs = any(method.reduction(params_of(method, setting)) for setting in settings)
+    n_sources = len(recipe.sources)
+    widest = {id(task): _widest(task) for task in tasks}
+    numels = [task.numel for task in merged] or [0]
+    return Demand(
+        inputs=max((sum(e is not None for e in task.inputs) for task in tasks), default=1),
+        input_itemsize=max(widest.values(), default=1),
+        output_ratio=max((task.dtype.itemsize / widest[id(task)] for task in merged), default=0.0),
+        # Sources, base, the method's scratch, and one row of magnitudes for the reduction.
+        compute_rows=n_sources + 1 + method.scratch_rows + 1,
+        compute_itemsize=_compute_dtype(recipe).itemsize,
+        statistic_sources=n_sources if needs else 0,
+        statistic_numel=sum(numels) if model_scope else max(numels),
+        resident_nbytes=0
+        if model_scope or not needs
+        else max((_input_nbytes(task) for task in merged), default=0),
+        input_nbytes=sum(_input_nbytes(task) for task in tasks),
+    )
+
+
+def _widest(task: TensorTask) -> int:
+    return max(entry.dtype.itemsize for entry in task.inputs if entry is not None)
+
+
+def _input_nbytes(task: TensorTask) -> int:
+    return sum(task.numel * entry.dtype.itemsize for entry in task.inputs if entry is not None)
+
+
+def _with_reads(plan: MergePlan, *, has_statistics: bool) -> MergePlan:
+    """Fill in the bytes that the chosen cut reads."""
+    twice = 0
+    for task in plan.tasks if has_statistics else ():
+        if task.action is Action.MERGE and (plan.model_scope or reads_twice(plan, task)):
+            twice += _input_nbytes(task)
+    return replace(plan, bytes_to_read=plan.input_nbytes + twice)

@@ -1,0 +1,104 @@
+"""A plan as a table that a person can read."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from streammerge.plan.types import Action, MergePlan
+from streammerge.units import format_size
+
+_SHOWN_SETTINGS = 5
+
+
+def render_plan(plan: MergePlan) -> str:
+    """Return the plan in about twenty lines."""
+    rows: list[tuple[str, str]] = [
+        ("method", f"{plan.method} ({plan.semantics} semantics), computed in {plan.compute_dtype}")
+    ]
+    rows += [(model.label, model.path) for model in plan.models]
+    rows += _tensor_rows(plan)
+    rows += _setting_rows(plan)
+    twice = plan.bytes_to_read - plan.input_nbytes
+    again = f", {format_size(twice)} of it a second time for statistics" if twice else ""
+    rows.append(("passes", _passes(plan, twice)))
+    rows.append(("read", f"{format_size(plan.bytes_to_read)}{again}"))
+    shards = len(plan.layout.shards)
+    rows.append(("write", f"{format_size(plan.bytes_to_write)} in {shards} shard(s)"))
+    resources = plan.resources
+    rows.append(
+        (
+            "pipeline",
+            (
+                f"{resources.readers} readers, {resources.workers} workers, "
+                f"{resources.writers} writers; "
+                f"{resources.slots} buffers of {format_size(resources.slot_bytes)}"
+            ),
+        )
+    )
+    memory = plan.memory
+    parts = {
+        "in use before": memory.baseline,
+        "growth": memory.growth,
+        "inputs": memory.inputs,
+        "outputs": memory.outputs,
+        "scratch": memory.scratch,
+        "statistics": memory.statistics,
+    }
+    rows.append(
+        (
+            "peak memory",
+            f"{format_size(memory.peak)} of {format_size(memory.budget)}: "
+            + ", ".join(f"{name} {format_size(size)}" for name, size in parts.items() if size),
+        )
+    )
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+
+def _tensor_rows(plan: MergePlan) -> list[tuple[str, str]]:
+    actions = Counter(task.action for task in plan.tasks)
+    dtypes = Counter(str(task.dtype) for task in plan.tasks)
+    parts = [f"{actions[action]} {_DONE[action]}" for action in Action if actions[action]]
+    if plan.dropped:
+        parts.append(f"{len(plan.dropped)} dropped")
+    rows = [
+        ("tensors", f"{', '.join(parts)}; stored as {', '.join(sorted(dtypes))}"),
+        ("parameters", f"{sum(task.numel for task in plan.tasks):,}"),
+    ]
+    if plan.copied_from_base:
+        names = ", ".join(plan.copied_from_base[:_SHOWN_SETTINGS])
+        rows.append(("from base", f"{len(plan.copied_from_base)} missing elsewhere: {names}"))
+    return rows
+
+
+_DONE = {
+    Action.MERGE: "merged",
+    Action.COPY: "copied",
+    Action.COPY_IF_EQUAL: "copied if equal everywhere",
+}
+
+
+def _setting_rows(plan: MergePlan) -> list[tuple[str, str]]:
+    uses = Counter(task.setting for task in plan.tasks)
+    rows = []
+    for index, setting in list(enumerate(plan.settings))[:_SHOWN_SETTINGS]:
+        values = ", ".join(f"{name}={_value(value)}" for name, value in setting.values)
+        rows.append(("settings", f"{values} for {uses[index]} tensor(s)"))
+    if len(plan.settings) > _SHOWN_SETTINGS:
+        rows.append(("", f"and {len(plan.settings) - _SHOWN_SETTINGS} more"))
+    return rows
+
+
+def _value(value: object) -> str:
+    if isinstance(value, tuple):
+        distinct = set(value)
+        return str(value[0]) if len(distinct) == 1 else f"[{', '.join(map(str, value))}]"
+    return str(value)
+
+
+def _passes(plan: MergePlan, twice: int) -> str:
+    if plan.model_scope:
+        return "2: one over the whole model for its thresholds, one to merge"
+    if twice:
+        return "2 for tensors too large to be kept, 1 for the others"
+    return "1: every input byte is read once"

@@ -1,0 +1,241 @@
+"""The plan of a merge: plain frozen data, decided from headers alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from streammerge.dtypes import DType
+
+PLAN_VERSION = 1
+"""Raised when the meaning of a field changes, so that an old plan is never run by new code."""
+
+
+class Action(StrEnum):
+    """What happens to one output tensor."""
+
+    MERGE = "merge"
+    """The method is applied to all inputs."""
+    COPY = "copy"
+    """The bytes of the one present input are copied."""
+    COPY_IF_EQUAL = "copy if equal"
+    """Integers and bool: copied when every input holds the same bytes, refused otherwise."""
+
+
+@dataclass(frozen=True, slots=True)
+class InputModel:
+    """One checkpoint that takes part: the base, or a source."""
+
+    label: str
+    """``"base"`` or ``"sources[0]"``, as messages name it."""
+    path: str
+    """Where it is, as the recipe spells it."""
+
+
+@dataclass(frozen=True, slots=True)
+class InputFile:
+    """One file that will be read, with what identifies it."""
+
+    path: str
+    """Absolute path."""
+    nbytes: int
+    """Size in bytes when it was planned."""
+    mtime_ns: int
+    """Modification time when it was planned, in nanoseconds since the epoch."""
+    header_digest: str
+    """BLAKE2b-128 of the header, in hex."""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInput:
+    """Where one input of a tensor lies."""
+
+    file: int
+    """Index into :attr:`MergePlan.files`."""
+    offset: int
+    """First byte, from the start of the file."""
+    dtype: DType
+    """Stored element type."""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorTask:
+    """One output tensor: what it is made of, and where it goes."""
+
+    name: str
+    """Name in the output and in every input."""
+    shape: tuple[int, ...]
+    """Elements per dimension."""
+    numel: int
+    """Elements."""
+    dtype: DType
+    """Stored element type in the output."""
+    action: Action
+    """What happens to it."""
+    inputs: tuple[TensorInput | None, ...]
+    """One per model in :attr:`MergePlan.models`; None means that it takes no part."""
+    setting: int
+    """Index into :attr:`MergePlan.settings`; -1 for copies."""
+    scope_block: int
+    """First block of this tensor in its scope's count of blocks; 0 for scope ``tensor``."""
+    shard: int
+    """Index into :attr:`OutputLayout.shards`."""
+    offset: int
+    """First byte of the data, from the start of the output file."""
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """Parameter values that a set of tensors shares."""
+
+    values: tuple[tuple[str, float | bool | str | tuple[float | bool | str, ...]], ...]
+    """(name, value); a tuple holds one value per source."""
+
+
+@dataclass(frozen=True, slots=True)
+class OutputShard:
+    """One output file."""
+
+    name: str
+    """File name."""
+    header_nbytes: int
+    """Bytes before the tensor data: the length field, the JSON and its padding."""
+    data_nbytes: int
+    """Bytes of tensor data."""
+    tasks: tuple[int, ...]
+    """Tasks stored here, in the order of their data."""
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the file."""
+        return self.header_nbytes + self.data_nbytes
+
+
+@dataclass(frozen=True, slots=True)
+class OutputLayout:
+    """Every output file, to the byte."""
+
+    shards: tuple[OutputShard, ...]
+    """The files, in name order."""
+    index_name: str | None
+    """Name of the index file; None for a single shard."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all shards."""
+        return sum(shard.nbytes for shard in self.shards)
+
+
+@dataclass(frozen=True, slots=True)
+class Resources:
+    """How the work is cut and what may run at once. It changes speed and memory, never a bit."""
+
+    slot_bytes: int
+    """Size of one input buffer; a chunk takes one per input. A multiple of a block's bytes."""
+    slots: int
+    """Number of input buffers."""
+    output_slot_bytes: int
+    """Size of one output buffer."""
+    output_slots: int
+    """Number of output buffers."""
+    statistics_bytes: int
+    """Room for the statistics of tensors in flight, in bytes."""
+    readers: int
+    """Threads that read."""
+    workers: int
+    """Threads that compute."""
+    writers: int
+    """Threads that write."""
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryProjection:
+    """The peak of private memory, part by part, in bytes."""
+
+    baseline: int
+    """The process before work starts, interpreter and torch and plan included."""
+    growth: int
+    """Thread stacks, allocator slack and small objects that come with the work."""
+    inputs: int
+    """Input buffers."""
+    outputs: int
+    """Output buffers."""
+    scratch: int
+    """Per-worker blocks."""
+    statistics: int
+    """Statistics of tensors in flight."""
+    budget: int
+    """What the user allows in all."""
+
+    @property
+    def peak(self) -> int:
+        """The sum of the parts; never above the budget."""
+        return (
+            self.baseline
+            + self.growth
+            + self.inputs
+            + self.outputs
+            + self.scratch
+            + self.statistics
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class MergePlan:
+    """Everything that a merge will do, decided before any tensor byte is read."""
+
+    version: int
+    """:data:`PLAN_VERSION` of the code that made it."""
+    method: str
+    """Name of the merge method."""
+    semantics: str
+    """Whose definition of it."""
+    recipe: str
+    """The recipe in canonical YAML."""
+    seed: int
+    """Seed of the random masks."""
+    keep_non_finite: bool
+    """Whether NaN and infinity in inputs are let through."""
+    compute_dtype: DType
+    """F32 or F64."""
+    has_base: bool
+    """Whether the first model is the base."""
+    models: tuple[InputModel, ...]
+    """The base, if any, then the sources."""
+    files: tuple[InputFile, ...]
+    """Every file that may be read."""
+    settings: tuple[Setting, ...]
+    """Parameter values."""
+    tasks: tuple[TensorTask, ...]
+    """Output tensors in the order of work: that of the first model's files."""
+    model_scope: bool
+    """Whether statistics cover the whole model, which adds a sweep over all inputs."""
+    layout: OutputLayout
+    """The output files."""
+    resources: Resources
+    """How the work is cut."""
+    memory: MemoryProjection
+    """What that costs."""
+    bytes_to_read: int
+    """Bytes of tensor data that will be read, re-reads included."""
+    input_nbytes: int
+    """Bytes of all tensors that take part, each once."""
+    dropped: tuple[str, ...]
+    """Names of input tensors that the recipe drops."""
+    copied_from_base: tuple[str, ...]
+    """Tensors that some source lacks and ``missing: base`` therefore copies."""
+
+    @property
+    def bytes_to_write(self) -> int:
+        """Bytes of all output shards."""
+        return self.layout.nbytes
+
+    def label(self, model: int) -> str:
+        """Return how messages name a model: ``"base (models/base)"``."""
+        return f"{self.models[model].label} ({self.models[model].path})"
+
+    def __str__(self) -> str:
+        """Return the plan as a table for people."""
+        from streammerge.plan.rendering import render_plan  # noqa: PLC0415 - it reads this type
+
+        return render_plan(self)

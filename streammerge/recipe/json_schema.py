@@ -1,0 +1,147 @@
+"""The recipe's JSON Schema, with which editors complete and explain its keys.
+
+The shape comes from the models that the parser checks with, the parameters from the methods. Each
+method has closed definitions of its own for ``parameters``, a source and a rule, chosen by
+``method``: an editor that knows the method offers its parameters and nothing else.
+
+A schema cannot count: that a list has one value per source and that ``copy`` names an existing
+source is checked by the parser alone. Everything else it refuses, the parser refuses too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from streammerge.recipe.resolving import Place, may_stand
+from streammerge.recipe.schema import RecipeDocument
+from streammerge.recipe.types import ParameterKind, ParameterSpec
+
+JsonSchema = dict[str, Any]
+"""A schema, or a part of one, as plain JSON values."""
+
+
+def recipe_json_schema(methods: Mapping[str, tuple[ParameterSpec, ...]]) -> JsonSchema:
+    """Return the JSON Schema, draft 2020-12, of a recipe that uses one of ``methods``.
+
+    Args:
+        methods: Every known method's parameters.
+    """
+    schema = _without_titles(RecipeDocument.model_json_schema())
+    shapes = schema.pop("$defs")
+    properties = schema["properties"]
+    source, rule = shapes.pop("SourceDocument"), shapes.pop("RuleDocument")
+    # What the method decides is closed in its own definitions; here it must stay open to them.
+    properties["method"]["enum"] = sorted(methods)
+    properties["sources"]["items"] = {"type": "object"}
+    properties["rules"]["items"] = {"type": "object"}
+    for name, specs in methods.items():
+        shapes[f"{name}.parameters"] = _parameters(specs)
+        shapes[f"{name}.source"] = _with_parameters(source, specs, Place.SOURCE)
+        shapes[f"{name}.rule"] = _rule(rule, specs)
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "streammerge recipe",
+        **schema,
+        "allOf": [*(_choice(name, methods[name]) for name in sorted(methods)), *_base_needed()],
+        "$defs": shapes,
+    }
+
+
+def _without_titles(schema: Any) -> Any:
+    """Return ``schema`` without pydantic's titles, which repeat the keys; no key is a title."""
+    if isinstance(schema, dict):
+        return {key: _without_titles(value) for key, value in schema.items() if key != "title"}
+    return [_without_titles(value) for value in schema] if isinstance(schema, list) else schema
+
+
+def _choice(method: str, specs: tuple[ParameterSpec, ...]) -> JsonSchema:
+    """Return what holds for the document once its method is known."""
+    chosen: JsonSchema = {
+        "properties": {
+            "parameters": {"$ref": f"#/$defs/{method}.parameters"},
+            "sources": {"items": {"$ref": f"#/$defs/{method}.source"}},
+            "rules": {"items": {"$ref": f"#/$defs/{method}.rule"}},
+        }
+    }
+    required = [_given(spec) for spec in specs if spec.default is None]
+    if required:
+        chosen["allOf"] = required
+    return {
+        "if": {"properties": {"method": {"const": method}}, "required": ["method"]},
+        "then": chosen,
+    }
+
+
+def _given(spec: ParameterSpec) -> JsonSchema:
+    """Return that a parameter without a default is given: for all sources, or for each."""
+    for_all = {
+        "properties": {"parameters": {"required": [spec.name]}},
+        "required": ["parameters"],
+    }
+    if not spec.per_source:
+        return for_all
+    for_each = {"properties": {"sources": {"items": {"required": [spec.name]}}}}
+    return {"anyOf": [for_all, for_each]}
+
+
+def _parameters(specs: tuple[ParameterSpec, ...]) -> JsonSchema:
+    """Return the closed mapping of a method's parameters for all tensors."""
+    properties = {spec.name: _value(spec, Place.RECIPE) for spec in specs}
+    for spec in specs:
+        if spec.default is not None:
+            properties[spec.name]["default"] = spec.default
+    return {"type": "object", "properties": properties, "additionalProperties": False}
+
+
+def _with_parameters(
+    shape: JsonSchema, specs: tuple[ParameterSpec, ...], place: Place
+) -> JsonSchema:
+    """Return a closed source or rule with the parameters that may stand beside its own keys."""
+    parameters = {spec.name: _value(spec, place) for spec in specs if may_stand(spec, place)}
+    return shape | {"properties": shape["properties"] | parameters}
+
+
+def _rule(shape: JsonSchema, specs: tuple[ParameterSpec, ...]) -> JsonSchema:
+    """Return a rule that does exactly one thing: copy, drop, or change parameters."""
+    copies = {"properties": {"copy": {"not": {"type": "null"}}}, "required": ["copy"]}
+    drops = {"properties": {"drop": {"const": True}}, "required": ["drop"]}
+    changes = [{"required": [spec.name]} for spec in specs if may_stand(spec, Place.RULE)]
+    own_keys = {"propertyNames": {"enum": list(Place.RULE.value)}}
+    return _with_parameters(shape, specs, Place.RULE) | {
+        "anyOf": [copies, drops, *changes],
+        "allOf": [
+            {"not": {"allOf": [copies, drops]}},
+            {"if": {"anyOf": [copies, drops]}, "then": own_keys},
+        ],
+    }
+
+
+def _value(spec: ParameterSpec, place: Place) -> JsonSchema:
+    """Return a parameter's value: one, or outside of a source also a list with one per source."""
+    match spec.kind:
+        case ParameterKind.FLOAT:
+            one: JsonSchema = {"type": "number"}
+            if spec.minimum is not None:
+                one["minimum"] = spec.minimum
+            if spec.maximum is not None:
+                one["maximum"] = spec.maximum
+        case ParameterKind.BOOL:
+            one = {"type": "boolean"}
+        case ParameterKind.CHOICE:
+            one = {"type": "string", "enum": list(spec.choices)}
+    if not spec.per_source or place is Place.SOURCE:
+        return {"description": spec.doc, **one}
+    each = {"type": "array", "items": one, "minItems": 1}
+    return {"description": f"{spec.doc} A list has one value per source.", "anyOf": [one, each]}
+
+
+def _base_needed() -> list[JsonSchema]:
+    """Return that whatever takes tensors from the base requires that there is one."""
+    copies = {"properties": {"copy": {"const": "base"}}, "required": ["copy"]}
+    conditions = [
+        {"properties": {"rules": {"contains": copies}}, "required": ["rules"]},
+        {"properties": {"missing": {"const": "base"}}, "required": ["missing"]},
+    ]
+    there = {"properties": {"base": {"type": "string"}}, "required": ["base"]}
+    return [{"if": condition, "then": there} for condition in conditions]

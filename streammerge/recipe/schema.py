@@ -1,0 +1,373 @@
+"""The shape of the recipe document: its keys, their types, ranges and defaults.
+
+Only the keys that every method shares are known here. The parameters of a method stand beside them
+in ``sources`` and ``rules``; the parser takes them out first and checks them against the method, so
+that these models can refuse every other key.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Iterable
+from enum import StrEnum
+from typing import Annotated, TypeVar
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    WithJsonSchema,
+)
+from pydantic_core import ErrorDetails, PydanticCustomError
+
+from streammerge.dtypes import DTYPES_BY_TORCH_NAME, DType
+from streammerge.errors import RecipeError, suggestion
+from streammerge.recipe.types import (
+    BASE,
+    ComputeDType,
+    MissingPolicy,
+    NonFinitePolicy,
+    Semantics,
+)
+from streammerge.units import parse_size
+
+_Word = TypeVar("_Word", bound=StrEnum)
+
+MAX_SEED = 2**64 - 1
+"""The random generator's key has 64 bits."""
+MAX_SHARD_BYTES = 2**63 - 1
+"""The largest file offset."""
+MAX_SHOWN_CHARACTERS = 60
+"""How much of a wrong value a message repeats."""
+MERGEKIT_KEYS = {
+    "merge_method": 'the native key is "method"',
+    "models": 'the native key is "sources", a list of {path, weight, ...}',
+    "slices": 'there is no native key; "sources" merges whole models',
+    "modules": 'there is no native key; "sources" merges whole models',
+    "base_model": 'the native key is "base"',
+    "dtype": 'the native keys are "compute_dtype" and "output.dtype"',
+    "out_dtype": 'the native key is "output.dtype"',
+    "tokenizer": "there is no native key",
+    "tokenizer_source": "there is no native key",
+    "chat_template": "there is no native key",
+    "model": 'the native key is "path"',
+}
+"""Keys of mergekit's recipes, with what streammerge's own recipes say instead."""
+MERGEKIT_MARKERS = frozenset({"merge_method", "models", "slices", "modules"})
+"""Top-level keys that only a recipe for mergekit has."""
+
+
+def check_frame(frame: dict[object, object], *, parameter_names: Iterable[str]) -> RecipeDocument:
+    """Return the typed document, without the parameters of its method.
+
+    Args:
+        frame: The document, its method parameters taken out.
+        parameter_names: The method's parameters, to say where one at the top level belongs.
+
+    Raises:
+        RecipeError: Some key is unknown, missing, of a wrong type or out of range; one line for each.
+    """
+    try:
+        return RecipeDocument.model_validate(frame)
+    except ValidationError as error:
+        names = frozenset(parameter_names)
+        lines = [_describe(details, names) for details in error.errors(include_url=False)]
+        raise RecipeError("\n".join(lines)) from error
+
+
+def shown(value: object) -> str:
+    """Return ``value`` as a message repeats it: on one line, short, and as YAML would spell it."""
+    match value:
+        case None | bool():
+            return json.dumps(value)
+        case str():
+            short = value if len(value) <= MAX_SHOWN_CHARACTERS else f"{value[:57]}..."
+            # Escaping what is not printable keeps a message on one line and fit for any terminal.
+            return json.dumps(short, ensure_ascii=not short.isprintable())
+        case int() if value.bit_length() > 256:
+            return f"an integer of {value.bit_length()} bits"
+        case int() | float():
+            return str(value)
+        case list() | tuple():
+            return f"a list of {len(value)}"
+        case dict():
+            return "a mapping"
+        case _:
+            return f"a {type(value).__name__}"
+
+
+def key_path(*steps: object) -> str:
+    """Return the path of a key as messages write it: ``sources[2].weight``."""
+    path = ""
+    for step in steps:
+        if isinstance(step, int) and not isinstance(step, bool):
+            path += f"[{step}]"
+        else:
+            plain = isinstance(step, str) and re.fullmatch(r"[\w.-]{1,60}", step)
+            path += ("." if path else "") + (str(step) if plain else shown(step))
+    return path
+
+
+def refuse_choice(value: object, words: Iterable[str]) -> str:
+    """Return what is wrong with a ``value`` that is none of the ``words``."""
+    known = tuple(words)
+    guess = suggestion(value, known) if isinstance(value, str) else ""
+    # The known words stand in the message already; only a near miss adds something.
+    guess = guess if "did you mean" in guess else ""
+    return f"expected {' or '.join(known)}, got {shown(value)}{guess}"
+
+
+def unknown_key(key: object, known: Iterable[str]) -> str:
+    """Return what is wrong with a ``key`` that is none of the ``known`` ones."""
+    if isinstance(key, str) and key in MERGEKIT_KEYS:
+        return mergekit_key(key)
+    return f"unknown key{suggestion(key if isinstance(key, str) else shown(key), known)}"
+
+
+def mergekit_key(key: str) -> str:
+    """Return what to write instead of a ``key`` of mergekit's recipes."""
+    return f"this key belongs to mergekit's dialect; {MERGEKIT_KEYS[key]}"
+
+
+def refuse_number(value: object, minimum: float | None, maximum: float | None) -> str | None:
+    """Return what is wrong with ``value`` as a finite number in a range, or None if nothing is."""
+    expected = "a number"
+    if minimum is not None and maximum is not None:
+        expected = f"a number in [{minimum:g}, {maximum:g}]"
+    elif minimum is not None:
+        expected = f"a number of at least {minimum:g}"
+    elif maximum is not None:
+        expected = f"a number of at most {maximum:g}"
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return f"expected {expected}, got {shown(value)}"
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        return f"expected {expected.replace('a number', 'a finite number', 1)}, got {shown(value)}"
+    below = minimum is not None and number < minimum
+    above = maximum is not None and number > maximum
+    return f"expected {expected}, got {shown(value)}" if below or above else None
+
+
+def _word_of(words: type[_Word]) -> Callable[[object], _Word]:
+    """Return a validator that turns a word into its member of ``words``."""
+
+    def parse(value: object) -> _Word:
+        if isinstance(value, str) and value in frozenset(words):
+            return words(value)
+        raise PydanticCustomError("said", "{said}", {"said": refuse_choice(value, words)})
+
+    return parse
+
+
+def _parse_dtype(value: object) -> DType | None:
+    if value is None:
+        return None
+    if isinstance(value, str) and value in OUTPUT_DTYPES:
+        return OUTPUT_DTYPES[value]
+    said = refuse_choice(value, [name for name in OUTPUT_DTYPES if name.islower()])
+    raise PydanticCustomError("said", "{said}", {"said": said})
+
+
+def _parse_shard_size(value: object) -> int:
+    said = f'expected a size such as "512MiB" or "5GB", or a number of bytes, got {shown(value)}'
+    if isinstance(value, str) or (isinstance(value, int) and not isinstance(value, bool)):
+        try:
+            nbytes = value if isinstance(value, int) else parse_size(value)
+        except OverflowError:
+            nbytes = 0
+        except ValueError:
+            raise PydanticCustomError("said", "{said}", {"said": said}) from None
+        if 0 < nbytes <= MAX_SHARD_BYTES:
+            return nbytes
+        said = f"expected from 1 to {MAX_SHARD_BYTES} bytes, got {shown(value)}"
+    raise PydanticCustomError("said", "{said}", {"said": said})
+
+
+def _parse_copy(value: object) -> int:
+    if value == "base":
+        return BASE
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+        return value
+    said = f"expected base, or the index of a source counted from 0, got {shown(value)}"
+    raise PydanticCustomError("said", "{said}", {"said": said})
+
+
+OUTPUT_DTYPES = {
+    name: dtype
+    for torch_name, dtype in DTYPES_BY_TORCH_NAME.items()
+    if dtype.is_float
+    for name in (torch_name, dtype.value)
+}
+"""Every accepted spelling of an output dtype: torch's names and the safetensors codes."""
+
+# A NUL ends a path for the operating system, so such a path would name another file.
+_PathText = Annotated[str, Field(min_length=1, pattern=r"^[^\x00]+$")]
+_Copy = Annotated[
+    int,
+    BeforeValidator(_parse_copy),
+    WithJsonSchema({"anyOf": [{"const": "base"}, {"type": "integer", "minimum": 0}]}),
+]
+_OutputDType = Annotated[
+    DType | None,
+    BeforeValidator(_parse_dtype),
+    WithJsonSchema({"enum": [*OUTPUT_DTYPES, None]}),
+]
+_ShardSize = Annotated[
+    int,
+    BeforeValidator(_parse_shard_size),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "integer", "minimum": 1, "maximum": MAX_SHARD_BYTES},
+                {
+                    "type": "string",
+                    "pattern": r"^\s*[0-9]+(\.[0-9]+)?\s*(([KMGTkmgt][Ii]?)?[Bb])?\s*$",
+                },
+            ]
+        }
+    ),
+]
+
+
+class _Document(BaseModel):
+    """Strict: no key beyond the declared ones, no conversion between types."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+
+class SourceDocument(_Document):
+    """A model being merged."""
+
+    path: _PathText = Field(
+        description="Model or adapter to merge: a directory or a file, relative to the working "
+        "directory."
+    )
+
+
+class RuleDocument(_Document):
+    """An exception for the tensors whose name matches a glob; the first match wins."""
+
+    tensors: str = Field(
+        min_length=1, description="Shell-style glob on the whole tensor name, such as *.mlp.*"
+    )
+    copy_from: _Copy | None = Field(
+        default=None,
+        alias="copy",
+        description="Copy these tensors unchanged: from the base, or from the source with this "
+        "index, counted from 0.",
+    )
+    drop: bool = Field(default=False, description="Leave these tensors out of the output.")
+
+
+class OutputDocument(_Document):
+    """How the result is stored."""
+
+    dtype: _OutputDType = Field(
+        default=None,
+        description="Element type of merged tensors; without it each keeps the base's, or the "
+        "first source's.",
+    )
+    max_shard_size: _ShardSize = Field(
+        default="5GB",
+        validate_default=True,
+        description="Largest output file: bytes, or text with GB (10^9) or GiB (2^30).",
+    )
+
+
+class RecipeDocument(_Document):
+    """A merge recipe for streammerge."""
+
+    method: str = Field(description="Name of the merge method.")
+    base: _PathText | None = Field(
+        default=None,
+        description="Model the sources were tuned from: a directory or a file, relative to the "
+        "working directory.",
+    )
+    sources: list[SourceDocument] = Field(
+        min_length=1, description="The models being merged, in order."
+    )
+    parameters: dict[str, object] = Field(
+        default_factory=dict,
+        description="Parameters of the method for all tensors; a source or a rule may differ.",
+    )
+    rules: list[RuleDocument] = Field(
+        default_factory=list, description="Exceptions by tensor name; the first match wins."
+    )
+    semantics: Annotated[Semantics, BeforeValidator(_word_of(Semantics))] = Field(
+        default=Semantics.PEFT, description="Whose definition of the method is meant."
+    )
+    seed: int = Field(default=0, ge=0, le=MAX_SEED, description="Seed of the random masks.")
+    missing: Annotated[MissingPolicy, BeforeValidator(_word_of(MissingPolicy))] = Field(
+        default=MissingPolicy.ERROR,
+        description="A tensor that some source lacks: refuse it, or take the base's.",
+    )
+    non_finite: Annotated[NonFinitePolicy, BeforeValidator(_word_of(NonFinitePolicy))] = Field(
+        default=NonFinitePolicy.ERROR,
+        description="NaN or infinity in an input: refuse it, or keep it.",
+    )
+    compute_dtype: Annotated[ComputeDType, BeforeValidator(_word_of(ComputeDType))] = Field(
+        default=ComputeDType.FLOAT32, description="The type that merges are computed in."
+    )
+    output: OutputDocument = Field(
+        default_factory=OutputDocument, description="How the result is stored."
+    )
+
+
+def keys_of(model: type[BaseModel]) -> tuple[str, ...]:
+    """Return the keys that the document may have where ``model`` stands."""
+    return tuple(field.alias or name for name, field in model.model_fields.items())
+
+
+def _describe(details: ErrorDetails, parameter_names: frozenset[str]) -> str:
+    """Return one line for one of pydantic's findings: the key's path, expected, and got."""
+    steps = details["loc"]
+    context = details.get("ctx", {})
+    got = shown(details["input"])
+    match details["type"]:
+        case "said":
+            said = details["msg"]
+        case "missing":
+            said = "this key is required"
+        case "extra_forbidden" | "invalid_key":
+            said = _refuse_key(steps, parameter_names)
+        case "string_type":
+            said = f"expected text, got {got}"
+        case "string_too_short":
+            said = "expected text, got an empty one"
+        case "string_pattern_mismatch":
+            said = f"expected a path without NUL characters, got {got}"
+        case "string_unicode":
+            said = "expected text that UTF-8 can encode, got a lone surrogate"
+        case "bool_type":
+            said = f"expected true or false, got {got}"
+        case "int_type" | "greater_than_equal" | "less_than_equal":
+            said = f"expected an integer in [0, {MAX_SEED}], got {got}"
+        case "list_type":
+            said = f"expected a list, got {got}"
+        case "too_short":
+            said = f"expected at least {context['min_length']} entry, got 0"
+        case "dict_type" | "model_type":
+            said = f"expected a mapping of keys to values, got {got}"
+        case _:
+            said = f"{details['msg']}, got {got}"
+    return f"{key_path(*steps)}: {said}" if steps else said
+
+
+def _refuse_key(steps: tuple[int | str, ...], parameter_names: frozenset[str]) -> str:
+    """Return what is wrong with the unknown key at ``steps`` of the document's frame."""
+    key = steps[-1]
+    if len(steps) > 1:
+        # Sources and rules were stripped of unknown keys, so only "output" can have one.
+        return unknown_key(key, keys_of(OutputDocument))
+    if key in parameter_names:
+        return f'a parameter of the method; move it under "parameters": parameters.{key}'
+    if key in keys_of(OutputDocument) and key not in MERGEKIT_KEYS:
+        return f'unknown key at the top level; move it under "output": output.{key}'
+    return unknown_key(key, keys_of(RecipeDocument))

@@ -1,0 +1,140 @@
+"""What the user asks for, parsed and checked: plain values, no pydantic, no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+
+from streammerge.dtypes import DType
+
+Scalar = float | int | bool | str
+"""One parameter value."""
+ParameterValue = Scalar | tuple[Scalar, ...]
+"""One value for all sources, or one value per source in recipe order."""
+
+
+class ParameterKind(StrEnum):
+    """The type of a parameter."""
+
+    FLOAT = "float"
+    BOOL = "bool"
+    CHOICE = "choice"
+
+
+@dataclass(frozen=True, slots=True)
+class ParameterSpec:
+    """One parameter of a merge method, as the method's file declares it."""
+
+    name: str
+    """The key in the recipe."""
+    kind: ParameterKind
+    """The type of a value."""
+    doc: str
+    """One sentence: meaning, unit, range."""
+    default: Scalar | None
+    """The value when the recipe gives none; None makes the parameter required."""
+    per_source: bool
+    """Whether each source may have its own value."""
+    minimum: float | None = None
+    """Smallest accepted number, inclusive."""
+    maximum: float | None = None
+    """Largest accepted number, inclusive."""
+    choices: tuple[str, ...] = ()
+    """Accepted words, for CHOICE."""
+    per_tensor: bool = True
+    """Whether rules may change it; False for what concerns the whole model."""
+
+
+class Semantics(StrEnum):
+    """Whose definition of TIES and DARE is meant."""
+
+    PEFT = "peft"
+
+
+class MissingPolicy(StrEnum):
+    """What to do with a tensor that some source lacks."""
+
+    ERROR = "error"
+    BASE = "base"
+
+
+class NonFinitePolicy(StrEnum):
+    """What to do with NaN and infinity in an input."""
+
+    ERROR = "error"
+    KEEP = "keep"
+
+
+class ComputeDType(StrEnum):
+    """The type that merges are computed in."""
+
+    FLOAT32 = "float32"
+    FLOAT64 = "float64"
+
+
+BASE = -1
+"""As :attr:`Rule.copy`: copy the tensor from the base."""
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A model being merged."""
+
+    path: Path
+    """Directory or file, as written in the recipe."""
+    parameters: Mapping[str, Scalar]
+    """Parameters given for this source alone, ``weight`` among them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """An exception for the tensors whose name matches a glob; the first match wins."""
+
+    tensors: str
+    """Shell-style glob on the whole tensor name (``fnmatchcase``)."""
+    parameters: Mapping[str, ParameterValue]
+    """Parameters that replace the recipe's and the sources' for these tensors."""
+    copy: int | None = None
+    """Copy these tensors unchanged from this source index, or from BASE; None merges them."""
+    drop: bool = False
+    """Leave these tensors out of the output."""
+
+
+@dataclass(frozen=True, slots=True)
+class OutputSpec:
+    """How the result is stored."""
+
+    dtype: DType | None
+    """Element type of merged float tensors; None keeps the base's (or first source's) per tensor."""
+    max_shard_bytes: int
+    """Largest data size of one output file, in bytes; a larger tensor gets a file of its own."""
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """A merge, as the user asked for it."""
+
+    method: str
+    """Name of the merge method."""
+    base: Path | None
+    """The model that the sources were tuned from."""
+    sources: tuple[Source, ...]
+    """The models being merged, in recipe order; at least one."""
+    parameters: Mapping[str, ParameterValue]
+    """Parameters for all tensors, as given; defaults are not filled in."""
+    rules: tuple[Rule, ...]
+    """Exceptions by tensor name; the first match wins."""
+    semantics: Semantics
+    """Whose definition of the method."""
+    seed: int
+    """Seed of the random masks, in [0, 2^64)."""
+    missing: MissingPolicy
+    """What to do with a tensor that some source lacks."""
+    non_finite: NonFinitePolicy
+    """What to do with NaN and infinity."""
+    compute_dtype: ComputeDType
+    """The type that merges are computed in."""
+    output: OutputSpec
+    """How the result is stored."""

@@ -1,0 +1,395 @@
+"""The exact k-th largest magnitude of numbers that are seen block by block, in any order.
+
+The search keeps an interval of magnitudes that must hold the k-th largest, and asks questions
+about it. One question is put to every block, the answers add up whatever their order, and the
+sum either settles the matter or narrows the interval:
+
+    sample   a few thousand elements suggest a narrow band            (a guess, only ever for speed)
+    Band     count what lies above it, collect what lies inside       one sweep; settles it as a rule
+    Bins     when the guess missed or too much lies inside: histogram of the bit patterns of an
+             interval in 2^16 bins                                    two sweeps settle float32
+    Band     of one value, to find in which block the last kept tie lies
+
+Non-negative IEEE numbers order like their bit patterns, which is what makes the bins exact.
+
+Memory: per source one int32 per block, 512 KiB of bins, and ``values_limit`` collected numbers,
+twice over while they are sorted out.
+
+Source: the trim step of TIES, Yadav et al. 2023, arXiv:2306.01708, Algorithm 1.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from streammerge.reductions import BLOCK
+
+Floats = NDArray[np.floating[Any]]
+
+_BIN_BITS = 16
+"""65,536 bins: 512 KiB of counters, and 31 bits of float32 in two sweeps."""
+_SIGMAS = 5.0
+"""Half-width of the sampled band in standard deviations of the sample's rank. Fewer would miss
+more often and cost a sweep; more would collect more. Neither changes a result."""
+SAMPLE_RUN = BLOCK // 16
+"""Consecutive elements per sampled run: a few pages of a shard, read in one request, and never
+across the border of a block."""
+
+
+class TiePolicy(StrEnum):
+    """Which of several elements exactly at the threshold are kept."""
+
+    EXACT = "exact"
+    """The first ones in flat order, until exactly k are kept."""
+    INCLUSIVE = "inclusive"
+    """All of them, as the TIES paper's code does."""
+    STRICT = "strict"
+    """None of them."""
+
+
+@dataclass(frozen=True, slots=True)
+class TopK:
+    """Which elements of one source are kept: those above the threshold, and some ties."""
+
+    threshold: float
+    """The k-th largest magnitude; infinite when nothing is kept, 0 when everything is."""
+    numel: int
+    """Elements the statistic covers."""
+    greater: int
+    """Elements with a magnitude above the threshold."""
+    equal: int
+    """Elements with exactly this magnitude."""
+    ties_kept: int
+    """How many of those are kept: the first in flat order."""
+    cutoff_block: int
+    """Block of the last kept tie, counted over the whole scope; earlier blocks keep all theirs."""
+    cutoff_ties: int
+    """Ties that the cutoff block keeps."""
+
+    @property
+    def kept(self) -> int:
+        """Elements kept in all."""
+        return self.greater + self.ties_kept
+
+    def ties_to_keep(self, block: int) -> int | None:
+        """Return how many ties ``block`` keeps, the first in flat order; None means all."""
+        if block < self.cutoff_block:
+            return None
+        return self.cutoff_ties if block == self.cutoff_block else 0
+
+
+def keep_everything(numel: int) -> TopK:
+    """Return the answer for density 1."""
+    return TopK(0.0, numel, numel, 0, 0, -1, 0)
+
+
+def keep_nothing(numel: int) -> TopK:
+    """Return the answer for a density that keeps less than one element."""
+    return TopK(float("inf"), numel, 0, 0, 0, -1, 0)
+
+
+def kept_count(density: float, numel: int) -> int:
+    """Return k, the elements kept: the float product truncated, as PEFT and mergekit do."""
+    return int(density * numel)
+
+
+@dataclass(frozen=True, slots=True)
+class Band:
+    """How many magnitudes lie above ``high``, and which lie in ``[low, high]``?"""
+
+    low: float
+    """Smallest magnitude inside."""
+    high: float
+    """Largest magnitude inside; equal to ``low`` when only the places of ties are asked for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Bins:
+    """How are the bit patterns of ``[low_bits, high_bits]`` distributed?"""
+
+    low_bits: int
+    """Bit pattern of the smallest magnitude inside."""
+    high_bits: int
+    """Bit pattern of the largest magnitude inside."""
+
+    @property
+    def shift(self) -> int:
+        """Low bits that share a bin."""
+        return max(0, (self.high_bits - self.low_bits).bit_length() - _BIN_BITS)
+
+
+Question = Band | Bins
+
+
+class MagnitudeSearch:
+    """The search for one source's k-th largest magnitude over one scope.
+
+    Call order: :meth:`ask_after_sample` once (or leave the first question as it is), then until
+    :attr:`result` is set: :meth:`answer` for every block once, in any order, then
+    :meth:`conclude`. Not thread-safe; :func:`answer_block` is, and does the work.
+    """
+
+    def __init__(
+        self,
+        *,
+        numel: int,
+        blocks: int,
+        density: float,
+        tie_policy: TiePolicy,
+        values_limit: int,
+        bits: int,
+    ) -> None:
+        """Start a search.
+
+        Args:
+            numel: Elements in the scope.
+            blocks: Blocks in the scope; every tensor starts a new one.
+            density: Fraction kept, in [0, 1].
+            tie_policy: Which ties are kept.
+            values_limit: Most magnitudes that a band may collect.
+            bits: Width of the floats: 32 or 64.
+        """
+        self._k = kept_count(density, numel)
+        self._numel = numel
+        self._blocks = blocks
+        self._tie_policy = tie_policy
+        self._values_limit = values_limit
+        self._float, self._uint = _types(bits)
+        self._infinity_bits = int(self._float(np.inf).view(self._uint))
+        self._above = 0
+        self._collected = 0
+        self._overflow = False
+        self._values: dict[int, Floats] = {}
+        self._counts = np.zeros(0, dtype=np.int32)
+        self._histogram = np.zeros(0, dtype=np.int64)
+        self._known_tie: TopK | None = None
+        self.question: Question = Band(0.0, float("inf"))
+        self.result: TopK | None = None
+        if density >= 1 or numel == 0:
+            self.result = keep_everything(numel)
+        elif self._k == 0:
+            self.result = keep_nothing(numel)
+        elif numel > values_limit:
+            self.question = Bins(0, self._infinity_bits)
+        self._clear()
+
+    def ask_after_sample(self, sample: Floats) -> None:
+        """Let a sample of magnitudes choose the first question; only speed depends on it.
+
+        Args:
+            sample: Magnitudes drawn evenly over the scope; sorted in place.
+        """
+        if self.result is not None or sample.size == 0:
+            return
+        sample.sort()
+        rank = sample.size * (1 - self._k / self._numel)
+        slack = (
+            _SIGMAS * (sample.size * (self._k / self._numel) * (1 - self._k / self._numel)) ** 0.5
+        )
+        low = max(0, int(rank - slack) - 1)
+        high = min(sample.size - 1, int(rank + slack) + 1)
+        top = float("inf") if high == sample.size - 1 else float(sample[high])
+        self.question = Band(float(sample[low]) if low else 0.0, top)
+
+    def answer(self, block: int, counted: Counted) -> None:
+        """Add what :func:`answer_block` found in one block."""
+        self._above += counted.above
+        self._counts[block] = counted.inside
+        if counted.histogram is not None:
+            self._histogram += counted.histogram
+        elif counted.values is not None and not self._overflow:
+            self._collected += counted.inside
+            self._values[block] = counted.values
+            if self._collected > self._values_limit:
+                self._overflow = True
+                self._values.clear()
+
+    def conclude(self) -> None:
+        """Set :attr:`result`, or the next :attr:`question`, from the answers of all blocks."""
+        question = self.question
+        inside = int(self._counts.sum())
+        if isinstance(question, Bins):
+            self._conclude_bins(question)
+        elif self._known_tie is not None:
+            self.result = self._place_ties(self._known_tie)
+        elif self._above >= self._k:
+            self.question = Bins(self._bits_of(question.high) + 1, self._infinity_bits)
+        elif self._above + inside < self._k:
+            self.question = Bins(0, self._bits_of(question.low) - 1)
+        elif question.low == question.high:
+            self.result = self._place_ties(self._with_ties(question.low, self._above, inside))
+        elif self._overflow:
+            self.question = Bins(self._bits_of(question.low), self._bits_of(question.high))
+        else:
+            self._conclude_values()
+        self._clear()
+
+    def _clear(self) -> None:
+        self._above = 0
+        self._collected = 0
+        self._overflow = False
+        self._values = {}
+        self._histogram = np.zeros(0, dtype=np.int64)
+        if self.result is not None:
+            self._counts = np.zeros(0, dtype=np.int32)
+            return
+        self._counts = np.zeros(self._blocks, dtype=np.int32)
+        if isinstance(self.question, Bins):
+            self._histogram = np.zeros(2**_BIN_BITS, dtype=np.int64)
+
+    def _bits_of(self, magnitude: float) -> int:
+        return int(self._float(magnitude).view(self._uint))
+
+    def _conclude_bins(self, question: Bins) -> None:
+        above = self._above + np.cumsum(self._histogram[::-1])
+        bin_index = self._histogram.size - 1 - int(np.searchsorted(above, self._k))
+        low = question.low_bits + (bin_index << question.shift)
+        high = min(question.high_bits, low + (1 << question.shift) - 1)
+        if low < high:
+            self.question = Bins(low, high)
+            return
+        equal = int(self._histogram[bin_index])
+        greater = int(above[self._histogram.size - 1 - bin_index]) - equal
+        self._settle(self._with_ties(float(self._uint(low).view(self._float)), greater, equal))
+
+    def _conclude_values(self) -> None:
+        # One array at a time: the pieces are let go before the copy that partition makes.
+        order = sorted(self._values)
+        values = np.concatenate([self._values.pop(block) for block in order])
+        rank = values.size - (self._k - self._above)
+        threshold = np.partition(values, rank)[rank]
+        greater = self._above + int(np.count_nonzero(values > threshold))
+        ties = np.flatnonzero(values == threshold)
+        found = self._with_ties(float(threshold), greater, ties.size)
+        if 0 < found.ties_kept < found.equal:
+            last = int(ties[found.ties_kept - 1])
+            ends = np.cumsum(self._counts, dtype=np.int64)
+            block = int(np.searchsorted(ends, last, side="right"))
+            begin = int(ends[block]) - int(self._counts[block])
+            in_block = found.ties_kept - int(np.searchsorted(ties, begin))
+            self.result = _cut(found, block, in_block)
+        else:
+            self._settle(found)
+
+    def _with_ties(self, threshold: float, greater: int, equal: int) -> TopK:
+        kept = {
+            TiePolicy.EXACT: self._k - greater,
+            TiePolicy.INCLUSIVE: equal,
+            TiePolicy.STRICT: 0,
+        }[self._tie_policy]
+        return TopK(threshold, self._numel, greater, equal, kept, -1, 0)
+
+    def _settle(self, found: TopK) -> None:
+        """Finish when all ties share one fate; otherwise ask where they are."""
+        if found.ties_kept in {0, found.equal}:
+            self.result = self._place_all(found)
+        else:
+            self._known_tie = found
+            self.question = Band(found.threshold, found.threshold)
+
+    def _place_all(self, found: TopK) -> TopK:
+        return _cut(found, self._blocks if found.ties_kept else -1, 0)
+
+    def _place_ties(self, found: TopK) -> TopK:
+        """Find the block of the last kept tie, from the number of ties in each block."""
+        if found.ties_kept in {0, found.equal}:
+            return self._place_all(found)
+        ends = np.cumsum(self._counts, dtype=np.int64)
+        block = int(np.searchsorted(ends, found.ties_kept))
+        before = int(ends[block]) - int(self._counts[block])
+        return _cut(found, block, found.ties_kept - before)
+
+
+@dataclass(frozen=True, slots=True)
+class Counted:
+    """The answer of one block."""
+
+    above: int
+    """Magnitudes above the question's interval; NaN ranks above everything, as in torch.topk."""
+    inside: int
+    """Magnitudes inside it."""
+    values: Floats | None
+    """Those magnitudes in flat order, for a band of more than one value."""
+    histogram: NDArray[np.int64] | None
+    """Their distribution, for bins."""
+
+
+def answer_block(question: Question, magnitudes: Floats, masks: NDArray[np.bool_]) -> Counted:
+    """Return one block's answer.
+
+    Args:
+        question: What the search asks.
+        magnitudes: ``[m]`` absolute values, float32 or float64.
+        masks: ``[2, >= m]`` scratch.
+    """
+    numel = magnitudes.size
+    if isinstance(question, Bins):
+        return _count_bins(question, magnitudes)
+    inside, below = masks[0, :numel], masks[1, :numel]
+    np.less_equal(magnitudes, question.high, out=inside)
+    above = numel - int(np.count_nonzero(inside))
+    if question.low > 0:
+        np.less(magnitudes, question.low, out=below)
+        np.greater(inside, below, out=inside)
+    count = int(np.count_nonzero(inside))
+    values = magnitudes[inside] if question.low < question.high else None
+    return Counted(above, count, values, None)
+
+
+def _count_bins(question: Bins, magnitudes: Floats) -> Counted:
+    patterns = magnitudes.view(_types(magnitudes.itemsize * 8)[1])
+    above = int(np.count_nonzero(patterns > question.high_bits))
+    inside = patterns[(patterns >= question.low_bits) & (patterns <= question.high_bits)]
+    bins = ((inside - inside.dtype.type(question.low_bits)) >> question.shift).astype(np.int64)
+    histogram = np.bincount(bins, minlength=2**_BIN_BITS)
+    return Counted(above, inside.size, None, histogram)
+
+
+def count_kept(magnitudes: Floats, top: TopK, block: int, masks: NDArray[np.bool_]) -> int:
+    """Return how many elements of one block are kept.
+
+    Args:
+        magnitudes: ``[m]`` absolute values.
+        top: The statistic.
+        block: Which block of the scope this is.
+        masks: ``[2, >= m]`` scratch.
+    """
+    if top.threshold == 0:
+        return magnitudes.size
+    above = masks[0, : magnitudes.size]
+    ties = top.ties_to_keep(block)
+    if ties is None:
+        return int(np.count_nonzero(np.greater_equal(magnitudes, top.threshold, out=above)))
+    return int(np.count_nonzero(np.greater(magnitudes, top.threshold, out=above))) + ties
+
+
+def choose_sample_runs(numel: int, runs: int) -> list[tuple[int, int]]:
+    """Return up to ``runs`` evenly spaced ``(start, count)`` ranges of :data:`SAMPLE_RUN` elements.
+
+    Starts are multiples of the run length, so that a run never crosses a block.
+    """
+    available = -(-numel // SAMPLE_RUN)
+    runs = min(runs, available)
+    starts = [(index * available // runs) * SAMPLE_RUN for index in range(runs)]
+    return [(start, min(SAMPLE_RUN, numel - start)) for start in starts]
+
+
+def _cut(found: TopK, block: int, ties_in_block: int) -> TopK:
+    return TopK(
+        found.threshold,
+        found.numel,
+        found.greater,
+        found.equal,
+        found.ties_kept,
+        block,
+        ties_in_block,
+    )
+
+
+def _types(bits: int) -> tuple[Any, Any]:
+    return (np.float32, np.uint32) if bits == 32 else (np.float64, np.uint64)
