@@ -31,7 +31,7 @@ from streammerge.checkpoint.outputfile import OutputFile
 from streammerge.checkpoint.reading import check_not_quantized, read_checkpoint
 from streammerge.checkpoint.sidecars import write_sidecars
 from streammerge.checkpoint.types import Checkpoint
-from streammerge.engine.memory import cgroup_limit, default_budget, private_memory
+from streammerge.engine.memory import cgroup_limit, default_budget, resident_memory
 from streammerge.engine.pipeline import RunReport, run_pipeline
 from streammerge.engine.progress import OnProgress
 from streammerge.errors import CheckpointError, OutputError, RecipeError
@@ -80,7 +80,7 @@ def plan(
     ]
     machine = Machine(
         budget=_budget(memory),
-        baseline=private_memory(),
+        baseline=resident_memory(),
         workers=_workers(workers),
         readers=_READERS,
         writers=_WRITERS,

@@ -6,12 +6,17 @@ Memory: a pool holds at most ``count * nbytes`` bytes; a slot costs nothing unti
 from __future__ import annotations
 
 import mmap
+import os
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from streammerge.engine.monitor import Monitor
+from streammerge.units import KIB
+
+_OWN_MAPPING = 256 * KIB
+"""Smaller memory is not worth a system call, and page faults, each time."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -62,9 +67,19 @@ class SlotPool:
             self._returned.notify_all()
 
     def _make(self) -> Slot:
-        # An anonymous mapping: page-aligned, untouched until used, and returned to the system
-        # whole when the pool goes, where freed heap memory might stay with the process.
-        return Slot(np.frombuffer(mmap.mmap(-1, max(self._nbytes, 1)), dtype=np.uint8))
+        return Slot(allocate(self._nbytes))
+
+
+def allocate(nbytes: int) -> NDArray[np.uint8]:
+    """Return memory that costs nothing until it is used, and leaves the process when it is freed.
+
+    Large blocks are mappings of their own. From the heap they would be cut out of what is free
+    there, and stay with the process, in one arena per thread, after they are freed.
+    """
+    if nbytes < _OWN_MAPPING or os.name != "posix":
+        return np.empty(nbytes, dtype=np.uint8)
+    mapping = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return np.frombuffer(mapping, dtype=np.uint8)
 
 
 class Allowance:

@@ -1,4 +1,4 @@
-"""Private memory: what this process uses now, and what it may use."""
+"""Memory: what this process uses now, and what it may use."""
 
 from __future__ import annotations
 
@@ -16,23 +16,25 @@ _LEAST_DEFAULT = 512 * MIB
 
 
 class PeakMemory:
-    """The largest private memory seen."""
+    """The largest resident memory seen."""
 
     def __init__(self) -> None:
         """Look once."""
-        self.nbytes = private_memory()
+        self.nbytes = resident_memory()
 
     def look(self) -> None:
         """Look again."""
-        self.nbytes = max(self.nbytes, private_memory())
+        self.nbytes = max(self.nbytes, resident_memory())
 
 
-def private_memory() -> int:
-    """Return the bytes that would be free if this process ended.
+def resident_memory() -> int:
+    """Return the process's resident memory in bytes: all that is private, and shared code.
 
-    Memory that is shared with others, as the page cache is, does not count.
+    What is private alone cannot be held to a limit: code pages of libraries turn from shared to
+    private when another process that uses them ends. Resident memory counts them always, so a
+    bound on it is a bound on private memory. Page cache that is not mapped does not count.
     """
-    return int(psutil.Process().memory_full_info().uss)
+    return int(psutil.Process().memory_info().rss)
 
 
 def default_budget() -> int:

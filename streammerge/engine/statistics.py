@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from streammerge.dtypes import DType
+from streammerge.engine.buffers import allocate
 from streammerge.methods.base import MagnitudeTopK
 from streammerge.plan.budgeting import affordable_limit, search_bytes, values_limit
 from streammerge.reductions.magnitude import (
@@ -55,19 +56,21 @@ class ScopeStatistics:
         self._lock = threading.Lock()
         self._numel = numel
         self._limit = limit
-        self._dtype = np.float64 if compute_dtype is DType.F64 else np.float32
+        dtype = np.dtype(compute_dtype.torch_name)
+        rooms = allocate((sources + 1) * limit * dtype.itemsize).view(dtype)
+        self._rooms = rooms.reshape(sources + 1, limit)
         self._searches = [
             MagnitudeSearch(
                 numel=numel,
                 blocks=blocks,
                 density=density,
                 tie_policy=need.tie_policy,
-                values_limit=limit,
-                bits=compute_dtype.itemsize * 8,
+                room=room,
+                spare=self._rooms[-1],
             )
-            for density in need.densities
+            for density, room in zip(need.densities, self._rooms[:-1], strict=True)
         ]
-        self._sample = np.zeros((sources, 0), dtype=self._dtype)
+        self._sample_numel = 0
         self._sampled = 0
 
     @property
@@ -88,25 +91,24 @@ class ScopeStatistics:
         if self.tops is not None or self._numel <= self._limit:
             return 0
         runs = max(_SAMPLE_RUNS, self._numel // _SAMPLE_NUMEL_PER_RUN)
-        # The sample lies where the collected values will: it is gone before they come.
+        # The sample lies where the collected values will; it is used before they come.
         return min(runs, self._limit // SAMPLE_RUN)
 
     def prepare_sample(self, numel: int) -> None:
-        """Make room for a sample of ``numel`` elements per source."""
-        self._sample = np.empty((len(self._searches), numel), dtype=self._dtype)
+        """Expect a sample of ``numel`` elements per source."""
+        self._sample_numel = numel
 
     def sample_room(self, count: int) -> NDArray[Any]:
         """Return the next ``[n_sources, count]`` of the sample, to be filled."""
         with self._lock:
             begin = self._sampled
             self._sampled += count
-        return self._sample[:, begin : begin + count]
+        return self._rooms[:-1, begin : begin + count]
 
     def conclude_sample(self) -> None:
         """Choose the first questions from the sample."""
-        for search, values in zip(self._searches, self._sample, strict=True):
-            search.ask_after_sample(values)
-        self._sample = self._sample[:, :0].copy()
+        for search, room in zip(self._searches, self._rooms[:-1], strict=True):
+            search.ask_after_sample(room[: self._sample_numel])
 
     def add(self, first_block: int, answers: Sequence[Sequence[Counted | None]]) -> None:
         """Add the answers of consecutive blocks."""

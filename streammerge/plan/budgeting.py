@@ -137,7 +137,7 @@ def values_limit(numel: int) -> int:
 
 
 def search_bytes(sources: int, numel: int, itemsize: int, limit: int) -> int:
-    """Return the memory of one top-k search per source, while one of them is sorted out.
+    """Return the memory of one top-k search per source, and of a spare room to conclude one.
 
     Args:
         sources: Searches at once.
@@ -146,14 +146,13 @@ def search_bytes(sources: int, numel: int, itemsize: int, limit: int) -> int:
         limit: Most magnitudes that each collects.
     """
     per_source = 4 * (numel // BLOCK + 1) + _BINS_BYTES + limit * itemsize
-    # Sorting out one search copies its values twice and lists the places of its ties.
-    return sources * per_source + 4 * limit * itemsize
+    return sources * per_source + limit * itemsize
 
 
 def affordable_limit(sources: int, numel: int, itemsize: int, available: int) -> int:
     """Return the largest collecting limit, up to the useful one, that ``available`` bytes pay for."""
     fixed = search_bytes(sources, numel, itemsize, 0)
-    return max(0, min(values_limit(numel), (available - fixed) // ((sources + 4) * itemsize)))
+    return max(0, min(values_limit(numel), (available - fixed) // ((sources + 1) * itemsize)))
 
 
 def _statistics_floor(demand: Demand) -> int:

@@ -12,8 +12,8 @@ sum either settles the matter or narrows the interval:
 
 Non-negative IEEE numbers order like their bit patterns, which is what makes the bins exact.
 
-Memory: per source one int32 per block, 512 KiB of bins, and ``values_limit`` collected numbers,
-twice over while they are sorted out.
+Memory: per source one int32 per block, 512 KiB of bins, and the room that the caller gives for
+collected magnitudes.
 
 Source: the trim step of TIES, Yadav et al. 2023, arXiv:2306.01708, Algorithm 1.
 """
@@ -141,8 +141,8 @@ class MagnitudeSearch:
         blocks: int,
         density: float,
         tie_policy: TiePolicy,
-        values_limit: int,
-        bits: int,
+        room: Floats,
+        spare: Floats,
     ) -> None:
         """Start a search.
 
@@ -151,20 +151,21 @@ class MagnitudeSearch:
             blocks: Blocks in the scope; every tensor starts a new one.
             density: Fraction kept, in [0, 1].
             tie_policy: Which ties are kept.
-            values_limit: Most magnitudes that a band may collect.
-            bits: Width of the floats: 32 or 64.
+            room: ``[limit]`` float32 or float64; a band collects at most so many magnitudes.
+            spare: As large; used while concluding, so searches may share it.
         """
         self._k = kept_count(density, numel)
         self._numel = numel
         self._blocks = blocks
         self._tie_policy = tie_policy
-        self._values_limit = values_limit
-        self._float, self._uint = _types(bits)
+        self._room = room
+        self._spare = spare
+        self._float, self._uint = _types(room.itemsize)
         self._infinity_bits = int(self._float(np.inf).view(self._uint))
         self._above = 0
         self._collected = 0
         self._overflow = False
-        self._values: dict[int, Floats] = {}
+        self._segments: list[tuple[int, int]] = []
         self._counts = np.zeros(0, dtype=np.int32)
         self._histogram = np.zeros(0, dtype=np.int64)
         self._known_tie: TopK | None = None
@@ -174,7 +175,7 @@ class MagnitudeSearch:
             self.result = keep_everything(numel)
         elif self._k == 0:
             self.result = keep_nothing(numel)
-        elif numel > values_limit:
+        elif numel > room.size:
             self.question = Bins(0, self._infinity_bits)
         self._clear()
 
@@ -203,11 +204,16 @@ class MagnitudeSearch:
         if counted.histogram is not None:
             self._histogram += counted.histogram
         elif counted.values is not None and not self._overflow:
-            self._collected += counted.inside
-            self._values[block] = counted.values
-            if self._collected > self._values_limit:
-                self._overflow = True
-                self._values.clear()
+            self._collect(block, counted.values)
+
+    def _collect(self, block: int, values: Floats) -> None:
+        begin, end = self._collected, self._collected + values.size
+        if end > self._room.size:
+            self._overflow = True
+        elif values.size:
+            self._room[begin:end] = values
+            self._segments.append((block, begin))
+            self._collected = end
 
     def conclude(self) -> None:
         """Set :attr:`result`, or the next :attr:`question`, from the answers of all blocks."""
@@ -233,7 +239,7 @@ class MagnitudeSearch:
         self._above = 0
         self._collected = 0
         self._overflow = False
-        self._values = {}
+        self._segments = []
         self._histogram = np.zeros(0, dtype=np.int64)
         if self.result is not None:
             self._counts = np.zeros(0, dtype=np.int32)
@@ -258,23 +264,21 @@ class MagnitudeSearch:
         self._settle(self._with_ties(float(self._uint(low).view(self._float)), greater, equal))
 
     def _conclude_values(self) -> None:
-        # One array at a time: the pieces are let go before the copy that partition makes.
-        order = sorted(self._values)
-        values = np.concatenate([self._values.pop(block) for block in order])
+        values, spare = self._room[: self._collected], self._spare[: self._collected]
         rank = values.size - (self._k - self._above)
-        threshold = np.partition(values, rank)[rank]
-        greater = self._above + int(np.count_nonzero(values > threshold))
-        ties = np.flatnonzero(values == threshold)
-        found = self._with_ties(float(threshold), greater, ties.size)
-        if 0 < found.ties_kept < found.equal:
-            last = int(ties[found.ties_kept - 1])
-            ends = np.cumsum(self._counts, dtype=np.int64)
-            block = int(np.searchsorted(ends, last, side="right"))
-            begin = int(ends[block]) - int(self._counts[block])
-            in_block = found.ties_kept - int(np.searchsorted(ties, begin))
-            self.result = _cut(found, block, in_block)
-        else:
-            self._settle(found)
+        spare[:] = values
+        spare.partition(rank)
+        threshold = spare[rank]
+        # The spare has served; its bytes now hold comparisons instead of a new array.
+        chosen = spare.view(np.bool_)[: values.size]
+        greater = int(np.count_nonzero(np.greater(values, threshold, out=chosen)))
+        np.equal(values, threshold, out=chosen)
+        blocks, begins = (list(column) for column in zip(*self._segments, strict=True))
+        self._counts[:] = 0
+        self._counts[blocks] = np.add.reduceat(chosen, begins, dtype=np.int32)
+        equal = int(np.count_nonzero(chosen))
+        found = self._with_ties(float(threshold), self._above + greater, equal)
+        self.result = self._place_ties(found)
 
     def _with_ties(self, threshold: float, greater: int, equal: int) -> TopK:
         kept = {
@@ -342,7 +346,7 @@ def answer_block(question: Question, magnitudes: Floats, masks: NDArray[np.bool_
 
 
 def _count_bins(question: Bins, magnitudes: Floats) -> Counted:
-    patterns = magnitudes.view(_types(magnitudes.itemsize * 8)[1])
+    patterns = magnitudes.view(_types(magnitudes.itemsize)[1])
     above = int(np.count_nonzero(patterns > question.high_bits))
     inside = patterns[(patterns >= question.low_bits) & (patterns <= question.high_bits)]
     bins = ((inside - inside.dtype.type(question.low_bits)) >> question.shift).astype(np.int64)
@@ -391,5 +395,5 @@ def _cut(found: TopK, block: int, ties_in_block: int) -> TopK:
     )
 
 
-def _types(bits: int) -> tuple[Any, Any]:
-    return (np.float32, np.uint32) if bits == 32 else (np.float64, np.uint64)
+def _types(itemsize: int) -> tuple[Any, Any]:
+    return (np.float32, np.uint32) if itemsize == 4 else (np.float64, np.uint64)

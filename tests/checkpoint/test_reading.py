@@ -1,0 +1,517 @@
+"""A checkpoint is found by its usual names, agrees with its index, and is not quantised."""
+
+from __future__ import annotations
+
+import errno
+import json
+import re
+from pathlib import Path
+from typing import NoReturn
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from streammerge.checkpoint import reading
+from streammerge.checkpoint.reading import check_not_quantized, read_checkpoint
+from streammerge.errors import (
+    CheckpointError,
+    HeaderError,
+    MissingTensorError,
+    QuantizedCheckpointError,
+    StreamMergeError,
+    TruncatedShardError,
+)
+
+A = torch.arange(6.0).reshape(2, 3)
+B = torch.arange(5).to(torch.bfloat16)
+TENSORS = {"a.weight": A, "b.weight": B}
+FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
+INDEX = "model.safetensors.index.json"
+WEIGHT_MAP = {"a.weight": FIRST, "b.weight": SECOND}
+
+
+def refusal(path: Path, error_type: type[StreamMergeError] = CheckpointError) -> str:
+    with pytest.raises(error_type) as caught:
+        read_checkpoint(path)
+    assert type(caught.value) is error_type
+    assert str(path) in str(caught.value)
+    return str(caught.value)
+
+
+def check_holds(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    checkpoint = read_checkpoint(path)
+    assert checkpoint.tensors.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        entry = checkpoint.tensors[name]
+        content = checkpoint.files[entry.file].path.read_bytes()
+        expected = bytes(tensor.reshape(-1).view(torch.uint8).tolist())
+        assert content[entry.offset : entry.offset + entry.nbytes] == expected
+
+
+def write_index(directory: Path, content: object, name: str = INDEX) -> None:
+    raw = content if isinstance(content, str) else json.dumps(content)
+    (directory / name).write_text(raw)
+
+
+@pytest.fixture
+def sharded(tmp_path: Path) -> Path:
+    """A directory with two shards and an index."""
+    save_file({"a.weight": A}, tmp_path / FIRST)
+    save_file({"b.weight": B}, tmp_path / SECOND)
+    write_index(tmp_path, {"metadata": {"total_size": 34}, "weight_map": WEIGHT_MAP})
+    return tmp_path
+
+
+# --- what is found
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.safetensors",
+        "diffusion_pytorch_model.safetensors",
+        "diffusion_pytorch_model.fp16.safetensors",
+        "anything.safetensors",
+        "model-00001-of-00001.safetensors",
+    ],
+)
+def test_directory_with_one_safetensors_file_is_read(name: str, tmp_path: Path) -> None:
+    save_file(TENSORS, tmp_path / name)
+    torch.save({"training": 1}, tmp_path / "training_args.bin")
+
+    check_holds(tmp_path, TENSORS)
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "diffusion_pytorch_model.bin"])
+def test_directory_with_one_torch_file_is_read(name: str, tmp_path: Path) -> None:
+    torch.save(TENSORS, tmp_path / name)
+
+    check_holds(tmp_path, TENSORS)
+
+
+def test_single_safetensors_file_is_read(tmp_path: Path) -> None:
+    save_file(TENSORS, tmp_path / "x.safetensors")
+
+    check_holds(tmp_path / "x.safetensors", TENSORS)
+
+
+@pytest.mark.parametrize("suffix", [".bin", ".pt", ".pth"])
+def test_single_torch_file_is_read(suffix: str, tmp_path: Path) -> None:
+    torch.save(TENSORS, tmp_path / f"x{suffix}")
+
+    check_holds(tmp_path / f"x{suffix}", TENSORS)
+
+
+def test_shards_are_read_in_order_of_their_names(sharded: Path) -> None:
+    check_holds(sharded, TENSORS)
+    checkpoint = read_checkpoint(sharded)
+
+    assert [file.path.name for file in checkpoint.files] == [FIRST, SECOND]
+    assert list(checkpoint.tensors) == ["a.weight", "b.weight"]
+    assert checkpoint.nbytes == 34
+
+
+def test_index_itself_may_be_named(sharded: Path) -> None:
+    check_holds(sharded / INDEX, TENSORS)
+
+
+@pytest.mark.parametrize(
+    "index",
+    [
+        "diffusion_pytorch_model.safetensors.index.json",
+        "diffusion_pytorch_model.safetensors.index.fp16.json",
+    ],
+)
+def test_diffusers_index_is_read(index: str, sharded: Path) -> None:
+    (sharded / INDEX).rename(sharded / index)
+
+    check_holds(sharded, TENSORS)
+
+
+def test_torch_shards_are_read(tmp_path: Path) -> None:
+    torch.save({"a.weight": A}, tmp_path / "pytorch_model-00001-of-00002.bin")
+    torch.save({"b.weight": B}, tmp_path / "pytorch_model-00002-of-00002.bin")
+    weight_map = {
+        "a.weight": "pytorch_model-00001-of-00002.bin",
+        "b.weight": "pytorch_model-00002-of-00002.bin",
+    }
+    write_index(tmp_path, {"weight_map": weight_map}, "pytorch_model.bin.index.json")
+
+    check_holds(tmp_path, TENSORS)
+
+
+def test_safetensors_win_over_torch_files(tmp_path: Path) -> None:
+    save_file(TENSORS, tmp_path / "model.safetensors")
+    torch.save({"other": A}, tmp_path / "pytorch_model.bin")
+
+    check_holds(tmp_path, TENSORS)
+
+
+def test_shards_may_be_links_to_elsewhere(tmp_path: Path) -> None:
+    """The Hugging Face cache keeps files as ``../../blobs/<digest>``."""
+    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "main"
+    blobs.mkdir()
+    snapshot.mkdir(parents=True)
+    save_file({"a.weight": A}, blobs / "0a")
+    save_file({"b.weight": B}, blobs / "0b")
+    (snapshot / FIRST).symlink_to("../../blobs/0a")
+    (snapshot / SECOND).symlink_to("../../blobs/0b")
+    write_index(snapshot, {"weight_map": WEIGHT_MAP})
+
+    check_holds(snapshot, TENSORS)
+
+
+def test_paths_are_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_file(TENSORS, tmp_path / "model.safetensors")
+    monkeypatch.chdir(tmp_path)
+
+    checkpoint = read_checkpoint(Path("model.safetensors"))
+
+    assert checkpoint.path == tmp_path / "model.safetensors"
+    assert checkpoint.directory == tmp_path
+    assert checkpoint.files[0].path == tmp_path / "model.safetensors"
+
+
+# --- what is not found, or found twice
+
+
+def test_empty_directory_is_refused_with_what_was_looked_for(tmp_path: Path) -> None:
+    (tmp_path / "training_args.bin").write_bytes(b"")
+    message = refusal(tmp_path)
+
+    assert "no checkpoint among 1 files" in message
+    for name in ("model.safetensors", INDEX, "*.safetensors", "pytorch_model.bin"):
+        assert name in message
+
+
+def test_absent_path_is_refused(tmp_path: Path) -> None:
+    assert "No such file" in refusal(tmp_path / "none")
+
+
+def test_unknown_kind_of_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+
+    assert "'.gguf'" in refusal(tmp_path / "model.gguf")
+
+
+def test_adapter_is_refused(tmp_path: Path) -> None:
+    save_file(TENSORS, tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text("{}")
+
+    assert "adapters are not supported as sources yet" in refusal(tmp_path)
+
+
+def test_two_files_without_an_index_are_refused_by_name(tmp_path: Path) -> None:
+    save_file(TENSORS, tmp_path / "x.safetensors")
+    save_file(TENSORS, tmp_path / "y.safetensors")
+
+    assert "found 2: x.safetensors, y.safetensors" in refusal(tmp_path)
+
+
+def test_one_file_and_an_index_of_others_are_refused(sharded: Path) -> None:
+    save_file(TENSORS, sharded / "model.safetensors")
+
+    assert f"found 2: model.safetensors, {INDEX}" in refusal(sharded)
+
+
+def test_lone_shard_without_its_index_is_refused(sharded: Path) -> None:
+    """One shard of two must not pass for the only file of a checkpoint."""
+    (sharded / INDEX).unlink()
+    (sharded / FIRST).unlink()
+
+    assert f"{SECOND} is one shard of several" in refusal(sharded)
+
+
+def test_link_to_a_file_that_is_gone_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").symlink_to("../../blobs/gone")
+
+    assert "link to a file that is gone" in refusal(tmp_path)
+
+
+# --- what disagrees with the index
+
+
+def test_absent_shard_is_named(sharded: Path) -> None:
+    (sharded / SECOND).unlink()
+    message = refusal(sharded, HeaderError)
+
+    assert f"index names 2 shards, 1 are not there: {SECOND}; copy them again" in message
+
+
+def test_truncated_shard_is_named(sharded: Path) -> None:
+    (sharded / SECOND).write_bytes((sharded / SECOND).read_bytes()[:-1])
+
+    assert SECOND in refusal(sharded, TruncatedShardError)
+
+
+def test_tensors_that_no_shard_has_are_listed_up_to_ten(sharded: Path) -> None:
+    more = {f"c.{index:02}": SECOND for index in range(12)}
+    write_index(sharded, {"weight_map": WEIGHT_MAP | more})
+    message = refusal(sharded, MissingTensorError)
+
+    assert "names 14 tensors, 12 are in no shard: c.00, c.01" in message
+    assert "c.09 and 2 more" in message
+
+
+def test_tensor_that_the_index_does_not_name_is_refused(sharded: Path) -> None:
+    save_file({"b.weight": B, "extra": A}, sharded / SECOND)
+
+    assert "hold 3 tensors, 1 are not in the index: extra" in refusal(sharded, HeaderError)
+
+
+def test_tensor_in_two_shards_is_refused(sharded: Path) -> None:
+    save_file(TENSORS, sharded / SECOND)
+    message = refusal(sharded, HeaderError)
+
+    assert f"'a.weight' is in 2 shards: {FIRST} and {SECOND}" in message
+
+
+def test_tensor_in_another_shard_than_the_index_says_is_refused(sharded: Path) -> None:
+    write_index(sharded, {"weight_map": {"a.weight": SECOND, "b.weight": FIRST}})
+    message = refusal(sharded, HeaderError)
+
+    assert f"'a.weight' is in {FIRST}, the index says {SECOND}" in message
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../model.safetensors",
+        "x/../../model.safetensors",
+        "/etc/passwd",
+        "./model.safetensors",
+        "x//model.safetensors",
+        "..",
+        "",
+        "C:model.safetensors",
+        "..\\model.safetensors",
+        "a\0.safetensors",
+    ],
+)
+def test_shard_name_that_leaves_the_directory_is_refused(name: str, sharded: Path) -> None:
+    write_index(sharded, {"weight_map": {"a.weight": name}})
+
+    assert repr(name) in refusal(sharded, HeaderError)
+
+
+@pytest.mark.parametrize("name", ["n" * 5000, "\ud800"])
+def test_shard_name_that_no_file_can_have_is_absent(name: str, sharded: Path) -> None:
+    write_index(sharded, {"weight_map": {"a.weight": name}})
+
+    assert "1 are not there" in refusal(sharded, HeaderError)
+
+
+def test_shard_in_a_folder_below_is_read(sharded: Path) -> None:
+    (sharded / "shards").mkdir()
+    (sharded / FIRST).rename(sharded / "shards" / FIRST)
+    write_index(sharded, {"weight_map": WEIGHT_MAP | {"a.weight": f"shards/{FIRST}"}})
+
+    check_holds(sharded, TENSORS)
+
+
+@pytest.mark.parametrize(
+    ("content", "essential"),
+    [
+        ({}, "weight_map: expected an object with at least 1 tensor, got NoneType"),
+        ({"weight_map": []}, "got list"),
+        ({"weight_map": {}}, "got an empty one"),
+        ({"weight_map": {"a.weight": 3}}, "'a.weight': expected a file name, got int"),
+        ('{"weight_map": {"a": "x", "a": "y"}}', "'a' occurs twice"),
+        ('{"weight_map": NaN}', "NaN"),
+        ("[]", "expected a JSON object, got list"),
+        ("{", "not valid JSON"),
+        ("version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"),
+    ],
+)
+def test_index_that_is_not_one_is_refused(content: object, essential: str, sharded: Path) -> None:
+    write_index(sharded, content)
+    message = refusal(sharded, HeaderError)
+
+    assert INDEX in message
+    assert essential in message
+
+
+# --- config.json
+
+
+def test_config_is_parsed(sharded: Path) -> None:
+    (sharded / "config.json").write_text('{"hidden_size": 3, "limit": [0.0, Infinity]}')
+
+    expected = {"hidden_size": 3, "limit": [0.0, float("inf")]}
+    assert read_checkpoint(sharded).config == expected
+
+
+def test_config_beside_a_single_file_is_parsed(tmp_path: Path) -> None:
+    save_file(TENSORS, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text('{"hidden_size": 3}')
+
+    assert read_checkpoint(tmp_path / "model.safetensors").config == {"hidden_size": 3}
+
+
+def test_config_is_none_when_absent(sharded: Path) -> None:
+    assert read_checkpoint(sharded).config is None
+
+
+@pytest.mark.parametrize(
+    ("raw", "error_type", "essential"),
+    [
+        (b"[]", HeaderError, "expected a JSON object, got list"),
+        (b'{"a": 1, "a": 2}', HeaderError, "'a' occurs twice"),
+        (b"{\xff}", HeaderError, "0xff at 1"),
+        (b"{", HeaderError, "not valid JSON"),
+        (b"", TruncatedShardError, "0 bytes"),
+    ],
+)
+def test_config_that_is_not_one_is_refused(
+    raw: bytes, error_type: type[StreamMergeError], essential: str, sharded: Path
+) -> None:
+    (sharded / "config.json").write_bytes(raw)
+    message = refusal(sharded, error_type)
+
+    assert "config.json" in message
+    assert essential in message
+
+
+def test_config_beyond_the_limit_is_not_read(
+    sharded: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reading, "MAX_CONFIG_BYTES", 10)
+    (sharded / "config.json").write_text('{"a": 123456789}')
+
+    assert "has 16 bytes, the limit is 10" in refusal(sharded, HeaderError)
+
+
+def test_config_that_is_a_dead_link_is_refused(sharded: Path) -> None:
+    (sharded / "config.json").symlink_to("gone")
+
+    assert "config.json" in refusal(sharded)
+
+
+def test_directory_that_cannot_be_listed_is_refused(
+    sharded: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_: Path) -> NoReturn:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+
+    assert "cannot be listed: Permission denied" in refusal(sharded)
+
+
+# --- quantisation
+
+
+def check_quantized(
+    directory: Path,
+    tensors: dict[str, torch.Tensor],
+    *essentials: str,
+    config: dict[str, object] | None = None,
+) -> None:
+    save_file(tensors, directory / "model.safetensors")
+    if config is not None:
+        (directory / "config.json").write_text(json.dumps(config))
+    checkpoint = read_checkpoint(directory)
+    if not essentials:
+        check_not_quantized(checkpoint)
+        return
+    with pytest.raises(QuantizedCheckpointError) as caught:
+        check_not_quantized(checkpoint)
+    for essential in (*essentials, "dequantise the model first", "bfloat16"):
+        assert re.search(re.escape(essential), str(caught.value)), str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("config", "essentials"),
+    [
+        ({"quantization_config": {"quant_method": "gptq"}}, ["gptq", "config.json"]),
+        ({"quantization_config": {"load_in_4bit": True}}, ["no quant_method given"]),
+        (
+            {"text_config": {"quantization_config": {"quant_method": "fp8"}}},
+            ["text_config.quantization_config", "fp8"],
+        ),
+    ],
+)
+def test_quantized_config_is_refused(
+    config: dict[str, object], essentials: list[str], tmp_path: Path
+) -> None:
+    check_quantized(tmp_path, TENSORS, *essentials, config=config)
+
+
+@pytest.mark.parametrize(
+    "config", [{}, {"quantization_config": None}, {"text_config": {"hidden_size": 3}}]
+)
+def test_config_without_quantization_passes(config: dict[str, object], tmp_path: Path) -> None:
+    check_quantized(tmp_path, TENSORS, config=config)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "layer.qweight",
+        "layer.qzeros",
+        "layer.g_idx",
+        "layer.weight.absmax",
+        "layer.weight.nested_absmax",
+        "layer.weight.quant_map",
+        "layer.weight.nested_quant_map",
+        "layer.weight.quant_state.bitsandbytes__nf4",
+        "layer.weight_packed",
+        "layer.SCB",
+        "layer.W_q",
+    ],
+)
+def test_name_of_a_packed_weight_is_refused(name: str, tmp_path: Path) -> None:
+    check_quantized(tmp_path, {name: A}, repr(name))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "code"),
+    [(torch.uint8, "U8"), (torch.int8, "I8"), (torch.int32, "I32"), (torch.uint32, "U32")],
+)
+def test_integer_weight_is_refused(dtype: torch.dtype, code: str, tmp_path: Path) -> None:
+    check_quantized(
+        tmp_path, {"layer.weight": torch.zeros(2, dtype=dtype)}, "'layer.weight'", f"dtype {code}"
+    )
+
+
+def test_packed_blocks_with_scales_are_refused(tmp_path: Path) -> None:
+    """MXFP4 as in gpt-oss."""
+    packed = torch.zeros(2, dtype=torch.uint8)
+    tensors = {"experts.down_proj_blocks": packed, "experts.down_proj_scales": packed.clone()}
+    check_quantized(tmp_path, tensors, "'experts.down_proj_blocks'", "'experts.down_proj_scales'")
+
+
+@pytest.mark.parametrize(
+    ("name", "companion"),
+    [
+        ("layer.weight", "layer.weight_scale"),
+        ("layer.weight", "layer.weight_scale_inv"),
+        ("layer.weight", "layer.input_scale"),
+        ("layer.weight", "layer.scale_weight"),
+        ("weight", "input_scale"),
+        ("experts.down_proj", "experts.down_proj_scale"),
+        ("experts.down_proj", "experts.down_proj_scale_inv"),
+    ],
+)
+def test_float8_with_a_scale_is_refused(name: str, companion: str, tmp_path: Path) -> None:
+    tensors = {name: A.to(torch.float8_e4m3fn), companion: torch.ones(())}
+    check_quantized(tmp_path, tensors, repr(name), repr(companion), "F8_E4M3")
+
+
+def test_float8_without_a_scale_passes(tmp_path: Path) -> None:
+    check_quantized(tmp_path, {"layer.weight": A.to(torch.float8_e4m3fn), "b.weight_scale": B})
+
+
+def test_scale_of_a_wide_weight_passes(tmp_path: Path) -> None:
+    check_quantized(tmp_path, {"layer.weight": A, "layer.input_scale": torch.ones(())})
+
+
+def test_integer_buffers_pass(tmp_path: Path) -> None:
+    tensors = {
+        "embeddings.position_ids": torch.arange(3),
+        "norm.num_batches_tracked": torch.tensor(3),
+        "attention.mask": torch.ones(3, dtype=torch.uint8),
+        "table.weight": torch.arange(3),
+    }
+    check_quantized(tmp_path, tensors)
