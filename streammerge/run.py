@@ -124,7 +124,10 @@ def merge(
         planned = plan(recipe, memory=memory, workers=workers)
     output = OutputDirectory(
         Path(out),
-        inputs=[Path(model.path) for model in planned.models],
+        inputs=[
+            *(Path(model.path) for model in planned.models),
+            *(Path(file.path) for file in planned.files),
+        ],
         nbytes=planned.bytes_to_write,
         overwrite=overwrite,
     )
@@ -220,12 +223,12 @@ def _write_shards(
             keep_cached=_fits_page_cache(planned),
             on_progress=on_progress,
         )
-    except BaseException:
+        while outputs:
+            outputs.pop(0).close()
+    finally:
+        # Whatever is left here is left because something failed.
         for output in outputs:
             output.abandon()
-        raise
-    for output in outputs:
-        output.close()
     return report
 
 
@@ -344,7 +347,7 @@ def _tensor_records(planned: MergePlan, report: RunReport) -> dict[str, TensorRe
             dtype=task.dtype.value,
             numel=task.numel,
             density=tuple(count / max(task.numel, 1) for count in kept),
-            # JSON has no infinity, which stands for "nothing is kept".
+            # JSON has no infinity.
             thresholds=tuple(None if top == float("inf") else top for top in thresholds),
             not_finite=result.not_finite if result else 0,
         )

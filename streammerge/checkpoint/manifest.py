@@ -44,7 +44,8 @@ class TensorRecord:
     density: tuple[float, ...]
     """Fraction kept per source; empty for methods that neither trim nor drop."""
     thresholds: tuple[float | None, ...]
-    """Top-k threshold per source; None where nothing was kept; empty for methods that do not trim."""
+    """Top-k threshold per source; None for infinity, which no finite number passes; empty for methods
+    that do not trim."""
     not_finite: int
     """Input values that were NaN or infinite and let through by ``non_finite: keep``."""
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from streammerge.checkpoint.locking import FileLock
 from streammerge.checkpoint.manifest import MANIFEST_NAME, read_manifest_files
 from streammerge.checkpoint.outputfile import sync_directory
 from streammerge.errors import DiskSpaceError, OutputError, OutputExistsError
@@ -43,45 +44,57 @@ class OutputDirectory:
             OutputError: The parent directory is missing or not writable.
         """
         self.out = Path(os.path.abspath(out))  # noqa: PTH100 - resolve() would follow a link at OUT
+        if not self.out.name:
+            raise OutputExistsError(
+                f"{self.out}: is the root of the file system; choose a directory"
+            )
         self.partial = self.out.with_name(self.out.name + ".partial")
+        self._replaced = self.out.with_name(self.out.name + ".replaced")
+        self._overwrite = overwrite
         self._published = False
+        self._lock: FileLock | None = None
         _check_inputs(self.out, self.partial, inputs)
         _check_existing(self.out, overwrite=overwrite)
         _check_partial(self.partial)
+        if self.out.exists() and os.path.lexists(self._replaced):
+            raise OutputExistsError(
+                f"{self._replaced}: is in the way; the earlier merge steps aside under this name, "
+                "rename or remove what is there"
+            )
         _check_room(self.out.parent, nbytes)
 
     def __enter__(self) -> Self:
         if self.partial.exists():
             shutil.rmtree(self.partial)
         self.partial.mkdir()
-        (self.partial / _MARKER).touch()
+        self._lock = FileLock(self.partial / _MARKER)
+        self._lock.acquire()
         return self
 
     def publish(self) -> None:
         """Give the directory its final name; the last act of a merge.
 
         Raises:
-            OutputError: The system refuses to rename.
+            OutputExistsError: Something came to lie there since the merge began.
+            OutputError: The system refuses to rename; what was there before is there again.
         """
-        (self.partial / _MARKER).unlink()
+        _check_existing(self.out, overwrite=self._overwrite)
+        replaced = None
         try:
+            (self.partial / _MARKER).unlink()
             sync_directory(self.partial)
-            replaced = self._set_aside()
+            if self.out.exists():
+                self.out.rename(self._replaced)
+                replaced = self._replaced
             self.partial.rename(self.out)
+            self._published = True
             sync_directory(self.out.parent)
         except OSError as error:
+            if replaced is not None and not self._published:
+                replaced.rename(self.out)
             raise OutputError(f"{self.out}: cannot be put in place: {error.strerror}") from error
-        self._published = True
         if replaced is not None:
             shutil.rmtree(replaced)
-
-    def _set_aside(self) -> Path | None:
-        """Move an existing output out of the way; POSIX renames over an empty one by itself."""
-        if not self.out.exists():
-            return None
-        replaced = self.out.with_name(self.out.name + ".replaced")
-        self.out.rename(replaced)
-        return replaced
 
     def __exit__(
         self,
@@ -89,6 +102,8 @@ class OutputDirectory:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        if self._lock is not None:
+            self._lock.close()
         if not self._published:
             shutil.rmtree(self.partial, ignore_errors=True)
 
@@ -109,8 +124,10 @@ def _check_existing(out: Path, *, overwrite: bool) -> None:
         return
     if not out.is_dir() or out.is_symlink():
         raise OutputExistsError(f"{out}: is not a directory; choose another place")
-    present = sorted(path.name for path in out.iterdir())
-    if not present:
+    present = sorted(
+        path.relative_to(out).as_posix() for path in out.rglob("*") if not _is_plain_directory(path)
+    )
+    if not present and not any(out.iterdir()):
         return
     if not overwrite:
         raise OutputExistsError(
@@ -123,13 +140,16 @@ def _check_existing(out: Path, *, overwrite: bool) -> None:
             f"{out}: holds {len(present)} file(s) but no {MANIFEST_NAME}, so no merge of ours made "
             "it; --overwrite only replaces earlier merges, remove it yourself"
         )
-    known = {MANIFEST_NAME, *(name.split("/")[0] for name in written)}
-    foreign = [name for name in present if name not in known]
+    foreign = [name for name in present if name not in {MANIFEST_NAME, *written}]
     if foreign:
         raise OutputExistsError(
             f"{out}: holds {len(foreign)} file(s) that the earlier merge did not write "
             f"({', '.join(foreign[:_LISTED])}); --overwrite would lose them, move them away"
         )
+
+
+def _is_plain_directory(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink()
 
 
 def _check_partial(partial: Path) -> None:
@@ -139,6 +159,14 @@ def _check_partial(partial: Path) -> None:
         raise OutputExistsError(
             f"{partial}: is in the way and was not left by a merge; rename or remove it"
         )
+    lock = FileLock(partial / _MARKER)
+    try:
+        if not lock.acquire():
+            raise OutputExistsError(
+                f"{partial}: another merge is writing there now; wait for it, or choose another place"
+            )
+    finally:
+        lock.close()
 
 
 def _check_room(parent: Path, nbytes: int) -> None:

@@ -56,7 +56,8 @@ class Applied:
     not_finite: int
     """Input values that were NaN or infinite; always 0 unless the recipe keeps them."""
     kept: tuple[int, ...]
-    """Entries kept per source, for methods that trim or drop; empty for others."""
+    """Entries of the piece kept per source; empty where the statistics of the tensor tell, and for
+    methods that neither trim nor drop."""
 
 
 class DeviceStage(Protocol):
@@ -118,10 +119,8 @@ class CpuStage:
             end = min(begin + BLOCK, piece.numel)
             base, vectors = self._load(piece, begin, end)
             block = task.scope_block + (piece.start + begin) // BLOCK
-            for source, top in enumerate(tops):
-                torch.abs(vectors[source], out=self._magnitudes[: end - begin])
-                magnitudes = self._magnitudes[: end - begin].numpy()
-                kept[source] += count_kept(magnitudes, top, block, self._masks)
+            if self._plan.model_scope:
+                self._count_kept(kept, vectors, tops, block)
             chunk = MergeChunk(
                 base=base,
                 vectors=vectors,
@@ -136,7 +135,9 @@ class CpuStage:
             else:
                 check_range(merged, task, piece.start + begin)
             out[begin:end].copy_(merged)
-        return Applied(not_finite, tuple(kept) if tops or self._method.random else ())
+        if self._method.random or self._plan.model_scope:
+            return Applied(not_finite, tuple(kept))
+        return Applied(not_finite, ())
 
     def measure(
         self, piece: PieceInMemory, questions: Sequence[Question | None]
@@ -162,6 +163,15 @@ class CpuStage:
         begin = start - piece.start
         _, vectors = self._load(piece, begin, begin + out.shape[1])
         torch.abs(vectors, out=torch.from_numpy(out))
+
+    def _count_kept(
+        self, kept: list[int], vectors: Tensor, tops: tuple[TopK, ...], block: int
+    ) -> None:
+        """Add how many entries of this block each source keeps under a threshold of the model."""
+        magnitudes = self._magnitudes[: vectors.shape[1]]
+        for source, (vector, top) in enumerate(zip(vectors, tops, strict=True)):
+            torch.abs(vector, out=magnitudes)
+            kept[source] += count_kept(magnitudes.numpy(), top, block, self._masks)
 
     def _load(self, piece: PieceInMemory, begin: int, end: int) -> tuple[Tensor | None, Tensor]:
         """Convert one block of every input; return the base and the ``[n, m]`` operands."""
@@ -210,6 +220,11 @@ class _PositionalMasks:
     kept: list[int]
 
     def drop_(self, row: Tensor, *, source: int, density: float) -> Tensor:
+        if density >= 1:
+            self.kept[source] += row.numel()
+            return row
+        if density <= 0:
+            return row.zero_()
         key = stream_key(self.seed, source, self.tensor_name)
         mask = keep_mask(key, self.start, row.numel(), density)
         # numpy multiplies floats by bool several times faster than torch, on the same memory.

@@ -30,7 +30,7 @@ from streammerge.engine.results import Results, TensorResult
 from streammerge.engine.scheduling import Schedule, Shop, Work
 from streammerge.engine.writing import WriteJob, run_writer
 from streammerge.methods.base import MergeMethod
-from streammerge.plan.planning import params_of
+from streammerge.plan.sweeps import Needs
 from streammerge.plan.types import MergePlan
 
 _TICK_SECONDS = 0.1
@@ -122,7 +122,7 @@ class _Running:
         )
         shop = Shop(
             plan=plan,
-            needs=tuple(method.reduction(params_of(method, each)) for each in plan.settings),
+            needs=Needs(plan, method),
             monitor=self._monitor,
             work=self._work,
             outstanding=self._outstanding,

@@ -33,9 +33,12 @@ class Results:
         """Add one piece of a tensor."""
         with self._lock:
             known = self._by_task.get(piece.task_index)
-            kept = applied.kept
-            if known is not None:
-                kept = tuple(a + b for a, b in zip(known.kept, kept, strict=True))
+            if not applied.kept:
+                kept = tuple(top.kept for top in tops)
+            elif known is None:
+                kept = applied.kept
+            else:
+                kept = tuple(a + b for a, b in zip(known.kept, applied.kept, strict=True))
             self._by_task[piece.task_index] = TensorResult(
                 kept=kept,
                 thresholds=tuple(top.threshold for top in tops),

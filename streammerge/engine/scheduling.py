@@ -24,12 +24,20 @@ from streammerge.engine.merging import ChunkMerger
 from streammerge.engine.monitor import Monitor
 from streammerge.engine.progress import Progress
 from streammerge.engine.queues import Outstanding, WorkQueue
-from streammerge.engine.statistics import ScopeStatistics, statistics_demand
+from streammerge.engine.statistics import ScopeStatistics
 from streammerge.methods.base import MagnitudeTopK
+from streammerge.plan.budgeting import values_limit
 from streammerge.plan.chunking import Chunk, Piece, Residence, Unit, iter_units
+from streammerge.plan.sweeps import (
+    Needs,
+    collecting_limit,
+    pack_sample,
+    scope_bytes,
+    spread_runs,
+)
 from streammerge.plan.types import Action, MergePlan, TensorTask
 from streammerge.reductions import BLOCK, count_blocks
-from streammerge.reductions.magnitude import SAMPLE_RUN, TopK, choose_sample_runs
+from streammerge.reductions.magnitude import TopK, choose_sample_runs
 
 Work = Callable[[DeviceStage], None]
 """Something for a worker to do, on its own device stage."""
@@ -41,8 +49,8 @@ class Shop:
 
     plan: MergePlan
     """The plan."""
-    needs: tuple[MagnitudeTopK | None, ...]
-    """The statistic per setting of the plan."""
+    needs: Needs
+    """The statistics that tensors need."""
     monitor: Monitor
     """Ends waiting."""
     work: WorkQueue[Work]
@@ -60,10 +68,6 @@ class Shop:
     keep_cached: bool
     """Whether all inputs fit the page cache, so that a second sweep finds them there."""
 
-    def need_of(self, task: TensorTask) -> MagnitudeTopK | None:
-        """Return the statistic that a tensor needs; None for copies too."""
-        return self.needs[task.setting] if task.action is Action.MERGE else None
-
 
 class Schedule:
     """Decides the order of loads; owns no thread."""
@@ -75,11 +79,8 @@ class Schedule:
     def iter_loads(self) -> Iterator[Load]:
         """Yield every load in order; waits where one depends on earlier results."""
         shop = self._shop
-        tops: tuple[TopK, ...] | None = None
-        if shop.plan.model_scope:
-            tops = yield from self._sweep_model()
-        per_tensor = not shop.plan.model_scope and any(shop.needs)
-        for unit in iter_units(shop.plan, statistics=per_tensor):
+        tops = yield from self._sweep_model()
+        for unit in iter_units(shop.plan, must_look=shop.needs.must_look):
             if unit.residence is Residence.RESIDENT:
                 yield from self._load_resident(unit)
             elif unit.residence is Residence.STREAMED:
@@ -105,10 +106,12 @@ class Schedule:
 
     def _tops_of(self, stage: DeviceStage, piece: PieceInMemory) -> tuple[TopK, ...]:
         """Find the thresholds of a small tensor that is all here."""
-        need = self._shop.need_of(piece.task)
+        need = self._shop.needs.of(piece.task)
         if need is None:
             return ()
-        statistics = _tensor_statistics(self._shop.plan, need, piece.task, available=None)
+        # Small enough for the room that a worker keeps for itself: nothing is reserved.
+        limit = values_limit(piece.task.numel)
+        statistics = _tensor_statistics(self._shop.plan, need, piece.task, limit)
         _sample_pieces(stage, statistics, [piece])
         while statistics.tops is None:
             statistics.add(0, stage.measure(piece, statistics.questions))
@@ -118,12 +121,11 @@ class Schedule:
     def _load_resident(self, unit: Unit) -> Iterator[Load]:
         shop = self._shop
         task = shop.plan.tasks[unit.chunks[0].pieces[0].task]
-        need = shop.need_of(task)
+        need = shop.needs.of(task)
         assert need is not None  # noqa: S101 - or it would be passing
-        reserved = shop.statistics.reserve(
-            statistics_demand(need, task.numel, shop.plan.compute_dtype)
-        )
-        statistics = _tensor_statistics(shop.plan, need, task, available=reserved)
+        reserved = shop.statistics.reserve(scope_bytes(shop.plan, need, task.numel))
+        limit = collecting_limit(shop.plan, need, task.numel, reserved)
+        statistics = _tensor_statistics(shop.plan, need, task, limit)
         tensor = ResidentTensor(shop, statistics, reserved, len(unit.chunks))
         for chunk in unit.chunks:
             shop.outstanding.begin()
@@ -133,38 +135,36 @@ class Schedule:
         shop = self._shop
         task_index = unit.chunks[0].pieces[0].task
         task = shop.plan.tasks[task_index]
-        need = shop.need_of(task)
+        need = shop.needs.of(task)
         assert need is not None  # noqa: S101 - or it would be passing
-        reserved = shop.statistics.reserve(
-            statistics_demand(need, task.numel, shop.plan.compute_dtype)
-        )
-        statistics = _tensor_statistics(shop.plan, need, task, available=reserved)
+        reserved = shop.statistics.reserve(scope_bytes(shop.plan, need, task.numel))
+        limit = collecting_limit(shop.plan, need, task.numel, reserved)
+        statistics = _tensor_statistics(shop.plan, need, task, limit)
         yield from self._sweep(statistics, [task_index], unit.chunks, keep_cached=True)
         shop.statistics.release(reserved)
         for chunk in unit.chunks:
             yield self._merge_load(chunk, statistics.tops)
 
     def _sweep_model(self) -> Generator[Load, None, tuple[TopK, ...] | None]:
-        """Find one threshold per source over all merged tensors; returns them."""
+        """Find one threshold per source over all merged tensors, if they share a scope."""
         shop = self._shop
-        merged = [i for i, task in enumerate(shop.plan.tasks) if task.action is Action.MERGE]
-        if not merged:
-            return ()
-        first = shop.plan.tasks[merged[0]]
-        need = shop.need_of(first)
-        assert need is not None  # noqa: S101 - model scope says so
+        whole = shop.needs.of_model()
+        if whole is None:
+            return None
+        need, merged = whole
         tasks = [shop.plan.tasks[index] for index in merged]
-        reserved = shop.statistics.reserve(shop.statistics.total)
+        numel = sum(task.numel for task in tasks)
+        reserved = shop.statistics.reserve(scope_bytes(shop.plan, need, numel))
         statistics = ScopeStatistics(
             need,
-            numel=sum(task.numel for task in tasks),
+            numel=numel,
             blocks=sum(count_blocks(task.numel) for task in tasks),
             compute_dtype=shop.plan.compute_dtype,
-            available=reserved,
+            limit=collecting_limit(shop.plan, need, numel, reserved),
         )
         chunks = [
             Chunk(pieces, chunk.models)
-            for unit in iter_units(shop.plan, statistics=False)
+            for unit in iter_units(shop.plan, must_look=lambda _: False)
             for chunk in unit.chunks
             if (pieces := _merged_pieces(shop.plan, chunk))
         ]
@@ -184,10 +184,10 @@ class Schedule:
     ) -> Iterator[Load]:
         """Load a sample, then everything once per round, until the thresholds are known."""
         measuring = Outstanding(self._shop.monitor)
-        runs = _spread_runs(self._shop.plan, tasks, statistics.sample_runs())
+        runs = spread_runs(self._shop.plan, tasks, statistics.sample_runs)
         if runs:
             statistics.prepare_sample(sum(piece.numel for piece in runs))
-            for chunk in _sample_chunks(self._shop.plan, runs):
+            for chunk in pack_sample(self._shop.plan, runs):
                 yield self._measure_load(chunk, statistics, measuring, sample=True)
             measuring.wait()
             statistics.conclude_sample()
@@ -284,7 +284,7 @@ def _sample_pieces(
     stage: DeviceStage, statistics: ScopeStatistics, pieces: Sequence[PieceInMemory]
 ) -> None:
     """Sample a tensor that is all in memory, its pieces in any order."""
-    runs = choose_sample_runs(pieces[0].task.numel, statistics.sample_runs())
+    runs = choose_sample_runs(pieces[0].task.numel, statistics.sample_runs)
     if not runs:
         return
     statistics.prepare_sample(sum(count for _, count in runs))
@@ -296,61 +296,17 @@ def _sample_pieces(
 
 
 def _tensor_statistics(
-    plan: MergePlan, need: MagnitudeTopK, task: TensorTask, *, available: int | None
+    plan: MergePlan, need: MagnitudeTopK, task: TensorTask, limit: int
 ) -> ScopeStatistics:
-    """Start the statistics of one tensor; None makes the room that a worker keeps for itself."""
+    """Start the statistics of one tensor."""
     return ScopeStatistics(
         need,
         numel=task.numel,
         blocks=count_blocks(task.numel),
         compute_dtype=plan.compute_dtype,
-        available=statistics_demand(need, task.numel, plan.compute_dtype)
-        if available is None
-        else available,
+        limit=limit,
     )
 
 
 def _merged_pieces(plan: MergePlan, chunk: Chunk) -> tuple[Piece, ...]:
     return tuple(piece for piece in chunk.pieces if plan.tasks[piece.task].action is Action.MERGE)
-
-
-def _spread_runs(plan: MergePlan, tasks: Sequence[int], runs: int) -> list[Piece]:
-    """Spread sample runs over tensors in proportion to their size."""
-    total = sum(plan.tasks[index].numel for index in tasks)
-    pieces: list[Piece] = []
-    # What is owed carries over, so that many small tensors together are sampled as they weigh.
-    owed = 0.0
-    for index in tasks:
-        owed += runs * plan.tasks[index].numel / max(total, 1)
-        count = int(owed)
-        owed -= count
-        for start, numel in choose_sample_runs(plan.tasks[index].numel, count):
-            pieces.append(Piece(index, start, numel))
-    return pieces
-
-
-def _sample_chunks(plan: MergePlan, runs: Sequence[Piece]) -> Iterator[Chunk]:
-    """Pack sample runs into as few chunks as their slots allow."""
-    widest = max(
-        entry.dtype.itemsize
-        for piece in runs
-        for entry in plan.tasks[piece.task].inputs
-        if entry is not None
-    )
-    # A slot's worth per chunk, but enough chunks for all readers.
-    per_chunk = max(
-        1,
-        min(
-            plan.resources.slot_bytes // (SAMPLE_RUN * widest),
-            -(-len(runs) // plan.resources.readers),
-        ),
-    )
-    for begin in range(0, len(runs), per_chunk):
-        pieces = tuple(runs[begin : begin + per_chunk])
-        models = {
-            model
-            for piece in pieces
-            for model, entry in enumerate(plan.tasks[piece.task].inputs)
-            if entry is not None
-        }
-        yield Chunk(pieces, tuple(sorted(models)))

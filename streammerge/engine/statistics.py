@@ -1,6 +1,6 @@
 """Pass 1 of one scope: the searches of all its sources, fed by any number of threads.
 
-Memory: what :func:`streammerge.plan.budgeting.search_bytes` says, reserved by the caller.
+Memory: what :func:`streammerge.plan.sweeps.scope_bytes` says, reserved by the caller.
 """
 
 from __future__ import annotations
@@ -15,19 +15,13 @@ from numpy.typing import NDArray
 from streammerge.dtypes import DType
 from streammerge.engine.buffers import allocate
 from streammerge.methods.base import MagnitudeTopK
-from streammerge.plan.budgeting import affordable_limit, search_bytes, values_limit
+from streammerge.plan.sweeps import count_sample_runs
 from streammerge.reductions.magnitude import (
-    SAMPLE_RUN,
     Counted,
     MagnitudeSearch,
     Question,
     TopK,
 )
-
-_SAMPLE_RUNS = 64
-"""Runs sampled from a tensor: 2^18 elements put the rank within 0.4 % at five sigma."""
-_SAMPLE_NUMEL_PER_RUN = 2**19
-"""A larger scope gets a run per so many elements: its band must be narrower to be collected."""
 
 
 class ScopeStatistics:
@@ -40,7 +34,7 @@ class ScopeStatistics:
         numel: int,
         blocks: int,
         compute_dtype: DType,
-        available: int,
+        limit: int,
     ) -> None:
         """Start the searches.
 
@@ -49,13 +43,11 @@ class ScopeStatistics:
             numel: Elements in the scope.
             blocks: Blocks in the scope.
             compute_dtype: F32 or F64.
-            available: Bytes that the searches may take.
+            limit: Most magnitudes that each search collects.
         """
         sources = len(need.densities)
-        limit = affordable_limit(sources, numel, compute_dtype.itemsize, available)
         self._lock = threading.Lock()
-        self._numel = numel
-        self._limit = limit
+        self.sample_runs = count_sample_runs(need, numel, limit)
         dtype = np.dtype(compute_dtype.torch_name)
         rooms = allocate((sources + 1) * limit * dtype.itemsize).view(dtype)
         self._rooms = rooms.reshape(sources + 1, limit)
@@ -86,14 +78,6 @@ class ScopeStatistics:
         """What to ask of every block now, per source; None where nothing is open."""
         return [s.question if s.result is None else None for s in self._searches]
 
-    def sample_runs(self) -> int:
-        """Return how many runs to sample; 0 when the scope is so small that all is collected."""
-        if self.tops is not None or self._numel <= self._limit:
-            return 0
-        runs = max(_SAMPLE_RUNS, self._numel // _SAMPLE_NUMEL_PER_RUN)
-        # The sample lies where the collected values will; it is used before they come.
-        return min(runs, self._limit // SAMPLE_RUN)
-
     def prepare_sample(self, numel: int) -> None:
         """Expect a sample of ``numel`` elements per source."""
         self._sample_numel = numel
@@ -123,8 +107,3 @@ class ScopeStatistics:
         for search in self._searches:
             if search.result is None:
                 search.conclude()
-
-
-def statistics_demand(need: MagnitudeTopK, numel: int, compute_dtype: DType) -> int:
-    """Return the bytes that the searches of a scope would like to have."""
-    return search_bytes(len(need.densities), numel, compute_dtype.itemsize, values_limit(numel))

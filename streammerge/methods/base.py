@@ -6,7 +6,7 @@ chunk. It knows nothing of files, threads or devices.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import Field, dataclass, field, fields
 from enum import StrEnum
 from typing import Any, Protocol
@@ -41,6 +41,17 @@ class Scope(StrEnum):
     """Every tensor on its own."""
     MODEL = "model"
     """All merged tensors together, one threshold per source."""
+
+
+class Law(StrEnum):
+    """What holds for every method unless its declaration waives it, with the reason."""
+
+    FIXED_POINT = "fixed point"
+    """Sources that all equal the base give the base, bit for bit."""
+    NEGATION = "negation"
+    """Negating all task vectors negates the change."""
+    ORDER = "order"
+    """The order of the sources changes the result by rounding only."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +131,8 @@ class MergeMethod:
     """Parameter sets that the tests run every law on, as a recipe spells them."""
     random: bool = False
     """Whether the seed matters."""
+    waived: Mapping[Law, str] = field(default_factory=dict)
+    """The laws that this method cannot keep, each with the reason."""
 
     @property
     def parameters(self) -> tuple[ParameterSpec, ...]:

@@ -17,6 +17,7 @@ from torch import Tensor
 from streammerge.methods.base import (
     DENSITY,
     WEIGHT,
+    Law,
     Locality,
     MergeChunk,
     MergeMethod,
@@ -52,12 +53,9 @@ class DareTiesParams:
 def drop_and_rescale_(chunk: MergeChunk, densities: tuple[float, ...]) -> Tensor:
     """Drop entries at random and divide the rest by the density, in place; ``[n, m]``."""
     for source, (row, density) in enumerate(zip(chunk.vectors, densities, strict=True)):
-        if density >= 1:
-            continue
-        if density <= 0:
-            row.zero_()
-            continue
-        chunk.masks.drop_(row, source=source, density=density).div_(density)
+        chunk.masks.drop_(row, source=source, density=density)
+        if 0 < density < 1:
+            row.div_(density)
     return chunk.vectors
 
 
@@ -92,6 +90,7 @@ METHODS = (
             {"density": 0.0},
             {"density": 1.0},
         ),
+        waived={Law.ORDER: "masks are drawn for a source by its place in the recipe"},
     ),
     MergeMethod(
         name="dare_ties",
@@ -110,5 +109,9 @@ METHODS = (
             {"density": 0.0},
             {"density": 1.0},
         ),
+        waived={
+            Law.NEGATION: "an exactly balanced vote elects + whatever the signs",
+            Law.ORDER: "masks are drawn for a source by its place in the recipe",
+        },
     ),
 )

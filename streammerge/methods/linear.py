@@ -11,6 +11,7 @@ from torch import Tensor
 
 from streammerge.methods.base import (
     WEIGHT,
+    Law,
     Locality,
     MergeChunk,
     MergeMethod,
@@ -61,5 +62,6 @@ METHODS = (
             {"weight": (0.25, 0.75)},
             {"weight": (1.5, -0.5), "normalize": False},
         ),
+        waived={Law.FIXED_POINT: "in float32 w1 x and w2 x are rounded before they are added"},
     ),
 )

@@ -66,20 +66,22 @@ def weigh_(vectors: Tensor, weights: Sequence[float]) -> Tensor:
 
 
 def sum_rows(vectors: Tensor, out: Tensor) -> Tensor:
-    """Sum ``[n, m]`` over its rows into ``out``, in the order of torch.sum, from +0.0.
+    """Sum ``[n, m]`` over its rows into ``out``, in the order of torch.sum, from +0.0."""
+    # A sum that starts from +0.0 is never -0.0; one that starts from a -0.0 may be.
+    return _add_rows(vectors, out).add_(0.0)
 
-    ``out`` may be the first row when there are at most :data:`ADD_LEFT_TO_RIGHT` rows.
-    """
+
+def _add_rows(vectors: Tensor, out: Tensor) -> Tensor:
+    """Sum over rows; a zero may have either sign."""
     rows = vectors.shape[0]
     if rows > ADD_LEFT_TO_RIGHT:
         return torch.sum(vectors, dim=0, out=out)
     if rows == 1:
-        return torch.add(vectors[0], 0.0, out=out)
+        return out.copy_(vectors[0])
     torch.add(vectors[0], vectors[1], out=out)
     for row in vectors[2:]:
         out.add_(row)
-    # A sum that starts from +0.0 is never -0.0; one that starts from a -0.0 may be.
-    return out.add_(0.0)
+    return out
 
 
 def elect_sign(vectors: Tensor, vote: SignVote, scratch: Tensor) -> Tensor:
@@ -92,7 +94,7 @@ def elect_sign(vectors: Tensor, vote: SignVote, scratch: Tensor) -> Tensor:
     """
     elected, sign = scratch[0], scratch[1]
     if vote is SignVote.TOTAL:
-        sum_rows(vectors, elected)
+        _add_rows(vectors, elected)
     else:
         torch.sign(vectors[0], out=elected)
         for row in vectors[1:]:
@@ -124,6 +126,8 @@ def disjoint_mean(
             torch.sign(row, out=count)
         else:
             count.add_(torch.sign(row, out=term))
-        row.mul_(elected).mul_(weight)
-    total = sum_rows(vectors, term)
-    return total.div_(count.clamp_min_(1.0))
+        row.mul_(weight)
+    # Rounding is symmetric: the sum of magnitudes, signed at the end, is the sum of the entries.
+    # Only the sign of a zero would differ, and +0.0 is what a sum gives.
+    total = _add_rows(vectors, term).mul_(elected)
+    return total.div_(count.clamp_min_(1.0)).add_(0.0)

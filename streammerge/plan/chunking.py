@@ -7,7 +7,7 @@ anew whenever it is needed, so that a plan stays small.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -88,12 +88,12 @@ class ModelRead:
     """Byte offset of each piece of the chunk in the slot; -1 where the model has no part."""
 
 
-def iter_units(plan: MergePlan, *, statistics: bool) -> Iterator[Unit]:
+def iter_units(plan: MergePlan, *, must_look: Callable[[TensorTask], bool]) -> Iterator[Unit]:
     """Yield all work in order.
 
     Args:
         plan: The plan.
-        statistics: Whether merges need a statistic of their own tensor first.
+        must_look: Whether a tensor must be seen whole before it can be merged.
     """
     batch = _Batch(plan)
     for index, task in enumerate(plan.tasks):
@@ -104,8 +104,7 @@ def iter_units(plan: MergePlan, *, statistics: bool) -> Iterator[Unit]:
             continue
         yield from batch.flush()
         chunks = tuple(_cut(plan, index, task))
-        needs = statistics and task.action is Action.MERGE
-        yield Unit(_residence(plan, chunks) if needs else Residence.PASSING, chunks)
+        yield Unit(_residence(plan, chunks) if must_look(task) else Residence.PASSING, chunks)
     yield from batch.flush()
 
 
@@ -174,24 +173,29 @@ class _Batch:
         self._output_bytes = 0
 
     def fits(self, task: TensorTask) -> bool:
+        input_bytes = self._input_bytes + padded(task.numel * widest_input(task))
+        output_bytes = self._output_bytes + _output_bytes(task)
         return (
-            self._input_bytes + padded(task.numel * widest_input(task))
-            <= self._resources.slot_bytes
-            and self._output_bytes + padded(task.numel * task.dtype.itemsize)
-            <= self._resources.output_slot_bytes
+            input_bytes <= self._resources.slot_bytes
+            and output_bytes <= self._resources.output_slot_bytes
         )
 
     def add(self, index: int, task: TensorTask) -> None:
         self._pieces.append(Piece(index, 0, task.numel))
         self._models.update(_models(task))
         self._input_bytes += padded(task.numel * widest_input(task))
-        self._output_bytes += padded(task.numel * task.dtype.itemsize)
+        self._output_bytes += _output_bytes(task)
 
     def flush(self) -> Iterator[Unit]:
         if self._pieces:
             chunk = Chunk(tuple(self._pieces), tuple(sorted(self._models)))
             yield Unit(Residence.PASSING, (chunk,))
         self._clear()
+
+
+def _output_bytes(task: TensorTask) -> int:
+    """Return what a small tensor takes of an output slot; copies leave from their input slot."""
+    return padded(task.numel * task.dtype.itemsize) if task.action is Action.MERGE else 0
 
 
 def _plan_model_read(plan: MergePlan, chunk: Chunk, model: int) -> ModelRead:
@@ -206,6 +210,9 @@ def _plan_model_read(plan: MergePlan, chunk: Chunk, model: int) -> ModelRead:
         itemsize = entry.dtype.itemsize
         offset = entry.offset + piece.start * itemsize
         nbytes = piece.numel * itemsize
+        if nbytes == 0:
+            placements.append(cursor)
+            continue
         last = spans[-1] if spans else None
         follows = last is not None and (last.file, last.offset + last.nbytes) == (
             entry.file,
@@ -216,8 +223,7 @@ def _plan_model_read(plan: MergePlan, chunk: Chunk, model: int) -> ModelRead:
             spans[-1] = ReadSpan(last.file, last.offset, last.nbytes + nbytes, last.slot_offset)
         else:
             cursor = padded(cursor)
-            if nbytes:
-                spans.append(ReadSpan(entry.file, offset, nbytes, cursor))
+            spans.append(ReadSpan(entry.file, offset, nbytes, cursor))
         placements.append(cursor)
         cursor += nbytes
     return ModelRead(model, tuple(spans), tuple(placements))

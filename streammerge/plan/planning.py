@@ -13,8 +13,8 @@ from streammerge.methods import discover_methods
 from streammerge.methods.base import MergeMethod, Operand, Scope
 from streammerge.plan.aligning import AlignedTensor, Alignment, align_tensors
 from streammerge.plan.budgeting import Demand, choose_resources
-from streammerge.plan.chunking import reads_twice
 from streammerge.plan.layout import plan_layout
+from streammerge.plan.sweeps import Needs, bytes_beyond_once
 from streammerge.plan.types import (
     PLAN_VERSION,
     Action,
@@ -128,7 +128,8 @@ def plan_merge(
         dropped=alignment.dropped,
         copied_from_base=alignment.copied_from_base,
     )
-    return _with_reads(plan, has_statistics=demand.statistic_sources > 0)
+    beyond = bytes_beyond_once(plan, Needs(plan, method))
+    return replace(plan, bytes_to_read=plan.input_nbytes + beyond)
 
 
 def params_of(method: MergeMethod, setting: Setting) -> Any:
@@ -279,7 +280,7 @@ def _demand(
     widest = {id(task): _widest(task) for task in tasks}
     numels = [task.numel for task in merged] or [0]
     return Demand(
-        inputs=max((sum(e is not None for e in task.inputs) for task in tasks), default=1),
+        inputs=max(1, len(_models_read(tasks))),
         input_itemsize=max(widest.values(), default=1),
         output_ratio=max((task.dtype.itemsize / widest[id(task)] for task in merged), default=0.0),
         # Sources, base, the method's scratch, and one row of magnitudes for the reduction.
@@ -294,18 +295,14 @@ def _demand(
     )
 
 
+def _models_read(tasks: Sequence[TensorTask]) -> set[int]:
+    """Return the models that any tensor is read from: a batch of small ones may need them all."""
+    return {model for task in tasks for model, entry in enumerate(task.inputs) if entry is not None}
+
+
 def _widest(task: TensorTask) -> int:
     return max(entry.dtype.itemsize for entry in task.inputs if entry is not None)
 
 
 def _input_nbytes(task: TensorTask) -> int:
     return sum(task.numel * entry.dtype.itemsize for entry in task.inputs if entry is not None)
-
-
-def _with_reads(plan: MergePlan, *, has_statistics: bool) -> MergePlan:
-    """Fill in the bytes that the chosen cut reads."""
-    twice = 0
-    for task in plan.tasks if has_statistics else ():
-        if task.action is Action.MERGE and (plan.model_scope or reads_twice(plan, task)):
-            twice += _input_nbytes(task)
-    return replace(plan, bytes_to_read=plan.input_nbytes + twice)

@@ -219,7 +219,10 @@ class MagnitudeSearch:
         """Set :attr:`result`, or the next :attr:`question`, from the answers of all blocks."""
         question = self.question
         inside = int(self._counts.sum())
-        if isinstance(question, Bins):
+        if self._above >= self._k and self._reaches_infinity(question):
+            # Only NaN ranks above infinity, and there are k of them or more: no number is kept.
+            self.result = TopK(float("inf"), self._numel, self._above, 0, 0, -1, 0)
+        elif isinstance(question, Bins):
             self._conclude_bins(question)
         elif self._known_tie is not None:
             self.result = self._place_ties(self._known_tie)
@@ -247,6 +250,11 @@ class MagnitudeSearch:
         self._counts = np.zeros(self._blocks, dtype=np.int32)
         if isinstance(self.question, Bins):
             self._histogram = np.zeros(2**_BIN_BITS, dtype=np.int64)
+
+    def _reaches_infinity(self, question: Question) -> bool:
+        if isinstance(question, Bins):
+            return question.high_bits == self._infinity_bits
+        return question.high == float("inf")
 
     def _bits_of(self, magnitude: float) -> int:
         return int(self._float(magnitude).view(self._uint))
@@ -363,7 +371,7 @@ def count_kept(magnitudes: Floats, top: TopK, block: int, masks: NDArray[np.bool
         block: Which block of the scope this is.
         masks: ``[2, >= m]`` scratch.
     """
-    if top.threshold == 0:
+    if top.greater == top.numel:
         return magnitudes.size
     above = masks[0, : magnitudes.size]
     ties = top.ties_to_keep(block)

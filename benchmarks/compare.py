@@ -1,0 +1,241 @@
+"""Measures streammerge, other mergers and the raw I/O floor on the same merges, side by side.
+
+    python -m benchmarks.compare --size 1.1B
+
+Makes the models and the other mergers' environment where they are missing, then lets the contenders
+take turns, round by round, with the page cache dropped before every run. Prints a table per method
+and writes all of it to ``benchmarks/results/``.
+
+What the numbers leave out favours the others: mergekit and PEFT do not wait until their output is
+on the disk, streammerge and the floor do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from benchmarks import environment
+from benchmarks.contenders import (
+    FLOOR,
+    NAMES,
+    STREAMMERGE,
+    Contender,
+    choose_contenders,
+    environment_directory,
+    needs_environment,
+    prepare_environment,
+)
+from benchmarks.jobs import DENSITY, METHODS, Job
+from benchmarks.measuring import Run, drop_page_cache, measure
+from benchmarks.models import (
+    ITEMSIZE,
+    RESULTS,
+    ROOT,
+    SIZES,
+    WORK,
+    Models,
+    check_disk,
+    prepare_models,
+    tensor_nbytes,
+)
+from benchmarks.reporting import add_ratios, describe_conditions, render_method, summarize
+
+FORMAT = 1
+"""Raised when the meaning of a field of the results changes."""
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the comparison that the command line asks for and return the exit code."""
+    options = parse_arguments(arguments)
+    work: Path = options.work.resolve()
+    work.mkdir(parents=True, exist_ok=True)
+    if needs_environment(options.contenders):
+        prepare_environment(work)
+    check_disk(work, options.size, options.sources)
+    models = prepare_models(work, options.size, options.sources)
+    contenders = choose_contenders(options.contenders, options.memory, work)
+    results = describe_session(models, options, work)
+    place = options.results or default_results_path(results)
+    try:
+        for name in options.methods:
+            job = Job(METHODS[name], models)
+            results["methods"][name] = compare(job, contenders, results, options, work)
+            print(f"{render_method(name, results['methods'][name])}\n", flush=True)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            # Written after every method: what was measured survives an interruption.
+            place.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    finally:
+        if options.clean:
+            shutil.rmtree(work / "models" / options.size, ignore_errors=True)
+    print(describe_conditions(results))
+    print(f"written to {place}")
+    return 0
+
+
+def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
+    """Read the command line."""
+    summary = (__doc__ or "").split("\n", maxsplit=1)[0]
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.compare", description=summary)
+    parser.add_argument("--size", choices=SIZES, default="1.1B", help="parameters of a model")
+    parser.add_argument("--sources", type=int, default=2, metavar="K", help="fine-tunes to merge")
+    parser.add_argument("--rounds", type=int, default=3, help="runs per contender and method")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument(
+        "--contenders",
+        nargs="+",
+        choices=NAMES,
+        help="default: all with 2 sources, else streammerge and the floor",
+    )
+    parser.add_argument(
+        "--memory",
+        nargs="+",
+        default=["4GiB", "512MiB"],
+        help="budgets of streammerge; others are compared with the first",
+    )
+    parser.add_argument(
+        "--cache",
+        choices=("all", "inputs"),
+        default="all",
+        help="what is dropped before a run: all that the kernel has cached, which takes the right "
+        "to do so and makes programs start cold too, or the inputs alone",
+    )
+    parser.add_argument("--timeout", type=float, default=7200.0, help="seconds per run")
+    parser.add_argument("--work", type=Path, default=WORK, help="where models and outputs go")
+    parser.add_argument("--results", type=Path, help="where the JSON goes")
+    parser.add_argument("--clean", action="store_true", help="remove the models afterwards")
+    options = parser.parse_args(arguments)
+    if options.sources < 2 or options.rounds < 1:
+        parser.error("--sources must be at least 2 and --rounds at least 1")
+    if options.contenders is None:
+        options.contenders = list(NAMES) if options.sources == 2 else [STREAMMERGE, FLOOR]
+    return options
+
+
+def describe_session(models: Models, options: argparse.Namespace, work: Path) -> dict[str, Any]:
+    """Return the results document, complete but for the results."""
+    commit, dirty = environment.commit()
+    files = sorted(models.base.glob("*.safetensors"))
+    versions = {"project": environment.own_versions(), "contenders": {}}
+    if needs_environment(options.contenders):
+        python = environment_directory(work) / "bin" / "python"
+        versions["contenders"] = environment.versions_of(python)
+    return {
+        "format": FORMAT,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": commit,
+        "dirty": dirty,
+        "size": options.size,
+        "parameters": models.nbytes // ITEMSIZE,
+        "sources": options.sources,
+        "rounds": options.rounds,
+        "dtype": "bfloat16",
+        "density": DENSITY,
+        "memory": options.memory,
+        "cache_dropped": None,
+        "machine": environment.machine_facts(work),
+        "disk_rates": environment.disk_rates(files, work),
+        "versions": versions,
+        "methods": {},
+    }
+
+
+def default_results_path(results: dict[str, Any]) -> Path:
+    """Return the place in ``benchmarks/results/`` that belongs to these results."""
+    dirty = "-dirty" if results["dirty"] else ""
+    name = f"{results['size']}-{results['sources']}src-{results['commit']}{dirty}.json"
+    return RESULTS / name
+
+
+def compare(
+    job: Job,
+    contenders: Sequence[Contender],
+    results: dict[str, Any],
+    options: argparse.Namespace,
+    work: Path,
+) -> dict[str, Any]:
+    """Let all contenders do a job in turns and return what it took each of them."""
+    able = [contender for contender in contenders if contender.does(job)]
+    runs: dict[str, list[Run]] = {contender.name: [] for contender in able}
+    stages: dict[str, list[dict[str, float] | None]] = {contender.name: [] for contender in able}
+    for number in range(options.rounds):
+        for contender in able:
+            # One that has failed would fail again; its time is better spent.
+            if any(run.failure is not None for run in runs[contender.name]):
+                continue
+            print(f"  {job.method.name}, round {number + 1}: {contender.name}", file=sys.stderr)
+            results["cache_dropped"] = drop_page_cache(
+                [file for model in job.inputs for file in model.glob("*.safetensors")],
+                everything=options.cache == "all",
+            )
+            run, stage = run_once(job, contender, timeout_seconds=options.timeout, work=work)
+            runs[contender.name].append(run)
+            stages[contender.name].append(stage)
+    summaries = {name: summarize(runs[name], stages[name]) for name in runs}
+    for contender in able:
+        summaries[contender.name]["memory"] = contender.memory
+    add_ratios(summaries)
+    return {
+        "read_nbytes": job.nbytes_to_read,
+        "written_nbytes": job.nbytes_to_write,
+        "sweeps": job.method.sweeps,
+        "contenders": summaries,
+    }
+
+
+def run_once(
+    job: Job, contender: Contender, *, timeout_seconds: float, work: Path
+) -> tuple[Run, dict[str, float] | None]:
+    """Run a contender once; return what it took, and its seconds per stage where it tells them."""
+    out = work / "out"
+    partial = work / "out.partial"
+    description = work / "job.json"
+    for leftover in (out, partial):
+        shutil.rmtree(leftover, ignore_errors=True)
+    try:
+        run = measure(
+            contender.command(job, description, out),
+            cwd=ROOT,
+            environment=contender.environment,
+            timeout_seconds=timeout_seconds,
+        )
+        if run.failure is not None:
+            return replace(run, failure=hide_paths(run.failure, work)), None
+        if contender.name == FLOOR:
+            return run, None
+        nbytes = tensor_nbytes(out)
+        if nbytes != job.nbytes_to_write:
+            wrong = f"wrote {nbytes} bytes of tensors, expected {job.nbytes_to_write}"
+            return replace(run, failure=wrong), None
+        return run, read_stages(out)
+    finally:
+        for leftover in (out, partial):
+            shutil.rmtree(leftover, ignore_errors=True)
+        description.unlink(missing_ok=True)
+
+
+def read_stages(out: Path) -> dict[str, float] | None:
+    """Return the seconds per stage that streammerge's manifest records; None without a manifest."""
+    manifest = out / "streammerge_manifest.json"
+    if not manifest.exists():
+        return None
+    stages: dict[str, float] = json.loads(manifest.read_bytes())["run"]["seconds_by_stage"]
+    return stages
+
+
+def hide_paths(message: str, work: Path) -> str:
+    """Return a message without the places of this project and of its files on this machine."""
+    for place, name in ((work, "WORK"), (ROOT, "ROOT"), (Path.home(), "HOME")):
+        message = message.replace(f"{place}/", f"{name}/")
+    return message
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,32 @@
+"""A lock that ends with the process that holds it, however that ends."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from pathlib import Path
+
+
+class FileLock:
+    """An exclusive lock on a file; the file may stay, only a live holder counts."""
+
+    def __init__(self, path: Path) -> None:
+        """Open or create the file, without locking it."""
+        self._fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+
+    def acquire(self) -> bool:
+        """Take the lock if nobody has it; return whether it was taken."""
+        try:
+            if os.name == "nt":
+                msvcrt = importlib.import_module("msvcrt")
+                msvcrt.locking(self._fd, msvcrt.LK_NBLCK, 1)
+            else:
+                fcntl = importlib.import_module("fcntl")
+                fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return False
+        return True
+
+    def close(self) -> None:
+        """Close the file, which gives the lock back."""
+        os.close(self._fd)

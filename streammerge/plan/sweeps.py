@@ -1,0 +1,147 @@
+"""What a statistic over one tensor or the whole model reads: a sample, then everything.
+
+Engine and planner both ask here, so that the plan states exactly what the engine will read as long
+as the sample guesses well; only a guess that misses costs another sweep.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from streammerge.methods.base import MagnitudeTopK, MergeMethod
+from streammerge.plan.budgeting import affordable_limit, search_bytes, values_limit
+from streammerge.plan.chunking import Chunk, Piece, reads_twice
+from streammerge.plan.types import Action, MergePlan, TensorTask
+from streammerge.reductions.magnitude import SAMPLE_RUN, choose_sample_runs, kept_count
+
+_SAMPLE_RUNS = 64
+"""Runs sampled from a tensor: 2^18 elements put the rank within 0.4 % at five sigma."""
+_SAMPLE_NUMEL_PER_RUN = 2**19
+"""A larger scope gets a run per so many elements: its band must be narrower to be collected."""
+_LEAST_NUMEL_PER_RUN = 8 * SAMPLE_RUN
+"""A smaller scope is sampled at most to an eighth, or the sample would cost as much as a sweep."""
+
+
+class Needs:
+    """The statistics that a plan's tensors need."""
+
+    def __init__(self, plan: MergePlan, method: MergeMethod) -> None:
+        """Ask the method once per setting."""
+        self._plan = plan
+        self._by_setting = [
+            method.reduction(method.params(**dict(setting.values))) for setting in plan.settings
+        ]
+
+    def of(self, task: TensorTask) -> MagnitudeTopK | None:
+        """Return what one tensor needs; None for copies and for methods without statistics."""
+        return self._by_setting[task.setting] if task.action is Action.MERGE else None
+
+    def must_look(self, task: TensorTask) -> bool:
+        """Return whether a tensor must be seen whole before it can be merged.
+
+        It need not when everything or nothing is kept, whatever the values are; nor when the
+        statistic covers the whole model, for which a sweep comes first.
+        """
+        need = self.of(task)
+        return need is not None and not self._plan.model_scope and asks(need, task.numel)
+
+    def of_model(self) -> tuple[MagnitudeTopK, list[int]] | None:
+        """Return the one need of a model-wide scope and its tensors; None without one."""
+        merged = [i for i, task in enumerate(self._plan.tasks) if task.action is Action.MERGE]
+        need = self.of(self._plan.tasks[merged[0]]) if merged else None
+        if need is None or not self._plan.model_scope:
+            return None
+        return need, merged
+
+
+def asks(need: MagnitudeTopK, numel: int) -> bool:
+    """Return whether thresholds over ``numel`` elements depend on the elements at all."""
+    return any(density < 1 and kept_count(density, numel) > 0 for density in need.densities)
+
+
+def scope_bytes(plan: MergePlan, need: MagnitudeTopK, numel: int) -> int:
+    """Return the bytes that the statistics of a scope reserve, at most what the plan has."""
+    itemsize = plan.compute_dtype.itemsize
+    useful = search_bytes(len(need.densities), numel, itemsize, values_limit(numel))
+    return min(useful, plan.resources.statistics_bytes)
+
+
+def collecting_limit(plan: MergePlan, need: MagnitudeTopK, numel: int, available: int) -> int:
+    """Return how many magnitudes each search of a scope may collect in ``available`` bytes."""
+    sources = len(need.densities)
+    return affordable_limit(sources, numel, plan.compute_dtype.itemsize, available)
+
+
+def count_sample_runs(need: MagnitudeTopK, numel: int, limit: int) -> int:
+    """Return how many runs to sample; 0 where nothing is asked, or everything is collected."""
+    if numel <= limit or not asks(need, numel):
+        return 0
+    runs = max(_SAMPLE_RUNS, numel // _SAMPLE_NUMEL_PER_RUN)
+    # The sample lies where the collected values will; it is used before they come.
+    return min(runs, numel // _LEAST_NUMEL_PER_RUN, limit // SAMPLE_RUN)
+
+
+def spread_runs(plan: MergePlan, tasks: Sequence[int], runs: int) -> list[Piece]:
+    """Spread sample runs over tensors in proportion to their size."""
+    total = sum(plan.tasks[index].numel for index in tasks)
+    pieces: list[Piece] = []
+    # What is owed carries over, so that many small tensors together are sampled as they weigh.
+    owed = 0.0
+    for index in tasks:
+        owed += runs * plan.tasks[index].numel / max(total, 1)
+        count = int(owed)
+        owed -= count
+        for start, numel in choose_sample_runs(plan.tasks[index].numel, count):
+            pieces.append(Piece(index, start, numel))
+    return pieces
+
+
+def pack_sample(plan: MergePlan, runs: Sequence[Piece]) -> Iterator[Chunk]:
+    """Pack sample runs into as few chunks as their slots allow."""
+    widest = max(
+        entry.dtype.itemsize
+        for piece in runs
+        for entry in plan.tasks[piece.task].inputs
+        if entry is not None
+    )
+    # A slot's worth per chunk, but enough chunks for all readers.
+    fitting = plan.resources.slot_bytes // (SAMPLE_RUN * widest)
+    per_chunk = max(1, min(fitting, -(-len(runs) // plan.resources.readers)))
+    for begin in range(0, len(runs), per_chunk):
+        pieces = tuple(runs[begin : begin + per_chunk])
+        models = {
+            model
+            for piece in pieces
+            for model, entry in enumerate(plan.tasks[piece.task].inputs)
+            if entry is not None
+        }
+        yield Chunk(pieces, tuple(sorted(models)))
+
+
+def bytes_beyond_once(plan: MergePlan, needs: Needs) -> int:
+    """Return the bytes that samples and sweeps read beyond every input byte once."""
+    whole = needs.of_model()
+    if whole is not None:
+        return _sweep_bytes(plan, *whole)
+    total = 0
+    for index, task in enumerate(plan.tasks):
+        need = needs.of(task)
+        if need is not None and needs.must_look(task) and reads_twice(plan, task):
+            total += _sweep_bytes(plan, need, [index])
+    return total
+
+
+def _sweep_bytes(plan: MergePlan, need: MagnitudeTopK, tasks: Sequence[int]) -> int:
+    numel = sum(plan.tasks[index].numel for index in tasks)
+    if not asks(need, numel):
+        return 0
+    limit = collecting_limit(plan, need, numel, scope_bytes(plan, need, numel))
+    sample = spread_runs(plan, tasks, count_sample_runs(need, numel, limit))
+    read = sum(piece.numel * _element_bytes(plan.tasks[piece.task]) for piece in sample)
+    return read + sum(
+        plan.tasks[index].numel * _element_bytes(plan.tasks[index]) for index in tasks
+    )
+
+
+def _element_bytes(task: TensorTask) -> int:
+    return sum(entry.dtype.itemsize for entry in task.inputs if entry is not None)

@@ -1,0 +1,123 @@
+"""The process stays within what the plan states, in a fresh process and in a memory cgroup."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import uuid
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import save_file
+
+from streammerge.methods import discover_methods
+from streammerge.units import MIB
+
+CGROUP_V1 = Path("/sys/fs/cgroup/memory")
+TOTAL_NUMEL = 24_000_000  # 48 MB per model in bfloat16: several times the buffers of a small budget
+STATUS = Path("/proc/self/status")
+RUNNER = """
+import json, sys
+import streammerge as sm
+plan = sm.plan(sys.argv[1], memory=sys.argv[3])
+sm.merge(plan, sys.argv[2])
+# VmHWM belongs to this program alone; ru_maxrss would begin with the parent's size.
+lines = open("/proc/self/status").read().splitlines()
+peak = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+print(json.dumps({"planned": plan.memory.peak, "budget": plan.memory.budget, "peak": peak}))
+"""
+
+pytestmark = pytest.mark.skipif(
+    not STATUS.exists(), reason="the peak of a process is read from /proc"
+)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> Path:
+    """A base and two fine-tunes with one tensor larger than a small budget's buffers."""
+    directory = tmp_path_factory.mktemp("models")
+    generator = torch.Generator().manual_seed(0)
+    base = {
+        "embed.weight": torch.randn(18_000, 1_000, generator=generator).bfloat16(),
+        **{f"layers.{i}.weight": torch.randn(1_000, 600).bfloat16() for i in range(10)},
+    }
+    save_file(base, directory / "base.safetensors")
+    for index in range(2):
+        tuned = {
+            name: (
+                tensor.float() + 0.01 * torch.randn(tensor.shape, generator=generator)
+            ).bfloat16()
+            for name, tensor in base.items()
+        }
+        save_file(tuned, directory / f"tuned-{index}.safetensors")
+    return directory
+
+
+def write_recipe(models: Path, path: Path, method: str, parameters: dict[str, object]) -> Path:
+    document = {
+        "method": method,
+        "base": str(models / "base.safetensors"),
+        "sources": [{"path": str(models / f"tuned-{index}.safetensors")} for index in range(2)],
+        "parameters": {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in parameters.items()
+        },
+    }
+    path.write_text(yaml.safe_dump(document))
+    return path
+
+
+def run_merge(recipe: Path, out: Path, memory: str, preexec=None) -> dict[str, int]:
+    finished = subprocess.run(
+        [sys.executable, "-c", RUNNER, str(recipe), str(out), memory],
+        capture_output=True,
+        text=True,
+        check=False,
+        preexec_fn=preexec,
+    )
+    assert finished.returncode == 0, finished.stderr
+    return json.loads(finished.stdout.splitlines()[-1])
+
+
+CASES = [
+    pytest.param(method.name, example, id=f"{method.name}-{index}")
+    for method in discover_methods().values()
+    for index, example in enumerate(method.examples[:1] + method.examples[-1:])
+]
+
+
+@pytest.mark.parametrize(("method", "example"), CASES)
+def test_measured_peak_stays_within_the_plan(models, tmp_path, method, example):
+    recipe = write_recipe(models, tmp_path / "recipe.yaml", method, example)
+
+    measured = run_merge(recipe, tmp_path / "out", "420MiB")
+
+    assert measured["planned"] <= measured["budget"]
+    assert measured["peak"] <= measured["planned"]
+
+
+@pytest.mark.cgroup
+def test_a_merge_runs_in_a_cgroup_as_small_as_its_budget(models, tmp_path):
+    if not os.access(CGROUP_V1, os.W_OK) or not (CGROUP_V1 / "memory.limit_in_bytes").exists():
+        pytest.skip("no right to make memory cgroups (v1) here")
+    group = CGROUP_V1 / f"streammerge-{uuid.uuid4().hex}"
+    group.mkdir()
+    try:
+        (group / "memory.limit_in_bytes").write_text(str(400 * MIB))
+        recipe = write_recipe(models, tmp_path / "recipe.yaml", "ties", {"density": 0.2})
+
+        def join_group() -> None:
+            (group / "cgroup.procs").write_text(str(os.getpid()))
+
+        measured = run_merge(recipe, tmp_path / "small", "400MiB", preexec=join_group)
+        run_merge(recipe, tmp_path / "large", "4GiB")
+
+        assert measured["peak"] <= 400 * MIB
+        small = (tmp_path / "small" / "model.safetensors").read_bytes()
+        assert (tmp_path / "large" / "model.safetensors").read_bytes() == small
+    finally:
+        group.rmdir()

@@ -1,0 +1,162 @@
+"""Random words depend on the key and the position, and on nothing else."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from streammerge.rng import (
+    WORDS_PER_COUNTER,
+    keep_below,
+    keep_mask,
+    random_words,
+    stream_key,
+)
+
+KEY = 0x0123456789ABCDEF_FEDCBA9876543210
+WORDS = (
+    # Words 0 to 7, 8 to 15.
+    (
+        0x97557E44,
+        0x4A9F6F3D,
+        0x03D00D3D,
+        0xBB943154,
+        0x789D5219,
+        0xAB998127,
+        0xA2A0DF2A,
+        0x79371346,
+    ),
+    (
+        0x5BE0C579,
+        0x5EA38F21,
+        0x1507A0CB,
+        0x89282F1B,
+        0x17DF772A,
+        0x9D8B89BE,
+        0x7A445AFE,
+        0xFFFBC343,
+    ),
+)
+
+
+def test_words_are_these_numbers() -> None:
+    """A recipe's masks must never change, whatever happens to numpy."""
+    assert tuple(random_words(KEY, 0, 8).tolist()) == WORDS[0]
+    assert tuple(random_words(KEY, 8, 8).tolist()) == WORDS[1]
+
+
+def test_words_are_those_of_numpys_generator() -> None:
+    wide = np.random.Philox(key=KEY).random_raw(500)
+
+    assert random_words(KEY, 0, 1000).tolist() == [
+        half for word in wide.tolist() for half in (word & 0xFFFFFFFF, word >> 32)
+    ]
+
+
+def philox_block(key: int, counter: int) -> list[int]:
+    """Return the eight words of one counter, from the paper's definition of Philox 4x64-10."""
+    mask = 2**64 - 1
+    multipliers = (0xD2E7470EE14C6C93, 0xCA5A826395121157)
+    bumps = (0x9E3779B97F4A7C15, 0xBB67AE8584CAA73B)
+    keys = [key & mask, key >> 64]
+    x = [counter >> (64 * index) & mask for index in range(4)]
+    for _ in range(10):
+        product0, product1 = multipliers[0] * x[0], multipliers[1] * x[2]
+        x = [
+            (product1 >> 64) ^ x[1] ^ keys[0],
+            product1 & mask,
+            (product0 >> 64) ^ x[3] ^ keys[1],
+            product0 & mask,
+        ]
+        keys = [(k + bump) & mask for k, bump in zip(keys, bumps, strict=True)]
+    return [half for word in x for half in (word & 0xFFFFFFFF, word >> 32)]
+
+
+@pytest.mark.parametrize("block", [0, 1, 12_345, 2**40])
+def test_words_are_those_of_the_published_algorithm(block: int) -> None:
+    words = random_words(KEY, block * WORDS_PER_COUNTER, WORDS_PER_COUNTER)
+
+    assert words.tolist() == philox_block(KEY, block + 1)
+
+
+@settings(deadline=None)
+@given(
+    key=st.integers(0, 2**128 - 1),
+    first=st.integers(0, 2**40),
+    lengths=st.lists(st.integers(0, 30), min_size=1, max_size=6),
+    tail=st.integers(0, 20),
+)
+def test_any_split_gives_the_same_words(
+    key: int, first: int, lengths: list[int], tail: int
+) -> None:
+    start = first * WORDS_PER_COUNTER
+    count = sum(lengths) * WORDS_PER_COUNTER + tail
+    whole = random_words(key, start, count)
+    parts, at = [], start
+    for length in lengths:
+        parts.append(random_words(key, at, length * WORDS_PER_COUNTER))
+        at += length * WORDS_PER_COUNTER
+    parts.append(random_words(key, at, tail))
+
+    assert whole.dtype == np.uint32
+    assert np.concatenate(parts).tolist() == whole.tolist()
+
+
+@pytest.mark.parametrize("start", [1, 4, 7, -1])
+def test_a_start_inside_a_counter_is_refused(start: int) -> None:
+    with pytest.raises(ValueError, match="multiple of 8"):
+        random_words(KEY, start, 8)
+
+
+@pytest.mark.parametrize("density", [1e-4, 0.1, 0.5, 0.9, 0.9999])
+def test_the_keep_rate_is_the_density(density: float) -> None:
+    count = 2**20
+    for name in ("a", "b"):
+        kept = int(keep_mask(stream_key(1, 0, name), 0, count, density).sum())
+        # Five standard deviations of a binomial count.
+        assert abs(kept - count * density) < 5 * (count * density * (1 - density)) ** 0.5
+
+
+def test_the_ends_of_the_keep_rate_are_exact() -> None:
+    assert [keep_below(each) for each in (0.0, 2**-32, 0.5, 1.0)] == [0, 1, 2**31, 2**32]
+    assert keep_mask(KEY, 0, 10_000, 1.0).all()
+    assert not keep_mask(KEY, 0, 10_000, 0.0).any()
+
+
+def test_a_mask_says_which_words_lie_below_the_density() -> None:
+    words = random_words(KEY, 16, 5000)
+
+    assert (keep_mask(KEY, 16, 5000, 0.3) == (words.astype(np.float64) < 0.3 * 2**32)).all()
+
+
+def test_a_larger_density_keeps_all_that_a_smaller_one_keeps() -> None:
+    few, many = keep_mask(KEY, 0, 5000, 0.3), keep_mask(KEY, 0, 5000, 0.31)
+
+    assert (few <= many).all()
+
+
+def test_every_seed_source_and_name_has_its_own_stream() -> None:
+    keys = {
+        stream_key(seed, source, name)
+        for seed in (0, 1, 256, 2**64 - 1)
+        for source in (0, 1, 255, 256)
+        for name in ("", "w", "w.0", "w.1", "0.w", "ü", "權")
+    }
+
+    assert len(keys) == 4 * 4 * 7
+    assert all(0 <= key < 2**128 for key in keys)
+
+
+def test_streams_of_different_keys_are_unrelated() -> None:
+    count = 2**16
+    first, second = (keep_mask(stream_key(0, s, "w"), 0, count, 0.5) for s in (0, 1))
+
+    # Agreement of two fair coins: five standard deviations around one half.
+    assert abs(int((first == second).sum()) - count / 2) < 5 * (count / 4) ** 0.5
+
+
+def test_keys_are_these_numbers() -> None:
+    """A recipe's masks must not change with a release."""
+    assert stream_key(0, 0, "weight") == 0x9AE473DE8AC4D0CB_C38FF332A8B6F680
