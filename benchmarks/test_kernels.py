@@ -221,7 +221,8 @@ def test_random_masks(benchmark: Benchmark) -> None:
 
     def draw() -> int:
         return sum(
-            np.count_nonzero(keep_mask(key, start, BLOCK, 0.2)) for start in range(0, NUMEL, BLOCK)
+            int(np.count_nonzero(keep_mask(key, start, BLOCK, 0.2)))
+            for start in range(0, NUMEL, BLOCK)
         )
 
     kept = benchmark(draw)

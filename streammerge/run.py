@@ -15,7 +15,12 @@ import psutil
 import safetensors
 import torch
 
-from streammerge.checkpoint.bytesource import ByteSource, ByteSourceKind, choose_byte_source
+from streammerge.checkpoint.bytesource import (
+    ByteSource,
+    ByteSourceKind,
+    allow_open_files,
+    choose_byte_source,
+)
 from streammerge.checkpoint.manifest import (
     MANIFEST_VERSION,
     RECIPE_NAME,
@@ -29,7 +34,7 @@ from streammerge.checkpoint.modelcard import render_model_card
 from streammerge.checkpoint.outputdir import OutputDirectory
 from streammerge.checkpoint.outputfile import OutputFile
 from streammerge.checkpoint.reading import check_not_quantized, read_checkpoint
-from streammerge.checkpoint.sidecars import write_sidecars
+from streammerge.checkpoint.sidecars import plan_sidecars, write_sidecars
 from streammerge.checkpoint.types import Checkpoint
 from streammerge.engine.memory import cgroup_limit, default_budget, resident_memory
 from streammerge.engine.pipeline import RunReport, run_pipeline
@@ -122,6 +127,7 @@ def merge(
         planned = recipe
     else:
         planned = plan(recipe, memory=memory, workers=workers)
+    plan_sidecars(_companion_directory(planned))
     output = OutputDirectory(
         Path(out),
         inputs=[
@@ -135,6 +141,7 @@ def merge(
         sources = _open_sources(planned, byte_source, stack)
         directory = stack.enter_context(output).partial
         report = _write_shards(planned, directory, sources, on_progress or (lambda _: None))
+        _check_unchanged(planned, sources)
         _check_shards(planned, directory)
         manifest = _write_companions(planned, directory, report)
         output.publish()
@@ -193,18 +200,21 @@ def _workers(workers: int | None) -> int:
 
 def _open_sources(planned: MergePlan, kind: ByteSourceKind, stack: ExitStack) -> list[ByteSource]:
     """Open every input file, and check that it is still what was planned."""
+    allow_open_files(len(planned.files) + len(planned.layout.shards))
     opener = choose_byte_source(kind)
-    sources = []
-    for file in planned.files:
-        source = stack.enter_context(opener(Path(file.path)))
+    sources = [stack.enter_context(opener(Path(file.path))) for file in planned.files]
+    _check_unchanged(planned, sources)
+    return sources
+
+
+def _check_unchanged(planned: MergePlan, sources: Sequence[ByteSource]) -> None:
+    for file, source in zip(planned.files, sources, strict=True):
         nbytes, mtime_ns = source.fingerprint()
         if (nbytes, mtime_ns) != (file.nbytes, file.mtime_ns):
             raise CheckpointError(
                 f"{file.path}: changed since it was planned: {file.nbytes} bytes then, {nbytes} "
                 "now, or another modification time; plan again"
             )
-        sources.append(source)
-    return sources
 
 
 def _write_shards(
@@ -265,8 +275,7 @@ def _write_companions(planned: MergePlan, directory: Path, report: RunReport) ->
     """Write everything beside the shards; the manifest last."""
     method = find_method(planned.method)
     recipe = load_recipe_text(planned.recipe)
-    first = Path(planned.models[0].path)
-    origin = first if first.is_dir() else first.parent
+    origin = _companion_directory(planned)
     dtype = None if recipe.output.dtype is None else recipe.output.dtype.torch_name
     names = [*write_sidecars(origin, directory, dtype=dtype)]
     names += [shard.name for shard in planned.layout.shards]
@@ -294,6 +303,12 @@ def load_recipe_text(text: str) -> Recipe:
     """Return the recipe that a plan carries."""
     methods = {name: method.parameters for name, method in discover_methods().items()}
     return parse_recipe(text, origin="recipe", methods=methods)
+
+
+def _companion_directory(planned: MergePlan) -> Path:
+    """Return where configuration and tokenizer come from: the base, or the first source."""
+    first = Path(planned.models[0].path)
+    return first if first.is_dir() else first.parent
 
 
 def _manifest(planned: MergePlan, report: RunReport, files: Sequence[str]) -> Manifest:

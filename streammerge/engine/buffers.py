@@ -24,7 +24,7 @@ class Slot:
     """One buffer."""
 
     memory: NDArray[np.uint8]
-    """The bytes, page-aligned."""
+    """The bytes."""
 
 
 class SlotPool:

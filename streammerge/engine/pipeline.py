@@ -101,7 +101,7 @@ class _Running:
         self._plan = plan
         self._method = method
         self._monitor = Monitor()
-        self._progress = Progress(plan.bytes_to_read + plan.bytes_to_write)
+        self._progress = Progress(plan.bytes_to_read + plan.layout.data_nbytes)
         self._work: WorkQueue[Work] = WorkQueue(self._monitor)
         self._writes: WorkQueue[WriteJob] = WorkQueue(self._monitor)
         self._outstanding = Outstanding(self._monitor)

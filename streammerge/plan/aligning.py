@@ -17,6 +17,8 @@ from streammerge.plan.types import Action, Setting
 from streammerge.recipe.resolving import Resolved
 from streammerge.recipe.types import BASE, MissingPolicy, Recipe
 
+_RESERVED_NAME = "__metadata__"
+"""PyTorch files may use this name, safetensors headers may not."""
 _LISTED = 10
 """Names that a message lists before it counts the rest."""
 
@@ -113,6 +115,11 @@ class _Aligner:
         )
 
     def _decide(self, name: str) -> AlignedTensor | None:
+        if name == _RESERVED_NAME and not self._resolve(name).drop:
+            raise UnsupportedDTypeError(
+                f"a tensor is called {name}, which safetensors keeps for itself; rename it, or drop "
+                f"it by a rule {{tensors: {name}, drop: true}}"
+            )
         resolved = self._resolve(name)
         entries = [each.tensors.get(name) for each in self._checkpoints]
         if resolved.drop:

@@ -70,10 +70,9 @@ def render_index(plan: MergePlan) -> bytes:
     weight_map = {
         plan.tasks[index].name: shard.name for shard in plan.layout.shards for index in shard.tasks
     }
-    total = sum(shard.data_nbytes for shard in plan.layout.shards)
     parameters = sum(task.numel for task in plan.tasks)
     index = {
-        "metadata": {"total_parameters": parameters, "total_size": total},
+        "metadata": {"total_parameters": parameters, "total_size": plan.layout.data_nbytes},
         "weight_map": dict(sorted(weight_map.items())),
     }
     return (json.dumps(index, indent=2, ensure_ascii=False) + "\n").encode()

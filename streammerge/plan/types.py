@@ -125,6 +125,11 @@ class OutputLayout:
         """Bytes of all shards."""
         return sum(shard.nbytes for shard in self.shards)
 
+    @property
+    def data_nbytes(self) -> int:
+        """Bytes of tensor data in all shards."""
+        return sum(shard.data_nbytes for shard in self.shards)
+
 
 @dataclass(frozen=True, slots=True)
 class Resources:
