@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import filecmp
 import json
 import os
 import subprocess
 import sys
 import uuid
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -18,7 +20,7 @@ from streammerge.methods import discover_methods
 from streammerge.units import MIB
 
 CGROUP_V1 = Path("/sys/fs/cgroup/memory")
-TOTAL_NUMEL = 24_000_000  # 48 MB per model in bfloat16: several times the buffers of a small budget
+MAKE_CHECKPOINT = Path(__file__).resolve().parent.parent / "scripts" / "make_checkpoint.py"
 STATUS = Path("/proc/self/status")
 RUNNER = """
 import json, sys
@@ -100,24 +102,50 @@ def test_measured_peak_stays_within_the_plan(models, tmp_path, method, example):
     assert measured["peak"] <= measured["planned"]
 
 
-@pytest.mark.cgroup
-def test_a_merge_runs_in_a_cgroup_as_small_as_its_budget(models, tmp_path):
+@pytest.fixture
+def limited_group() -> Iterator[Callable[[int], Callable[[], None]]]:
+    """Give a function that sets a memory limit and returns what a child calls to come under it."""
     if not os.access(CGROUP_V1, os.W_OK) or not (CGROUP_V1 / "memory.limit_in_bytes").exists():
         pytest.skip("no right to make memory cgroups (v1) here")
     group = CGROUP_V1 / f"streammerge-{uuid.uuid4().hex}"
     group.mkdir()
-    try:
-        (group / "memory.limit_in_bytes").write_text(str(400 * MIB))
-        recipe = write_recipe(models, tmp_path / "recipe.yaml", "ties", {"density": 0.2})
 
-        def join_group() -> None:
-            (group / "cgroup.procs").write_text(str(os.getpid()))
+    def limit(nbytes: int) -> Callable[[], None]:
+        (group / "memory.limit_in_bytes").write_text(str(nbytes))
+        return lambda: (group / "cgroup.procs").write_text(str(os.getpid()))
 
-        measured = run_merge(recipe, tmp_path / "small", "400MiB", preexec=join_group)
-        run_merge(recipe, tmp_path / "large", "4GiB")
+    yield limit
+    group.rmdir()
 
-        assert measured["peak"] <= 400 * MIB
-        small = (tmp_path / "small" / "model.safetensors").read_bytes()
-        assert (tmp_path / "large" / "model.safetensors").read_bytes() == small
-    finally:
-        group.rmdir()
+
+@pytest.mark.cgroup
+def test_a_merge_runs_in_a_cgroup_as_small_as_its_budget(models, tmp_path, limited_group):
+    recipe = write_recipe(models, tmp_path / "recipe.yaml", "ties", {"density": 0.2})
+
+    measured = run_merge(recipe, tmp_path / "small", "400MiB", preexec=limited_group(400 * MIB))
+    run_merge(recipe, tmp_path / "large", "4GiB")
+
+    assert measured["peak"] <= 400 * MIB
+    small, large = (tmp_path / name / "model.safetensors" for name in ("small", "large"))
+    assert filecmp.cmp(small, large, shallow=False)
+
+
+@pytest.mark.slow
+@pytest.mark.cgroup
+def test_three_models_of_two_gigabytes_merge_in_a_cgroup_of_768_mib(tmp_path, limited_group):
+    subprocess.run(
+        [sys.executable, MAKE_CHECKPOINT, tmp_path, "--size", "1.1B", "--finetunes", "2"],
+        check=True,
+        capture_output=True,
+    )
+    sources = [{"path": str(tmp_path / f"tuned-{index}")} for index in range(2)]
+    document = {"method": "ties", "base": str(tmp_path / "base"), "sources": sources}
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump({**document, "parameters": {"density": 0.2}}))
+
+    measured = run_merge(recipe, tmp_path / "small", "768MiB", preexec=limited_group(768 * MIB))
+    run_merge(recipe, tmp_path / "large", "6GiB")
+
+    assert measured["peak"] <= measured["planned"] <= 768 * MIB
+    small, large = (tmp_path / name / "model.safetensors" for name in ("small", "large"))
+    assert filecmp.cmp(small, large, shallow=False)
