@@ -26,12 +26,12 @@ from streammerge.checkpoint.manifest import Manifest
 from streammerge.errors import MemoryBudgetError
 from streammerge.plan.chunking import Residence, iter_units
 from streammerge.plan.types import Action, MergePlan
+from streammerge.reductions import BLOCK
 
 Tensors = dict[str, Tensor]
 Layout = Literal["given", "reversed", "interleaved"]
 
 INDEX_NAME = "model.safetensors.index.json"
-BLOCK = 65_536
 MEMORY = "4GiB"
 """Far more than any model here needs."""
 _INT_OF_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from streammerge import functional
 from streammerge.methods import discover_methods
-from streammerge.methods.base import MergeChunk, Operand
+from streammerge.methods.base import MergeChunk, Operand, Stack
 from streammerge.reductions.magnitude import TiePolicy, TopK
 from streammerge.rng import keep_mask, stream_key
 
@@ -227,7 +227,7 @@ def apply_to_whole_tensors(
     for name, rows in vectors.items():
         chunk = MergeChunk(
             base=base[name].to(compute_dtype).reshape(-1) if on_tasks else None,
-            vectors=rows,
+            vectors=Stack(rows, rows.unbind()),
             scratch=torch.empty(method.scratch_rows, rows.shape[1], dtype=compute_dtype),
             block=0,
             stats=tuple(trims[name, source] for source in range(n)) if need else (),

@@ -1,7 +1,7 @@
 """The stage between loader and writer: merges and measures pieces of tensors that lie in memory.
 
 A stage gets host memory and fills host memory; what lies between is its own affair. On the CPU
-nothing is copied: blocks of 65,536 elements go from the slot through a worker's own scratch memory,
+nothing is copied: blocks of 131,072 elements go from the slot through a worker's own scratch memory,
 small enough for the core's cache, into the output slot. An accelerator's stage would stage the
 slots through device memory behind the same calls.
 
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from streammerge.dtypes import DType
 from streammerge.engine.finite import check_finite, check_range, count_non_finite
-from streammerge.methods.base import MergeChunk, MergeMethod, Operand
+from streammerge.methods.base import MergeChunk, MergeMethod, Operand, Stack
 from streammerge.plan.planning import params_of
 from streammerge.plan.types import MergePlan, TensorTask
 from streammerge.reductions import BLOCK
@@ -108,6 +108,9 @@ class CpuStage:
         rest = self._memory[self._n_sources * BLOCK :].view(-1, BLOCK)
         self._base, self._scratch, self._magnitudes = rest[0], rest[1:-1], rest[-1]
         self._masks = np.empty((2, BLOCK), dtype=np.bool_)
+        # Making views costs as much as a small operation; nearly all blocks share these.
+        whole = self._vectors.view(self._n_sources, BLOCK)
+        self._full_block = Stack(whole, whole.unbind())
 
     def apply(self, piece: PieceInMemory, tops: tuple[TopK, ...], out: Tensor) -> Applied:
         """Merge a piece; see :class:`DeviceStage`."""
@@ -117,7 +120,7 @@ class CpuStage:
         not_finite = 0
         for begin in range(0, piece.numel, BLOCK):
             end = min(begin + BLOCK, piece.numel)
-            base, vectors = self._load(piece, begin, end)
+            base, vectors = self._load(piece, begin, end, check=not self._plan.keep_non_finite)
             block = task.scope_block + (piece.start + begin) // BLOCK
             if self._plan.model_scope:
                 self._count_kept(kept, vectors, tops, block)
@@ -146,35 +149,39 @@ class CpuStage:
         answers = []
         for begin in range(0, piece.numel, BLOCK):
             end = min(begin + BLOCK, piece.numel)
-            _, vectors = self._load(piece, begin, end)
+            # A tensor is merged right after it is measured, and checked then; a whole model is not.
+            check = self._plan.model_scope and not self._plan.keep_non_finite
+            _, vectors = self._load(piece, begin, end, check=check)
             magnitudes = self._magnitudes[: end - begin]
-            row: list[Counted | None] = []
-            for vector, question in zip(vectors, questions, strict=True):
+            found: list[Counted | None] = []
+            for row, question in zip(vectors.rows, questions, strict=True):
                 if question is None:
-                    row.append(None)
+                    found.append(None)
                     continue
-                torch.abs(vector, out=magnitudes)
-                row.append(answer_block(question, magnitudes.numpy(), self._masks))
-            answers.append(row)
+                torch.abs(row, out=magnitudes)
+                found.append(answer_block(question, magnitudes.numpy(), self._masks))
+            answers.append(found)
         return answers
 
     def sample(self, piece: PieceInMemory, start: int, out: NDArray[Any]) -> None:
         """Fill in magnitudes; see :class:`DeviceStage`."""
         begin = start - piece.start
-        _, vectors = self._load(piece, begin, begin + out.shape[1])
-        torch.abs(vectors, out=torch.from_numpy(out))
+        _, vectors = self._load(piece, begin, begin + out.shape[1], check=False)
+        torch.abs(vectors.whole, out=torch.from_numpy(out))
 
     def _count_kept(
-        self, kept: list[int], vectors: Tensor, tops: tuple[TopK, ...], block: int
+        self, kept: list[int], vectors: Stack, tops: tuple[TopK, ...], block: int
     ) -> None:
         """Add how many entries of this block each source keeps under a threshold of the model."""
-        magnitudes = self._magnitudes[: vectors.shape[1]]
-        for source, (vector, top) in enumerate(zip(vectors, tops, strict=True)):
-            torch.abs(vector, out=magnitudes)
+        magnitudes = self._magnitudes[: vectors.whole.shape[1]]
+        for source, (row, top) in enumerate(zip(vectors.rows, tops, strict=True)):
+            torch.abs(row, out=magnitudes)
             kept[source] += count_kept(magnitudes.numpy(), top, block, self._masks)
 
-    def _load(self, piece: PieceInMemory, begin: int, end: int) -> tuple[Tensor | None, Tensor]:
-        """Convert one block of every input; return the base and the ``[n, m]`` operands."""
+    def _load(
+        self, piece: PieceInMemory, begin: int, end: int, *, check: bool
+    ) -> tuple[Tensor | None, Stack]:
+        """Convert one block of every input; return the base and the operands."""
         numel = end - begin
         vectors = self._operands(piece, numel)
         base = None
@@ -182,14 +189,14 @@ class CpuStage:
             stored = piece.inputs[0]
             assert stored is not None  # noqa: S101 - the planner gave every merge its base
             base = self._base[:numel].copy_(stored[begin:end])
-        for vector, stored in zip(vectors, piece.inputs[self._first_source :], strict=True):
+        for row, stored in zip(vectors.rows, piece.inputs[self._first_source :], strict=True):
             assert stored is not None  # noqa: S101 - and all its sources
-            vector.copy_(stored[begin:end])
+            row.copy_(stored[begin:end])
             if base is not None:
-                vector.sub_(base)
-            if not self._plan.keep_non_finite:
+                row.sub_(base)
+            if check:
                 check_finite(
-                    vector,
+                    row,
                     piece.inputs,
                     plan=self._plan,
                     task=piece.task,
@@ -199,15 +206,19 @@ class CpuStage:
                 )
         return base, vectors
 
-    def _operands(self, piece: PieceInMemory, numel: int) -> Tensor:
+    def _operands(self, piece: PieceInMemory, numel: int) -> Stack:
         """Return ``[n, numel]`` of scratch memory, laid out as a whole-tensor stack would be.
 
         torch.sum chooses its order of addition by the layout: a tensor of one block is dense, a
         block of a larger one has rows far apart. This matters for five or more sources.
         """
         if piece.task.numel <= BLOCK:
-            return self._vectors[: self._n_sources * numel].view(self._n_sources, numel)
-        return self._vectors.view(self._n_sources, BLOCK)[:, :numel]
+            dense = self._vectors[: self._n_sources * numel].view(self._n_sources, numel)
+            return Stack(dense, dense.unbind())
+        if numel == BLOCK:
+            return self._full_block
+        part = self._full_block.whole[:, :numel]
+        return Stack(part, part.unbind())
 
 
 @dataclass(frozen=True, slots=True)

@@ -66,6 +66,16 @@ class MagnitudeTopK:
     """What one threshold covers."""
 
 
+@dataclass(frozen=True, slots=True)
+class Stack:
+    """The operands of all sources, whole and row by row; both are views of the same memory."""
+
+    whole: Tensor
+    """``[n_sources, m]``, laid out so that torch.sum adds as it would on whole tensors."""
+    rows: tuple[Tensor, ...]
+    """``[m]`` per source."""
+
+
 class RandomMasks(Protocol):
     """Drops entries by position, the same ones on every device."""
 
@@ -86,8 +96,8 @@ class MergeChunk:
 
     base: Tensor | None
     """``[m]``; read only. None for methods on weights."""
-    vectors: Tensor
-    """``[n_sources, m]``; task vectors or weights. The method may overwrite it."""
+    vectors: Stack
+    """Task vectors or weights. The method may overwrite them."""
     scratch: Tensor
     """``[scratch_rows, m]``, uninitialised; the method may overwrite it."""
     block: int

@@ -22,6 +22,7 @@ from streammerge.methods.base import (
     MergeChunk,
     MergeMethod,
     Operand,
+    Stack,
     parameter,
 )
 from streammerge.methods.parts import SignVote, disjoint_mean, elect_sign, sum_rows, weigh_
@@ -50,9 +51,9 @@ class DareTiesParams:
     """``total`` or ``frequency``."""
 
 
-def drop_and_rescale_(chunk: MergeChunk, densities: tuple[float, ...]) -> Tensor:
-    """Drop entries at random and divide the rest by the density, in place; ``[n, m]``."""
-    for source, (row, density) in enumerate(zip(chunk.vectors, densities, strict=True)):
+def drop_and_rescale_(chunk: MergeChunk, densities: tuple[float, ...]) -> Stack:
+    """Drop entries at random and divide the rest by the density, in place."""
+    for source, (row, density) in enumerate(zip(chunk.vectors.rows, densities, strict=True)):
         chunk.masks.drop_(row, source=source, density=density)
         if 0 < density < 1:
             row.div_(density)

@@ -49,7 +49,7 @@ def top_k_of(params: MagnitudePruneParams) -> MagnitudeTopK:
 
 def magnitude_prune(chunk: MergeChunk, params: MagnitudePruneParams) -> Tensor:
     """Return ``base + sum_i w_i trim(x_i - base)``."""
-    for row, top in zip(chunk.vectors, chunk.stats, strict=True):
+    for row, top in zip(chunk.vectors.rows, chunk.stats, strict=True):
         trim_(row, top, chunk.block)
     merged = sum_rows(weigh_(chunk.vectors, params.weight), chunk.scratch[0])
     return chunk.base_plus(merged)

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from streammerge.methods.base import Stack
 from streammerge.reductions.magnitude import TopK
 
 ADD_LEFT_TO_RIGHT = 4
@@ -58,37 +59,37 @@ def _next_below(threshold: float, vector: Tensor) -> float:
     return float(np.nextafter(dtype(threshold), dtype(0)))
 
 
-def weigh_(vectors: Tensor, weights: Sequence[float]) -> Tensor:
-    """Multiply every row ``[n, m]`` by its weight, in place."""
-    for row, weight in zip(vectors, weights, strict=True):
+def weigh_(vectors: Stack, weights: Sequence[float]) -> Stack:
+    """Multiply every row by its weight, in place."""
+    for row, weight in zip(vectors.rows, weights, strict=True):
         row.mul_(weight)
     return vectors
 
 
-def sum_rows(vectors: Tensor, out: Tensor) -> Tensor:
-    """Sum ``[n, m]`` over its rows into ``out``, in the order of torch.sum, from +0.0."""
+def sum_rows(vectors: Stack, out: Tensor) -> Tensor:
+    """Sum over rows into ``out``, in the order of torch.sum, from +0.0."""
     # A sum that starts from +0.0 is never -0.0; one that starts from a -0.0 may be.
     return _add_rows(vectors, out).add_(0.0)
 
 
-def _add_rows(vectors: Tensor, out: Tensor) -> Tensor:
+def _add_rows(vectors: Stack, out: Tensor) -> Tensor:
     """Sum over rows; a zero may have either sign."""
-    rows = vectors.shape[0]
-    if rows > ADD_LEFT_TO_RIGHT:
-        return torch.sum(vectors, dim=0, out=out)
-    if rows == 1:
-        return out.copy_(vectors[0])
-    torch.add(vectors[0], vectors[1], out=out)
-    for row in vectors[2:]:
+    rows = vectors.rows
+    if len(rows) > ADD_LEFT_TO_RIGHT:
+        return torch.sum(vectors.whole, dim=0, out=out)
+    if len(rows) == 1:
+        return out.copy_(rows[0])
+    torch.add(rows[0], rows[1], out=out)
+    for row in rows[2:]:
         out.add_(row)
     return out
 
 
-def elect_sign(vectors: Tensor, vote: SignVote, scratch: Tensor) -> Tensor:
+def elect_sign(vectors: Stack, vote: SignVote, scratch: Tensor) -> Tensor:
     """Return ``[m]`` of +1 and -1: the majority sign; a tie, and a sum of zero, elects +1.
 
     Args:
-        vectors: ``[n, m]`` trimmed, unweighted task vectors.
+        vectors: Trimmed, unweighted task vectors.
         vote: How to count.
         scratch: ``[2, m]``; the result lies in its first row.
     """
@@ -96,8 +97,8 @@ def elect_sign(vectors: Tensor, vote: SignVote, scratch: Tensor) -> Tensor:
     if vote is SignVote.TOTAL:
         _add_rows(vectors, elected)
     else:
-        torch.sign(vectors[0], out=elected)
-        for row in vectors[1:]:
+        torch.sign(vectors.rows[0], out=elected)
+        for row in vectors.rows[1:]:
             elected.add_(torch.sign(row, out=sign))
     # ge writes 1.0 and 0.0 into a float row; 2x - 1 makes them +1 and -1.
     torch.ge(elected, 0.0, out=elected)
@@ -105,12 +106,12 @@ def elect_sign(vectors: Tensor, vote: SignVote, scratch: Tensor) -> Tensor:
 
 
 def disjoint_mean(
-    vectors: Tensor, weights: Sequence[float], elected: Tensor, scratch: Tensor
+    vectors: Stack, weights: Sequence[float], elected: Tensor, scratch: Tensor
 ) -> Tensor:
     """Average the weighted entries whose sign is the elected one, over their number.
 
     Args:
-        vectors: ``[n, m]`` trimmed, unweighted task vectors; overwritten.
+        vectors: Trimmed, unweighted task vectors; overwritten.
         weights: One factor per row.
         elected: ``[m]`` of +1 and -1.
         scratch: ``[2, m]``.
@@ -119,7 +120,7 @@ def disjoint_mean(
         ``[m]``, in the second row of ``scratch``.
     """
     count, term = scratch[0], scratch[1]
-    for index, (row, weight) in enumerate(zip(vectors, weights, strict=True)):
+    for index, (row, weight) in enumerate(zip(vectors.rows, weights, strict=True)):
         # The magnitude where the entry agrees with the elected sign, and 0 elsewhere.
         torch.mul(row, elected, out=row).clamp_min_(0.0)
         if index == 0:

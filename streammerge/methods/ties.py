@@ -63,7 +63,7 @@ def top_k_of(params: TiesParams) -> MagnitudeTopK:
 
 def ties(chunk: MergeChunk, params: TiesParams) -> Tensor:
     """Return ``base + disjoint mean of w_i trim(x_i - base)`` under the elected sign."""
-    for row, top in zip(chunk.vectors, chunk.stats, strict=True):
+    for row, top in zip(chunk.vectors.rows, chunk.stats, strict=True):
         trim_(row, top, chunk.block)
     elected = elect_sign(chunk.vectors, SignVote(params.majority_sign_method), chunk.scratch[:2])
     merged = disjoint_mean(chunk.vectors, params.weight, elected, chunk.scratch[1:])

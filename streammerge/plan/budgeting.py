@@ -32,6 +32,8 @@ _STATISTICS_SHARE = 0.15
 """Share of the free budget for top-k searches; more would only help guesses that miss."""
 _BINS_BYTES = 1 * MIB
 """A histogram of 2^16 counters, and the one block's that is added to it."""
+_BYTES_PER_BLOCK = 24
+"""Counts of up to four crowded values, and of the ties of the threshold."""
 _DIRECT_NUMEL = 4 * BLOCK
 """Up to here a search simply collects every magnitude."""
 _RESIDENT_HEADROOM = 1.5
@@ -145,7 +147,7 @@ def search_bytes(sources: int, numel: int, itemsize: int, limit: int) -> int:
         itemsize: Bytes per magnitude.
         limit: Most magnitudes that each collects.
     """
-    per_source = 4 * (numel // BLOCK + 1) + _BINS_BYTES + limit * itemsize
+    per_source = _BYTES_PER_BLOCK * (numel // BLOCK + 1) + _BINS_BYTES + limit * itemsize
     return sources * per_source + limit * itemsize
 
 

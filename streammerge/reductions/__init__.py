@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-BLOCK = 65_536
+BLOCK = 131_072
 """Elements per block, the unit in which reductions are computed and combined. It is part of the
-numbers' contract: 64 Ki float32 elements are 256 KiB, so a handful of them stay in a core's L2
-cache, and one operation on a block still takes several times longer than its dispatch."""
+numbers' contract. Half of it would stay in a core's L2 cache, but then handing the interpreter lock
+from thread to thread costs more than the arithmetic: see docs/design.md for the measurement."""
 
 
 def count_blocks(numel: int) -> int:

@@ -5,14 +5,17 @@ about it. One question is put to every block, the answers add up whatever their 
 sum either settles the matter or narrows the interval:
 
     sample   a few thousand elements suggest a narrow band            (a guess, only ever for speed)
-    Band     count what lies above it, collect what lies inside       one sweep; settles it as a rule
+    Band     count what lies above it, collect what lies inside; of   one sweep; settles it as a rule
+             values that very many elements share, only count them
     Bins     when the guess missed or too much lies inside: histogram of the bit patterns of an
              interval in 2^16 bins                                    two sweeps settle float32
     Band     of one value, to find in which block the last kept tie lies
 
-Non-negative IEEE numbers order like their bit patterns, which is what makes the bins exact.
+Fine-tunes in bfloat16 have few distinct differences, each shared by up to a fifth of the elements:
+the threshold usually is such a crowded value. Non-negative IEEE numbers order like their bit
+patterns, which is what makes the bins exact.
 
-Memory: per source one int32 per block, 512 KiB of bins, and the room that the caller gives for
+Memory: per source five int32 per block, 512 KiB of bins, and the room that the caller gives for
 collected magnitudes.
 
 Source: the trim step of TIES, Yadav et al. 2023, arXiv:2306.01708, Algorithm 1.
@@ -36,7 +39,11 @@ _BIN_BITS = 16
 _SIGMAS = 5.0
 """Half-width of the sampled band in standard deviations of the sample's rank. Fewer would miss
 more often and cost a sweep; more would collect more. Neither changes a result."""
-SAMPLE_RUN = BLOCK // 16
+_MOST_CROWDS = 4
+"""Each costs a comparison per element; the sampled band rarely holds more."""
+_CROWD_SHARE = 8
+"""A value is crowded if it would fill one part in so many of the room."""
+SAMPLE_RUN = BLOCK // 32
 """Consecutive elements per sampled run: a few pages of a shard, read in one request, and never
 across the border of a block."""
 
@@ -105,7 +112,9 @@ class Band:
     low: float
     """Smallest magnitude inside."""
     high: float
-    """Largest magnitude inside; equal to ``low`` when only the places of ties are asked for."""
+    """Largest magnitude inside."""
+    crowded: tuple[float, ...] = ()
+    """Magnitudes inside that are counted, not collected; in descending order."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,12 +172,10 @@ class MagnitudeSearch:
         self._float, self._uint = _types(room.itemsize)
         self._infinity_bits = int(self._float(np.inf).view(self._uint))
         self._above = 0
-        self._collected = 0
-        self._overflow = False
+        self._inside = 0
         self._segments: list[tuple[int, int]] = []
-        self._counts = np.zeros(0, dtype=np.int32)
+        self._crowds = np.zeros((0, 0), dtype=np.int32)
         self._histogram = np.zeros(0, dtype=np.int64)
-        self._known_tie: TopK | None = None
         self.question: Question = Band(0.0, float("inf"))
         self.result: TopK | None = None
         if density >= 1 or numel == 0:
@@ -195,61 +202,68 @@ class MagnitudeSearch:
         low = max(0, int(rank - slack) - 1)
         high = min(sample.size - 1, int(rank + slack) + 1)
         top = float("inf") if high == sample.size - 1 else float(sample[high])
-        self.question = Band(float(sample[low]) if low else 0.0, top)
+        self.question = Band(
+            float(sample[low]) if low else 0.0, top, self._crowded(sample, low, high)
+        )
+        self._clear()
+
+    def _crowded(self, sample: Floats, low: int, high: int) -> tuple[float, ...]:
+        """Return the values in a window of the sorted sample that are better counted."""
+        values = np.unique(sample[low : high + 1])
+        # The whole sample is asked: a value may reach beyond the window, or even fill it.
+        counts = np.searchsorted(sample, values, "right") - np.searchsorted(sample, values)
+        crowd = max(2.0, self._room.size / _CROWD_SHARE / self._numel * sample.size)
+        most = np.argsort(-counts, kind="stable")[:_MOST_CROWDS]
+        return tuple(sorted((float(values[i]) for i in most if counts[i] >= crowd), reverse=True))
 
     def answer(self, block: int, counted: Counted) -> None:
         """Add what :func:`answer_block` found in one block."""
         self._above += counted.above
-        self._counts[block] = counted.inside
         if counted.histogram is not None:
             self._histogram += counted.histogram
-        elif counted.values is not None and not self._overflow:
+        if counted.values is not None:
+            self._crowds[:, block] = counted.crowds
             self._collect(block, counted.values)
 
     def _collect(self, block: int, values: Floats) -> None:
-        begin, end = self._collected, self._collected + values.size
-        if end > self._room.size:
-            self._overflow = True
-        elif values.size:
-            self._room[begin:end] = values
+        """Keep the values while there is room for all; always count them."""
+        begin = self._inside
+        self._inside += values.size
+        if values.size and self._inside <= self._room.size:
+            self._room[begin : self._inside] = values
             self._segments.append((block, begin))
-            self._collected = end
 
     def conclude(self) -> None:
         """Set :attr:`result`, or the next :attr:`question`, from the answers of all blocks."""
         question = self.question
-        inside = int(self._counts.sum())
         if self._above >= self._k and self._reaches_infinity(question):
             # Only NaN ranks above infinity, and there are k of them or more: no number is kept.
             self.result = TopK(float("inf"), self._numel, self._above, 0, 0, -1, 0)
         elif isinstance(question, Bins):
             self._conclude_bins(question)
-        elif self._known_tie is not None:
-            self.result = self._place_ties(self._known_tie)
         elif self._above >= self._k:
             self.question = Bins(self._bits_of(question.high) + 1, self._infinity_bits)
-        elif self._above + inside < self._k:
+        elif self._above + self._inside + int(self._crowds.sum()) < self._k:
             self.question = Bins(0, self._bits_of(question.low) - 1)
-        elif question.low == question.high:
-            self.result = self._place_ties(self._with_ties(question.low, self._above, inside))
-        elif self._overflow:
+        elif self._inside > self._room.size:
             self.question = Bins(self._bits_of(question.low), self._bits_of(question.high))
         else:
-            self._conclude_values()
+            self._conclude_band(question)
         self._clear()
 
     def _clear(self) -> None:
+        """Get ready for the answers to the present question, or let go of everything."""
         self._above = 0
-        self._collected = 0
-        self._overflow = False
+        self._inside = 0
         self._segments = []
         self._histogram = np.zeros(0, dtype=np.int64)
+        self._crowds = np.zeros((0, 0), dtype=np.int32)
         if self.result is not None:
-            self._counts = np.zeros(0, dtype=np.int32)
             return
-        self._counts = np.zeros(self._blocks, dtype=np.int32)
         if isinstance(self.question, Bins):
             self._histogram = np.zeros(2**_BIN_BITS, dtype=np.int64)
+        else:
+            self._crowds = np.zeros((len(self.question.crowded), self._blocks), dtype=np.int32)
 
     def _reaches_infinity(self, question: Question) -> bool:
         if isinstance(question, Bins):
@@ -271,10 +285,28 @@ class MagnitudeSearch:
         greater = int(above[self._histogram.size - 1 - bin_index]) - equal
         self._settle(self._with_ties(float(self._uint(low).view(self._float)), greater, equal))
 
-    def _conclude_values(self) -> None:
-        values, spare = self._room[: self._collected], self._spare[: self._collected]
-        rank = values.size - (self._k - self._above)
+    def _conclude_band(self, question: Band) -> None:
+        """Find the threshold among the collected values and the crowded ones."""
+        wanted = self._k - self._above
+        values = self._room[: self._inside]
+        chosen = self._spare.view(np.bool_)[: values.size]
+        heavier = 0
+        for crowd, in_blocks in zip(question.crowded, self._crowds, strict=True):
+            size = int(in_blocks.sum())
+            greater = heavier + int(np.count_nonzero(np.greater(values, crowd, out=chosen)))
+            if greater < wanted <= greater + size:
+                found = self._with_ties(crowd, self._above + greater, size)
+                self.result = _place_ties(found, in_blocks)
+                return
+            if greater < wanted:
+                heavier += size
+        self._conclude_values(values, wanted - heavier, self._above + heavier)
+
+    def _conclude_values(self, values: Floats, wanted: int, above: int) -> None:
+        """Take the ``wanted``-th largest collected value; ``above`` others are larger."""
+        spare = self._spare[: values.size]
         spare[:] = values
+        rank = values.size - wanted
         spare.partition(rank)
         threshold = spare[rank]
         # The spare has served; its bytes now hold comparisons instead of a new array.
@@ -282,11 +314,11 @@ class MagnitudeSearch:
         greater = int(np.count_nonzero(np.greater(values, threshold, out=chosen)))
         np.equal(values, threshold, out=chosen)
         blocks, begins = (list(column) for column in zip(*self._segments, strict=True))
-        self._counts[:] = 0
-        self._counts[blocks] = np.add.reduceat(chosen, begins, dtype=np.int32)
+        in_blocks = np.zeros(self._blocks, dtype=np.int32)
+        in_blocks[blocks] = np.add.reduceat(chosen, begins, dtype=np.int32)
         equal = int(np.count_nonzero(chosen))
-        found = self._with_ties(float(threshold), self._above + greater, equal)
-        self.result = self._place_ties(found)
+        found = self._with_ties(float(threshold), above + greater, equal)
+        self.result = _place_ties(found, in_blocks)
 
     def _with_ties(self, threshold: float, greater: int, equal: int) -> TopK:
         kept = {
@@ -299,22 +331,9 @@ class MagnitudeSearch:
     def _settle(self, found: TopK) -> None:
         """Finish when all ties share one fate; otherwise ask where they are."""
         if found.ties_kept in {0, found.equal}:
-            self.result = self._place_all(found)
+            self.result = _place_ties(found, np.zeros(self._blocks, dtype=np.int32))
         else:
-            self._known_tie = found
-            self.question = Band(found.threshold, found.threshold)
-
-    def _place_all(self, found: TopK) -> TopK:
-        return _cut(found, self._blocks if found.ties_kept else -1, 0)
-
-    def _place_ties(self, found: TopK) -> TopK:
-        """Find the block of the last kept tie, from the number of ties in each block."""
-        if found.ties_kept in {0, found.equal}:
-            return self._place_all(found)
-        ends = np.cumsum(self._counts, dtype=np.int64)
-        block = int(np.searchsorted(ends, found.ties_kept))
-        before = int(ends[block]) - int(self._counts[block])
-        return _cut(found, block, found.ties_kept - before)
+            self.question = Band(found.threshold, found.threshold, (found.threshold,))
 
 
 @dataclass(frozen=True, slots=True)
@@ -323,10 +342,10 @@ class Counted:
 
     above: int
     """Magnitudes above the question's interval; NaN ranks above everything, as in torch.topk."""
-    inside: int
-    """Magnitudes inside it."""
     values: Floats | None
-    """Those magnitudes in flat order, for a band of more than one value."""
+    """Magnitudes inside that are not crowded, in flat order, for a band."""
+    crowds: tuple[int, ...]
+    """How many magnitudes share each crowded value, for a band."""
     histogram: NDArray[np.int64] | None
     """Their distribution, for bins."""
 
@@ -345,12 +364,19 @@ def answer_block(question: Question, magnitudes: Floats, masks: NDArray[np.bool_
     inside, below = masks[0, :numel], masks[1, :numel]
     np.less_equal(magnitudes, question.high, out=inside)
     above = numel - int(np.count_nonzero(inside))
+    if question.crowded == (question.high,) == (question.low,):
+        # One shared value is all that lies inside: nothing to collect, the usual case by far.
+        np.equal(magnitudes, question.low, out=inside)
+        return Counted(above, magnitudes[:0], (int(np.count_nonzero(inside)),), None)
     if question.low > 0:
         np.less(magnitudes, question.low, out=below)
         np.greater(inside, below, out=inside)
-    count = int(np.count_nonzero(inside))
-    values = magnitudes[inside] if question.low < question.high else None
-    return Counted(above, count, values, None)
+    crowds = []
+    for crowd in question.crowded:
+        np.equal(magnitudes, crowd, out=below)
+        crowds.append(int(np.count_nonzero(below)))
+        np.greater(inside, below, out=inside)
+    return Counted(above, magnitudes[inside], tuple(crowds), None)
 
 
 def _count_bins(question: Bins, magnitudes: Floats) -> Counted:
@@ -359,7 +385,7 @@ def _count_bins(question: Bins, magnitudes: Floats) -> Counted:
     inside = patterns[(patterns >= question.low_bits) & (patterns <= question.high_bits)]
     bins = ((inside - inside.dtype.type(question.low_bits)) >> question.shift).astype(np.int64)
     histogram = np.bincount(bins, minlength=2**_BIN_BITS)
-    return Counted(above, inside.size, None, histogram)
+    return Counted(above, None, (), histogram)
 
 
 def count_kept(magnitudes: Floats, top: TopK, block: int, masks: NDArray[np.bool_]) -> int:
@@ -389,6 +415,18 @@ def choose_sample_runs(numel: int, runs: int) -> list[tuple[int, int]]:
     runs = min(runs, available)
     starts = [(index * available // runs) * SAMPLE_RUN for index in range(runs)]
     return [(start, min(SAMPLE_RUN, numel - start)) for start in starts]
+
+
+def _place_ties(found: TopK, in_blocks: NDArray[np.int32]) -> TopK:
+    """Find the block of the last kept tie, from the number of ties in each block."""
+    if found.ties_kept == 0:
+        return _cut(found, -1, 0)
+    if found.ties_kept == found.equal:
+        return _cut(found, in_blocks.size, 0)
+    ends = np.cumsum(in_blocks, dtype=np.int64)
+    block = int(np.searchsorted(ends, found.ties_kept))
+    before = int(ends[block]) - int(in_blocks[block])
+    return _cut(found, block, found.ties_kept - before)
 
 
 def _cut(found: TopK, block: int, ties_in_block: int) -> TopK:
