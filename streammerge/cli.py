@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -159,7 +160,12 @@ def _plan(options: argparse.Namespace) -> int:
     from streammerge.run import plan
 
     planned = plan(options.recipe, memory=options.memory, workers=options.workers)
-    print(dump_plan(planned) if options.json else planned)
+    if options.json:
+        print(dump_plan(planned))
+        return 0
+    free = shutil.disk_usage(Path.cwd()).free
+    print(planned)
+    print(f"free disk    {format_size(free)} here, {format_size(planned.bytes_to_write)} needed")
     return 0
 
 

@@ -5,7 +5,10 @@ same for every chunk size, order, thread and device.
 
 Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3", Philox 4x64 with ten
 rounds, as numpy's ``Philox`` computes it: 64-bit word ``i`` of a stream is word ``i % 4`` of the
-block with counter ``i // 4 + 1``. Every 64-bit word gives two 32-bit words, low half first.
+block with counter ``i // 4 + 1``. Every 64-bit word gives four 16-bit lanes, low bits first.
+
+An element's random number has 32 bits: its lane of one stream above its lane of a second one. The
+upper lane decides about all elements but one in 65,536, so the second stream is hardly ever drawn.
 """
 
 from __future__ import annotations
@@ -15,8 +18,8 @@ import hashlib
 import numpy as np
 from numpy.typing import NDArray
 
-WORDS_PER_COUNTER = 8
-"""32-bit words in one Philox block; streams may be entered at multiples of it."""
+LANES_PER_COUNTER = 16
+"""16-bit lanes in one Philox block; streams may be entered at multiples of it."""
 
 
 def stream_key(seed: int, source: int, tensor_name: str) -> int:
@@ -34,25 +37,25 @@ def stream_key(seed: int, source: int, tensor_name: str) -> int:
     return int.from_bytes(digest.digest(), "little")
 
 
-def random_words(key: int, start: int, count: int) -> NDArray[np.uint32]:
-    """Return words ``start`` to ``start + count`` of a stream, uniform in [0, 2^32).
+def random_lanes(key: int, start: int, count: int) -> NDArray[np.uint16]:
+    """Return lanes ``start`` to ``start + count`` of a stream, uniform in [0, 2^16).
 
     Args:
         key: What :func:`stream_key` returned.
-        start: Index of the first word; a multiple of :data:`WORDS_PER_COUNTER`.
-        count: Number of words.
+        start: Index of the first lane; a multiple of :data:`LANES_PER_COUNTER`.
+        count: Number of lanes.
     """
-    if start % WORDS_PER_COUNTER:
-        raise ValueError(f"start must be a multiple of {WORDS_PER_COUNTER}, got {start}")
-    generator = np.random.Philox(key=key, counter=start // WORDS_PER_COUNTER)
-    wide = generator.random_raw(-(-count // 2))
-    return wide.astype("<u8", copy=False).view("<u4")[:count].astype(np.uint32, copy=False)
+    if start % LANES_PER_COUNTER:
+        raise ValueError(f"start must be a multiple of {LANES_PER_COUNTER}, got {start}")
+    generator = np.random.Philox(key=key, counter=start // LANES_PER_COUNTER)
+    wide = generator.random_raw(-(-count // 4))
+    return wide.astype("<u8", copy=False).view("<u2")[:count].astype(np.uint16, copy=False)
 
 
-def keep_below(density: float) -> int:
-    """Return the integer below which a 32-bit word means "keep", for a keep rate of ``density``.
+def keep_limit(density: float) -> int:
+    """Return the integer below which a 32-bit number means "keep", for a keep rate of ``density``.
 
-    The rate is met to within 2^-33; density 1 keeps every word.
+    The rate is met to within 2^-33; density 1 keeps every number.
     """
     return round(density * 2**32)
 
@@ -62,11 +65,22 @@ def keep_mask(key: int, start: int, count: int, density: float) -> NDArray[np.bo
 
     Args:
         key: What :func:`stream_key` returned.
-        start: Flat index of the first element; a multiple of :data:`WORDS_PER_COUNTER`.
+        start: Flat index of the first element; a multiple of :data:`LANES_PER_COUNTER`.
         count: Number of elements.
         density: Keep probability, in [0, 1].
     """
-    limit = keep_below(density)
-    if limit >= 2**32:
+    upper_limit, lower_limit = divmod(keep_limit(density), 2**16)
+    if upper_limit >= 2**16:
         return np.ones(count, dtype=np.bool_)
-    return random_words(key, start, count) < np.uint32(limit)
+    upper = random_lanes(key, start, count)
+    mask = upper < np.uint16(upper_limit)
+    if lower_limit:
+        for element in np.flatnonzero(upper == np.uint16(upper_limit)).tolist():
+            mask[element] = _lower_lane(key, start + element) < lower_limit
+    return mask
+
+
+def _lower_lane(key: int, element: int) -> int:
+    """Return one element's lane of the second stream, whose key differs in the lowest bit."""
+    first = element // LANES_PER_COUNTER * LANES_PER_COUNTER
+    return int(random_lanes(key ^ 1, first, LANES_PER_COUNTER)[element - first])
