@@ -110,10 +110,6 @@ def _count(text: str) -> int:
 
 
 def _merge(options: argparse.Namespace) -> int:
-    from streammerge.checkpoint.warming import warm_inputs
-    from streammerge.engine.memory import cgroup_limit
-
-    warm_inputs(Path(options.recipe), limit=cgroup_limit())
     from streammerge.checkpoint.bytesource import ByteSourceKind
     from streammerge.display import show_progress
     from streammerge.run import merge
