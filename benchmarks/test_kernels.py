@@ -21,7 +21,6 @@ import streammerge
 from streammerge.engine.device import CpuStage, PieceInMemory
 from streammerge.methods import discover_methods
 from streammerge.methods.base import MagnitudeTopK, MergeMethod, Scope
-from streammerge.plan.planning import params_of
 from streammerge.plan.types import MergePlan
 from streammerge.reductions import BLOCK
 from streammerge.reductions.magnitude import (
@@ -147,7 +146,7 @@ def test_apply(
     plan = plan_of(method, files)
     piece = piece_of(plan, models)
     stage = CpuStage(plan, method)
-    need = method.reduction(params_of(method, plan.settings[0]))
+    need = method.reduction(method.bind(plan.settings[0].values))
     tops = () if need is None else find_tops(stage, piece, need)
     out = torch.empty(NUMEL, dtype=torch.bfloat16)
 

@@ -23,7 +23,6 @@ from torch import Tensor
 from streammerge.dtypes import DType
 from streammerge.engine.finite import check_finite, check_range, count_non_finite
 from streammerge.methods.base import MergeChunk, MergeMethod, Operand, Stack
-from streammerge.plan.planning import params_of
 from streammerge.plan.types import MergePlan, TensorTask
 from streammerge.reductions import BLOCK
 from streammerge.reductions.magnitude import Counted, Question, TopK, answer_block, count_kept
@@ -97,13 +96,12 @@ class CpuStage:
         """Allocate one worker's scratch memory."""
         self._plan = plan
         self._method = method
-        self._params = [params_of(method, setting) for setting in plan.settings]
-        self._dtype = getattr(torch, plan.compute_dtype.torch_name)
+        self._params = [method.bind(setting.values) for setting in plan.settings]
         self._first_source = 1 if plan.has_base else 0
         self._subtracts = method.operand is Operand.TASK_VECTORS
         self._n_sources = len(plan.models) - self._first_source
         rows = self._n_sources + 1 + method.scratch_rows + 1
-        self._memory = torch.empty(rows * BLOCK, dtype=self._dtype)
+        self._memory = torch.empty(rows * BLOCK, dtype=torch_dtype(plan.compute_dtype))
         self._vectors = self._memory[: self._n_sources * BLOCK]
         rest = self._memory[self._n_sources * BLOCK :].view(-1, BLOCK)
         self._base, self._scratch, self._magnitudes = rest[0], rest[1:-1], rest[-1]

@@ -6,7 +6,7 @@ chunk. It knows nothing of files, threads or devices.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import Field, dataclass, field, fields
 from enum import StrEnum
 from typing import Any, Protocol
@@ -148,6 +148,10 @@ class MergeMethod:
     def parameters(self) -> tuple[ParameterSpec, ...]:
         """The declared parameters, in order."""
         return tuple(entry.metadata["spec"] for entry in fields(self.params))
+
+    def bind(self, values: Iterable[tuple[str, Any]]) -> Any:
+        """Return the parameter dataclass for ``(name, value)`` pairs, as a setting holds them."""
+        return self.params(**dict(values))
 
 
 def parameter(spec: ParameterSpec) -> Any:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from streammerge.checkpoint.types import Checkpoint
 from streammerge.dtypes import DType
@@ -13,6 +12,7 @@ from streammerge.methods import discover_methods
 from streammerge.methods.base import MergeMethod, Operand, Scope
 from streammerge.plan.aligning import AlignedTensor, Alignment, align_tensors
 from streammerge.plan.budgeting import Demand, choose_resources
+from streammerge.plan.chunking import widest_input
 from streammerge.plan.layout import plan_layout
 from streammerge.plan.sweeps import Needs, bytes_beyond_once
 from streammerge.plan.types import (
@@ -132,11 +132,6 @@ def plan_merge(
     return replace(plan, bytes_to_read=plan.input_nbytes + beyond)
 
 
-def params_of(method: MergeMethod, setting: Setting) -> Any:
-    """Return a method's parameter dataclass for one setting."""
-    return method.params(**dict(setting.values))
-
-
 def _models(recipe: Recipe) -> tuple[InputModel, ...]:
     base = [] if recipe.base is None else [InputModel("base", str(recipe.base))]
     sources = [
@@ -163,7 +158,7 @@ def _check_settings(method: MergeMethod, alignment: Alignment, n_sources: int) -
                 f"weight: the {n_sources} weights {list(weights)} sum to 0, and {method.name} "
                 "divides by the sum; change them or set `normalize: false`"
             )
-        need = method.reduction(params_of(method, setting))
+        need = method.reduction(method.bind(setting.values))
         if need is not None:
             scopes.add(need.scope)
             densities.add(need.densities)
@@ -275,9 +270,9 @@ def _demand(
     model_scope: bool,
 ) -> Demand:
     merged = [task for task in tasks if task.action is Action.MERGE]
-    needs = any(method.reduction(params_of(method, setting)) for setting in settings)
+    needs = any(method.reduction(method.bind(setting.values)) for setting in settings)
     n_sources = len(recipe.sources)
-    widest = {id(task): _widest(task) for task in tasks}
+    widest = {id(task): widest_input(task) for task in tasks}
     numels = [task.numel for task in merged] or [0]
     return Demand(
         inputs=max(1, len(_models_read(tasks))),
@@ -298,10 +293,6 @@ def _demand(
 def _models_read(tasks: Sequence[TensorTask]) -> set[int]:
     """Return the models that any tensor is read from: a batch of small ones may need them all."""
     return {model for task in tasks for model, entry in enumerate(task.inputs) if entry is not None}
-
-
-def _widest(task: TensorTask) -> int:
-    return max(entry.dtype.itemsize for entry in task.inputs if entry is not None)
 
 
 def _input_nbytes(task: TensorTask) -> int:

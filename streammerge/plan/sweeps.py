@@ -29,7 +29,7 @@ class Needs:
         """Ask the method once per setting."""
         self._plan = plan
         self._by_setting = [
-            method.reduction(method.params(**dict(setting.values))) for setting in plan.settings
+            method.reduction(method.bind(setting.values)) for setting in plan.settings
         ]
 
     def of(self, task: TensorTask) -> MagnitudeTopK | None:
