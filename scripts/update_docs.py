@@ -1,4 +1,7 @@
-"""Rewrites what the documentation takes from the code: the methods table and the recipe schema.
+"""Rewrites what the documentation takes from elsewhere.
+
+The README's table of methods and the recipe schema come from the registry, its table of performance
+from the newest results of the benchmark.
 
 python scripts/update_docs.py            writes README.md and docs/recipe.schema.json
 python scripts/update_docs.py --check    exits with 1 when either is out of date
@@ -11,12 +14,15 @@ import re
 import sys
 from pathlib import Path
 
-from streammerge.methods import discover_methods
-from streammerge.methods.describing import render_methods_table
-from streammerge.recipe.json_schema import recipe_json_schema
-
 ROOT = Path(__file__).resolve().parent.parent
-_TABLE = re.compile(r"(<!-- methods: begin[^\n]*-->\n).*?(<!-- methods: end -->)", re.DOTALL)
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.reporting import render_performance_table  # noqa: E402 - found through ROOT
+from streammerge.methods import discover_methods  # noqa: E402
+from streammerge.methods.describing import render_methods_table  # noqa: E402
+from streammerge.recipe.json_schema import recipe_json_schema  # noqa: E402
+
+RESULTS = "1.1B-2src-*.json"
 
 
 def render_documents() -> dict[Path, str]:
@@ -24,12 +30,25 @@ def render_documents() -> dict[Path, str]:
     methods = discover_methods()
     table = render_methods_table(methods.values())
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    readme = _between("methods", table, readme)
+    measured = [
+        json.loads(path.read_text()) for path in (ROOT / "benchmarks/results").glob(RESULTS)
+    ]
+    if measured:
+        newest = max(measured, key=lambda results: results["date"])
+        readme = _between("performance", render_performance_table(newest), readme)
     specs = {name: method.parameters for name, method in methods.items()}
     schema = json.dumps(recipe_json_schema(specs), indent=2, ensure_ascii=False)
     return {
-        ROOT / "README.md": _TABLE.sub(lambda found: f"{found[1]}{table}\n{found[2]}", readme),
+        ROOT / "README.md": readme,
         ROOT / "docs" / "recipe.schema.json": schema + "\n",
     }
+
+
+def _between(name: str, text: str, document: str) -> str:
+    """Put ``text`` between the two comments that mark a generated part of a document."""
+    marked = re.compile(rf"(<!-- {name}: begin[^\n]*-->\n).*?(<!-- {name}: end -->)", re.DOTALL)
+    return marked.sub(lambda found: f"{found[1]}{text}\n{found[2]}", document)
 
 
 def main() -> int:

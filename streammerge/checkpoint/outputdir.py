@@ -80,7 +80,9 @@ class OutputDirectory:
         """
         _check_existing(self.out, overwrite=self._overwrite)
         replaced = None
+        self._unlock()
         try:
+            # Some systems neither delete open files nor rename their directories.
             (self.partial / _MARKER).unlink()
             sync_directory(self.partial)
             if self.out.exists():
@@ -96,14 +98,18 @@ class OutputDirectory:
         if replaced is not None:
             shutil.rmtree(replaced)
 
+    def _unlock(self) -> None:
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
     def __exit__(
         self,
         kind: type[BaseException] | None,
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self._lock is not None:
-            self._lock.close()
+        self._unlock()
         if not self._published:
             shutil.rmtree(self.partial, ignore_errors=True)
 
