@@ -24,7 +24,6 @@ from streammerge.checkpoint.bytesource import (
 from streammerge.checkpoint.manifest import (
     MANIFEST_VERSION,
     RECIPE_NAME,
-    InputRecord,
     Manifest,
     RunRecord,
     TensorRecord,
@@ -132,7 +131,7 @@ def merge(
         Path(out),
         inputs=[
             *(Path(model.path) for model in planned.models),
-            *(Path(file.path) for file in planned.files),
+            *(file.path for file in planned.files),
         ],
         nbytes=planned.bytes_to_write,
         overwrite=overwrite,
@@ -202,7 +201,7 @@ def _open_sources(planned: MergePlan, kind: ByteSourceKind, stack: ExitStack) ->
     """Open every input file, and check that it is still what was planned."""
     allow_open_files(len(planned.files) + len(planned.layout.shards))
     opener = choose_byte_source(kind)
-    sources = [stack.enter_context(opener(Path(file.path))) for file in planned.files]
+    sources = [stack.enter_context(opener(file.path)) for file in planned.files]
     _check_unchanged(planned, sources)
     return sources
 
@@ -319,10 +318,7 @@ def _manifest(planned: MergePlan, report: RunReport, files: Sequence[str]) -> Ma
         semantics=planned.semantics,
         recipe=planned.recipe,
         recipe_digest=hashlib.blake2b(planned.recipe.encode(), digest_size=16).hexdigest(),
-        inputs=tuple(
-            InputRecord(file.path, file.nbytes, file.mtime_ns, file.header_digest)
-            for file in planned.files
-        ),
+        inputs=planned.files,
         files=tuple(files),
         dropped=planned.dropped,
         copied_from_base=planned.copied_from_base,

@@ -6,29 +6,17 @@ Everything but the ``run`` section depends on the recipe and the inputs only.
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from streammerge.checkpoint.types import ShardFile
 from streammerge.errors import HeaderError
 
 MANIFEST_NAME = "streammerge_manifest.json"
 RECIPE_NAME = "streammerge_recipe.yaml"
 MANIFEST_VERSION = 1
-
-
-@dataclass(frozen=True, slots=True)
-class InputRecord:
-    """One input file as it was when it was merged."""
-
-    path: str
-    """Absolute path."""
-    nbytes: int
-    """Size, in bytes."""
-    mtime_ns: int
-    """Modification time, in nanoseconds since the epoch."""
-    header_digest: str
-    """BLAKE2b-128 of its header, in hex."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,8 +76,8 @@ class Manifest:
     """The recipe in canonical YAML."""
     recipe_digest: str
     """BLAKE2b-128 of that text, in hex."""
-    inputs: tuple[InputRecord, ...]
-    """Every input file."""
+    inputs: tuple[ShardFile, ...]
+    """Every input file as it was when it was merged."""
     files: tuple[str, ...]
     """Every file of the output but this one, sorted."""
     dropped: tuple[str, ...]
@@ -104,7 +92,9 @@ class Manifest:
 
 def write_manifest(manifest: Manifest, directory: Path) -> None:
     """Write ``streammerge_manifest.json``."""
-    text = json.dumps(asdict(manifest), indent=1, ensure_ascii=False, allow_nan=False)
+    text = json.dumps(
+        asdict(manifest), indent=1, ensure_ascii=False, allow_nan=False, default=os.fspath
+    )
     (directory / MANIFEST_NAME).write_text(text + "\n", encoding="utf-8")
 
 

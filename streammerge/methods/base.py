@@ -154,6 +154,30 @@ class MergeMethod:
         return self.params(**dict(values))
 
 
+class TrimParams(Protocol):
+    """The parameters of a method that trims task vectors to their largest entries."""
+
+    @property
+    def density(self) -> tuple[float, ...]:
+        """Fraction kept per source, in [0, 1]."""
+        ...
+
+    @property
+    def scope(self) -> str:
+        """``tensor`` or ``model``."""
+        ...
+
+    @property
+    def tie_policy(self) -> str:
+        """``exact``, ``inclusive`` or ``strict``."""
+        ...
+
+
+def top_k_of(params: TrimParams) -> MagnitudeTopK:
+    """Return the statistic that a trim with these parameters needs."""
+    return MagnitudeTopK(params.density, TiePolicy(params.tie_policy), Scope(params.scope))
+
+
 def parameter(spec: ParameterSpec) -> Any:
     """Declare a field of a parameter dataclass by its specification."""
     declared: Field[Any] = field(metadata={"spec": spec})

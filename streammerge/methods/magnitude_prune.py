@@ -17,15 +17,13 @@ from streammerge.methods.base import (
     TIE_POLICY,
     WEIGHT,
     Locality,
-    MagnitudeTopK,
     MergeChunk,
     MergeMethod,
     Operand,
-    Scope,
     parameter,
+    top_k_of,
 )
 from streammerge.methods.parts import sum_rows, trim_, weigh_
-from streammerge.reductions.magnitude import TiePolicy
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,11 +38,6 @@ class MagnitudePruneParams:
     """``tensor`` or ``model``."""
     tie_policy: str = parameter(TIE_POLICY)
     """``exact``, ``inclusive`` or ``strict``."""
-
-
-def top_k_of(params: MagnitudePruneParams) -> MagnitudeTopK:
-    """Return the statistic that a trim with these parameters needs."""
-    return MagnitudeTopK(params.density, TiePolicy(params.tie_policy), Scope(params.scope))
 
 
 def magnitude_prune(chunk: MergeChunk, params: MagnitudePruneParams) -> Tensor:

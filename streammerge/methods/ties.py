@@ -19,16 +19,14 @@ from streammerge.methods.base import (
     WEIGHT,
     Law,
     Locality,
-    MagnitudeTopK,
     MergeChunk,
     MergeMethod,
     Operand,
-    Scope,
     parameter,
+    top_k_of,
 )
 from streammerge.methods.parts import SignVote, disjoint_mean, elect_sign, trim_
 from streammerge.recipe.types import ParameterKind, ParameterSpec
-from streammerge.reductions.magnitude import TiePolicy
 
 MAJORITY_SIGN_METHOD = ParameterSpec(
     name="majority_sign_method",
@@ -54,11 +52,6 @@ class TiesParams:
     """``tensor`` or ``model``."""
     tie_policy: str = parameter(TIE_POLICY)
     """``exact``, ``inclusive`` or ``strict``."""
-
-
-def top_k_of(params: TiesParams) -> MagnitudeTopK:
-    """Return the statistic that a trim with these parameters needs."""
-    return MagnitudeTopK(params.density, TiePolicy(params.tie_policy), Scope(params.scope))
 
 
 def ties(chunk: MergeChunk, params: TiesParams) -> Tensor:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
-from streammerge.checkpoint.types import Checkpoint
+from streammerge.checkpoint.types import Checkpoint, ShardFile
 from streammerge.dtypes import DType
 from streammerge.errors import RecipeError, suggestion
 from streammerge.methods import discover_methods
@@ -18,7 +19,6 @@ from streammerge.plan.sweeps import Needs, bytes_beyond_once
 from streammerge.plan.types import (
     PLAN_VERSION,
     Action,
-    InputFile,
     InputModel,
     MergePlan,
     OutputLayout,
@@ -175,19 +175,18 @@ def _check_settings(method: MergeMethod, alignment: Alignment, n_sources: int) -
 
 def _files(
     checkpoints: Sequence[Checkpoint],
-) -> tuple[tuple[InputFile, ...], list[list[int]]]:
+) -> tuple[tuple[ShardFile, ...], list[list[int]]]:
     """Number all files; a file that two models share is one file."""
-    numbers: dict[str, int] = {}
-    files: list[InputFile] = []
+    numbers: dict[Path, int] = {}
+    files: list[ShardFile] = []
     index = []
     for checkpoint in checkpoints:
         row = []
         for file in checkpoint.files:
-            path = str(file.path)
-            if path not in numbers:
-                numbers[path] = len(files)
-                files.append(InputFile(path, file.nbytes, file.mtime_ns, file.header_digest))
-            row.append(numbers[path])
+            if file.path not in numbers:
+                numbers[file.path] = len(files)
+                files.append(file)
+            row.append(numbers[file.path])
         index.append(row)
     return tuple(files), index
 

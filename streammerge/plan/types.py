@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
+from streammerge.checkpoint.types import ShardFile
 from streammerge.dtypes import DType
 
 PLAN_VERSION = 1
@@ -30,20 +31,6 @@ class InputModel:
     """``"base"`` or ``"sources[0]"``, as messages name it."""
     path: str
     """Where it is, as the recipe spells it."""
-
-
-@dataclass(frozen=True, slots=True)
-class InputFile:
-    """One file that will be read, with what identifies it."""
-
-    path: str
-    """Absolute path."""
-    nbytes: int
-    """Size in bytes when it was planned."""
-    mtime_ns: int
-    """Modification time when it was planned, in nanoseconds since the epoch."""
-    header_digest: str
-    """BLAKE2b-128 of the header, in hex."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,7 +194,7 @@ class MergePlan:
     """Whether the first model is the base."""
     models: tuple[InputModel, ...]
     """The base, if any, then the sources."""
-    files: tuple[InputFile, ...]
+    files: tuple[ShardFile, ...]
     """Every file that may be read."""
     settings: tuple[Setting, ...]
     """Parameter values."""

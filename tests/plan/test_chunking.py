@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from streammerge.checkpoint.types import ShardFile
 from streammerge.dtypes import DType
 from streammerge.plan.chunking import (
     Chunk,
@@ -24,7 +26,6 @@ from streammerge.plan.chunking import (
 )
 from streammerge.plan.types import (
     Action,
-    InputFile,
     InputModel,
     MemoryProjection,
     MergePlan,
@@ -55,7 +56,7 @@ def plan_of(tasks: list[TensorTask], resources: Resources, n_models: int) -> Mer
         compute_dtype=DType.F32,
         has_base=False,
         models=tuple(InputModel(f"sources[{i}]", str(i)) for i in range(n_models)),
-        files=tuple(InputFile(str(i), 0, 0, "") for i in range(2 * n_models)),
+        files=tuple(ShardFile(Path(str(i)), 0, 0, "") for i in range(2 * n_models)),
         settings=(),
         tasks=tuple(tasks),
         model_scope=False,
