@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 
 from streammerge.checkpoint.types import Checkpoint, TensorEntry
 from streammerge.dtypes import DType
@@ -107,6 +108,7 @@ class _Aligner:
 
     def run(self) -> Alignment:
         names = dict.fromkeys(name for each in self._checkpoints for name in each.tensors)
+        _check_rules_match(self._recipe, names)
         tensors = [tensor for name in names if (tensor := self._decide(name)) is not None]
         if self._missing:
             raise MissingTensorError(_missing_message(self._missing, has_base=self._has_base))
@@ -197,6 +199,17 @@ class _Aligner:
             index = self._setting_index[resolved.values] = len(self._settings)
             self._settings.append(Setting(resolved.values))
         return index
+
+
+def _check_rules_match(recipe: Recipe, names: Iterable[str]) -> None:
+    """Raise if a rule is about no tensor at all: its glob is misspelt, or meant for another model."""
+    for index, rule in enumerate(recipe.rules):
+        if not any(fnmatchcase(name, rule.tensors) for name in names):
+            example = next(iter(names), None)
+            raise RecipeError(
+                f'rules[{index}].tensors: no tensor of any input matches "{rule.tensors}"; the names '
+                f'look like "{example}", correct the glob or remove the rule'
+            )
 
 
 def _missing_message(missing: list[str], *, has_base: bool) -> str:

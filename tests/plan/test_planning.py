@@ -245,12 +245,12 @@ def test_a_varying_density_is_refused_for_a_threshold_of_the_model() -> None:
     assert not plan(asked("tensor"), SMALL, SMALL).model_scope
 
 
-def test_a_rule_that_matches_nothing_varies_nothing() -> None:
+def test_a_rule_about_integers_varies_no_density() -> None:
     asked = recipe(
         "ties",
         1,
         parameters={"density": 0.5, "scope": "model"},
-        rules=[{"tensors": "absent", "density": 0.25}, {"tensors": "ids", "density": 0.125}],
+        rules=[{"tensors": "ids", "density": 0.125}],
     )
 
     assert plan(asked, SMALL, SMALL).model_scope
@@ -336,6 +336,13 @@ def test_layout_and_tasks_name_the_same_tensors() -> None:
         tasks = [planned.tasks[each] for each in shard.tasks]
         assert {task.shard for task in tasks} == {index}
         assert [task.offset for task in tasks] == sorted(task.offset for task in tasks)
+
+
+def test_a_rule_that_matches_no_tensor_is_refused() -> None:
+    asked = recipe("linear", 2, rules=[{"tensors": "*.mpl.*", "copy": 0}])
+
+    with pytest.raises(RecipeError, match=r'rules\[0\]\.tensors: no tensor .* matches "\*\.mpl'):
+        plan(asked, SMALL, SMALL, SMALL)
 
 
 def test_a_file_that_two_models_share_is_opened_once() -> None:
