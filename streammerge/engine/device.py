@@ -22,10 +22,17 @@ from torch import Tensor
 
 from streammerge.dtypes import DType
 from streammerge.engine.finite import check_finite, check_range, count_non_finite
-from streammerge.methods.base import MergeChunk, MergeMethod, Operand, Stack
+from streammerge.methods.base import MagnitudeTopK, MergeChunk, MergeMethod, Operand, Stack
 from streammerge.plan.types import MergePlan, TensorTask
 from streammerge.reductions import BLOCK
-from streammerge.reductions.magnitude import Counted, Question, TopK, answer_block, count_kept
+from streammerge.reductions.magnitude import (
+    Counted,
+    Question,
+    TopK,
+    answer_block,
+    count_kept,
+    select_block,
+)
 from streammerge.rng import keep_mask, stream_key
 
 
@@ -82,6 +89,10 @@ class DeviceStage(Protocol):
         self, piece: PieceInMemory, questions: Sequence[Question | None]
     ) -> list[list[Counted | None]]:
         """Answer every source's question for each block of a piece; ``[blocks][sources]``."""
+        ...
+
+    def select(self, piece: PieceInMemory, need: MagnitudeTopK) -> tuple[TopK, ...]:
+        """Return the statistics of a tensor that is one block, one per source."""
         ...
 
     def sample(self, piece: PieceInMemory, start: int, out: NDArray[Any]) -> None:
@@ -160,6 +171,15 @@ class CpuStage:
                 found.append(answer_block(question, magnitudes.numpy(), self._masks))
             answers.append(found)
         return answers
+
+    def select(self, piece: PieceInMemory, need: MagnitudeTopK) -> tuple[TopK, ...]:
+        """Find the thresholds of a small tensor; see :class:`DeviceStage`."""
+        _, vectors = self._load(piece, 0, piece.numel, check=False)
+        magnitudes = torch.abs(vectors.whole, out=vectors.whole).numpy()
+        return tuple(
+            select_block(row, density, need.tie_policy)
+            for row, density in zip(magnitudes, need.densities, strict=True)
+        )
 
     def sample(self, piece: PieceInMemory, start: int, out: NDArray[Any]) -> None:
         """Fill in magnitudes; see :class:`DeviceStage`."""

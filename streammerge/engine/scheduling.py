@@ -109,6 +109,8 @@ class Schedule:
         need = self._shop.needs.of(piece.task)
         if need is None:
             return ()
+        if piece.task.numel <= BLOCK:
+            return stage.select(piece, need)
         # Small enough for the room that a worker keeps for itself: nothing is reserved.
         limit = values_limit(piece.task.numel)
         statistics = _tensor_statistics(self._shop.plan, need, piece.task, limit)

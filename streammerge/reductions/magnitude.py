@@ -321,11 +321,7 @@ class MagnitudeSearch:
         self.result = _place_ties(found, in_blocks)
 
     def _with_ties(self, threshold: float, greater: int, equal: int) -> TopK:
-        kept = {
-            TiePolicy.EXACT: self._k - greater,
-            TiePolicy.INCLUSIVE: equal,
-            TiePolicy.STRICT: 0,
-        }[self._tie_policy]
+        kept = _ties_kept(self._tie_policy, self._k - greater, equal)
         return TopK(threshold, self._numel, greater, equal, kept, -1, 0)
 
     def _settle(self, found: TopK) -> None:
@@ -406,6 +402,34 @@ def count_kept(magnitudes: Floats, top: TopK, block: int, masks: NDArray[np.bool
     return int(np.count_nonzero(np.greater(magnitudes, top.threshold, out=above))) + ties
 
 
+def select_block(magnitudes: Floats, density: float, tie_policy: TiePolicy) -> TopK:
+    """Return the statistic of a scope that is one block, at once.
+
+    The plain way for what :class:`MagnitudeSearch` finds in rounds; models of many small tensors
+    would spend most of their time in keeping its books.
+
+    Args:
+        magnitudes: ``[m]`` absolute values.
+        density: Fraction kept, in [0, 1].
+        tie_policy: Which ties are kept.
+    """
+    numel = magnitudes.size
+    k = kept_count(density, numel)
+    if density >= 1 or numel == 0:
+        return keep_everything(numel)
+    if k == 0:
+        return keep_nothing(numel)
+    # partition ranks NaN above everything, as the search does.
+    threshold = float(np.partition(magnitudes, numel - k)[numel - k])
+    if threshold != threshold:  # noqa: PLR0124 - only NaN differs from itself
+        return TopK(float("inf"), numel, int(np.count_nonzero(np.isnan(magnitudes))), 0, 0, -1, 0)
+    greater = numel - int(np.count_nonzero(magnitudes <= threshold))
+    equal = int(np.count_nonzero(magnitudes == threshold))
+    kept = _ties_kept(tie_policy, k - greater, equal)
+    found = TopK(threshold, numel, greater, equal, kept, -1, 0)
+    return _place_ties(found, np.array([equal], dtype=np.int32))
+
+
 def choose_sample_runs(numel: int, runs: int) -> list[tuple[int, int]]:
     """Return up to ``runs`` evenly spaced ``(start, count)`` ranges of :data:`SAMPLE_RUN` elements.
 
@@ -415,6 +439,11 @@ def choose_sample_runs(numel: int, runs: int) -> list[tuple[int, int]]:
     runs = min(runs, available)
     starts = [(index * available // runs) * SAMPLE_RUN for index in range(runs)]
     return [(start, min(SAMPLE_RUN, numel - start)) for start in starts]
+
+
+def _ties_kept(tie_policy: TiePolicy, wanted: int, equal: int) -> int:
+    """Return how many of ``equal`` ties are kept when ``wanted`` complete the k entries."""
+    return {TiePolicy.EXACT: wanted, TiePolicy.INCLUSIVE: equal, TiePolicy.STRICT: 0}[tie_policy]
 
 
 def _place_ties(found: TopK, in_blocks: NDArray[np.int32]) -> TopK:

@@ -21,6 +21,7 @@ from streammerge.reductions.magnitude import (
     choose_sample_runs,
     count_kept,
     kept_count,
+    select_block,
 )
 
 DTYPES = {32: np.float32, 64: np.float64}
@@ -272,6 +273,33 @@ def test_bins_cover_exactly_the_interval_they_ask_about() -> None:
     assert counted.above == 2
     assert counted.histogram is not None
     assert counted.histogram.sum() == 3
+
+
+@settings(deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    numel=st.integers(0, 300),
+    levels=st.sampled_from([1, 3, 1000]),
+    nan=st.booleans(),
+    density=st.floats(0, 1),
+    policy=st.sampled_from(TiePolicy),
+)
+def test_a_scope_of_one_block_is_selected_at_once_as_by_searching(
+    *, seed: int, numel: int, levels: int, nan: bool, density: float, policy: TiePolicy
+) -> None:
+    generator = np.random.default_rng(seed)
+    magnitudes = generator.integers(0, levels, numel).astype(np.float32)
+    magnitudes[: numel // 7 if nan else 0] = np.nan
+    room = np.empty((2, numel), dtype=np.float32)
+    search = MagnitudeSearch(
+        numel=numel, blocks=1, density=density, tie_policy=policy, room=room[0], spare=room[1]
+    )
+    while search.result is None:
+        masks = np.empty((2, numel), dtype=bool)
+        search.answer(0, answer_block(search.question, magnitudes, masks))
+        search.conclude()
+
+    assert select_block(magnitudes, density, policy) == search.result
 
 
 @pytest.mark.parametrize("policy", TiePolicy)
