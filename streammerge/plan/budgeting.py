@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from streammerge.errors import MemoryBudgetError
 from streammerge.plan.types import MemoryProjection, Resources
 from streammerge.reductions import BLOCK
-from streammerge.units import KIB, MIB, format_budget, format_size
+from streammerge.units import MIB, format_budget, format_size
 
 GROWTH_BYTES = 40 * MIB
 """Measured on Linux with torch 2.13: starting the threads and touching the first kernels adds 15 to
@@ -26,8 +26,9 @@ _LARGEST_SLOT = 8 * MIB
 """Requests of 8 to 16 MiB saturate disks; larger slots only make the pipeline coarser."""
 _DEPTH = 3
 """Chunks in flight beyond those being read and computed, so that no stage waits for another."""
-_WORKER_KIB = 2048
-"""Temporary arrays of a worker on one block: comparison masks, random words, collected values."""
+_WORKER_BYTES = 40 * BLOCK
+"""Temporary arrays of a worker on one block. The histogram of float64 needs most: four copies of
+eight bytes per element and comparison masks."""
 _STATISTICS_SHARE = 0.15
 """Share of the free budget for top-k searches; more would only help guesses that miss."""
 _BINS_BYTES = 1 * MIB
@@ -38,8 +39,6 @@ _DIRECT_NUMEL = 4 * BLOCK
 """Up to here a search simply collects every magnitude."""
 _RESIDENT_HEADROOM = 1.5
 """Slots for the largest tensor and half of another, so that the next loads while it is merged."""
-
-
 _BASELINE_NOISE = 16 * MIB
 """The same process starts with a few MiB more or less each time; the named budget covers that."""
 
@@ -178,7 +177,7 @@ def _statistics_useful(demand: Demand) -> int:
 
 def _worker_bytes(demand: Demand) -> int:
     """One worker's blocks, and the search that it runs by itself on a small tensor."""
-    blocks = demand.compute_rows * BLOCK * demand.compute_itemsize + _WORKER_KIB * KIB
+    blocks = demand.compute_rows * BLOCK * demand.compute_itemsize + _WORKER_BYTES
     if not demand.statistic_sources:
         return blocks
     numel = min(demand.statistic_numel, _LARGEST_SLOT // demand.input_itemsize)

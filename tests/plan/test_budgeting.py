@@ -209,7 +209,7 @@ def test_every_part_of_the_smallest_job_is_counted() -> None:
     """Prime counts, so that no term can hide behind another."""
     _, memory = choose(PLAIN, smallest_budget(PLAIN))
 
-    worker = 5 * BLOCK * 4 + 2 * MIB
+    worker = 5 * BLOCK * 4 + 40 * BLOCK
     assert memory == MemoryProjection(
         baseline=100_000_007,
         growth=GROWTH_BYTES,
@@ -227,7 +227,7 @@ def test_the_searches_of_the_smallest_job_are_counted() -> None:
     assert memory.statistics == search_bytes(2, 1_000_000_007, 4, 4 * BLOCK)
     # Each worker may run a search over a small tensor by itself.
     own = search_bytes(2, 2 * MIB, 4, values_limit(2 * MIB))
-    assert memory.scratch == 7 * (5 * BLOCK * 4 + 2 * MIB + own)
+    assert memory.scratch == 7 * (5 * BLOCK * 4 + 40 * BLOCK + own)
 
 
 @pytest.mark.parametrize("field", ["inputs", "compute_rows", "statistic_sources"])
