@@ -18,7 +18,8 @@ import torch
 from safetensors.torch import save_file
 
 import streammerge
-from streammerge.engine.device import CpuStage, PieceInMemory
+from streammerge.engine.device import CpuStage
+from streammerge.engine.pieces import Part, PieceInMemory
 from streammerge.methods import discover_methods
 from streammerge.methods.base import MagnitudeTopK, MergeMethod, Scope
 from streammerge.plan.types import MergePlan
@@ -95,7 +96,7 @@ def plan_of(method: MergeMethod, files: Sequence[Path]) -> MergePlan:
 def piece_of(plan: MergePlan, models: Sequence[torch.Tensor]) -> PieceInMemory:
     """Return the whole tensor as one piece."""
     inputs = tuple(models[-len(plan.models) :])
-    return PieceInMemory(task=plan.tasks[0], task_index=0, start=0, inputs=inputs)
+    return PieceInMemory((Part(plan.tasks[0], 0, 0, NUMEL),), inputs)
 
 
 def find_tops(stage: CpuStage, piece: PieceInMemory, need: MagnitudeTopK) -> tuple[TopK, ...]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from streammerge import functional
 from streammerge.methods import discover_methods
 from streammerge.methods.base import MergeChunk, Operand, Stack
+from streammerge.methods.parts import trim_
 from streammerge.reductions.magnitude import TiePolicy, TopK
 from streammerge.rng import keep_mask, stream_key
 
@@ -229,8 +230,7 @@ def apply_to_whole_tensors(
             base=base[name].to(compute_dtype).reshape(-1) if on_tasks else None,
             vectors=Stack(rows, rows.unbind()),
             scratch=torch.empty(method.scratch_rows, rows.shape[1], dtype=compute_dtype),
-            block=0,
-            stats=tuple(trims[name, source] for source in range(n)) if need else (),
+            trims=_WholeTrims(tuple(trims[name, source] for source in range(n)) if need else ()),
             masks=_WholeMasks(seed, name),
         )
         result = method.apply(chunk, params).clone()
@@ -243,6 +243,14 @@ def _whole_top(trim: Trim, flat: np.ndarray, begin: int, end: int) -> TopK:
     threshold = float("inf") if trim.threshold is None else trim.threshold
     ties = int((trim.keep & (np.abs(flat) == threshold))[begin:end].sum())
     return TopK(threshold, flat.size, trim.greater, trim.equal, ties, 0, ties)
+
+
+@dataclass(frozen=True)
+class _WholeTrims:
+    tops: tuple[TopK, ...]
+
+    def trim_(self, row: Tensor, *, source: int) -> Tensor:
+        return trim_(row, self.tops[source], 0)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from streammerge.rng import (
     LANES_PER_COUNTER,
     keep_limit,
     keep_mask,
+    philox_block,
     random_lanes,
     stream_key,
 )
@@ -78,7 +79,7 @@ def test_lanes_are_those_of_numpys_generator() -> None:
     ]
 
 
-def philox_block(key: int, counter: int) -> list[int]:
+def published_lanes(key: int, counter: int) -> list[int]:
     """Return the sixteen lanes of one counter, from the paper's definition of Philox 4x64-10."""
     mask = 2**64 - 1
     multipliers = (0xD2E7470EE14C6C93, 0xCA5A826395121157)
@@ -101,7 +102,7 @@ def philox_block(key: int, counter: int) -> list[int]:
 def test_lanes_are_those_of_the_published_algorithm(block: int) -> None:
     lanes = random_lanes(KEY, block * LANES_PER_COUNTER, LANES_PER_COUNTER)
 
-    assert lanes.tolist() == philox_block(KEY, block + 1)
+    assert lanes.tolist() == published_lanes(KEY, block + 1)
 
 
 @settings(deadline=None)
@@ -187,3 +188,10 @@ def test_streams_of_different_keys_are_unrelated() -> None:
 def test_keys_are_these_numbers() -> None:
     """A recipe's masks must not change with a release."""
     assert stream_key(0, 0, "weight") == 0x9AE473DE8AC4D0CB_C38FF332A8B6F680
+
+
+@settings(max_examples=200)
+@given(key=st.integers(0, 2**128 - 1), counter=st.integers(0, 2**64 - 2))
+def test_a_single_block_is_what_numpy_draws(key: int, counter: int) -> None:
+    drawn = np.random.Philox(key=key, counter=counter).random_raw(4)
+    assert philox_block(key, counter + 1) == tuple(drawn.tolist())

@@ -20,10 +20,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from streammerge.dtypes import DType
 from streammerge.engine.finite import check_finite, check_range, count_non_finite
+from streammerge.engine.pieces import Part, PieceInMemory, torch_dtype
 from streammerge.methods.base import MagnitudeTopK, MergeChunk, MergeMethod, Operand, Stack
-from streammerge.plan.types import MergePlan, TensorTask
+from streammerge.methods.parts import trim_
+from streammerge.plan.types import MergePlan
 from streammerge.reductions import BLOCK
 from streammerge.reductions.magnitude import (
     Counted,
@@ -37,48 +38,32 @@ from streammerge.rng import keep_mask, stream_key
 
 
 @dataclass(frozen=True, slots=True)
-class PieceInMemory:
-    """A flat range of one tensor, in every input."""
-
-    task: TensorTask
-    """The tensor."""
-    task_index: int
-    """Its index in the plan."""
-    start: int
-    """First element; a multiple of a block."""
-    inputs: tuple[Tensor | None, ...]
-    """``[numel]`` per model, in the stored dtype, on the host; None takes no part."""
-
-    @property
-    def numel(self) -> int:
-        """Elements in the piece."""
-        return next(tensor.numel() for tensor in self.inputs if tensor is not None)
-
-
-@dataclass(frozen=True, slots=True)
 class Applied:
-    """What merging a piece came to."""
+    """What merging one part of a piece came to."""
 
     not_finite: int
     """Input values that were NaN or infinite; always 0 unless the recipe keeps them."""
     kept: tuple[int, ...]
-    """Entries of the piece kept per source; empty where the statistics of the tensor tell, and for
+    """Entries of the part kept per source; empty where the statistics of the tensor tell, and for
     methods that neither trim nor drop."""
 
 
 class DeviceStage(Protocol):
     """What a device must be able to do. One per worker thread; never called concurrently."""
 
-    def apply(self, piece: PieceInMemory, tops: tuple[TopK, ...], out: Tensor) -> Applied:
+    def apply(
+        self, piece: PieceInMemory, tops: Sequence[tuple[TopK, ...]], out: Tensor
+    ) -> list[Applied]:
         """Merge a piece into ``out``, ``[numel]`` in the output dtype, on the host.
 
         Args:
             piece: The inputs.
-            tops: One statistic per source; empty when the method needs none.
+            tops: For each part of the piece, one statistic per source; empty tuples when the
+                method needs none.
             out: Receives the result.
 
         Returns:
-            What the manifest records.
+            What the manifest records, for each part.
 
         Raises:
             NonFiniteError: An input or the result is not finite and the recipe forbids it.
@@ -88,15 +73,19 @@ class DeviceStage(Protocol):
     def measure(
         self, piece: PieceInMemory, questions: Sequence[Question | None]
     ) -> list[list[Counted | None]]:
-        """Answer every source's question for each block of a piece; ``[blocks][sources]``."""
+        """Answer every source's question for each block of a piece of one part.
+
+        Returns:
+            ``[blocks][sources]``.
+        """
         ...
 
-    def select(self, piece: PieceInMemory, need: MagnitudeTopK) -> tuple[TopK, ...]:
-        """Return the statistics of a tensor that is one block, one per source."""
+    def select(self, piece: PieceInMemory, need: MagnitudeTopK) -> list[tuple[TopK, ...]]:
+        """Return the statistics of whole tensors that fill at most a block: parts, then sources."""
         ...
 
     def sample(self, piece: PieceInMemory, start: int, out: NDArray[Any]) -> None:
-        """Fill ``out``, ``[n_sources, run]``, with magnitudes from element ``start`` on."""
+        """Fill ``out``, ``[n_sources, run]``, with magnitudes from the tensor's ``start`` on."""
         ...
 
 
@@ -121,35 +110,35 @@ class CpuStage:
         whole = self._vectors.view(self._n_sources, BLOCK)
         self._full_block = Stack(whole, whole.unbind())
 
-    def apply(self, piece: PieceInMemory, tops: tuple[TopK, ...], out: Tensor) -> Applied:
+    def apply(
+        self, piece: PieceInMemory, tops: Sequence[tuple[TopK, ...]], out: Tensor
+    ) -> list[Applied]:
         """Merge a piece; see :class:`DeviceStage`."""
-        task = piece.task
-        params = self._params[task.setting]
-        kept = [0] * self._n_sources
+        params = self._params[piece.first.task.setting]
+        kept = [[0] * self._n_sources for _ in piece.parts]
         not_finite = 0
         for begin in range(0, piece.numel, BLOCK):
             end = min(begin + BLOCK, piece.numel)
             base, vectors = self._load(piece, begin, end, check=not self._plan.keep_non_finite)
-            block = task.scope_block + (piece.start + begin) // BLOCK
+            segments = _segments(piece, tops, kept, begin, end)
             if self._plan.model_scope:
-                self._count_kept(kept, vectors, tops, block)
+                self._count_kept(segments, vectors)
             chunk = MergeChunk(
                 base=base,
                 vectors=vectors,
                 scratch=self._scratch[:, : end - begin],
-                block=block,
-                stats=tops,
-                masks=_PositionalMasks(self._plan.seed, task.name, piece.start + begin, kept),
+                trims=_Trims(segments),
+                masks=_PositionalMasks(self._plan.seed, segments),
             )
             merged = self._method.apply(chunk, params)
             if self._plan.keep_non_finite:
                 not_finite += count_non_finite(piece.inputs, begin, end)
             else:
-                check_range(merged, task, piece.start + begin)
+                check_range(merged, piece, begin)
             out[begin:end].copy_(merged)
-        if self._method.random or self._plan.model_scope:
-            return Applied(not_finite, tuple(kept))
-        return Applied(not_finite, ())
+        # Values that are not finite are only let through, and counted, in pieces of one part.
+        tell = self._method.random or self._plan.model_scope
+        return [Applied(not_finite, tuple(counts) if tell else ()) for counts in kept]
 
     def measure(
         self, piece: PieceInMemory, questions: Sequence[Question | None]
@@ -172,29 +161,32 @@ class CpuStage:
             answers.append(found)
         return answers
 
-    def select(self, piece: PieceInMemory, need: MagnitudeTopK) -> tuple[TopK, ...]:
-        """Find the thresholds of a small tensor; see :class:`DeviceStage`."""
+    def select(self, piece: PieceInMemory, need: MagnitudeTopK) -> list[tuple[TopK, ...]]:
+        """Find the thresholds of small tensors; see :class:`DeviceStage`."""
         _, vectors = self._load(piece, 0, piece.numel, check=False)
         magnitudes = torch.abs(vectors.whole, out=vectors.whole).numpy()
-        return tuple(
-            select_block(row, density, need.tie_policy)
-            for row, density in zip(magnitudes, need.densities, strict=True)
-        )
+        return [
+            tuple(
+                select_block(row[begin:end], density, need.tie_policy)
+                for row, density in zip(magnitudes, need.densities, strict=True)
+            )
+            for _, begin, end in piece.ranges()
+        ]
 
     def sample(self, piece: PieceInMemory, start: int, out: NDArray[Any]) -> None:
         """Fill in magnitudes; see :class:`DeviceStage`."""
-        begin = start - piece.start
+        begin = start - piece.first.start
         _, vectors = self._load(piece, begin, begin + out.shape[1], check=False)
         torch.abs(vectors.whole, out=torch.from_numpy(out))
 
-    def _count_kept(
-        self, kept: list[int], vectors: Stack, tops: tuple[TopK, ...], block: int
-    ) -> None:
+    def _count_kept(self, segments: Sequence[_Segment], vectors: Stack) -> None:
         """Add how many entries of this block each source keeps under a threshold of the model."""
-        magnitudes = self._magnitudes[: vectors.whole.shape[1]]
-        for source, (row, top) in enumerate(zip(vectors.rows, tops, strict=True)):
-            torch.abs(row, out=magnitudes)
-            kept[source] += count_kept(magnitudes.numpy(), top, block, self._masks)
+        for source, row in enumerate(vectors.rows):
+            for segment in segments:
+                values = row[segment.begin : segment.end]
+                magnitudes = torch.abs(values, out=self._magnitudes[: values.numel()]).numpy()
+                top = segment.tops[source]
+                segment.kept[source] += count_kept(magnitudes, top, segment.block, self._masks)
 
     def _load(
         self, piece: PieceInMemory, begin: int, end: int, *, check: bool
@@ -213,15 +205,7 @@ class CpuStage:
             if base is not None:
                 row.sub_(base)
             if check:
-                check_finite(
-                    row,
-                    piece.inputs,
-                    plan=self._plan,
-                    task=piece.task,
-                    start=piece.start,
-                    begin=begin,
-                    end=end,
-                )
+                check_finite(row, piece, begin, self._plan)
         return base, vectors
 
     def _operands(self, piece: PieceInMemory, numel: int) -> Stack:
@@ -230,7 +214,7 @@ class CpuStage:
         torch.sum chooses its order of addition by the layout: a tensor of one block is dense, a
         block of a larger one has rows far apart. This matters for five or more sources.
         """
-        if piece.task.numel <= BLOCK:
+        if piece.first.task.numel <= BLOCK:
             dense = self._vectors[: self._n_sources * numel].view(self._n_sources, numel)
             return Stack(dense, dense.unbind())
         if numel == BLOCK:
@@ -240,31 +224,80 @@ class CpuStage:
 
 
 @dataclass(frozen=True, slots=True)
+class _Segment:
+    """What one block holds of one tensor."""
+
+    begin: int
+    """First element in the block."""
+    end: int
+    """End in the block."""
+    part: Part
+    """The part of the piece."""
+    start: int
+    """Flat index in the tensor of the first element."""
+    block: int
+    """Which block of the statistics' scope this is."""
+    tops: tuple[TopK, ...]
+    """One statistic per source, or none."""
+    kept: list[int]
+    """Counts per source, of the whole part."""
+
+
+def _segments(
+    piece: PieceInMemory,
+    tops: Sequence[tuple[TopK, ...]],
+    kept: Sequence[list[int]],
+    begin: int,
+    end: int,
+) -> list[_Segment]:
+    """Return what the block from ``begin`` to ``end`` of a piece holds of each tensor."""
+    if len(piece.parts) == 1:
+        part = piece.first
+        start = part.start + begin
+        block = part.task.scope_block + start // BLOCK
+        return [_Segment(0, end - begin, part, start, block, tops[0], kept[0])]
+    # Several tensors are one block, each of them whole.
+    return [
+        _Segment(begin, end, part, 0, part.task.scope_block, part_tops, counts)
+        for (part, begin, end), part_tops, counts in zip(piece.ranges(), tops, kept, strict=True)
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class _Trims:
+    """Trims one block."""
+
+    segments: Sequence[_Segment]
+
+    def trim_(self, row: Tensor, *, source: int) -> Tensor:
+        for segment in self.segments:
+            trim_(row[segment.begin : segment.end], segment.tops[source], segment.block)
+        return row
+
+
+@dataclass(frozen=True, slots=True)
 class _PositionalMasks:
     """Draws the masks of one block."""
 
     seed: int
-    tensor_name: str
-    start: int
-    kept: list[int]
+    segments: Sequence[_Segment]
 
     def drop_(self, row: Tensor, *, source: int, density: float) -> Tensor:
+        for segment in self.segments:
+            values = row[segment.begin : segment.end]
+            segment.kept[source] += self._drop(values, segment, source, density)
+        return row
+
+    def _drop(self, row: Tensor, segment: _Segment, source: int, density: float) -> int:
+        """Drop in one tensor; return how many entries are kept."""
         if density >= 1:
-            self.kept[source] += row.numel()
-            return row
+            return row.numel()
         if density <= 0:
-            return row.zero_()
-        key = stream_key(self.seed, source, self.tensor_name)
-        mask = keep_mask(key, self.start, row.numel(), density)
+            row.zero_()
+            return 0
+        key = stream_key(self.seed, source, segment.part.task.name)
+        mask = keep_mask(key, segment.start, row.numel(), density)
         # numpy multiplies floats by bool several times faster than torch, on the same memory.
         values = row.numpy()
         np.multiply(values, mask, out=values)
-        self.kept[source] += int(np.count_nonzero(mask))
-        return row
-
-
-def torch_dtype(dtype: DType) -> torch.dtype:
-    """Return torch's element type of that name."""
-    found = getattr(torch, dtype.torch_name)
-    assert isinstance(found, torch.dtype)  # noqa: S101 - the table is fixed
-    return found
+        return int(np.count_nonzero(mask))

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from streammerge.dtypes import DType
+from streammerge.engine.pieces import PieceInMemory
 from streammerge.errors import NonFiniteError
-from streammerge.plan.types import MergePlan, TensorTask
+from streammerge.plan.types import MergePlan
 
 _LARGEST = {
     DType.F16: 65504.0,
@@ -24,16 +25,7 @@ _LARGEST = {
 """Largest finite magnitude per output type."""
 
 
-def check_finite(
-    vector: Tensor,
-    inputs: Sequence[Tensor | None],
-    *,
-    plan: MergePlan,
-    task: TensorTask,
-    start: int,
-    begin: int,
-    end: int,
-) -> None:
+def check_finite(vector: Tensor, piece: PieceInMemory, begin: int, plan: MergePlan) -> None:
     """Raise if a block holds NaN or infinity.
 
     A sum of squares is finite only if every term is, so one cheap reduction acquits almost every
@@ -41,44 +33,41 @@ def check_finite(
 
     Args:
         vector: ``[m]`` the block in the compute dtype, base already subtracted.
-        inputs: The piece in every model, as stored.
-        plan: Names the models.
-        task: The tensor.
-        start: Flat index of the piece's first element.
+        piece: The piece, as stored.
         begin: First element of the block in the piece.
-        end: End of the block in the piece.
+        plan: Names the models.
 
     Raises:
         NonFiniteError: With tensor, model, element and value.
     """
     if math.isfinite(float(torch.dot(vector, vector))) or bool(torch.isfinite(vector).all()):
         return
-    for model, stored in enumerate(inputs):
+    for model, stored in enumerate(piece.inputs):
         if stored is None:
             continue
-        wide = stored[begin:end].to(torch.float64)
+        wide = stored[begin : begin + vector.numel()].to(torch.float64)
         bad = torch.isfinite(wide).logical_not_().nonzero()
         if bad.numel():
             element = int(bad[0])
-            place = _place(task, start + begin + element)
+            name, place = _place(piece, begin + element)
             raise NonFiniteError(
-                f"{task.name}: {plan.label(model)} holds {float(wide[element])} at {place}; "
+                f"{name}: {plan.label(model)} holds {float(wide[element])} at {place}; "
                 "repair the input, or set `non_finite: keep` to let such values through"
             )
-    element = int(torch.isfinite(vector).logical_not_().nonzero()[0])
+    name, place = _place(piece, begin + int(torch.isfinite(vector).logical_not_().nonzero()[0]))
     raise NonFiniteError(
-        f"{task.name}: the difference to the base overflows at "
-        f"{_place(task, start + begin + element)}; set `compute_dtype: float64`"
+        f"{name}: the difference to the base overflows at {place}; set `compute_dtype: float64`"
     )
 
 
-def check_range(merged: Tensor, task: TensorTask, start: int) -> None:
+def check_range(merged: Tensor, piece: PieceInMemory, begin: int) -> None:
     """Raise if a merged block does not fit the range of its output type.
 
     Raises:
         NonFiniteError: With tensor, element, value and the type's largest.
     """
-    limit = _LARGEST[task.dtype]
+    dtype = piece.first.task.dtype
+    limit = _LARGEST[dtype]
     # No term of a sum of squares exceeds the sum: one cheap reduction acquits almost every block.
     if float(torch.dot(merged, merged)) <= min(limit * limit, _LARGEST[DType.F32]):
         return
@@ -86,10 +75,10 @@ def check_range(merged: Tensor, task: TensorTask, start: int) -> None:
     if beyond.numel() == 0:
         return
     element = int(beyond[0])
+    name, place = _place(piece, begin + element)
     raise NonFiniteError(
-        f"{task.name}: the merged value {float(merged[element]):g} at "
-        f"{_place(task, start + element)} exceeds {limit:g}, the largest {task.dtype}; choose a "
-        "wider output.dtype or smaller weights"
+        f"{name}: the merged value {float(merged[element]):g} at {place} exceeds {limit:g}, the "
+        f"largest {dtype}; choose a wider output.dtype or smaller weights"
     )
 
 
@@ -102,6 +91,8 @@ def count_non_finite(inputs: Sequence[Tensor | None], begin: int, end: int) -> i
     )
 
 
-def _place(task: TensorTask, flat: int) -> str:
+def _place(piece: PieceInMemory, element: int) -> tuple[str, str]:
+    """Return the name of the tensor that an element of the piece belongs to, and where it is."""
+    task, flat = piece.locate(element)
     index = [int(i) for i in np.unravel_index(flat, task.shape)] if task.shape else []
-    return f"element {index}"
+    return task.name, f"element {index}"

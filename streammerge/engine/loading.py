@@ -14,13 +14,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from streammerge.checkpoint.bytesource import ByteSource
 from streammerge.engine.buffers import Slot, SlotPool
-from streammerge.engine.device import PieceInMemory, torch_dtype
 from streammerge.engine.monitor import Monitor
+from streammerge.engine.pieces import view_pieces
 from streammerge.engine.progress import Progress, Stage
 from streammerge.plan.chunking import Chunk, ModelRead, plan_reads
 from streammerge.plan.types import MergePlan
@@ -36,18 +35,17 @@ class LoadedChunk:
         reads: Sequence[ModelRead],
         slots: list[Slot],
         pool: SlotPool,
+        *,
+        joined: bool,
     ) -> None:
-        """View the slots as tensors."""
+        """View the slots as tensors, small neighbours ``joined`` or each by itself."""
         self.chunk = chunk
         self._slots = slots
         self._pool = pool
         self._holders = 1
         self._lock = threading.Lock()
-        memories = {read.model: slot.memory for read, slot in zip(reads, slots, strict=True)}
-        places = {read.model: read.placements for read in reads}
-        self.pieces = tuple(
-            _view_piece(plan, chunk, index, memories, places) for index in range(len(chunk.pieces))
-        )
+        memories = [slot.memory for slot in slots]
+        self.pieces = view_pieces(plan, chunk, reads, memories, joined=joined)
 
     def hold(self) -> None:
         """Keep the slots for one more holder."""
@@ -73,6 +71,8 @@ class Load:
     """Hands the loaded chunk on; must not take long."""
     last_use: bool
     """Whether the bytes will not be read again, so that the system may forget them."""
+    joined: bool = False
+    """Whether small neighbours are wanted as one piece."""
 
 
 class Loader:
@@ -118,7 +118,10 @@ class Loader:
                 reads = plan_reads(self._plan, load.chunk)
                 for read, slot in zip(reads, slots, strict=True):
                     self._read(read, slot.memory, last_use=load.last_use)
-            load.then(LoadedChunk(self._plan, load.chunk, reads, slots, self._pool))
+            loaded = LoadedChunk(
+                self._plan, load.chunk, reads, slots, self._pool, joined=load.joined
+            )
+            load.then(loaded)
 
     def _read(self, read: ModelRead, memory: NDArray[np.uint8], *, last_use: bool) -> None:
         view = memory.data
@@ -130,23 +133,3 @@ class Loader:
             if last_use:
                 source.drop(span.offset, span.nbytes)
             self._progress.count(Stage.READ, span.nbytes)
-
-
-def _view_piece(
-    plan: MergePlan,
-    chunk: Chunk,
-    index: int,
-    memories: dict[int, NDArray[np.uint8]],
-    places: dict[int, tuple[int, ...]],
-) -> PieceInMemory:
-    piece = chunk.pieces[index]
-    task = plan.tasks[piece.task]
-    inputs: list[torch.Tensor | None] = []
-    for model, entry in enumerate(task.inputs):
-        if entry is None:
-            inputs.append(None)
-            continue
-        begin = places[model][index]
-        raw = memories[model][begin : begin + piece.numel * entry.dtype.itemsize]
-        inputs.append(torch.from_numpy(raw).view(torch_dtype(entry.dtype)))
-    return PieceInMemory(task, piece.task, piece.start, tuple(inputs))

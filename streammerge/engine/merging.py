@@ -5,13 +5,14 @@ Memory: one output slot per chunk being merged or written; copies are written fr
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
 from streammerge.engine.buffers import Slot, SlotPool
-from streammerge.engine.device import DeviceStage, PieceInMemory, torch_dtype
+from streammerge.engine.device import DeviceStage
 from streammerge.engine.loading import LoadedChunk
+from streammerge.engine.pieces import PieceInMemory, torch_dtype
 from streammerge.engine.progress import Progress
 from streammerge.engine.queues import Outstanding, WorkQueue
 from streammerge.engine.results import Results
@@ -53,31 +54,36 @@ class ChunkMerger:
         self._progress = progress
 
     def merge(
-        self, stage: DeviceStage, loaded: LoadedChunk, tops: Sequence[tuple[TopK, ...]]
+        self,
+        stage: DeviceStage,
+        loaded: LoadedChunk,
+        find_tops: Callable[[PieceInMemory], Sequence[tuple[TopK, ...]]],
     ) -> None:
         """Turn a loaded chunk into write jobs and let go of it.
 
         Args:
             stage: The worker's device.
             loaded: The chunk.
-            tops: Statistics per piece.
+            find_tops: Gives the statistics of a piece: one per source, for each of its parts.
         """
         slots: list[Slot] = []
         merged: list[Extent] = []
         copied: list[Extent] = []
         cursor = 0
-        for piece, piece_tops in zip(loaded.pieces, tops, strict=True):
-            if piece.task.action is not Action.MERGE:
+        for piece in loaded.pieces:
+            task = piece.first.task
+            if task.action is not Action.MERGE:
                 copied.append(self._copy(piece))
                 continue
             if not slots:
                 with self._progress.waiting():
                     slots = self._outputs.acquire(1)
-            nbytes = piece.numel * piece.task.dtype.itemsize
+            nbytes = piece.numel * task.dtype.itemsize
             memory = slots[0].memory[cursor : cursor + nbytes]
-            out = torch.from_numpy(memory).view(torch_dtype(piece.task.dtype))
-            self._results.add(piece, stage.apply(piece, piece_tops, out), piece_tops)
-            merged.append(_extent(piece, memory.data))
+            out = torch.from_numpy(memory).view(torch_dtype(task.dtype))
+            tops = find_tops(piece)
+            self._results.add(piece, stage.apply(piece, tops, out), tops)
+            merged.extend(_extents(piece, memory.data))
             cursor += padded(nbytes)
         if copied:
             loaded.hold()
@@ -92,20 +98,35 @@ class ChunkMerger:
         self._writes.put(WriteJob((*merged, *copied), then))
 
     def _copy(self, piece: PieceInMemory) -> Extent:
+        task = piece.first.task
         present = [(model, t) for model, t in enumerate(piece.inputs) if t is not None]
         (first_model, first), *others = [(model, t.view(torch.uint8)) for model, t in present]
         for model, other in others:
             if not torch.equal(first, other):
                 byte = int((first != other).nonzero()[0])
-                element = piece.start + byte // piece.task.dtype.itemsize
+                element = piece.first.start + byte // task.dtype.itemsize
                 raise CheckpointError(
-                    f"{piece.task.name}: {piece.task.dtype} values are only copied, but "
+                    f"{task.name}: {task.dtype} values are only copied, but "
                     f"{self._plan.label(first_model)} and {self._plan.label(model)} differ at flat "
-                    f"element {element}; add a rule {{tensors: {piece.task.name!r}, copy: ...}}"
+                    f"element {element}; add a rule {{tensors: {task.name!r}, copy: ...}}"
                 )
-        return _extent(piece, first.numpy().data)
+        return next(_extents(piece, first.numpy().data))
 
 
-def _extent(piece: PieceInMemory, memory: memoryview) -> Extent:
-    offset = piece.task.offset + piece.start * piece.task.dtype.itemsize
-    return Extent(piece.task.shard, offset, memory)
+def _extents(piece: PieceInMemory, memory: memoryview) -> Iterator[Extent]:
+    """Say where the parts of a piece go; neighbours in the file go there together."""
+    waiting: Extent | None = None
+    for part, begin, end in piece.ranges():
+        itemsize = part.task.dtype.itemsize
+        offset = part.task.offset + part.start * itemsize
+        here = memory[begin * itemsize : end * itemsize]
+        if waiting is None:
+            waiting = Extent(part.task.shard, offset, here)
+        elif (waiting.shard, waiting.offset + len(waiting.memory)) == (part.task.shard, offset):
+            first = begin * itemsize - len(waiting.memory)
+            waiting = Extent(waiting.shard, waiting.offset, memory[first : end * itemsize])
+        else:
+            yield waiting
+            waiting = Extent(part.task.shard, offset, here)
+    if waiting is not None:
+        yield waiting

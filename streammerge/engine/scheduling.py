@@ -18,10 +18,11 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 
 from streammerge.engine.buffers import Allowance, SlotPool
-from streammerge.engine.device import DeviceStage, PieceInMemory
+from streammerge.engine.device import DeviceStage
 from streammerge.engine.loading import Load, LoadedChunk
 from streammerge.engine.merging import ChunkMerger
 from streammerge.engine.monitor import Monitor
+from streammerge.engine.pieces import PieceInMemory
 from streammerge.engine.progress import Progress
 from streammerge.engine.queues import Outstanding, WorkQueue
 from streammerge.engine.statistics import ScopeStatistics
@@ -96,29 +97,32 @@ class Schedule:
         def then(loaded: LoadedChunk) -> None:
             self._shop.work.put(lambda stage: self._merge(stage, loaded, tops))
 
-        return Load(chunk, then, last_use=True)
+        return Load(chunk, then, last_use=True, joined=True)
 
     def _merge(
         self, stage: DeviceStage, loaded: LoadedChunk, tops: tuple[TopK, ...] | None
     ) -> None:
-        found = [self._tops_of(stage, piece) if tops is None else tops for piece in loaded.pieces]
-        self._shop.merger.merge(stage, loaded, found)
+        def find(piece: PieceInMemory) -> Sequence[tuple[TopK, ...]]:
+            return self._tops_of(stage, piece) if tops is None else [tops] * len(piece.parts)
 
-    def _tops_of(self, stage: DeviceStage, piece: PieceInMemory) -> tuple[TopK, ...]:
-        """Find the thresholds of a small tensor that is all here."""
-        need = self._shop.needs.of(piece.task)
+        self._shop.merger.merge(stage, loaded, find)
+
+    def _tops_of(self, stage: DeviceStage, piece: PieceInMemory) -> Sequence[tuple[TopK, ...]]:
+        """Find the thresholds of small tensors that are all here."""
+        task = piece.first.task
+        need = self._shop.needs.of(task)
         if need is None:
-            return ()
-        if piece.task.numel <= BLOCK:
+            return [()] * len(piece.parts)
+        if task.numel <= BLOCK:
             return stage.select(piece, need)
         # Small enough for the room that a worker keeps for itself: nothing is reserved.
-        limit = values_limit(piece.task.numel)
-        statistics = _tensor_statistics(self._shop.plan, need, piece.task, limit)
+        limit = values_limit(task.numel)
+        statistics = _tensor_statistics(self._shop.plan, need, task, limit)
         _sample_pieces(stage, statistics, [piece])
         while statistics.tops is None:
             statistics.add(0, stage.measure(piece, statistics.questions))
             statistics.conclude()
-        return statistics.tops
+        return [statistics.tops]
 
     def _load_resident(self, unit: Unit) -> Iterator[Load]:
         shop = self._shop
@@ -208,7 +212,7 @@ class Schedule:
         def work(stage: DeviceStage, loaded: LoadedChunk) -> None:
             for piece in loaded.pieces:
                 if sample:
-                    stage.sample(piece, piece.start, statistics.sample_room(piece.numel))
+                    stage.sample(piece, piece.first.start, statistics.sample_room(piece.numel))
                 else:
                     _measure(stage, statistics, piece)
             loaded.release()
@@ -270,7 +274,7 @@ class ResidentTensor:
     def _merge(self, stage: DeviceStage, loaded: LoadedChunk) -> None:
         tops = self._statistics.tops
         assert tops is not None  # noqa: S101 - merging starts when they are known
-        self._shop.merger.merge(stage, loaded, [tops])
+        self._shop.merger.merge(stage, loaded, lambda _: [tops])
 
 
 def _bind(work: Callable[[DeviceStage, LoadedChunk], None], loaded: LoadedChunk) -> Work:
@@ -278,7 +282,7 @@ def _bind(work: Callable[[DeviceStage, LoadedChunk], None], loaded: LoadedChunk)
 
 
 def _measure(stage: DeviceStage, statistics: ScopeStatistics, piece: PieceInMemory) -> None:
-    first_block = piece.task.scope_block + piece.start // BLOCK
+    first_block = piece.first.task.scope_block + piece.first.start // BLOCK
     statistics.add(first_block, stage.measure(piece, statistics.questions))
 
 
@@ -286,13 +290,13 @@ def _sample_pieces(
     stage: DeviceStage, statistics: ScopeStatistics, pieces: Sequence[PieceInMemory]
 ) -> None:
     """Sample a tensor that is all in memory, its pieces in any order."""
-    runs = choose_sample_runs(pieces[0].task.numel, statistics.sample_runs)
+    runs = choose_sample_runs(pieces[0].first.task.numel, statistics.sample_runs)
     if not runs:
         return
     statistics.prepare_sample(sum(count for _, count in runs))
-    by_start = sorted(pieces, key=lambda piece: piece.start)
+    by_start = sorted(pieces, key=lambda piece: piece.first.start)
     for start, count in runs:
-        piece = next(p for p in reversed(by_start) if p.start <= start)
+        piece = next(p for p in reversed(by_start) if p.first.start <= start)
         stage.sample(piece, start, statistics.sample_room(count))
     statistics.conclude_sample()
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from streammerge.recipe.types import ParameterKind, ParameterSpec
-from streammerge.reductions.magnitude import TiePolicy, TopK
+from streammerge.reductions.magnitude import TiePolicy
 
 
 class Operand(StrEnum):
@@ -90,9 +90,25 @@ class RandomMasks(Protocol):
         ...
 
 
+class Trims(Protocol):
+    """Trims task vectors to what the statistics of their scope say."""
+
+    def trim_(self, row: Tensor, *, source: int) -> Tensor:
+        """Set every entry of ``[m]`` of this chunk that ``source`` does not keep to zero, in place.
+
+        Args:
+            row: The source's task vector.
+            source: Index in recipe order.
+        """
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class MergeChunk:
-    """One flat piece of a tensor in every input, on one device, in the compute dtype."""
+    """A flat piece of a tensor, or several small tensors end to end, in every input.
+
+    On one device, in the compute dtype.
+    """
 
     base: Tensor | None
     """``[m]``; read only. None for methods on weights."""
@@ -100,10 +116,8 @@ class MergeChunk:
     """Task vectors or weights. The method may overwrite them."""
     scratch: Tensor
     """``[scratch_rows, m]``, uninitialised; the method may overwrite it."""
-    block: int
-    """Which block of the statistics' scope this piece is."""
-    stats: tuple[TopK, ...]
-    """One statistic per source; empty when the method needs none."""
+    trims: Trims
+    """The trims of this piece, for methods that need them."""
     masks: RandomMasks
     """The random masks of this piece."""
 

@@ -23,7 +23,7 @@ from streammerge.methods.base import (
     parameter,
     top_k_of,
 )
-from streammerge.methods.parts import sum_rows, trim_, weigh_
+from streammerge.methods.parts import sum_rows, weigh_
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,8 +42,8 @@ class MagnitudePruneParams:
 
 def magnitude_prune(chunk: MergeChunk, params: MagnitudePruneParams) -> Tensor:
     """Return ``base + sum_i w_i trim(x_i - base)``."""
-    for row, top in zip(chunk.vectors.rows, chunk.stats, strict=True):
-        trim_(row, top, chunk.block)
+    for source, row in enumerate(chunk.vectors.rows):
+        chunk.trims.trim_(row, source=source)
     merged = sum_rows(weigh_(chunk.vectors, params.weight), chunk.scratch[0])
     return chunk.base_plus(merged)
 

@@ -25,7 +25,7 @@ from streammerge.methods.base import (
     parameter,
     top_k_of,
 )
-from streammerge.methods.parts import SignVote, disjoint_mean, elect_sign, trim_
+from streammerge.methods.parts import SignVote, disjoint_mean, elect_sign
 from streammerge.recipe.types import ParameterKind, ParameterSpec
 
 MAJORITY_SIGN_METHOD = ParameterSpec(
@@ -56,8 +56,8 @@ class TiesParams:
 
 def ties(chunk: MergeChunk, params: TiesParams) -> Tensor:
     """Return ``base + disjoint mean of w_i trim(x_i - base)`` under the elected sign."""
-    for row, top in zip(chunk.vectors.rows, chunk.stats, strict=True):
-        trim_(row, top, chunk.block)
+    for source, row in enumerate(chunk.vectors.rows):
+        chunk.trims.trim_(row, source=source)
     elected = elect_sign(chunk.vectors, SignVote(params.majority_sign_method), chunk.scratch[:2])
     merged = disjoint_mean(chunk.vectors, params.weight, elected, chunk.scratch[1:])
     return chunk.base_plus(merged)

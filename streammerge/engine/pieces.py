@@ -1,0 +1,170 @@
+"""What a stage works on: a part of one tensor, or small neighbours side by side, in every input.
+
+Memory: views of slots, nothing of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from streammerge.dtypes import DType
+from streammerge.methods.parts import ADD_LEFT_TO_RIGHT
+from streammerge.plan.chunking import Chunk, ModelRead
+from streammerge.plan.types import Action, MergePlan, TensorTask
+from streammerge.reductions import BLOCK
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A flat range of one tensor."""
+
+    task: TensorTask
+    """The tensor."""
+    task_index: int
+    """Its index in the plan."""
+    start: int
+    """First element; a multiple of a block."""
+    numel: int
+    """Elements."""
+
+
+@dataclass(frozen=True, slots=True)
+class PieceInMemory:
+    """A range of one tensor, or several whole tensors that together are at most one block."""
+
+    parts: tuple[Part, ...]
+    """The tensors, in the order in which they lie in memory; all of one setting and one type."""
+    inputs: tuple[Tensor | None, ...]
+    """``[numel]`` per model, in the stored dtype, on the host; None takes no part."""
+
+    @property
+    def first(self) -> Part:
+        """The only part, or the first of several."""
+        return self.parts[0]
+
+    @property
+    def numel(self) -> int:
+        """Elements in the piece."""
+        return sum(part.numel for part in self.parts)
+
+    def ranges(self) -> Iterator[tuple[Part, int, int]]:
+        """Yield every part with its begin and end in the piece."""
+        begin = 0
+        for part in self.parts:
+            yield part, begin, begin + part.numel
+            begin += part.numel
+
+    def locate(self, element: int) -> tuple[TensorTask, int]:
+        """Return the tensor that an element of the piece belongs to, and its flat index there."""
+        part, begin = next((p, b) for p, b, end in self.ranges() if element < end)
+        return part.task, part.start + element - begin
+
+
+def view_pieces(
+    plan: MergePlan,
+    chunk: Chunk,
+    reads: Sequence[ModelRead],
+    memories: Sequence[NDArray[np.uint8]],
+    *,
+    joined: bool,
+) -> tuple[PieceInMemory, ...]:
+    """Return what a loaded chunk holds.
+
+    Args:
+        plan: The plan.
+        chunk: The chunk.
+        reads: Where its pieces lie in each slot.
+        memories: The slots, in the same order.
+        joined: Whether small neighbours become one piece, since every operation on a piece costs
+            as much as some ten thousand elements.
+    """
+    view = _ChunkView(plan, chunk, reads, memories)
+    pieces = []
+    begin = 0
+    while begin < len(chunk.pieces):
+        end = view.end_of_neighbours(begin) if joined else begin + 1
+        pieces.append(view.piece(begin, end))
+        begin = end
+    return tuple(pieces)
+
+
+class _ChunkView:
+    """Where the pieces of a chunk lie."""
+
+    def __init__(
+        self,
+        plan: MergePlan,
+        chunk: Chunk,
+        reads: Sequence[ModelRead],
+        memories: Sequence[NDArray[np.uint8]],
+    ) -> None:
+        self._plan = plan
+        self._pieces = chunk.pieces
+        self._places = {read.model: read.placements for read in reads}
+        self._slots = {read.model: memory for read, memory in zip(reads, memories, strict=True)}
+
+    def end_of_neighbours(self, begin: int) -> int:
+        """Return the end of the run of pieces, from ``begin`` on, that can be merged as one."""
+        plan = self._plan
+        first = plan.tasks[self._pieces[begin].task]
+        # torch.sum of more rows adds in an order that depends on how long they are.
+        many = len(plan.models) - plan.has_base > ADD_LEFT_TO_RIGHT
+        if first.action is not Action.MERGE or plan.keep_non_finite or many:
+            return begin + 1
+        kind = _kind(first)
+        numel = self._pieces[begin].numel
+        end = begin + 1
+        while end < len(self._pieces):
+            numel += self._pieces[end].numel
+            task = plan.tasks[self._pieces[end].task]
+            if numel > BLOCK or _kind(task) != kind or not self._adjoin(task, end):
+                break
+            end += 1
+        return end
+
+    def _adjoin(self, task: TensorTask, index: int) -> bool:
+        """Return whether a piece follows the one before it without a gap, in every slot."""
+        before = self._pieces[index - 1].numel
+        return all(
+            entry is None
+            or self._places[model][index]
+            == self._places[model][index - 1] + before * entry.dtype.itemsize
+            for model, entry in enumerate(task.inputs)
+        )
+
+    def piece(self, begin: int, end: int) -> PieceInMemory:
+        """Return the pieces from ``begin`` to ``end`` as one."""
+        parts = tuple(
+            Part(self._plan.tasks[piece.task], piece.task, piece.start, piece.numel)
+            for piece in self._pieces[begin:end]
+        )
+        numel = sum(part.numel for part in parts)
+        inputs: list[Tensor | None] = []
+        for model, entry in enumerate(parts[0].task.inputs):
+            if entry is None:
+                inputs.append(None)
+                continue
+            place = self._places[model][begin]
+            raw = self._slots[model][place : place + numel * entry.dtype.itemsize]
+            inputs.append(torch.from_numpy(raw).view(torch_dtype(entry.dtype)))
+        return PieceInMemory(parts, tuple(inputs))
+
+
+def _kind(task: TensorTask) -> tuple[Any, ...]:
+    """Return what tensors must share to be merged as one."""
+    stored = tuple(entry.dtype if entry else None for entry in task.inputs)
+    return task.action, task.setting, task.dtype, stored
+
+
+def torch_dtype(dtype: DType) -> torch.dtype:
+    """Return torch's element type of that name."""
+    found = getattr(torch, dtype.torch_name)
+    assert isinstance(found, torch.dtype)  # noqa: S101 - the table is fixed
+    return found
