@@ -28,11 +28,10 @@ from streammerge.reductions.magnitude import (
     Band,
     Bins,
     MagnitudeSearch,
-    TiePolicy,
-    TopK,
     answer_block,
     choose_sample_runs,
 )
+from streammerge.reductions.topk import TiePolicy, TopK
 from streammerge.rng import keep_mask, stream_key
 
 pytest.importorskip("pytest_benchmark", reason="micro-benchmarks need pytest-benchmark")

@@ -14,7 +14,7 @@ from streammerge import functional
 from streammerge.methods import discover_methods
 from streammerge.methods.base import MergeChunk, Operand, Stack
 from streammerge.methods.parts import trim_
-from streammerge.reductions.magnitude import TiePolicy, TopK
+from streammerge.reductions.topk import TiePolicy, TopK
 from streammerge.rng import keep_mask, stream_key
 
 Tensors = Mapping[str, Tensor]

@@ -1,7 +1,7 @@
 """The stage between loader and writer: merges and measures pieces of tensors that lie in memory.
 
 A stage gets host memory and fills host memory; what lies between is its own affair. On the CPU
-nothing is copied: blocks of 131,072 elements go from the slot through a worker's own scratch memory,
+nothing is copied: blocks of 262,144 elements go from the slot through a worker's own scratch memory,
 small enough for the core's cache, into the output slot. An accelerator's stage would stage the
 slots through device memory behind the same calls.
 
@@ -26,14 +26,9 @@ from streammerge.methods.base import MagnitudeTopK, MergeChunk, MergeMethod, Ope
 from streammerge.methods.parts import trim_
 from streammerge.plan.types import MergePlan
 from streammerge.reductions import BLOCK
-from streammerge.reductions.magnitude import (
-    Counted,
-    Question,
-    TopK,
-    answer_block,
-    count_kept,
-    select_block,
-)
+from streammerge.reductions.magnitude import Counted, Question, answer_block
+from streammerge.reductions.selecting import select_block
+from streammerge.reductions.topk import TopK, count_kept
 from streammerge.rng import keep_mask, stream_key
 
 
@@ -109,6 +104,7 @@ class CpuStage:
         # Making views costs as much as a small operation; nearly all blocks share these.
         whole = self._vectors.view(self._n_sources, BLOCK)
         self._full_block = Stack(whole, whole.unbind())
+        self._selected: tuple[PieceInMemory, Tensor | None, Stack] | None = None
 
     def apply(
         self, piece: PieceInMemory, tops: Sequence[tuple[TopK, ...]], out: Tensor
@@ -163,15 +159,20 @@ class CpuStage:
 
     def select(self, piece: PieceInMemory, need: MagnitudeTopK) -> list[tuple[TopK, ...]]:
         """Find the thresholds of small tensors; see :class:`DeviceStage`."""
-        _, vectors = self._load(piece, 0, piece.numel, check=False)
-        magnitudes = torch.abs(vectors.whole, out=vectors.whole).numpy()
-        return [
-            tuple(
-                select_block(row[begin:end], density, need.tie_policy)
-                for row, density in zip(magnitudes, need.densities, strict=True)
+        base, vectors = self._load(piece, 0, piece.numel, check=False)
+        magnitudes = self._magnitudes[: piece.numel]
+        by_source = []
+        for row, density in zip(vectors.rows, need.densities, strict=True):
+            values = torch.abs(row, out=magnitudes).numpy()
+            by_source.append(
+                [
+                    select_block(values[begin:end], density, need.tie_policy)
+                    for _, begin, end in piece.ranges()
+                ]
             )
-            for _, begin, end in piece.ranges()
-        ]
+        # The merge of these tensors comes next, as a rule, and finds them as they are.
+        self._selected = piece, base, vectors
+        return list(zip(*by_source, strict=True))
 
     def sample(self, piece: PieceInMemory, start: int, out: NDArray[Any]) -> None:
         """Fill in magnitudes; see :class:`DeviceStage`."""
@@ -192,6 +193,12 @@ class CpuStage:
         self, piece: PieceInMemory, begin: int, end: int, *, check: bool
     ) -> tuple[Tensor | None, Stack]:
         """Convert one block of every input; return the base and the operands."""
+        selected, self._selected = self._selected, None
+        if selected is not None and selected[0] is piece:
+            if check:
+                for row in selected[2].rows:
+                    check_finite(row, piece, begin, self._plan)
+            return selected[1:]
         numel = end - begin
         vectors = self._operands(piece, numel)
         base = None

@@ -20,7 +20,7 @@ from streammerge.engine.writing import Extent, WriteJob
 from streammerge.errors import CheckpointError
 from streammerge.plan.chunking import padded
 from streammerge.plan.types import Action, MergePlan
-from streammerge.reductions.magnitude import TopK
+from streammerge.reductions.topk import TopK
 
 
 class ChunkMerger:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from streammerge.engine.device import Applied
 from streammerge.engine.pieces import PieceInMemory
-from streammerge.reductions.magnitude import TopK
+from streammerge.reductions.topk import TopK
 
 
 @dataclass(frozen=True, slots=True)

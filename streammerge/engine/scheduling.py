@@ -38,7 +38,8 @@ from streammerge.plan.sweeps import (
 )
 from streammerge.plan.types import Action, MergePlan, TensorTask
 from streammerge.reductions import BLOCK, count_blocks
-from streammerge.reductions.magnitude import TopK, choose_sample_runs
+from streammerge.reductions.magnitude import choose_sample_runs
+from streammerge.reductions.topk import TopK
 
 Work = Callable[[DeviceStage], None]
 """Something for a worker to do, on its own device stage."""

@@ -16,12 +16,8 @@ from streammerge.dtypes import DType
 from streammerge.engine.buffers import allocate
 from streammerge.methods.base import MagnitudeTopK
 from streammerge.plan.sweeps import count_sample_runs
-from streammerge.reductions.magnitude import (
-    Counted,
-    MagnitudeSearch,
-    Question,
-    TopK,
-)
+from streammerge.reductions.magnitude import Counted, MagnitudeSearch, Question
+from streammerge.reductions.topk import TopK
 
 
 class ScopeStatistics:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from streammerge.recipe.types import ParameterKind, ParameterSpec
-from streammerge.reductions.magnitude import TiePolicy
+from streammerge.reductions.topk import TiePolicy
 
 
 class Operand(StrEnum):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from streammerge.methods.base import Stack
-from streammerge.reductions.magnitude import TopK
+from streammerge.reductions.topk import TopK
 
 ADD_LEFT_TO_RIGHT = 4
 """Up to this many rows, torch.sum over dimension 0 adds from left to right, in every column; so
@@ -43,20 +43,19 @@ def trim_(vector: Tensor, top: TopK, block: int) -> Tensor:
     keep_ties = top.ties_to_keep(block)
     if keep_ties == 0:
         return _hardshrink_(vector, top.threshold)
-    cut = vector.numel()
     if keep_ties is not None:
-        cut = _end_of_ties(vector, top.threshold, keep_ties)
-        _hardshrink_(vector[cut:], top.threshold)
-    _hardshrink_(vector[:cut], _next_below(top.threshold, vector))
-    return vector
+        _drop_late_ties_(vector, top.threshold, keep_ties)
+    return _hardshrink_(vector, _next_below(top.threshold, vector))
 
 
-def _end_of_ties(vector: Tensor, threshold: float, count: int) -> int:
-    """Return the index behind the first ``count`` entries with exactly this magnitude."""
+def _drop_late_ties_(vector: Tensor, threshold: float, count: int) -> None:
+    """Zero all but the first ``count`` entries with exactly this magnitude."""
     if vector.is_cpu:
         # On small tensors numpy is several times faster than nonzero.
-        return int(np.flatnonzero(np.abs(vector.numpy()) == threshold)[count - 1]) + 1
-    return int((vector.abs() == threshold).nonzero()[count - 1]) + 1
+        values = vector.numpy()
+        values[(np.abs(values) == threshold).nonzero()[0][count:]] = 0
+    else:
+        vector[(vector.abs() == threshold).nonzero()[count:, 0]] = 0
 
 
 def _hardshrink_(vector: Tensor, limit: float) -> Tensor:

@@ -35,7 +35,7 @@ _BINS_BYTES = 1 * MIB
 """A histogram of 2^16 counters, and the one block's that is added to it."""
 _BYTES_PER_BLOCK = 24
 """Counts of up to four crowded values, and of the ties of the threshold."""
-_DIRECT_NUMEL = 4 * BLOCK
+_DIRECT_NUMEL = 2 * BLOCK
 """Up to here a search simply collects every magnitude."""
 _RESIDENT_HEADROOM = 1.5
 """Slots for the largest tensor and half of another, so that the next loads while it is merged."""

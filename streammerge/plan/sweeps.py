@@ -12,7 +12,8 @@ from streammerge.methods.base import MagnitudeTopK, MergeMethod
 from streammerge.plan.budgeting import affordable_limit, search_bytes, values_limit
 from streammerge.plan.chunking import Chunk, Piece, reads_twice
 from streammerge.plan.types import Action, MergePlan, TensorTask
-from streammerge.reductions.magnitude import SAMPLE_RUN, choose_sample_runs, kept_count
+from streammerge.reductions.magnitude import SAMPLE_RUN, choose_sample_runs
+from streammerge.reductions.topk import kept_count
 
 _SAMPLE_RUNS = 64
 """Runs sampled from a tensor: 2^18 elements put the rank within 0.4 % at five sigma."""

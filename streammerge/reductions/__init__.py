@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-BLOCK = 131_072
+BLOCK = 262_144
 """Elements per block, the unit in which reductions are computed and combined. It is part of the
-numbers' contract. Half of it would stay in a core's L2 cache, but then handing the interpreter lock
-from thread to thread costs more than the arithmetic: see docs/design.md for the measurement."""
+numbers' contract. A quarter of it would stay in a core's L2 cache, but then handing the interpreter
+lock from thread to thread costs more than the arithmetic: see docs/design.md for the measurement."""
 
 
 def count_blocks(numel: int) -> int:

@@ -24,15 +24,22 @@ Source: the trim step of TIES, Yadav et al. 2023, arXiv:2306.01708, Algorithm 1.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import StrEnum
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from streammerge.reductions import BLOCK
-
-Floats = NDArray[np.floating[Any]]
+from streammerge.reductions.topk import (
+    Floats,
+    TiePolicy,
+    TopK,
+    keep_everything,
+    keep_nothing,
+    kept_count,
+    place_ties,
+    ties_kept,
+)
 
 _BIN_BITS = 16
 """65,536 bins: 512 KiB of counters, and 31 bits of float32 in two sweeps."""
@@ -43,66 +50,9 @@ _MOST_CROWDS = 4
 """Each costs a comparison per element; the sampled band rarely holds more."""
 _CROWD_SHARE = 8
 """A value is crowded if it would fill one part in so many of the room."""
-SAMPLE_RUN = BLOCK // 32
+SAMPLE_RUN = BLOCK // 64
 """Consecutive elements per sampled run: a few pages of a shard, read in one request, and never
 across the border of a block."""
-
-
-class TiePolicy(StrEnum):
-    """Which of several elements exactly at the threshold are kept."""
-
-    EXACT = "exact"
-    """The first ones in flat order, until exactly k are kept."""
-    INCLUSIVE = "inclusive"
-    """All of them, as the TIES paper's code does."""
-    STRICT = "strict"
-    """None of them."""
-
-
-@dataclass(frozen=True, slots=True)
-class TopK:
-    """Which elements of one source are kept: those above the threshold, and some ties."""
-
-    threshold: float
-    """The k-th largest magnitude; infinite when nothing is kept, 0 when everything is."""
-    numel: int
-    """Elements the statistic covers."""
-    greater: int
-    """Elements with a magnitude above the threshold."""
-    equal: int
-    """Elements with exactly this magnitude."""
-    ties_kept: int
-    """How many of those are kept: the first in flat order."""
-    cutoff_block: int
-    """Block of the last kept tie, counted over the whole scope; earlier blocks keep all theirs."""
-    cutoff_ties: int
-    """Ties that the cutoff block keeps."""
-
-    @property
-    def kept(self) -> int:
-        """Elements kept in all."""
-        return self.greater + self.ties_kept
-
-    def ties_to_keep(self, block: int) -> int | None:
-        """Return how many ties ``block`` keeps, the first in flat order; None means all."""
-        if block < self.cutoff_block:
-            return None
-        return self.cutoff_ties if block == self.cutoff_block else 0
-
-
-def keep_everything(numel: int) -> TopK:
-    """Return the answer for density 1."""
-    return TopK(0.0, numel, numel, 0, 0, -1, 0)
-
-
-def keep_nothing(numel: int) -> TopK:
-    """Return the answer for a density that keeps less than one element."""
-    return TopK(float("inf"), numel, 0, 0, 0, -1, 0)
-
-
-def kept_count(density: float, numel: int) -> int:
-    """Return k, the elements kept: the float product truncated, as PEFT and mergekit do."""
-    return int(density * numel)
 
 
 @dataclass(frozen=True, slots=True)
@@ -296,7 +246,7 @@ class MagnitudeSearch:
             greater = heavier + int(np.count_nonzero(np.greater(values, crowd, out=chosen)))
             if greater < wanted <= greater + size:
                 found = self._with_ties(crowd, self._above + greater, size)
-                self.result = _place_ties(found, in_blocks)
+                self.result = place_ties(found, in_blocks)
                 return
             if greater < wanted:
                 heavier += size
@@ -318,16 +268,16 @@ class MagnitudeSearch:
         in_blocks[blocks] = np.add.reduceat(chosen, begins, dtype=np.int32)
         equal = int(np.count_nonzero(chosen))
         found = self._with_ties(float(threshold), above + greater, equal)
-        self.result = _place_ties(found, in_blocks)
+        self.result = place_ties(found, in_blocks)
 
     def _with_ties(self, threshold: float, greater: int, equal: int) -> TopK:
-        kept = _ties_kept(self._tie_policy, self._k - greater, equal)
+        kept = ties_kept(self._tie_policy, self._k - greater, equal)
         return TopK(threshold, self._numel, greater, equal, kept, -1, 0)
 
     def _settle(self, found: TopK) -> None:
         """Finish when all ties share one fate; otherwise ask where they are."""
         if found.ties_kept in {0, found.equal}:
-            self.result = _place_ties(found, np.zeros(self._blocks, dtype=np.int32))
+            self.result = place_ties(found, np.zeros(self._blocks, dtype=np.int32))
         else:
             self.question = Band(found.threshold, found.threshold, (found.threshold,))
 
@@ -384,52 +334,6 @@ def _count_bins(question: Bins, magnitudes: Floats) -> Counted:
     return Counted(above, None, (), histogram)
 
 
-def count_kept(magnitudes: Floats, top: TopK, block: int, masks: NDArray[np.bool_]) -> int:
-    """Return how many elements of one block are kept.
-
-    Args:
-        magnitudes: ``[m]`` absolute values.
-        top: The statistic.
-        block: Which block of the scope this is.
-        masks: ``[2, >= m]`` scratch.
-    """
-    if top.greater == top.numel:
-        return magnitudes.size
-    above = masks[0, : magnitudes.size]
-    ties = top.ties_to_keep(block)
-    if ties is None:
-        return int(np.count_nonzero(np.greater_equal(magnitudes, top.threshold, out=above)))
-    return int(np.count_nonzero(np.greater(magnitudes, top.threshold, out=above))) + ties
-
-
-def select_block(magnitudes: Floats, density: float, tie_policy: TiePolicy) -> TopK:
-    """Return the statistic of a scope that is one block, at once.
-
-    The plain way for what :class:`MagnitudeSearch` finds in rounds; models of many small tensors
-    would spend most of their time in keeping its books.
-
-    Args:
-        magnitudes: ``[m]`` absolute values.
-        density: Fraction kept, in [0, 1].
-        tie_policy: Which ties are kept.
-    """
-    numel = magnitudes.size
-    k = kept_count(density, numel)
-    if density >= 1 or numel == 0:
-        return keep_everything(numel)
-    if k == 0:
-        return keep_nothing(numel)
-    # partition ranks NaN above everything, as the search does.
-    threshold = float(np.partition(magnitudes, numel - k)[numel - k])
-    if threshold != threshold:  # noqa: PLR0124 - only NaN differs from itself
-        return TopK(float("inf"), numel, int(np.count_nonzero(np.isnan(magnitudes))), 0, 0, -1, 0)
-    greater = numel - int(np.count_nonzero(magnitudes <= threshold))
-    equal = int(np.count_nonzero(magnitudes == threshold))
-    kept = _ties_kept(tie_policy, k - greater, equal)
-    found = TopK(threshold, numel, greater, equal, kept, -1, 0)
-    return _place_ties(found, np.array([equal], dtype=np.int32))
-
-
 def choose_sample_runs(numel: int, runs: int) -> list[tuple[int, int]]:
     """Return up to ``runs`` evenly spaced ``(start, count)`` ranges of :data:`SAMPLE_RUN` elements.
 
@@ -439,35 +343,6 @@ def choose_sample_runs(numel: int, runs: int) -> list[tuple[int, int]]:
     runs = min(runs, available)
     starts = [(index * available // runs) * SAMPLE_RUN for index in range(runs)]
     return [(start, min(SAMPLE_RUN, numel - start)) for start in starts]
-
-
-def _ties_kept(tie_policy: TiePolicy, wanted: int, equal: int) -> int:
-    """Return how many of ``equal`` ties are kept when ``wanted`` complete the k entries."""
-    return {TiePolicy.EXACT: wanted, TiePolicy.INCLUSIVE: equal, TiePolicy.STRICT: 0}[tie_policy]
-
-
-def _place_ties(found: TopK, in_blocks: NDArray[np.int32]) -> TopK:
-    """Find the block of the last kept tie, from the number of ties in each block."""
-    if found.ties_kept == 0:
-        return _cut(found, -1, 0)
-    if found.ties_kept == found.equal:
-        return _cut(found, in_blocks.size, 0)
-    ends = np.cumsum(in_blocks, dtype=np.int64)
-    block = int(np.searchsorted(ends, found.ties_kept))
-    before = int(ends[block]) - int(in_blocks[block])
-    return _cut(found, block, found.ties_kept - before)
-
-
-def _cut(found: TopK, block: int, ties_in_block: int) -> TopK:
-    return TopK(
-        found.threshold,
-        found.numel,
-        found.greater,
-        found.equal,
-        found.ties_kept,
-        block,
-        ties_in_block,
-    )
 
 
 def _types(itemsize: int) -> tuple[Any, Any]:

@@ -224,7 +224,7 @@ def test_every_part_of_the_smallest_job_is_counted() -> None:
 def test_the_searches_of_the_smallest_job_are_counted() -> None:
     _, memory = choose(TRIMMED, smallest_budget(TRIMMED))
 
-    assert memory.statistics == search_bytes(2, 1_000_000_007, 4, 4 * BLOCK)
+    assert memory.statistics == search_bytes(2, 1_000_000_007, 4, 2 * BLOCK)
     # Each worker may run a search over a small tensor by itself.
     own = search_bytes(2, 2 * MIB, 4, values_limit(2 * MIB))
     assert memory.scratch == 7 * (5 * BLOCK * 4 + 40 * BLOCK + own)

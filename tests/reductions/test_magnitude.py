@@ -15,14 +15,11 @@ from streammerge.reductions.magnitude import (
     SAMPLE_RUN,
     Bins,
     MagnitudeSearch,
-    TiePolicy,
-    TopK,
     answer_block,
     choose_sample_runs,
-    count_kept,
-    kept_count,
-    select_block,
 )
+from streammerge.reductions.selecting import select_block
+from streammerge.reductions.topk import TiePolicy, TopK, count_kept, kept_count
 
 DTYPES = {32: np.float32, 64: np.float64}
 PIECE = 50
