@@ -1,7 +1,7 @@
 """The command line: arguments in, exit code out; the work is in :mod:`streammerge.run`.
 
-Exit codes: 0 done, 1 merge failed, 2 usage or recipe, 3 does not fit, 4 output exists,
-130 interrupted.
+Exit codes: 0 done, 1 merge failed or verification found damage, 2 usage or recipe, 3 does not fit,
+4 output exists, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -11,10 +11,12 @@ import json
 import shutil
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from streammerge.errors import RecipeError, StreamMergeError
+from streammerge.signals import stopping_signals
 from streammerge.units import format_size, parse_size
 from streammerge.version import VERSION
 
@@ -25,14 +27,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     options = _parser().parse_args(arguments)
     try:
-        return int(options.command(options))
+        with stopping_signals():
+            return int(options.command(options))
     except StreamMergeError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         for note in getattr(error, "__notes__", ()):
             print(f"  {note}", file=sys.stderr)
         return error.exit_code
-    except KeyboardInterrupt:
-        print("interrupted; nothing was left behind", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        notes = getattr(interrupt, "__notes__", ())
+        print("; ".join(["interrupted", *notes]), file=sys.stderr)
         return _INTERRUPTED
     except BrokenPipeError:
         # The reader of our output has gone, as `| head` does.
@@ -52,7 +56,13 @@ def _parser() -> argparse.ArgumentParser:
     merge.add_argument("recipe", metavar="RECIPE", help="a YAML or JSON recipe")
     merge.add_argument("out", metavar="OUT", help="directory to make")
     _add_resources(merge)
-    merge.add_argument("--overwrite", action="store_true", help="replace an earlier merge in OUT")
+    anew = merge.add_mutually_exclusive_group()
+    anew.add_argument(
+        "--resume", action="store_true", help="continue where an interrupted merge stopped, if any"
+    )
+    anew.add_argument(
+        "--overwrite", action="store_true", help="replace an earlier or unfinished merge in OUT"
+    )
     merge.add_argument(
         "--byte-source", choices=("pread", "mmap"), default="pread", help="how inputs are read"
     )
@@ -70,6 +80,27 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("path", metavar="PATH", help="a checkpoint directory or file")
     inspect.add_argument("--json", action="store_true", help="every tensor as JSON")
     inspect.set_defaults(command=_inspect)
+
+    verify = commands.add_parser("verify", help="compare a merged model with its manifest")
+    verify.add_argument("out", metavar="OUT", help="the directory of the merged model")
+    verify.add_argument(
+        "--against",
+        metavar="RECIPE",
+        help="also merge a random sample again from the inputs, and compare it bit by bit",
+    )
+    verify.add_argument(
+        "--sample",
+        type=_fraction,
+        default=0.05,
+        metavar="FRACTION",
+        help="how much of the model --against merges again (default: 0.05)",
+    )
+    verify.add_argument(
+        "--memory", type=_size, metavar="SIZE", help="most memory that --against may use"
+    )
+    verify.add_argument("--quiet", action="store_true", help="no progress on standard error")
+    verify.add_argument("--json", action="store_true", help="the findings as JSON")
+    verify.set_defaults(command=_verify)
 
     methods = commands.add_parser("methods", help="list merge methods, or explain one")
     methods.add_argument("name", metavar="NAME", nargs="?", help="a method")
@@ -103,6 +134,16 @@ def _size(text: str) -> int:
         raise argparse.ArgumentTypeError(str(error)) from error
 
 
+def _fraction(text: str) -> float:
+    try:
+        fraction = float(text)
+    except ValueError:
+        fraction = 0.0
+    if not 0 < fraction <= 1:
+        raise argparse.ArgumentTypeError(f"expected a number above 0 and up to 1, got {text!r}")
+    return fraction
+
+
 def _count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a number of at least 1, got {text!r}")
@@ -121,6 +162,7 @@ def _merge(options: argparse.Namespace) -> int:
             memory=options.memory,
             workers=options.workers,
             overwrite=options.overwrite,
+            resume=options.resume,
             byte_source=ByteSourceKind(options.byte_source),
             on_progress=on_progress,
         )
@@ -163,6 +205,39 @@ def _plan(options: argparse.Namespace) -> int:
     print(planned)
     print(f"free disk    {format_size(free)} here, {format_size(planned.bytes_to_write)} needed")
     return 0
+
+
+def _verify(options: argparse.Namespace) -> int:
+    from streammerge.checkpoint.verifying import verify_files
+
+    found = verify_files(Path(options.out))
+    compared = None
+    if options.against is not None and not found.damages:
+        from streammerge.display import show_progress
+        from streammerge.run import verify_against
+
+        with show_progress(quiet=options.quiet or options.json, as_json=False) as on_progress:
+            compared = verify_against(
+                options.against,
+                options.out,
+                fraction=options.sample,
+                memory=options.memory,
+                on_progress=on_progress,
+            )
+    if options.json:
+        document = asdict(found)
+        if compared is not None:
+            document["against"] = asdict(compared)
+        print(json.dumps(document, ensure_ascii=False))
+    else:
+        for damage in found.damages:
+            print(f"{damage.kind}  {damage.name}: {damage.what}")
+        verdict = f"{len(found.damages)} damaged" if found.damages else "all as they were written"
+        print(f"{options.out}: {found.files} files, {format_size(found.nbytes)}: {verdict}")
+        if compared is not None:
+            for line in compared.lines():
+                print(line)
+    return 1 if found.damages or (compared is not None and compared.differing) else 0
 
 
 def _inspect(options: argparse.Namespace) -> int:

@@ -12,9 +12,12 @@
     │   └── NonFiniteError                  NaN or infinity where the recipe does not allow it
     ├── PlanError                       3   the job is sound but does not fit
     │   ├── MemoryBudgetError               more memory than the budget allows
+    │   ├── OutOfMemoryError                the system has less memory than the budget
     │   └── DiskSpaceError                  more disk than there is
-    └── OutputError                     1   the output cannot be written
-        └── OutputExistsError           4   something is already there
+    ├── OutputError                     1   the output cannot be written
+    │   ├── ResumeError                     what lies there belongs to another merge
+    │   └── OutputExistsError           4   something is already there
+    └── StageError                      1   a part of the engine failed in a way nobody foresaw
 
 A message says what is wrong, where (file, tensor, byte or recipe key), the two numbers that
 disagree, and what to do.
@@ -80,12 +83,24 @@ class MemoryBudgetError(PlanError):
     """The job needs more memory than the budget allows."""
 
 
+class OutOfMemoryError(PlanError):
+    """The system refused memory that the budget allows."""
+
+
 class DiskSpaceError(PlanError):
     """The output needs more disk than there is."""
 
 
 class OutputError(StreamMergeError):
     """The output cannot be written."""
+
+
+class ResumeError(OutputError):
+    """The unfinished merge differs from the one that is asked for."""
+
+
+class StageError(StreamMergeError):
+    """A part of the engine failed in a way that nobody foresaw; the cause is attached."""
 
 
 class OutputExistsError(OutputError):

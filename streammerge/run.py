@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
-import platform
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import psutil
-import safetensors
-import torch
 
 from streammerge.checkpoint.bytesource import (
     ByteSource,
@@ -21,32 +16,28 @@ from streammerge.checkpoint.bytesource import (
     allow_open_files,
     choose_byte_source,
 )
-from streammerge.checkpoint.manifest import (
-    MANIFEST_VERSION,
-    RECIPE_NAME,
-    Manifest,
-    RunRecord,
-    TensorRecord,
-    write_manifest,
-)
-from streammerge.checkpoint.modelcard import render_model_card
+from streammerge.checkpoint.journal import Entry, ScopeFound
+from streammerge.checkpoint.manifest import Manifest
 from streammerge.checkpoint.outputdir import OutputDirectory
 from streammerge.checkpoint.outputfile import OutputFile
 from streammerge.checkpoint.reading import check_not_quantized, read_checkpoint
-from streammerge.checkpoint.sidecars import plan_sidecars, write_sidecars
+from streammerge.checkpoint.sidecars import plan_sidecars
 from streammerge.checkpoint.types import Checkpoint
+from streammerge.comparing import ComparedFile, Comparison, Sample, compare_results
 from streammerge.engine.memory import cgroup_limit, default_budget, resident_memory
 from streammerge.engine.pipeline import RunReport, run_pipeline
 from streammerge.engine.progress import OnProgress
-from streammerge.errors import CheckpointError, OutputError, RecipeError
+from streammerge.engine.resuming import Recovered, scope_found
+from streammerge.errors import CheckpointError, RecipeError
+from streammerge.finishing import check_shards, companion_directory, write_companions
+from streammerge.identity import identify
 from streammerge.methods import discover_methods
-from streammerge.plan.layout import render_header, render_index
+from streammerge.plan.layout import render_header
 from streammerge.plan.planning import Machine, find_method, plan_merge
 from streammerge.plan.types import MergePlan
 from streammerge.recipe.parsing import parse_recipe, recipe_from_mapping
 from streammerge.recipe.types import Recipe
 from streammerge.units import parse_size
-from streammerge.version import VERSION
 
 _READERS = 4
 """Four to eight concurrent requests of some MiB saturate the disks of common machines."""
@@ -99,17 +90,23 @@ def merge(
     memory: int | str | None = None,
     workers: int | None = None,
     overwrite: bool = False,
+    resume: bool = False,
     byte_source: ByteSourceKind = ByteSourceKind.PREAD,
     on_progress: OnProgress | None = None,
 ) -> Manifest:
     """Merge into the directory ``out``, which exists when this returns and not before.
+
+    Until then the work lies in ``out.partial``. It stays there when the merge is interrupted or
+    fails, and ``resume`` continues it.
 
     Args:
         recipe: What :func:`plan` takes, or its result; a plan brings its own memory and workers.
         out: The directory to make.
         memory: As for :func:`plan`.
         workers: As for :func:`plan`.
-        overwrite: Whether an earlier merge in ``out`` may be replaced.
+        overwrite: Whether an earlier merge in ``out``, or an unfinished one beside it, may be
+            replaced.
+        resume: Whether to continue an unfinished merge, if there is one.
         byte_source: How input files are read.
         on_progress: Told several times per second how far the work is.
 
@@ -126,7 +123,9 @@ def merge(
         planned = recipe
     else:
         planned = plan(recipe, memory=memory, workers=workers)
-    plan_sidecars(_companion_directory(planned))
+    if overwrite and resume:
+        raise ValueError("resume continues an unfinished merge, overwrite discards it; choose one")
+    plan_sidecars(companion_directory(planned))
     output = OutputDirectory(
         Path(out),
         inputs=[
@@ -134,17 +133,68 @@ def merge(
             *(file.path for file in planned.files),
         ],
         nbytes=planned.bytes_to_write,
+        identity=identify(planned),
         overwrite=overwrite,
+        resume=resume,
     )
     with ExitStack() as stack:
         sources = _open_sources(planned, byte_source, stack)
-        directory = stack.enter_context(output).partial
-        report = _write_shards(planned, directory, sources, on_progress or (lambda _: None))
+        stack.enter_context(output)
+        report = _write_shards(planned, output, sources, on_progress or (lambda _: None))
         _check_unchanged(planned, sources)
-        _check_shards(planned, directory)
-        manifest = _write_companions(planned, directory, report)
+        check_shards(planned, output.partial)
+        manifest = write_companions(planned, output.partial, report, resumed=bool(output.entries))
         output.publish()
     return manifest
+
+
+def verify_against(
+    recipe: RecipeLike,
+    out: str | os.PathLike[str],
+    *,
+    fraction: float = 0.05,
+    seed: int | None = None,
+    memory: int | str | None = None,
+    on_progress: OnProgress | None = None,
+) -> Comparison:
+    """Merge a random sample of a model again and compare it, bit by bit, with what is in ``out``.
+
+    Statistics that the sampled tensors need are found anew, over all of their elements.
+
+    Args:
+        recipe: What ``out`` should be the result of; as for :func:`plan`.
+        out: The merged model.
+        fraction: How many of the blocks are merged again, in (0, 1].
+        seed: Chooses the sample; None takes another one each time.
+        memory: As for :func:`plan`.
+        on_progress: Told several times per second how far the work is.
+
+    Raises:
+        StreamMergeError: As for :func:`plan`; and OutputError where the files in ``out`` are not
+            laid out as the recipe says.
+    """
+    planned = plan(recipe, memory=memory)
+    sample = Sample(planned, fraction=fraction, seed=seed)
+    with ExitStack() as stack:
+        sources = _open_sources(planned, ByteSourceKind.PREAD, stack)
+        outputs = [
+            stack.enter_context(
+                ComparedFile(Path(out) / shard.name, shard.nbytes, render_header(planned, index))
+            )
+            for index, shard in enumerate(planned.layout.shards)
+        ]
+        report = run_pipeline(
+            planned,
+            find_method(planned.method),
+            sources,
+            outputs,
+            recovered=Recovered(planned, (), wanted=sample.has),
+            on_scope=lambda *_: None,
+            keep_cached=_fits_page_cache(planned),
+            on_progress=on_progress or (lambda _: None),
+        )
+        _check_unchanged(planned, sources)
+    return compare_results(planned, report, outputs)
 
 
 def load_recipe(recipe: RecipeLike) -> Recipe:
@@ -217,28 +267,55 @@ def _check_unchanged(planned: MergePlan, sources: Sequence[ByteSource]) -> None:
 
 
 def _write_shards(
-    planned: MergePlan, directory: Path, sources: Sequence[ByteSource], on_progress: OnProgress
+    planned: MergePlan,
+    output: OutputDirectory,
+    sources: Sequence[ByteSource],
+    on_progress: OnProgress,
 ) -> RunReport:
-    outputs: list[OutputFile] = []
+    """Do what is left to do of the shards."""
+    shards: list[OutputFile] = []
+    usable = _usable_entries(planned, output)
     try:
         for index, shard in enumerate(planned.layout.shards):
-            outputs.append(OutputFile(directory / shard.name, shard.nbytes))
-            outputs[-1].write_at(0, memoryview(render_header(planned, index)))
+            opened = OutputFile(
+                output.partial / shard.name,
+                shard.nbytes,
+                resumed=output.continues,
+                on_durable=output.journal.append,
+            )
+            shards.append(opened)
+            opened.write_at(0, memoryview(render_header(planned, index)))
         report = run_pipeline(
             planned,
             find_method(planned.method),
             sources,
-            outputs,
+            shards,
+            recovered=Recovered(planned, usable, wanted=None),
+            on_scope=lambda task, tops: output.journal.append([scope_found(task, tops)]),
             keep_cached=_fits_page_cache(planned),
             on_progress=on_progress,
         )
-        while outputs:
-            outputs.pop(0).close()
+        while shards:
+            shards.pop(0).close()
     finally:
         # Whatever is left here is left because something failed.
-        for output in outputs:
-            output.abandon()
+        for each in shards:
+            each.abandon()
     return report
+
+
+def _usable_entries(planned: MergePlan, output: OutputDirectory) -> list[Entry]:
+    """Return the journal's entries but for those about a shard that is not there as it was."""
+    gone = set()
+    for index, shard in enumerate(planned.layout.shards):
+        path = output.partial / shard.name
+        if not path.is_file() or path.stat().st_size != shard.nbytes:
+            gone.add(index)
+    return [
+        entry
+        for entry in output.entries
+        if isinstance(entry, ScopeFound) or planned.tasks[entry.task].shard not in gone
+    ]
 
 
 def _fits_page_cache(planned: MergePlan) -> bool:
@@ -247,119 +324,3 @@ def _fits_page_cache(planned: MergePlan) -> bool:
     available = psutil.virtual_memory().available
     room = available if limit is None else min(available, limit - planned.memory.peak)
     return planned.input_nbytes < room // 2
-
-
-def _check_shards(planned: MergePlan, directory: Path) -> None:
-    """Open every shard with the safetensors library and compare it with the plan."""
-    for shard in planned.layout.shards:
-        path = directory / shard.name
-        tasks = {planned.tasks[index].name: planned.tasks[index] for index in shard.tasks}
-        try:
-            with safetensors.safe_open(path, framework="numpy") as opened:
-                names = set(opened.keys())
-                if names != set(tasks):
-                    raise OutputError(f"{path}: holds {len(names)} tensors, planned {len(tasks)}")
-                for name, task in tasks.items():
-                    found = opened.get_slice(name)
-                    stored = (tuple(found.get_shape()), found.get_dtype())
-                    if stored != (task.shape, task.dtype.value):
-                        raise OutputError(
-                            f"{path}: {name} is {stored}, planned {(task.shape, task.dtype.value)}"
-                        )
-        except safetensors.SafetensorError as error:
-            raise OutputError(f"{path}: does not open: {error}") from error
-
-
-def _write_companions(planned: MergePlan, directory: Path, report: RunReport) -> Manifest:
-    """Write everything beside the shards; the manifest last."""
-    method = find_method(planned.method)
-    recipe = load_recipe_text(planned.recipe)
-    origin = _companion_directory(planned)
-    dtype = None if recipe.output.dtype is None else recipe.output.dtype.torch_name
-    names = [*write_sidecars(origin, directory, dtype=dtype)]
-    names += [shard.name for shard in planned.layout.shards]
-    texts = {RECIPE_NAME: planned.recipe.encode()}
-    if planned.layout.index_name is not None:
-        texts[planned.layout.index_name] = render_index(planned)
-    texts["README.md"] = render_model_card(
-        title=directory.name.removesuffix(".partial"),
-        method=method.name,
-        summary=method.summary,
-        reference=method.reference,
-        recipe_yaml=planned.recipe,
-        models=[(model.label, model.path) for model in planned.models],
-        library_name="transformers" if (directory / "config.json").exists() else None,
-        version=VERSION,
-    ).encode()
-    for name, content in texts.items():
-        (directory / name).write_bytes(content)
-    manifest = _manifest(planned, report, sorted([*names, *texts]))
-    write_manifest(manifest, directory)
-    return manifest
-
-
-def load_recipe_text(text: str) -> Recipe:
-    """Return the recipe that a plan carries."""
-    methods = {name: method.parameters for name, method in discover_methods().items()}
-    return parse_recipe(text, origin="recipe", methods=methods)
-
-
-def _companion_directory(planned: MergePlan) -> Path:
-    """Return where configuration and tokenizer come from: the base, or the first source."""
-    first = Path(planned.models[0].path)
-    return first if first.is_dir() else first.parent
-
-
-def _manifest(planned: MergePlan, report: RunReport, files: Sequence[str]) -> Manifest:
-    resources = planned.resources
-    return Manifest(
-        version=MANIFEST_VERSION,
-        method=planned.method,
-        semantics=planned.semantics,
-        recipe=planned.recipe,
-        recipe_digest=hashlib.blake2b(planned.recipe.encode(), digest_size=16).hexdigest(),
-        inputs=planned.files,
-        files=tuple(files),
-        dropped=planned.dropped,
-        copied_from_base=planned.copied_from_base,
-        tensors=_tensor_records(planned, report),
-        run=RunRecord(
-            versions={
-                "streammerge": VERSION,
-                "torch": torch.__version__,
-                "numpy": np.__version__,
-                "safetensors": safetensors.__version__,
-                "python": platform.python_version(),
-            },
-            device="cpu",
-            seconds=round(report.seconds, 3),
-            seconds_by_stage=report.seconds_by_stage,
-            bytes_by_stage=report.bytes_by_stage,
-            threads={
-                "readers": resources.readers,
-                "workers": resources.workers,
-                "writers": resources.writers,
-            },
-            projected_memory=planned.memory.peak,
-            measured_memory=report.peak_memory,
-            memory_budget=planned.memory.budget,
-        ),
-    )
-
-
-def _tensor_records(planned: MergePlan, report: RunReport) -> dict[str, TensorRecord]:
-    records = {}
-    for index, task in enumerate(planned.tasks):
-        result = report.results.get(index)
-        kept = result.kept if result else ()
-        thresholds = result.thresholds if result else ()
-        records[task.name] = TensorRecord(
-            action=task.action.value,
-            dtype=task.dtype.value,
-            numel=task.numel,
-            density=tuple(count / max(task.numel, 1) for count in kept),
-            # JSON has no infinity.
-            thresholds=tuple(None if top == float("inf") else top for top in thresholds),
-            not_finite=result.not_finite if result else 0,
-        )
-    return dict(sorted(records.items()))

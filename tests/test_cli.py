@@ -224,13 +224,13 @@ def test_the_earlier_merge_is_there_until_the_new_one_is_whole(
     merge(recipe, out)
     before = files_of(out)
     seen: list[dict[str, bytes]] = []
-    check = run._check_shards
+    check = run.check_shards
 
     def look(*arguments: Any) -> None:
         seen.append(files_of(out))
         check(*arguments)
 
-    monkeypatch.setattr(run, "_check_shards", look)
+    monkeypatch.setattr(run, "check_shards", look)
 
     assert merge(recipe, out, "--overwrite") == 0
     assert seen == [before]
@@ -255,9 +255,9 @@ def interrupting(_event: ProgressEvent) -> None:
 
 @pytest.mark.parametrize(
     "step",
-    ["run_pipeline", "_check_shards", "_write_companions", "write_manifest", "_open_sources"],
+    ["run_pipeline", "check_shards", "write_companions", "_open_sources"],
 )
-def test_an_interrupt_at_any_step_leaves_nothing(
+def test_an_interrupt_at_any_step_can_be_resumed(
     step: str,
     recipe: str,
     out: Path,
@@ -270,17 +270,24 @@ def test_an_interrupt_at_any_step_leaves_nothing(
     monkeypatch.setattr(run, step, interrupt)
 
     assert merge(recipe, out) == 130
-    assert capsys.readouterr().err == "interrupted; nothing was left behind\n"
-    assert sorted(path.name for path in out.parent.iterdir()) == ["first", "recipe.yaml", "second"]
+    done = step in {"check_shards", "write_companions"}
+    said = capsys.readouterr().err
+    assert said.startswith("interrupted")
+    assert ("--resume" in said) == done
+    left = {path.name for path in out.parent.iterdir()}
+    assert left == {"first", "recipe.yaml", "second"} | ({"out.partial"} if done else set())
+    monkeypatch.undo()
+    assert merge(recipe, out, "--resume") == 0
+    assert not out.with_name("out.partial").exists()
 
 
-def test_an_interrupt_while_bytes_flow_leaves_nothing(
+def test_an_interrupt_while_bytes_flow_leaves_no_output(
     recipe: str, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(display, "_Lines", lambda _: interrupting)
 
     assert merge(recipe, out) == 130
-    assert not list(tmp_path.glob("out*"))
+    assert [path.name for path in tmp_path.glob("out*")] in ([], ["out.partial"])
 
 
 # -- progress

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import os
 from pathlib import Path
@@ -15,7 +16,10 @@ class FileLock:
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
 
     def acquire(self) -> bool:
-        """Take the lock if nobody has it; return whether it was taken."""
+        """Take the lock if nobody has it; return whether it was taken.
+
+        Some network file systems know no locks; there it always seems to be taken.
+        """
         try:
             if os.name == "nt":
                 msvcrt = importlib.import_module("msvcrt")
@@ -23,9 +27,16 @@ class FileLock:
             else:
                 fcntl = importlib.import_module("fcntl")
                 fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            return False
+        except OSError as error:
+            return error.errno in {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
         return True
+
+    def still_at(self, path: Path) -> bool:
+        """Return whether the locked file is the one of that name; it may have been replaced."""
+        try:
+            return os.path.samestat(os.fstat(self._fd), path.stat())
+        except FileNotFoundError:
+            return False
 
     def close(self) -> None:
         """Close the file, which gives the lock back."""

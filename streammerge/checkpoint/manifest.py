@@ -11,12 +11,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from streammerge.checkpoint.digests import FileDigest
+from streammerge.checkpoint.outputfile import write_durably
 from streammerge.checkpoint.types import ShardFile
 from streammerge.errors import HeaderError
+from streammerge.units import MIB
 
 MANIFEST_NAME = "streammerge_manifest.json"
 RECIPE_NAME = "streammerge_recipe.yaml"
 MANIFEST_VERSION = 1
+MAX_MANIFEST_BYTES = 512 * MIB
+"""A checkpoint of a million tensors stays below it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +65,8 @@ class RunRecord:
     """Peak private memory that was seen, in bytes."""
     memory_budget: int
     """What the user allowed, in bytes."""
+    resumed: bool
+    """Whether an interrupted run had begun it; seconds and bytes are then those of the last run."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,8 +85,8 @@ class Manifest:
     """BLAKE2b-128 of that text, in hex."""
     inputs: tuple[ShardFile, ...]
     """Every input file as it was when it was merged."""
-    files: tuple[str, ...]
-    """Every file of the output but this one, sorted."""
+    files: dict[str, FileDigest]
+    """Every file of the output but this one, by name."""
     dropped: tuple[str, ...]
     """Input tensors that the recipe drops."""
     copied_from_base: tuple[str, ...]
@@ -91,11 +98,44 @@ class Manifest:
 
 
 def write_manifest(manifest: Manifest, directory: Path) -> None:
-    """Write ``streammerge_manifest.json``."""
+    """Write ``streammerge_manifest.json``, durably.
+
+    Raises:
+        DiskSpaceError: The disk is full.
+        OutputError: The system refuses.
+    """
     text = json.dumps(
         asdict(manifest), indent=1, ensure_ascii=False, allow_nan=False, default=os.fspath
     )
-    (directory / MANIFEST_NAME).write_text(text + "\n", encoding="utf-8")
+    write_durably(directory / MANIFEST_NAME, [text.encode(), b"\n"])
+
+
+def read_manifest(directory: Path) -> dict[str, Any]:
+    """Return a directory's manifest as the document that it is, with every field that we use.
+
+    Raises:
+        HeaderError: There is none, or it is not a manifest.
+    """
+    path = directory / MANIFEST_NAME
+    try:
+        with path.open("rb") as stream:
+            document = _parse(stream.read(MAX_MANIFEST_BYTES + 1))
+    except OSError as error:
+        raise HeaderError(f"{path}: cannot be read: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise HeaderError(f"{path}: not a manifest of streammerge ({error})") from error
+    return document
+
+
+def _parse(raw: bytes) -> dict[str, Any]:
+    if len(raw) > MAX_MANIFEST_BYTES:
+        raise ValueError(f"it has more than {MAX_MANIFEST_BYTES} bytes")
+    document = json.loads(raw)
+    for name, fields in document["files"].items():
+        FileDigest(int(fields["nbytes"]), str(fields["digest"]), bool(fields["tree"]))
+        if not is_plain_path(name):
+            raise ValueError(f"{name!r} is not the name of a file below the directory")
+    return {**document, "recipe_digest": str(document["recipe_digest"])}
 
 
 def read_manifest_files(directory: Path) -> tuple[str, ...] | None:
@@ -104,11 +144,12 @@ def read_manifest_files(directory: Path) -> tuple[str, ...] | None:
     Raises:
         HeaderError: There is one, but it is not a manifest.
     """
-    path = directory / MANIFEST_NAME
-    try:
-        document: Any = json.loads(path.read_bytes())
-        return tuple(str(name) for name in document["files"])
-    except FileNotFoundError:
+    if not (directory / MANIFEST_NAME).exists():
         return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise HeaderError(f"{path}: not a manifest of streammerge ({error})") from error
+    return tuple(read_manifest(directory)["files"])
+
+
+def is_plain_path(name: str) -> bool:
+    """Return whether a name, with ``/`` between its parts, stays below the directory it is in."""
+    parts = name.split("/")
+    return all(part not in {"", ".", ".."} and "\\" not in part for part in parts)

@@ -6,40 +6,60 @@ there before stays until then.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
+from streammerge.checkpoint.journal import JOURNAL_NAME, Entry, Found, Journal, read_journal
 from streammerge.checkpoint.locking import FileLock
 from streammerge.checkpoint.manifest import MANIFEST_NAME, read_manifest_files
 from streammerge.checkpoint.outputfile import sync_directory
-from streammerge.errors import DiskSpaceError, OutputError, OutputExistsError
+from streammerge.errors import DiskSpaceError, OutputError, OutputExistsError, ResumeError
 from streammerge.units import MIB, format_size
 
 _MARKER = ".streammerge-partial"
 """Lies in a directory that an interrupted merge may have left, and that may be thrown away."""
+_OWN_FILES = (JOURNAL_NAME, _MARKER)
+"""What a merge that was cut off right after it was renamed leaves beside the model."""
 _SIDECAR_ROOM = 64 * MIB
 """Free disk asked for beyond the shards: tokenizer, configuration, manifest."""
 _LISTED = 5
 
 
 class OutputDirectory:
-    """Builds ``OUT`` as a context manager: complete after :meth:`publish`, gone without it."""
+    """Builds ``OUT`` as a context manager: complete after :meth:`publish`.
 
-    def __init__(self, out: Path, *, inputs: Sequence[Path], nbytes: int, overwrite: bool) -> None:
+    Without it, what was done stays in ``OUT.partial`` for a later run, if its journal can tell what
+    that is; else the directory is gone.
+    """
+
+    def __init__(
+        self,
+        out: Path,
+        *,
+        inputs: Sequence[Path],
+        nbytes: int,
+        identity: Mapping[str, Any],
+        overwrite: bool,
+        resume: bool,
+    ) -> None:
         """Check that the output may be written, before anything is.
 
         Args:
             out: The directory to make.
             inputs: Paths of the models being merged.
             nbytes: Bytes of all shards.
-            overwrite: Whether an earlier merge in ``out`` may be replaced.
+            identity: What must not differ for a merge to go on where another one stopped, as JSON.
+            overwrite: Whether an earlier merge in ``out``, or an unfinished one, may be replaced.
+            resume: Whether an unfinished merge is to be continued, if there is one.
 
         Raises:
             OutputExistsError: Something is there, or would be destroyed.
+            ResumeError: The unfinished merge is another one.
             DiskSpaceError: The disk has too little room.
             OutputError: The parent directory is missing or not writable.
         """
@@ -49,27 +69,107 @@ class OutputDirectory:
                 f"{self.out}: is the root of the file system; choose a directory"
             )
         self.partial = self.out.with_name(self.out.name + ".partial")
+        self.entries: tuple[Entry, ...] = ()
         self._replaced = self.out.with_name(self.out.name + ".replaced")
-        self._overwrite = overwrite
+        self._identity = dict(identity)
         self._published = False
+        self._continues = False
         self._lock: FileLock | None = None
+        self._journal: Journal | None = None
         _check_inputs(self.out, self.partial, inputs)
-        _check_existing(self.out, overwrite=overwrite)
         _check_partial(self.partial)
-        if self.out.exists() and os.path.lexists(self._replaced):
+        self._found = self._find_unfinished(overwrite=overwrite, resume=resume)
+        self._overwrite = overwrite or (
+            self._found is not None and bool(self._found.identity.get("overwrite"))
+        )
+        _check_existing(self.out, overwrite=self._overwrite)
+        self._check_replaced()
+        _check_room(self.out.parent, nbytes - _allocated(self.partial))
+
+    def _find_unfinished(self, *, overwrite: bool, resume: bool) -> Found | None:
+        """Return the unfinished merge that is to be continued, if there is one."""
+        found = read_journal(self.partial / JOURNAL_NAME)
+        if found is None or overwrite:
+            return None
+        if not resume:
+            if not found.entries:
+                return None
+            raise OutputExistsError(
+                f"{self.partial}: holds an unfinished merge; give --resume to continue it, or "
+                "--overwrite to start anew"
+            )
+        differences = list(_differences(found.identity, self._identity))
+        if differences:
+            raise ResumeError(
+                f"{self.partial}: the unfinished merge is another one: {'; '.join(differences)}; "
+                "make it as it was, or give --overwrite to start anew"
+            )
+        return found
+
+    def _check_replaced(self) -> None:
+        if not os.path.lexists(self._replaced):
+            return
+        if self._found is not None and self._overwrite and not self.out.exists():
+            # The merge stopped between setting the earlier one aside and taking its place.
+            return
+        if not self.out.exists():
+            raise OutputExistsError(
+                f"{self._replaced}: holds the merge that a later one was about to replace; rename "
+                f"it to {self.out.name} to have it back, or remove it"
+            )
+        if self._overwrite:
             raise OutputExistsError(
                 f"{self._replaced}: is in the way; the earlier merge steps aside under this name, "
                 "rename or remove what is there"
             )
-        _check_room(self.out.parent, nbytes)
+
+    @property
+    def continues(self) -> bool:
+        """Whether files of an interrupted run may be there."""
+        return self._continues
+
+    @property
+    def journal(self) -> Journal:
+        """Where to record what is done."""
+        if self._journal is None:
+            raise RuntimeError("the output directory is not open")
+        return self._journal
 
     def __enter__(self) -> Self:
-        if self.partial.exists():
-            shutil.rmtree(self.partial)
-        self.partial.mkdir()
-        self._lock = FileLock(self.partial / _MARKER)
-        self._lock.acquire()
+        try:
+            self._take()
+            self._prepare()
+        except OSError as error:
+            self._leave()
+            raise OutputError(f"{self.partial}: cannot be made: {error.strerror}") from error
+        except BaseException:
+            self._leave()
+            raise
         return self
+
+    def _take(self) -> None:
+        """Make the directory where it is missing, and lock it."""
+        with contextlib.suppress(FileExistsError):
+            self.partial.mkdir()
+        _check_partial_contents(self.partial)
+        lock = FileLock(self.partial / _MARKER)
+        if not lock.acquire() or not lock.still_at(self.partial / _MARKER):
+            lock.close()
+            raise _busy(self.partial)
+        self._lock = lock
+
+    def _prepare(self) -> None:
+        """Bring the directory into the state in which work can begin or go on."""
+        journal = self.partial / JOURNAL_NAME
+        # Asked again: until it was locked, another merge may have worked here.
+        if self._found is not None and self._found == read_journal(journal):
+            self._journal = Journal(journal, keep_nbytes=self._found.nbytes)
+            self.entries = self._found.entries
+            self._continues = True
+            return
+        _clear(self.partial)
+        self._journal = Journal(journal)
+        self._journal.begin({**self._identity, "overwrite": self._overwrite})
 
     def publish(self) -> None:
         """Give the directory its final name; the last act of a merge.
@@ -79,11 +179,10 @@ class OutputDirectory:
             OutputError: The system refuses to rename; what was there before is there again.
         """
         _check_existing(self.out, overwrite=self._overwrite)
-        replaced = None
+        # Some systems do not rename the directories of open files.
         self._unlock()
+        replaced = self._replaced if os.path.lexists(self._replaced) else None
         try:
-            # Some systems neither delete open files nor rename their directories.
-            (self.partial / _MARKER).unlink()
             sync_directory(self.partial)
             if self.out.exists():
                 self.out.rename(self._replaced)
@@ -93,12 +192,22 @@ class OutputDirectory:
             sync_directory(self.out.parent)
         except OSError as error:
             if replaced is not None and not self._published:
-                replaced.rename(self.out)
+                with contextlib.suppress(OSError):
+                    replaced.rename(self.out)
             raise OutputError(f"{self.out}: cannot be put in place: {error.strerror}") from error
+        # The merge is complete and in place: whatever cannot be cleared away does no harm.
+        for name in _OWN_FILES:
+            with contextlib.suppress(OSError):
+                (self.out / name).unlink()
         if replaced is not None:
-            shutil.rmtree(replaced)
+            shutil.rmtree(replaced, ignore_errors=True)
 
     def _unlock(self) -> None:
+        if self._journal is not None:
+            with contextlib.suppress(OutputError):
+                self._journal.sync()
+            self._journal.close()
+            self._journal = None
         if self._lock is not None:
             self._lock.close()
             self._lock = None
@@ -109,9 +218,61 @@ class OutputDirectory:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self._leave()
+        if error is not None and not self._published and self.resumable:
+            error.add_note(f"{self.partial} keeps what is done; --resume continues there")
+
+    def _leave(self) -> None:
+        """Let go of the directory, and remove it if it is ours and holds nothing of worth."""
+        mine = self._lock is not None
         self._unlock()
-        if not self._published:
+        if mine and not self._published and not self.resumable:
             shutil.rmtree(self.partial, ignore_errors=True)
+
+    @property
+    def resumable(self) -> bool:
+        """Whether ``OUT.partial`` holds work that a later run can go on from."""
+        try:
+            found = read_journal(self.partial / JOURNAL_NAME)
+        except OutputError:
+            # It is there and cannot be read now: better kept than lost.
+            return True
+        return found is not None and bool(found.entries)
+
+
+def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
+    """Say what differs between two identities, key by key."""
+    for key in sorted({*before, *now} - {"overwrite"}):
+        old, new = before.get(key), now.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            yield from (f"{key} {text}" for text in _differences(old, new))
+        elif old != new:
+            yield f"{key} was {old}, is {new}"
+
+
+def _clear(directory: Path) -> None:
+    """Remove everything but the lock from a directory."""
+    for path in directory.iterdir():
+        if path.name == _MARKER:
+            continue
+        if _is_plain_directory(path):
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def _allocated(directory: Path) -> int:
+    """Return the bytes of disk that the files of an unfinished merge have."""
+    try:
+        return sum(getattr(path.stat(), "st_blocks", 0) * 512 for path in directory.iterdir())
+    except OSError:
+        return 0
+
+
+def _busy(partial: Path) -> OutputExistsError:
+    return OutputExistsError(
+        f"{partial}: another merge is writing there now; wait for it, or choose another place"
+    )
 
 
 def _check_inputs(out: Path, partial: Path, inputs: Sequence[Path]) -> None:
@@ -140,6 +301,7 @@ def _check_existing(out: Path, *, overwrite: bool) -> None:
             f"{out}: already holds {len(present)} file(s); give --overwrite to replace an earlier "
             "merge, or choose another place"
         )
+    present = [name for name in present if name not in _OWN_FILES]
     written = read_manifest_files(out)
     if written is None:
         raise OutputExistsError(
@@ -161,18 +323,27 @@ def _is_plain_directory(path: Path) -> bool:
 def _check_partial(partial: Path) -> None:
     if not os.path.lexists(partial):
         return
-    if partial.is_symlink() or not (partial / _MARKER).is_file():
-        raise OutputExistsError(
-            f"{partial}: is in the way and was not left by a merge; rename or remove it"
-        )
+    _check_partial_contents(partial)
+    if not (partial / _MARKER).is_file():
+        return
     lock = FileLock(partial / _MARKER)
     try:
         if not lock.acquire():
-            raise OutputExistsError(
-                f"{partial}: another merge is writing there now; wait for it, or choose another place"
-            )
+            raise _busy(partial)
     finally:
         lock.close()
+
+
+def _check_partial_contents(partial: Path) -> None:
+    """Return if a directory was left by a merge, or is empty."""
+    if partial.is_symlink() or not partial.is_dir():
+        left_by_merge = False
+    else:
+        left_by_merge = (partial / _MARKER).is_file() or not any(partial.iterdir())
+    if not left_by_merge:
+        raise OutputExistsError(
+            f"{partial}: is in the way and was not left by a merge; rename or remove it"
+        )
 
 
 def _check_room(parent: Path, nbytes: int) -> None:
@@ -181,7 +352,7 @@ def _check_room(parent: Path, nbytes: int) -> None:
     if not os.access(parent, os.W_OK | os.X_OK):
         raise OutputError(f"{parent}: not writable")
     free = shutil.disk_usage(parent).free
-    if free < nbytes + _SIDECAR_ROOM:
+    if free < max(0, nbytes) + _SIDECAR_ROOM:
         raise DiskSpaceError(
             f"{parent}: the output takes {format_size(nbytes)}, and {format_size(_SIDECAR_ROOM)} "
             f"for what lies beside it, but {format_size(free)} are free; free some or choose "

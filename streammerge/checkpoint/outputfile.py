@@ -6,11 +6,14 @@ per writing thread and file, because whoever crosses that mark waits for the dis
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import threading
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+from streammerge.checkpoint.journal import PieceDone
 from streammerge.errors import DiskSpaceError, OutputError
 from streammerge.units import MIB, format_size
 
@@ -19,15 +22,29 @@ SYNC_BYTES = 64 * MIB
 dirty pages pile up, which stalls small machines and counts against a memory cgroup."""
 
 
+_DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+OnDurable = Callable[[Sequence[PieceDone]], None]
+"""Told what has become durable, on the thread that waited for the disk."""
+
+
 class OutputFile:
     """One file of known size, open for positioned writes."""
 
-    def __init__(self, path: Path, nbytes: int) -> None:
-        """Create the file and reserve its disk space.
+    def __init__(
+        self,
+        path: Path,
+        nbytes: int,
+        *,
+        resumed: bool = False,
+        on_durable: OnDurable = lambda _: None,
+    ) -> None:
+        """Create the file and reserve its disk space, or go on with one of an earlier run.
 
         Args:
-            path: Where; nothing may be there.
+            path: Where; nothing may be there, unless the work is resumed.
             nbytes: Final size.
+            resumed: Whether the file may be there, with parts of its bytes.
+            on_durable: Told which pieces have become durable.
 
         Raises:
             DiskSpaceError: The disk has no room for it.
@@ -37,7 +54,10 @@ class OutputFile:
         self._nbytes = nbytes
         self._lock = threading.Lock()
         self._unsynced = 0
-        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
+        self._written: list[PieceDone] = []
+        self._on_durable = on_durable
+        exclusive = 0 if resumed else os.O_EXCL
+        flags = os.O_RDWR | os.O_CREAT | exclusive | getattr(os, "O_BINARY", 0)
         try:
             self._fd = os.open(path, flags, 0o666)
         except OSError as error:
@@ -53,8 +73,13 @@ class OutputFile:
         """The file."""
         return self._path
 
-    def write_at(self, offset: int, buffer: memoryview) -> None:
+    def write_at(self, offset: int, buffer: memoryview, pieces: Sequence[PieceDone] = ()) -> None:
         """Write all of ``buffer`` at ``offset``; now and then, wait until the disk has caught up.
+
+        Args:
+            offset: First byte in the file.
+            buffer: The bytes.
+            pieces: What these bytes are; told to ``on_durable`` once they are on the disk.
 
         Raises:
             DiskSpaceError: The disk is full.
@@ -65,12 +90,13 @@ class OutputFile:
             while done < len(buffer):
                 done += self._write_some(offset + done, buffer[done:])
             with self._lock:
+                self._written.extend(pieces)
                 self._unsynced += len(buffer)
                 due = self._unsynced >= SYNC_BYTES
                 if due:
                     self._unsynced = 0
             if due:
-                self._sync()
+                self.sync()
         except OSError as error:
             raise _write_error(self._path, offset + done, len(buffer) - done, error) from error
 
@@ -81,15 +107,30 @@ class OutputFile:
             OutputError: The system could not write what it had accepted.
         """
         try:
-            self._sync()
+            self.sync()
         except OSError as error:
             raise _write_error(self._path, 0, self._nbytes, error) from error
         finally:
             os.close(self._fd)
 
     def abandon(self) -> None:
-        """Close without waiting for the disk."""
-        os.close(self._fd)
+        """Make durable what can be, and close; the merge has failed already."""
+        with contextlib.suppress(OSError, OutputError, DiskSpaceError):
+            self.sync()
+        with contextlib.suppress(OSError):
+            os.close(self._fd)
+
+    def sync(self) -> None:
+        """Wait until everything written so far is on the disk, and tell what that is.
+
+        Raises:
+            OSError: The system could not write what it had accepted; nothing is told.
+        """
+        with self._lock:
+            # What is written from here on may miss this sync, and waits for the next one.
+            written, self._written = self._written, []
+        self._sync()
+        self._on_durable(written)
 
     def _preallocate(self) -> None:
         if hasattr(os, "posix_fallocate") and self._nbytes:
@@ -128,12 +169,33 @@ def sync_directory(path: Path) -> None:
         os.close(fd)
 
 
+def write_durably(path: Path, pieces: Iterable[bytes]) -> None:
+    """Write a file from front to back and wait until it is on the disk.
+
+    Raises:
+        DiskSpaceError: The disk is full.
+        OutputError: The system refuses.
+    """
+    written = 0
+    try:
+        with path.open("wb") as stream:
+            for piece in pieces:
+                stream.write(piece)
+                written += len(piece)
+            stream.flush()
+            os.fsync(stream.fileno())
+    except OSError as error:
+        if error.errno in _DISK_FULL:
+            raise _write_error(path, written, 0, error) from error
+        raise OutputError(f"{path}: cannot be written: {error.strerror}") from error
+
+
 def _write_error(
     path: Path, offset: int, nbytes: int, error: OSError
 ) -> OutputError | DiskSpaceError:
-    if error.errno in {errno.ENOSPC, errno.EDQUOT}:
+    if error.errno in _DISK_FULL:
         return DiskSpaceError(
             f"{path}: the disk is full: {format_size(nbytes)} at byte {offset} found no room; "
-            "free some space and run the merge again"
+            "free some space, then continue with --resume"
         )
     return OutputError(f"{path}: writing at byte {offset} failed: {error.strerror}")

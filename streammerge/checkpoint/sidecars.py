@@ -6,7 +6,6 @@ Memory: one piece of :data:`COPY_BYTES` while copying, and one parsed JSON file 
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import re
@@ -15,8 +14,9 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from streammerge.checkpoint.inputs import open_input, parse_json_object, read_exactly
+from streammerge.checkpoint.outputfile import write_durably
 from streammerge.checkpoint.reading import MAX_CONFIG_BYTES
-from streammerge.errors import CheckpointError, DiskSpaceError, HeaderError, OutputError
+from streammerge.errors import CheckpointError, HeaderError, OutputError
 from streammerge.units import MIB, format_size
 
 MAX_SIDECAR_BYTES = 256 * MIB
@@ -133,7 +133,7 @@ def write_sidecars(directory: Path, out: Path, *, dtype: str | None) -> tuple[st
         if name == _CONFIG and dtype is not None:
             pieces = (_config_with_dtype(path, dtype),)
         _make_directory((out / name).parent)
-        _write_pieces(out / name, pieces)
+        write_durably(out / name, pieces)
         names.append(name)
     return tuple(names)
 
@@ -291,16 +291,3 @@ def _make_directory(path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(f"{path}: cannot be created: {error.strerror}") from error
-
-
-def _write_pieces(path: Path, pieces: Iterable[bytes]) -> None:
-    try:
-        with path.open("wb") as stream:
-            for piece in pieces:
-                stream.write(piece)
-    except OSError as error:
-        if error.errno in {errno.ENOSPC, errno.EDQUOT}:
-            raise DiskSpaceError(
-                f"{path}: the disk is full; free some space and run the merge again"
-            ) from error
-        raise OutputError(f"{path}: cannot be written: {error.strerror}") from error

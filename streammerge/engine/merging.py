@@ -10,13 +10,12 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 
 from streammerge.engine.buffers import Slot, SlotPool
-from streammerge.engine.device import DeviceStage
+from streammerge.engine.device import Applied, DeviceStage
 from streammerge.engine.loading import LoadedChunk
-from streammerge.engine.pieces import PieceInMemory, torch_dtype
+from streammerge.engine.pieces import Part, PieceInMemory, torch_dtype
 from streammerge.engine.progress import Progress
 from streammerge.engine.queues import Outstanding, WorkQueue
-from streammerge.engine.results import Results
-from streammerge.engine.writing import Extent, WriteJob
+from streammerge.engine.writing import Claim, Extent, WriteJob
 from streammerge.errors import CheckpointError
 from streammerge.plan.chunking import padded
 from streammerge.plan.types import Action, MergePlan
@@ -33,7 +32,6 @@ class ChunkMerger:
         outputs: SlotPool,
         writes: WorkQueue[WriteJob],
         outstanding: Outstanding,
-        results: Results,
         progress: Progress,
     ) -> None:
         """Prepare to merge.
@@ -43,14 +41,12 @@ class ChunkMerger:
             outputs: Output buffers.
             writes: Where finished bytes go.
             outstanding: Told when a chunk is written.
-            results: What the manifest will say.
             progress: Counts the time spent waiting for an output buffer.
         """
         self._plan = plan
         self._outputs = outputs
         self._writes = writes
         self._outstanding = outstanding
-        self._results = results
         self._progress = progress
 
     def merge(
@@ -82,8 +78,8 @@ class ChunkMerger:
             memory = slots[0].memory[cursor : cursor + nbytes]
             out = torch.from_numpy(memory).view(torch_dtype(task.dtype))
             tops = find_tops(piece)
-            self._results.add(piece, stage.apply(piece, tops, out), tops)
-            merged.extend(_extents(piece, memory.data))
+            applied = stage.apply(piece, tops, out)
+            merged.extend(_extents(piece, memory.data, applied, tops))
             cursor += padded(nbytes)
         if copied:
             loaded.hold()
@@ -110,23 +106,43 @@ class ChunkMerger:
                     f"{self._plan.label(first_model)} and {self._plan.label(model)} differ at flat "
                     f"element {element}; add a rule {{tensors: {task.name!r}, copy: ...}}"
                 )
-        return next(_extents(piece, first.numpy().data))
+        return next(_extents(piece, first.numpy().data, [_COPIED], [()]))
 
 
-def _extents(piece: PieceInMemory, memory: memoryview) -> Iterator[Extent]:
+_COPIED = Applied(not_finite=0, kept=())
+
+
+def _extents(
+    piece: PieceInMemory,
+    memory: memoryview,
+    applied: Sequence[Applied],
+    tops: Sequence[tuple[TopK, ...]],
+) -> Iterator[Extent]:
     """Say where the parts of a piece go; neighbours in the file go there together."""
-    waiting: Extent | None = None
-    for part, begin, end in piece.ranges():
+    first = 0
+    claims: list[Claim] = []
+    for (part, begin, end), part_applied, part_tops in zip(
+        piece.ranges(), applied, tops, strict=True
+    ):
         itemsize = part.task.dtype.itemsize
-        offset = part.task.offset + part.start * itemsize
-        here = memory[begin * itemsize : end * itemsize]
-        if waiting is None:
-            waiting = Extent(part.task.shard, offset, here)
-        elif (waiting.shard, waiting.offset + len(waiting.memory)) == (part.task.shard, offset):
-            first = begin * itemsize - len(waiting.memory)
-            waiting = Extent(waiting.shard, waiting.offset, memory[first : end * itemsize])
-        else:
-            yield waiting
-            waiting = Extent(part.task.shard, offset, here)
-    if waiting is not None:
-        yield waiting
+        if claims and not _follows(claims[-1].part, part):
+            yield _extent(memory, first, claims)
+            claims = []
+        if not claims:
+            first = begin * itemsize
+        claims.append(
+            Claim(part, part_applied, part_tops, begin * itemsize - first, end * itemsize - first)
+        )
+    yield _extent(memory, first, claims)
+
+
+def _follows(before: Part, part: Part) -> bool:
+    """Return whether one part of a piece comes right after another one in the output."""
+    end = before.task.offset + (before.start + before.numel) * before.task.dtype.itemsize
+    return before.task.shard == part.task.shard and end == part.task.offset
+
+
+def _extent(memory: memoryview, first: int, claims: Sequence[Claim]) -> Extent:
+    part = claims[0].part
+    offset = part.task.offset + part.start * part.task.dtype.itemsize
+    return Extent(part.task.shard, offset, memory[first : first + claims[-1].end], tuple(claims))

@@ -13,11 +13,11 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from streammerge.checkpoint.bytesource import ByteSource
-from streammerge.checkpoint.outputfile import OutputFile
 from streammerge.engine.buffers import Allowance, SlotPool
 from streammerge.engine.device import CpuStage, DeviceStage
 from streammerge.engine.loading import Loader
@@ -27,12 +27,17 @@ from streammerge.engine.monitor import Monitor, StoppedError
 from streammerge.engine.progress import OnProgress, Progress, Stage
 from streammerge.engine.queues import Outstanding, WorkQueue
 from streammerge.engine.results import Results, TensorResult
-from streammerge.engine.scheduling import Schedule, Shop, Work
-from streammerge.engine.writing import WriteJob, run_writer
+from streammerge.engine.resuming import Recovered
+from streammerge.engine.scheduling import OnScope, Schedule, Shop, Work
+from streammerge.engine.writing import Output, WriteJob, run_writer
+from streammerge.errors import OutOfMemoryError, StageError, StreamMergeError
 from streammerge.methods.base import MergeMethod
+from streammerge.plan.chunking import iter_units
 from streammerge.plan.sweeps import Needs
 from streammerge.plan.types import MergePlan
 
+_TORCH_OUT_OF_MEMORY = "can't allocate memory"
+"""What torch's allocator says, in a RuntimeError."""
 _TICK_SECONDS = 0.1
 """How often the calling thread looks at memory and reports progress."""
 
@@ -42,7 +47,7 @@ class RunReport:
     """What running a plan came to."""
 
     results: dict[int, TensorResult]
-    """Per merged tensor, by task index."""
+    """Per tensor, by task index."""
     bytes_by_stage: dict[str, int]
     """Bytes read and written."""
     seconds_by_stage: dict[str, float]
@@ -57,18 +62,22 @@ def run_pipeline(
     plan: MergePlan,
     method: MergeMethod,
     sources: Sequence[ByteSource],
-    outputs: Sequence[OutputFile],
+    outputs: Sequence[Output],
     *,
+    recovered: Recovered,
+    on_scope: OnScope,
     keep_cached: bool,
     on_progress: OnProgress,
 ) -> RunReport:
-    """Merge everything in the plan into the output files.
+    """Merge everything in the plan, but for what was recovered, into the output files.
 
     Args:
         plan: The plan.
         method: Its method.
         sources: Open input files, by index in the plan.
         outputs: Open output files, by index in the plan's layout.
+        recovered: What an interrupted run has done.
+        on_scope: Told the statistics of each large tensor, or of the model, when they are known.
         keep_cached: Whether the page cache holds all inputs, so that a first sweep leaves them.
         on_progress: Told how far the work is, on the calling thread.
 
@@ -76,7 +85,15 @@ def run_pipeline(
         StreamMergeError: Whatever ended the first stage that failed; later errors are its notes.
         KeyboardInterrupt: The user interrupted; all threads have ended.
     """
-    running = _Running(plan, method, sources, outputs, keep_cached=keep_cached)
+    running = _Running(
+        plan,
+        method,
+        sources,
+        outputs,
+        recovered=recovered,
+        on_scope=on_scope,
+        keep_cached=keep_cached,
+    )
     threads_before = torch.get_num_threads()
     try:
         return running.run(on_progress)
@@ -93,19 +110,25 @@ class _Running:
         plan: MergePlan,
         method: MergeMethod,
         sources: Sequence[ByteSource],
-        outputs: Sequence[OutputFile],
+        outputs: Sequence[Output],
         *,
+        recovered: Recovered,
+        on_scope: OnScope,
         keep_cached: bool,
     ) -> None:
         resources = plan.resources
+        needs = Needs(plan, method)
+        units = partial(iter_units, plan, must_look=needs.must_look)
         self._plan = plan
         self._method = method
         self._monitor = Monitor()
-        self._progress = Progress(plan.bytes_to_read + plan.layout.data_nbytes)
+        self._progress = Progress(
+            plan.bytes_to_read + plan.layout.data_nbytes - recovered.nbytes(units())
+        )
         self._work: WorkQueue[Work] = WorkQueue(self._monitor)
         self._writes: WorkQueue[WriteJob] = WorkQueue(self._monitor)
         self._outstanding = Outstanding(self._monitor)
-        self._results = Results()
+        self._results = Results(recovered.pieces(units()))
         self._outputs = outputs
         pool = SlotPool(self._monitor, count=resources.slots, nbytes=resources.slot_bytes)
         merger = ChunkMerger(
@@ -117,12 +140,11 @@ class _Running:
             ),
             writes=self._writes,
             outstanding=self._outstanding,
-            results=self._results,
             progress=self._progress,
         )
         shop = Shop(
             plan=plan,
-            needs=Needs(plan, method),
+            needs=needs,
             monitor=self._monitor,
             work=self._work,
             outstanding=self._outstanding,
@@ -130,6 +152,8 @@ class _Running:
             statistics=Allowance(self._monitor, resources.statistics_bytes),
             merger=merger,
             progress=self._progress,
+            recovered=recovered,
+            on_scope=on_scope,
             keep_cached=keep_cached,
         )
         self._loader = Loader(
@@ -189,7 +213,7 @@ class _Running:
         except StoppedError:
             pass
         except BaseException as error:  # noqa: BLE001 - whatever it is, the caller must see it
-            self._monitor.fail(error)
+            self._monitor.fail(_named(error))
 
     def _read(self) -> None:
         self._loader.run()
@@ -209,4 +233,19 @@ class _Running:
                     work(stage)
 
     def _write(self) -> None:
-        run_writer(self._writes, self._outputs, self._progress)
+        run_writer(self._writes, self._outputs, self._progress, self._results)
+
+
+def _named(error: BaseException) -> BaseException:
+    """Return an error that a caller can tell from others, whatever ended a stage."""
+    if isinstance(error, StreamMergeError):
+        return error
+    if isinstance(error, MemoryError) or _TORCH_OUT_OF_MEMORY in str(error):
+        named: StreamMergeError = OutOfMemoryError(
+            f"the system refused memory ({error or 'MemoryError'}); free some or give a smaller "
+            "--memory, then continue with --resume"
+        )
+    else:
+        named = StageError(f"{type(error).__name__}: {error}; please report it, with the traceback")
+    named.__cause__ = error
+    return named

@@ -1,19 +1,17 @@
-"""What the manifest will say about each tensor, collected while the work runs."""
+"""What the manifest will say about each tensor, added up from what became of its pieces."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-from streammerge.engine.device import Applied
-from streammerge.engine.pieces import PieceInMemory
-from streammerge.reductions.topk import TopK
+from streammerge.checkpoint.journal import PieceDone
 
 
 @dataclass(frozen=True, slots=True)
 class TensorResult:
-    """What merging one tensor came to."""
+    """What merging or copying one tensor came to."""
 
     kept: tuple[int, ...]
     """Entries kept per source; empty for methods that neither trim nor drop."""
@@ -21,42 +19,37 @@ class TensorResult:
     """Threshold per source; empty for methods that do not trim."""
     not_finite: int
     """Input values that were NaN or infinite and let through."""
+    leaves: bytes
+    """Digests of its leaves, joined in the order of the data."""
 
 
 class Results:
-    """Adds up what threads report per piece."""
+    """Collects what threads report per piece."""
 
-    def __init__(self) -> None:
-        """Start empty."""
+    def __init__(self, done_before: Iterable[PieceDone] = ()) -> None:
+        """Start with what an interrupted run did."""
         self._lock = threading.Lock()
-        self._by_task: dict[int, TensorResult] = {}
+        self._by_task: dict[int, list[PieceDone]] = {}
+        self.add(done_before)
 
-    def add(
-        self,
-        piece: PieceInMemory,
-        applied: Sequence[Applied],
-        tops: Sequence[tuple[TopK, ...]],
-    ) -> None:
-        """Add what merging a piece came to, part by part."""
+    def add(self, pieces: Iterable[PieceDone]) -> None:
+        """Add pieces of tensors, in any order."""
         with self._lock:
-            for part, part_applied, part_tops in zip(piece.parts, applied, tops, strict=True):
-                self._add(part.task_index, part_applied, part_tops)
-
-    def _add(self, task: int, applied: Applied, tops: tuple[TopK, ...]) -> None:
-        known = self._by_task.get(task)
-        if not applied.kept:
-            kept = tuple(top.kept for top in tops)
-        elif known is None:
-            kept = applied.kept
-        else:
-            kept = tuple(a + b for a, b in zip(known.kept, applied.kept, strict=True))
-        self._by_task[task] = TensorResult(
-            kept=kept,
-            thresholds=tuple(top.threshold for top in tops),
-            not_finite=applied.not_finite + (known.not_finite if known else 0),
-        )
+            for piece in pieces:
+                self._by_task.setdefault(piece.task, []).append(piece)
 
     def by_task(self) -> dict[int, TensorResult]:
-        """Return the result of every merged tensor, by task index."""
+        """Return the result of every tensor, by task index."""
         with self._lock:
-            return dict(sorted(self._by_task.items()))
+            return {task: _add_up(self._by_task[task]) for task in sorted(self._by_task)}
+
+
+def _add_up(pieces: list[PieceDone]) -> TensorResult:
+    in_order = sorted(pieces, key=lambda piece: piece.start)
+    counted = [piece.kept for piece in in_order if piece.kept]
+    return TensorResult(
+        kept=tuple(map(sum, zip(*counted, strict=True))) if counted else in_order[0].tensor_kept,
+        thresholds=in_order[0].thresholds,
+        not_finite=sum(piece.not_finite for piece in in_order),
+        leaves=bytes.fromhex("".join(piece.leaves for piece in in_order)),
+    )

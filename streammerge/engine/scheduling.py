@@ -25,6 +25,7 @@ from streammerge.engine.monitor import Monitor
 from streammerge.engine.pieces import PieceInMemory
 from streammerge.engine.progress import Progress
 from streammerge.engine.queues import Outstanding, WorkQueue
+from streammerge.engine.resuming import WHOLE_MODEL, Recovered
 from streammerge.engine.statistics import ScopeStatistics
 from streammerge.methods.base import MagnitudeTopK
 from streammerge.plan.budgeting import values_limit
@@ -43,6 +44,11 @@ from streammerge.reductions.topk import TopK
 
 Work = Callable[[DeviceStage], None]
 """Something for a worker to do, on its own device stage."""
+
+
+OnScope = Callable[[int, tuple[TopK, ...]], None]
+"""Told the index of a tensor, or :data:`~streammerge.engine.resuming.WHOLE_MODEL`, and the statistics
+of that scope, one per source, on the thread that found them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +73,10 @@ class Shop:
     """Merges a loaded chunk and sends it to the writers."""
     progress: Progress
     """Counters."""
+    recovered: Recovered
+    """What an interrupted run has done."""
+    on_scope: OnScope
+    """Told the statistics of a scope, by tensor, when they are known."""
     keep_cached: bool
     """Whether all inputs fit the page cache, so that a second sweep finds them there."""
 
@@ -83,13 +93,20 @@ class Schedule:
         shop = self._shop
         tops = yield from self._sweep_model()
         for unit in iter_units(shop.plan, must_look=shop.needs.must_look):
-            if unit.residence is Residence.RESIDENT:
+            rest = [left for chunk in unit.chunks if (left := shop.recovered.rest_of(chunk))]
+            known = tops
+            if unit.residence is not Residence.PASSING:
+                # All its chunks are of one tensor.
+                known = shop.recovered.tops_of(unit.chunks[0].pieces[0].task)
+            if not rest:
+                continue
+            if unit.residence is Residence.PASSING or known is not None:
+                for chunk in rest:
+                    yield self._merge_load(chunk, known)
+            elif unit.residence is Residence.RESIDENT:
                 yield from self._load_resident(unit)
-            elif unit.residence is Residence.STREAMED:
-                yield from self._load_streamed(unit)
             else:
-                for chunk in unit.chunks:
-                    yield self._merge_load(chunk, tops)
+                yield from self._load_streamed(unit, rest)
 
     def _merge_load(self, chunk: Chunk, tops: tuple[TopK, ...] | None) -> Load:
         """Load a chunk that can be merged as soon as it is there."""
@@ -138,7 +155,7 @@ class Schedule:
             shop.outstanding.begin()
             yield Load(chunk, tensor.arrived, last_use=True)
 
-    def _load_streamed(self, unit: Unit) -> Iterator[Load]:
+    def _load_streamed(self, unit: Unit, rest: Sequence[Chunk]) -> Iterator[Load]:
         shop = self._shop
         task_index = unit.chunks[0].pieces[0].task
         task = shop.plan.tasks[task_index]
@@ -149,7 +166,9 @@ class Schedule:
         statistics = _tensor_statistics(shop.plan, need, task, limit)
         yield from self._sweep(statistics, [task_index], unit.chunks, keep_cached=True)
         shop.statistics.release(reserved)
-        for chunk in unit.chunks:
+        assert statistics.tops is not None  # noqa: S101 - the sweep ends when they are known
+        shop.on_scope(task_index, statistics.tops)
+        for chunk in rest:
             yield self._merge_load(chunk, statistics.tops)
 
     def _sweep_model(self) -> Generator[Load, None, tuple[TopK, ...] | None]:
@@ -158,6 +177,9 @@ class Schedule:
         whole = shop.needs.of_model()
         if whole is None:
             return None
+        known = shop.recovered.tops_of(WHOLE_MODEL)
+        if known is not None:
+            return known
         need, merged = whole
         tasks = [shop.plan.tasks[index] for index in merged]
         numel = sum(task.numel for task in tasks)
@@ -179,6 +201,8 @@ class Schedule:
         yield from self._sweep(statistics, merged, chunks, keep_cached=shop.keep_cached)
         shop.progress.activity = "merge"
         shop.statistics.release(reserved)
+        assert statistics.tops is not None  # noqa: S101 - the sweep ends when they are known
+        shop.on_scope(WHOLE_MODEL, statistics.tops)
         return statistics.tops
 
     def _sweep(
@@ -259,6 +283,7 @@ class ResidentTensor:
                 self._shop.work.put(_bind(self._measure, loaded), urgent=True)
             return
         self._shop.statistics.release(self._reserved)
+        self._shop.on_scope(self._loaded[0].chunk.pieces[0].task, tops)
         for loaded in self._loaded:
             self._shop.work.put(_bind(self._merge, loaded), urgent=True)
         self._loaded = []
@@ -275,6 +300,11 @@ class ResidentTensor:
     def _merge(self, stage: DeviceStage, loaded: LoadedChunk) -> None:
         tops = self._statistics.tops
         assert tops is not None  # noqa: S101 - merging starts when they are known
+        if self._shop.recovered.has(loaded.chunk.pieces[0]):
+            # It was read again only because the statistics of its tensor were lost.
+            loaded.release()
+            self._shop.outstanding.end()
+            return
         self._shop.merger.merge(stage, loaded, lambda _: [tops])
 
 

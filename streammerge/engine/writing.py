@@ -7,10 +7,40 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
-from streammerge.checkpoint.outputfile import OutputFile
+from streammerge.checkpoint.digests import LEAF_ELEMENTS, leaf_digests
+from streammerge.checkpoint.journal import PieceDone
+from streammerge.engine.device import Applied
+from streammerge.engine.pieces import Part
 from streammerge.engine.progress import Progress, Stage
 from streammerge.engine.queues import WorkQueue
+from streammerge.engine.results import Results
+from streammerge.reductions.topk import TopK
+
+
+class Output(Protocol):
+    """Where the bytes of one shard go."""
+
+    def write_at(self, offset: int, buffer: memoryview, pieces: Sequence[PieceDone] = ()) -> None:
+        """Take bytes at an offset of the file, and what they are."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """A part of a tensor in an extent; its record is written once the bytes are durable."""
+
+    part: Part
+    """What it is."""
+    applied: Applied
+    """What merging it came to."""
+    tops: tuple[TopK, ...]
+    """The statistics it was merged with."""
+    begin: int
+    """First byte in the extent."""
+    end: int
+    """End in the extent."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +53,8 @@ class Extent:
     """First byte in that file."""
     memory: memoryview
     """The bytes."""
+    claims: tuple[Claim, ...]
+    """The parts of tensors that they are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,9 +68,19 @@ class WriteJob:
 
 
 def run_writer(
-    queue: WorkQueue[WriteJob], outputs: Sequence[OutputFile], progress: Progress
+    queue: WorkQueue[WriteJob],
+    outputs: Sequence[Output],
+    progress: Progress,
+    results: Results,
 ) -> None:
-    """Write until the queue is closed; the body of every writer thread."""
+    """Write until the queue is closed; the body of every writer thread.
+
+    Args:
+        queue: What to write.
+        outputs: Output files, by their index in the layout.
+        progress: Counts bytes and seconds.
+        results: Told what every piece came to.
+    """
     while True:
         with progress.spending(Stage.WRITER_IDLE):
             job = queue.take()
@@ -46,6 +88,23 @@ def run_writer(
             return
         with progress.spending(Stage.WRITE):
             for extent in job.extents:
-                outputs[extent.shard].write_at(extent.offset, extent.memory)
+                done = [_record(claim, extent.memory) for claim in extent.claims]
+                outputs[extent.shard].write_at(extent.offset, extent.memory, done)
+                results.add(done)
                 progress.count(Stage.WRITE, len(extent.memory))
         job.then()
+
+
+def _record(claim: Claim, memory: memoryview) -> PieceDone:
+    part, tops = claim.part, claim.tops
+    leaf_nbytes = LEAF_ELEMENTS * part.task.dtype.itemsize
+    return PieceDone(
+        task=part.task_index,
+        start=part.start,
+        numel=part.numel,
+        leaves=leaf_digests(memory[claim.begin : claim.end], leaf_nbytes).hex(),
+        kept=claim.applied.kept,
+        not_finite=claim.applied.not_finite,
+        tensor_kept=tuple(top.kept for top in tops),
+        thresholds=tuple(top.threshold for top in tops),
+    )

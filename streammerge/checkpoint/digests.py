@@ -1,0 +1,110 @@
+"""Digests of output files that can be computed while the data streams, in any order.
+
+A shard is not written from front to back, so its digest is a tree of two levels:
+
+    leaf     SHA-256 of a block of one tensor: 262,144 elements, less at the tensor's end
+    file     SHA-256 of the header's SHA-256 and then all leaves, in the order of the bytes
+
+Whoever reads the file can cut it in the same way, since its header says where tensors begin. A
+file without tensors (a configuration, a tokenizer) has its plain SHA-256.
+
+Memory: one digest of 32 bytes per block.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from streammerge.checkpoint.types import TensorEntry
+from streammerge.reductions import BLOCK
+
+LEAF_ELEMENTS = BLOCK
+"""Elements of a leaf. Chunks are whole blocks, so no leaf is ever split between two of them."""
+DIGEST_BYTES = 32
+_STEP = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class FileDigest:
+    """What a file must be."""
+
+    nbytes: int
+    """Its size."""
+    digest: str
+    """In hex: of the tree for a shard, else plain SHA-256."""
+    tree: bool
+    """Whether it is the digest of a tree."""
+
+
+def leaf_digests(memory: memoryview, leaf_nbytes: int) -> bytes:
+    """Return the digests of all leaves of a range of one tensor, joined.
+
+    Args:
+        memory: The bytes; the range begins with a leaf.
+        leaf_nbytes: Bytes of a whole leaf of this tensor.
+    """
+    # A tensor without elements has no leaves.
+    return b"".join(
+        hashlib.sha256(memory[begin : begin + leaf_nbytes]).digest()
+        for begin in range(0, len(memory), leaf_nbytes)
+    )
+
+
+def tree_digest(header: bytes, leaves: Iterable[bytes]) -> str:
+    """Return the digest of a shard.
+
+    Args:
+        header: All bytes before the data.
+        leaves: Digests of leaves, joined as one likes, in the order of the data.
+    """
+    tree = hashlib.sha256(hashlib.sha256(header).digest())
+    for joined in leaves:
+        tree.update(joined)
+    return tree.hexdigest()
+
+
+def digest_shard(path: Path, entries: Iterable[TensorEntry], header_nbytes: int) -> str:
+    """Read a shard and return its digest.
+
+    Args:
+        path: The file.
+        entries: Its tensors.
+        header_nbytes: Bytes before the data.
+
+    Raises:
+        OSError: It cannot be read.
+    """
+    ordered = sorted(entries, key=lambda entry: entry.offset)
+    with path.open("rb") as stream:
+        header = stream.read(header_nbytes)
+
+        def leaves() -> Iterator[bytes]:
+            for entry in ordered:
+                left = entry.nbytes
+                leaf_nbytes = LEAF_ELEMENTS * entry.dtype.itemsize
+                while left:
+                    leaf = stream.read(min(leaf_nbytes, left))
+                    if not leaf:
+                        return
+                    left -= len(leaf)
+                    yield hashlib.sha256(leaf).digest()
+
+        return tree_digest(header, leaves())
+
+
+def digest_file(path: Path) -> FileDigest:
+    """Read a file without tensors and return its size and digest.
+
+    Raises:
+        OSError: It cannot be read.
+    """
+    whole = hashlib.sha256()
+    nbytes = 0
+    with path.open("rb") as stream:
+        while part := stream.read(_STEP):
+            whole.update(part)
+            nbytes += len(part)
+    return FileDigest(nbytes, whole.hexdigest(), tree=False)

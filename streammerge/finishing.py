@@ -1,0 +1,167 @@
+"""The end of a merge: what makes a complete model directory out of complete shards."""
+
+from __future__ import annotations
+
+import platform
+from pathlib import Path
+
+import numpy as np
+import safetensors
+import torch
+
+from streammerge.checkpoint.digests import FileDigest, digest_file, tree_digest
+from streammerge.checkpoint.manifest import (
+    MANIFEST_VERSION,
+    RECIPE_NAME,
+    Manifest,
+    RunRecord,
+    TensorRecord,
+    write_manifest,
+)
+from streammerge.checkpoint.modelcard import render_model_card
+from streammerge.checkpoint.outputfile import write_durably
+from streammerge.checkpoint.sidecars import write_sidecars
+from streammerge.engine.pipeline import RunReport
+from streammerge.errors import OutputError
+from streammerge.identity import digest_recipe
+from streammerge.methods import discover_methods
+from streammerge.plan.layout import render_header, render_index
+from streammerge.plan.planning import find_method
+from streammerge.plan.types import MergePlan
+from streammerge.recipe.parsing import parse_recipe
+from streammerge.version import VERSION
+
+
+def check_shards(planned: MergePlan, directory: Path) -> None:
+    """Open every shard with the safetensors library and compare it with the plan.
+
+    Raises:
+        OutputError: It does not open, or holds something else.
+    """
+    for shard in planned.layout.shards:
+        path = directory / shard.name
+        tasks = {planned.tasks[index].name: planned.tasks[index] for index in shard.tasks}
+        try:
+            with safetensors.safe_open(path, framework="numpy") as opened:
+                names = set(opened.keys())
+                if names != set(tasks):
+                    raise OutputError(f"{path}: holds {len(names)} tensors, planned {len(tasks)}")
+                for name, task in tasks.items():
+                    found = opened.get_slice(name)
+                    stored = (tuple(found.get_shape()), found.get_dtype())
+                    if stored != (task.shape, task.dtype.value):
+                        raise OutputError(
+                            f"{path}: {name} is {stored}, planned {(task.shape, task.dtype.value)}"
+                        )
+        except (safetensors.SafetensorError, OSError) as error:
+            raise OutputError(f"{path}: does not open: {error}") from error
+
+
+def write_companions(
+    planned: MergePlan, directory: Path, report: RunReport, *, resumed: bool
+) -> Manifest:
+    """Write everything beside the shards; the manifest last.
+
+    Raises:
+        CheckpointError: A file beside the inputs cannot be read.
+        DiskSpaceError: The disk is full.
+        OutputError: A file cannot be written.
+    """
+    method = find_method(planned.method)
+    methods = {name: each.parameters for name, each in discover_methods().items()}
+    recipe = parse_recipe(planned.recipe, origin="recipe", methods=methods)
+    origin = companion_directory(planned)
+    dtype = None if recipe.output.dtype is None else recipe.output.dtype.torch_name
+    names = [*write_sidecars(origin, directory, dtype=dtype)]
+    texts = {RECIPE_NAME: planned.recipe.encode()}
+    if planned.layout.index_name is not None:
+        texts[planned.layout.index_name] = render_index(planned)
+    texts["README.md"] = render_model_card(
+        title=directory.name.removesuffix(".partial"),
+        method=method.name,
+        summary=method.summary,
+        reference=method.reference,
+        recipe_yaml=planned.recipe,
+        models=[(model.label, model.path) for model in planned.models],
+        library_name="transformers" if (directory / "config.json").exists() else None,
+        version=VERSION,
+    ).encode()
+    for name, content in texts.items():
+        write_durably(directory / name, [content])
+    files = {name: digest_file(directory / name) for name in (*names, *texts)}
+    files |= _digest_shards(planned, report)
+    manifest = _manifest(planned, report, dict(sorted(files.items())), resumed=resumed)
+    write_manifest(manifest, directory)
+    return manifest
+
+
+def companion_directory(planned: MergePlan) -> Path:
+    """Return where configuration and tokenizer come from: the base, or the first source."""
+    first = Path(planned.models[0].path)
+    return first if first.is_dir() else first.parent
+
+
+def _digest_shards(planned: MergePlan, report: RunReport) -> dict[str, FileDigest]:
+    """Put the digests of shards together from those of their leaves; nothing is read."""
+    digests = {}
+    for index, shard in enumerate(planned.layout.shards):
+        leaves = (report.results[task].leaves for task in shard.tasks)
+        digest = tree_digest(render_header(planned, index), leaves)
+        digests[shard.name] = FileDigest(shard.nbytes, digest, tree=True)
+    return digests
+
+
+def _manifest(
+    planned: MergePlan, report: RunReport, files: dict[str, FileDigest], *, resumed: bool
+) -> Manifest:
+    resources = planned.resources
+    return Manifest(
+        version=MANIFEST_VERSION,
+        method=planned.method,
+        semantics=planned.semantics,
+        recipe=planned.recipe,
+        recipe_digest=digest_recipe(planned),
+        inputs=planned.files,
+        files=files,
+        dropped=planned.dropped,
+        copied_from_base=planned.copied_from_base,
+        tensors=_tensor_records(planned, report),
+        run=RunRecord(
+            versions={
+                "streammerge": VERSION,
+                "torch": torch.__version__,
+                "numpy": np.__version__,
+                "safetensors": safetensors.__version__,
+                "python": platform.python_version(),
+            },
+            device="cpu",
+            seconds=round(report.seconds, 3),
+            seconds_by_stage=report.seconds_by_stage,
+            bytes_by_stage=report.bytes_by_stage,
+            threads={
+                "readers": resources.readers,
+                "workers": resources.workers,
+                "writers": resources.writers,
+            },
+            projected_memory=planned.memory.peak,
+            measured_memory=report.peak_memory,
+            memory_budget=planned.memory.budget,
+            resumed=resumed,
+        ),
+    )
+
+
+def _tensor_records(planned: MergePlan, report: RunReport) -> dict[str, TensorRecord]:
+    records = {}
+    for index, task in enumerate(planned.tasks):
+        result = report.results[index]
+        records[task.name] = TensorRecord(
+            action=task.action.value,
+            dtype=task.dtype.value,
+            numel=task.numel,
+            density=tuple(count / max(task.numel, 1) for count in result.kept),
+            # JSON has no infinity.
+            thresholds=tuple(None if top == float("inf") else top for top in result.thresholds),
+            not_finite=result.not_finite,
+        )
+    return dict(sorted(records.items()))

@@ -1,0 +1,48 @@
+"""What must not change for a merge to go on where another one stopped."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import torch
+
+from streammerge.plan.types import MergePlan
+from streammerge.version import VERSION
+
+
+def identify(planned: MergePlan) -> dict[str, Any]:
+    """Return what decides every byte of a merge's output, as JSON.
+
+    How the work is cut, and with how much memory and how many threads it runs, is not part of it.
+    """
+    work = (
+        planned.version,
+        planned.method,
+        planned.semantics,
+        planned.seed,
+        planned.keep_non_finite,
+        planned.compute_dtype,
+        planned.has_base,
+        planned.model_scope,
+        planned.settings,
+        planned.tasks,
+        planned.layout,
+    )
+    return {
+        "recipe": digest_recipe(planned),
+        "work": hashlib.blake2b(repr(work).encode(), digest_size=16).hexdigest(),
+        "inputs": {
+            str(
+                file.path
+            ): f"{file.nbytes} bytes of {file.mtime_ns} ns, header {file.header_digest}"
+            for file in planned.files
+        },
+        # Another build may round differently.
+        "versions": {"streammerge": VERSION, "torch": torch.__version__},
+    }
+
+
+def digest_recipe(planned: MergePlan) -> str:
+    """Return the BLAKE2b-128 of a plan's recipe in canonical YAML, in hex."""
+    return hashlib.blake2b(planned.recipe.encode(), digest_size=16).hexdigest()

@@ -1,0 +1,494 @@
+"""A merge that was cut off goes on where it stopped, and ends with the bytes of one that was not."""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from models import MEMORY, Models, recipe_of
+
+import streammerge
+from streammerge.checkpoint import outputfile
+from streammerge.checkpoint.journal import (
+    JOURNAL_NAME,
+    Journal,
+    PieceDone,
+    ScopeFound,
+    read_journal,
+)
+from streammerge.checkpoint.manifest import MANIFEST_NAME
+from streammerge.checkpoint.verifying import verify_files
+from streammerge.cli import main
+from streammerge.engine.progress import ProgressEvent
+from streammerge.engine.resuming import Recovered
+from streammerge.errors import OutputExistsError, ResumeError
+from streammerge.plan.chunking import Piece
+from streammerge.plan.types import MergePlan
+from streammerge.reductions import BLOCK
+
+pytestmark = pytest.mark.timeout(120)
+
+METHODS: dict[str, dict[str, Any]] = {
+    "task_arithmetic": {},
+    "ties": {"density": 0.3},
+    "ties over the model": {"density": 0.3, "scope": "model"},
+    "dare_ties": {"density": 0.4},
+}
+PIECE = PieceDone(0, 0, 8, "ab" * 32, (3,), 0, (), ())
+
+
+@pytest.fixture
+def inputs(models: Models) -> tuple[Path, list[Path]]:
+    """Two shards' worth of large tensors and a crowd of small ones."""
+    generator = torch.Generator().manual_seed(7)
+
+    def draw() -> dict[str, torch.Tensor]:
+        large = {f"large.{i}": torch.randn(5 * BLOCK + i, generator=generator) for i in range(2)}
+        small = {f"small.{i}": torch.randn(40, 10, generator=generator) for i in range(30)}
+        return {k: v.bfloat16() for k, v in (large | small).items()} | {"ids": torch.arange(9)}
+
+    return models.write(draw(), "base"), [models.write(draw(), f"source-{i}") for i in range(2)]
+
+
+@pytest.fixture(params=METHODS)
+def recipe(request: pytest.FixtureRequest, inputs: tuple[Path, list[Path]]) -> dict[str, Any]:
+    base, sources = inputs
+    parameters = METHODS[request.param]
+    method = request.param.split()[0]
+    return recipe_of(method, base, sources, parameters=parameters, output={"max_shard_size": "3MB"})
+
+
+@pytest.fixture
+def plan(recipe: dict[str, Any]) -> MergePlan:
+    return in_small_pieces(streammerge.plan(recipe, memory=MEMORY, workers=2))
+
+
+def in_small_pieces(plan: MergePlan, slots: int = 40) -> MergePlan:
+    resources = replace(
+        plan.resources,
+        slot_bytes=2 * BLOCK,
+        slots=slots,
+        output_slot_bytes=2 * BLOCK,
+        output_slots=3,
+    )
+    return replace(plan, resources=resources)
+
+
+@pytest.fixture(autouse=True)
+def _sync_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is durable is known after every few writes, as it is in a job of hours."""
+    monkeypatch.setattr(outputfile, "SYNC_BYTES", 2 * BLOCK)
+
+
+class Stop(Exception):  # noqa: N818 - it is no error
+    """Ends a merge from outside."""
+
+
+def interrupt_after(plan: MergePlan, out: Path, writes: int, **options: Any) -> None:
+    """Begin a merge and end it once so many pieces were written."""
+    done = 0
+    write_at = outputfile.OutputFile.write_at
+
+    def count(self: outputfile.OutputFile, *arguments: Any) -> None:
+        nonlocal done
+        write_at(self, *arguments)
+        done += 1
+        if done > len(plan.layout.shards) + writes:
+            raise Stop
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(outputfile.OutputFile, "write_at", count)
+        with pytest.raises(streammerge.StreamMergeError, match="Stop"):
+            streammerge.merge(plan, out, **options)
+
+
+def bytes_of(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(directory.glob("*.safetensors"))}
+
+
+@pytest.fixture
+def whole(plan: MergePlan, tmp_path: Path) -> dict[str, bytes]:
+    """The shards of a merge that nothing disturbed."""
+    streammerge.merge(plan, tmp_path / "whole")
+    return bytes_of(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("writes", [0, 2, 7])
+def test_a_resumed_merge_has_the_same_bytes(
+    writes: int, plan: MergePlan, whole: dict[str, bytes], tmp_path: Path
+) -> None:
+    interrupt_after(plan, tmp_path / "out", writes)
+
+    manifest = streammerge.merge(plan, tmp_path / "out", resume=True)
+
+    assert bytes_of(tmp_path / "out") == whole
+    assert manifest.run.resumed
+    assert not verify_files(tmp_path / "out").damages
+
+
+def test_a_resumed_merge_reports_what_an_undisturbed_one_does(
+    plan: MergePlan, whole: dict[str, bytes], tmp_path: Path
+) -> None:
+    interrupt_after(plan, tmp_path / "out", 6)
+
+    resumed = streammerge.merge(plan, tmp_path / "out", resume=True)
+
+    expected = streammerge.merge(plan, tmp_path / "third")
+    assert resumed.tensors == expected.tensors
+    shards = {shard.name for shard in plan.layout.shards}
+    assert {n: resumed.files[n] for n in shards} == {n: expected.files[n] for n in shards}
+    assert whole
+
+
+def test_only_what_is_not_in_the_journal_is_read_again(
+    plan: MergePlan, whole: dict[str, bytes], tmp_path: Path
+) -> None:
+    interrupt_after(plan, tmp_path / "out", 8)
+    found = read_journal(tmp_path / "out.partial" / JOURNAL_NAME)
+    assert found is not None
+    done = [entry for entry in found.entries if isinstance(entry, PieceDone)]
+    assert done
+
+    manifest = streammerge.merge(plan, tmp_path / "out", resume=True)
+
+    written = plan.layout.data_nbytes - sum(
+        piece.numel * plan.tasks[piece.task].dtype.itemsize for piece in done
+    )
+    assert manifest.run.bytes_by_stage["write"] == written
+    assert bytes_of(tmp_path / "out") == whole
+
+
+def test_a_merge_can_be_resumed_many_times(
+    plan: MergePlan, whole: dict[str, bytes], tmp_path: Path
+) -> None:
+    for writes in (1, 2, 3, 1):
+        interrupt_after(plan, tmp_path / "out", writes, resume=True)
+
+    streammerge.merge(plan, tmp_path / "out", resume=True)
+
+    assert bytes_of(tmp_path / "out") == whole
+
+
+def test_another_cut_of_the_work_changes_no_byte(
+    plan: MergePlan, whole: dict[str, bytes], tmp_path: Path
+) -> None:
+    """Another budget: what was done of a tensor in part is done again, the rest is not."""
+    interrupt_after(plan, tmp_path / "out", 8)
+    other = replace(plan, resources=replace(plan.resources, slot_bytes=4 * BLOCK, workers=1))
+    other = replace(other, resources=replace(other.resources, output_slot_bytes=4 * BLOCK))
+
+    streammerge.merge(other, tmp_path / "out", resume=True)
+
+    assert bytes_of(tmp_path / "out") == whole
+
+
+def test_resume_without_anything_to_resume_starts(
+    plan: MergePlan, whole: dict[str, bytes], tmp_path: Path
+) -> None:
+    manifest = streammerge.merge(plan, tmp_path / "out", resume=True)
+
+    assert not manifest.run.resumed
+    assert bytes_of(tmp_path / "out") == whole
+
+
+def test_a_torn_last_line_is_cut_off(
+    plan: MergePlan, whole: dict[str, bytes], tmp_path: Path
+) -> None:
+    interrupt_after(plan, tmp_path / "out", 8)
+    journal = tmp_path / "out.partial" / JOURNAL_NAME
+    lines = journal.read_bytes().splitlines(keepends=True)
+    journal.write_bytes(b"".join(lines[:-1]) + lines[-1][:-9] + b"\0" * 30)
+
+    streammerge.merge(plan, tmp_path / "out", resume=True)
+
+    assert bytes_of(tmp_path / "out") == whole
+
+
+def test_a_shard_that_is_gone_is_made_again(
+    plan: MergePlan, whole: dict[str, bytes], tmp_path: Path
+) -> None:
+    interrupt_after(plan, tmp_path / "out", 8)
+    (tmp_path / "out.partial" / plan.layout.shards[0].name).unlink()
+
+    streammerge.merge(plan, tmp_path / "out", resume=True)
+
+    assert bytes_of(tmp_path / "out") == whole
+
+
+# -- what is refused
+
+
+@pytest.fixture
+def unfinished(inputs: tuple[Path, list[Path]], tmp_path: Path) -> dict[str, Any]:
+    """A recipe, and a merge of it that was cut off."""
+    base, sources = inputs
+    recipe = recipe_of("task_arithmetic", base, sources)
+    planned = in_small_pieces(streammerge.plan(recipe, memory=MEMORY, workers=2))
+    interrupt_after(planned, tmp_path / "out", 6)
+    return recipe
+
+
+def test_an_unfinished_merge_is_not_discarded_unasked(
+    unfinished: dict[str, Any], tmp_path: Path
+) -> None:
+    with pytest.raises(OutputExistsError, match="--resume to continue it, or --overwrite"):
+        streammerge.merge(unfinished, tmp_path / "out", memory=MEMORY)
+
+    streammerge.merge(unfinished, tmp_path / "out", memory=MEMORY, overwrite=True)
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_another_recipe_is_refused(unfinished: dict[str, Any], tmp_path: Path) -> None:
+    other = unfinished | {"seed": 5}
+
+    with pytest.raises(ResumeError, match=r"recipe was \w+, is \w+"):
+        streammerge.merge(other, tmp_path / "out", memory=MEMORY, resume=True)
+
+
+def test_a_changed_input_is_refused(
+    unfinished: dict[str, Any], inputs: tuple[Path, list[Path]], tmp_path: Path
+) -> None:
+    shard = next(inputs[1][0].glob("*.safetensors"))
+    os.utime(shard, ns=(1, 1))
+
+    with pytest.raises(ResumeError, match=re.escape(str(shard)) + " was .* of 1 ns") as caught:
+        streammerge.merge(unfinished, tmp_path / "out", memory=MEMORY, resume=True)
+
+    assert "torch" not in str(caught.value)
+
+
+def test_resume_and_overwrite_exclude_each_other(
+    unfinished: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(ValueError, match="choose one"):
+        streammerge.merge(unfinished, tmp_path / "out", resume=True, overwrite=True)
+    with pytest.raises(SystemExit) as caught:
+        main(["merge", "recipe.yaml", "out", "--resume", "--overwrite"])
+    assert caught.value.code == 2
+    assert "not allowed with" in capsys.readouterr().err
+
+
+# -- replacing an earlier merge
+
+
+def test_a_replacement_that_was_cut_off_between_its_renames_is_finished(
+    plan: MergePlan, whole: dict[str, bytes], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(tmp_path / "whole", out)
+    rename = Path.rename
+
+    def die_on_partial(self: Path, target: Path) -> Path:
+        if self.name == "out.partial":
+            raise Stop
+        return rename(self, target)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Path, "rename", die_on_partial)
+        with pytest.raises(Stop):
+            streammerge.merge(plan, out, overwrite=True)
+    assert {path.name for path in tmp_path.glob("out*")} == {"out.partial", "out.replaced"}
+
+    with pytest.raises(OutputExistsError, match="--resume"):
+        streammerge.merge(plan, out)
+    streammerge.merge(plan, out, resume=True)
+
+    assert bytes_of(out) == whole
+    assert {path.name for path in tmp_path.glob("out*")} == {"out"}
+
+
+def test_an_earlier_merge_that_was_set_aside_is_never_lost_sight_of(
+    plan: MergePlan, whole: dict[str, bytes], tmp_path: Path
+) -> None:
+    (tmp_path / "whole").rename(tmp_path / "out.replaced")
+
+    with pytest.raises(OutputExistsError, match="rename it to out to have it back"):
+        streammerge.merge(plan, tmp_path / "out")
+    assert bytes_of(tmp_path / "out.replaced") == whole
+
+
+def test_what_a_cut_off_merge_left_beside_a_complete_model_is_ours(
+    plan: MergePlan, whole: dict[str, bytes], tmp_path: Path
+) -> None:
+    (tmp_path / "whole" / JOURNAL_NAME).touch()
+
+    streammerge.merge(plan, tmp_path / "whole", overwrite=True)
+
+    assert bytes_of(tmp_path / "whole") == whole
+    assert (tmp_path / "whole" / MANIFEST_NAME).exists()
+
+
+# -- the journal by itself
+
+
+def test_a_journal_gives_back_what_was_written(tmp_path: Path) -> None:
+    scope = ScopeFound(-1, ((0.25, 10, 3, 2, 1, 0, 1), (float("inf"), 10, 0, 0, 0, -1, 0)))
+    journal = Journal(tmp_path / "j")
+    journal.begin({"recipe": "x"})
+    journal.append([PIECE, scope])
+    journal.append([])
+    journal.close()
+
+    found = read_journal(tmp_path / "j")
+
+    assert found is not None
+    assert (found.identity, found.entries) == ({"recipe": "x"}, (PIECE, scope))
+    assert found.nbytes == (tmp_path / "j").stat().st_size
+
+
+@pytest.mark.parametrize("cut", range(0, 400, 7))
+def test_a_journal_that_ends_anywhere_holds_its_whole_lines(cut: int, tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "j")
+    journal.begin({"recipe": "x"})
+    journal.append([PIECE, replace(PIECE, start=8), replace(PIECE, start=16)])
+    journal.close()
+    data = (tmp_path / "j").read_bytes()
+    (tmp_path / "j").write_bytes(data[:cut])
+
+    found = read_journal(tmp_path / "j")
+
+    lines = data[:cut].count(b"\n")
+    assert (found is None) == (lines == 0)
+    if found is not None:
+        assert len(found.entries) == lines - 1
+        assert data[: found.nbytes].endswith(b"\n")
+
+
+def test_an_altered_line_ends_the_journal(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "j")
+    journal.begin({"recipe": "x"})
+    journal.append([PIECE, replace(PIECE, start=8)])
+    journal.close()
+    data = bytearray((tmp_path / "j").read_bytes())
+    data[data.index(b"\n") + 40] ^= 1
+    (tmp_path / "j").write_bytes(data)
+
+    found = read_journal(tmp_path / "j")
+
+    assert found is not None
+    assert found.entries == ()
+
+
+def test_there_is_no_journal_in_an_empty_place(tmp_path: Path) -> None:
+    assert read_journal(tmp_path / "j") is None
+
+
+def test_a_tensor_counts_as_done_piece_by_piece_or_when_it_is_covered(plan: MergePlan) -> None:
+    numel = plan.tasks[0].numel
+    half = BLOCK
+    first = replace(PIECE, task=0, start=0, numel=half)
+    rest = replace(PIECE, task=0, start=half, numel=numel - half)
+
+    part = Recovered(plan, [first], wanted=None)
+    assert part.has(Piece(0, 0, half))
+    assert not part.has(Piece(0, 0, 2 * half))
+    assert not part.has(Piece(1, 0, half))
+    both = Recovered(plan, [rest, first], wanted=None)
+    assert both.has(Piece(0, 0, 2 * half))
+    assert {piece.start for piece in both.pieces([])} == {0, half}
+
+
+# -- real processes, killed at random
+
+
+DRIVER = """
+import sys
+from streammerge.checkpoint import outputfile
+outputfile.SYNC_BYTES = 256 * 1024
+from streammerge.__main__ import run
+sys.argv[0] = "streammerge"
+run()
+"""
+
+
+@pytest.fixture
+def job(inputs: tuple[Path, list[Path]], tmp_path: Path) -> list[str]:
+    """A command line whose work takes a second or so."""
+    base, sources = inputs
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(recipe_of("ties", base, sources, parameters={"density": 0.3})))
+    return [
+        *(sys.executable, "-c", DRIVER, "merge", str(recipe)),
+        *(str(tmp_path / "out"), "--memory", MEMORY, "--resume", "--quiet"),
+    ]
+
+
+def reference(job: list[str], tmp_path: Path) -> tuple[dict[str, bytes], float]:
+    """Run a job undisturbed; return its shards and how long its process lived."""
+    command = [*job[:5], str(tmp_path / "reference"), *job[6:]]
+    began = time.monotonic()
+    subprocess.run(command, check=True)
+    return bytes_of(tmp_path / "reference"), time.monotonic() - began
+
+
+def kill_and_resume(job: list[str], tmp_path: Path, rounds: int, number: int) -> None:
+    expected, seconds = reference(job, tmp_path)
+    chance = random.Random(11)  # noqa: S311 - it only chooses when to kill
+    out = tmp_path / "out"
+    killed = resumable = 0
+    for _ in range(rounds):
+        # Sometimes the run that resumes is killed too.
+        while True:
+            process = subprocess.Popen(job, stderr=subprocess.PIPE, text=True)
+            # Most of a short job is importing torch; the interesting part is the end.
+            time.sleep(chance.uniform(0.5, 1.05) * seconds)
+            process.send_signal(number)
+            _, said = process.communicate(timeout=60)
+            assert out.exists() == (process.returncode == 0), said
+            if process.returncode == 0:
+                break
+            assert process.returncode in {-number, 130}, said
+            killed += 1
+            found = read_journal(tmp_path / "out.partial" / JOURNAL_NAME)
+            resumable += found is not None and bool(found.entries)
+            if chance.random() < 0.5:
+                subprocess.run(job, check=True)
+                break
+        assert bytes_of(out) == expected
+        assert not verify_files(out).damages
+        assert not out.with_name("out.partial").exists()
+        shutil.rmtree(out)
+    assert killed
+    # Some at least were in the middle of their work.
+    assert resumable or rounds < 10
+
+
+@pytest.mark.skipif(os.name != "posix", reason="processes are killed as POSIX does")
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_killed_merge_ends_with_the_right_bytes(
+    number: int, job: list[str], tmp_path: Path
+) -> None:
+    kill_and_resume(job, tmp_path, 3, number)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.skipif(os.name != "posix", reason="processes are killed as POSIX does")
+def test_a_merge_killed_thirty_times_ends_with_the_right_bytes(
+    job: list[str], tmp_path: Path
+) -> None:
+    kill_and_resume(job, tmp_path, 30, signal.SIGKILL)
+
+
+def test_progress_of_a_resumed_merge_counts_what_is_left(
+    plan: MergePlan, whole: dict[str, bytes], tmp_path: Path
+) -> None:
+    interrupt_after(plan, tmp_path / "out", 8)
+    events: list[ProgressEvent] = []
+
+    manifest = streammerge.merge(plan, tmp_path / "out", resume=True, on_progress=events.append)
+
+    assert events[-1].bytes_done == sum(manifest.run.bytes_by_stage.values())
+    assert whole
