@@ -19,11 +19,12 @@ if TYPE_CHECKING:
     from streammerge.checkpoint.manifest import Manifest
     from streammerge.checkpoint.reading import read_checkpoint
     from streammerge.checkpoint.types import Checkpoint
+    from streammerge.checkpoint.verifying import verify_files
     from streammerge.engine.progress import ProgressEvent
     from streammerge.errors import StreamMergeError
     from streammerge.plan.types import MergePlan
     from streammerge.recipe.types import Recipe
-    from streammerge.run import load_recipe, merge, plan
+    from streammerge.run import load_recipe, merge, plan, verify_against
 
 __version__ = VERSION
 
@@ -40,6 +41,8 @@ __all__ = [
     "merge",
     "plan",
     "read_checkpoint",
+    "verify_against",
+    "verify_files",
 ]
 
 # Names are imported on first use, so that `streammerge --help` does not wait for torch.
@@ -54,6 +57,8 @@ _HOMES = {
     "merge": "streammerge.run",
     "plan": "streammerge.run",
     "read_checkpoint": "streammerge.checkpoint.reading",
+    "verify_against": "streammerge.run",
+    "verify_files": "streammerge.checkpoint.verifying",
 }
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from streammerge.engine.memory import cgroup_limit, default_budget, resident_mem
 from streammerge.engine.pipeline import RunReport, run_pipeline
 from streammerge.engine.progress import OnProgress
 from streammerge.engine.resuming import Recovered, scope_found
-from streammerge.errors import CheckpointError, RecipeError
+from streammerge.errors import CheckpointError, OutputError, RecipeError
 from streammerge.finishing import check_shards, companion_directory, write_companions
 from streammerge.identity import identify
 from streammerge.methods import discover_methods
@@ -140,6 +140,7 @@ def merge(
     with ExitStack() as stack:
         sources = _open_sources(planned, byte_source, stack)
         stack.enter_context(output)
+        stack.enter_context(_naming_errors(output.partial))
         report = _write_shards(planned, output, sources, on_progress or (lambda _: None))
         _check_unchanged(planned, sources)
         check_shards(planned, output.partial)
@@ -195,6 +196,16 @@ def verify_against(
         )
         _check_unchanged(planned, sources)
     return compare_results(planned, report, outputs)
+
+
+@contextmanager
+def _naming_errors(directory: Path) -> Iterator[None]:
+    """Give a name to what the system refuses where nothing more precise is known."""
+    try:
+        yield
+    except OSError as error:
+        where = error.filename or directory
+        raise OutputError(f"{where}: {error.strerror or error}") from error
 
 
 def load_recipe(recipe: RecipeLike) -> Recipe:

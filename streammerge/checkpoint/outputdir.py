@@ -189,13 +189,15 @@ class OutputDirectory:
                 replaced = self._replaced
             self.partial.rename(self.out)
             self._published = True
-            sync_directory(self.out.parent)
         except OSError as error:
             if replaced is not None and not self._published:
                 with contextlib.suppress(OSError):
                     replaced.rename(self.out)
             raise OutputError(f"{self.out}: cannot be put in place: {error.strerror}") from error
-        # The merge is complete and in place: whatever cannot be cleared away does no harm.
+        # The merge is complete and in place. A rename that a power cut undoes leaves the complete
+        # merge under its other name, to be resumed; what cannot be cleared away does no harm.
+        with contextlib.suppress(OSError):
+            sync_directory(self.out.parent)
         for name in _OWN_FILES:
             with contextlib.suppress(OSError):
                 (self.out / name).unlink()

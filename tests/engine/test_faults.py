@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 import signal
@@ -490,15 +491,15 @@ def test_a_merge_that_works_restores_the_number_of_threads(plan: MergePlan, mode
 
 
 SLOW_MERGE = """
-import sys, time
+import os, sys, time
 import streammerge.run as run
 from streammerge.checkpoint.bytesource import PreadSource
 from streammerge.cli import main
 
 class Slow(PreadSource):
     def read_into(self, offset, buffer):
-        print("reading", flush=True)
-        time.sleep(0.2)
+        os.write(1, b"reading\\n")
+        time.sleep(float(os.environ.get("SLEEP", "0.2")))
         super().read_into(offset, buffer)
 
 run.choose_byte_source = lambda _: Slow
@@ -506,21 +507,49 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-@pytest.mark.skipif(os.name != "posix", reason="the signal is sent as POSIX does")
-def test_control_c_ends_the_process_with_130(
-    base: Path, source: Path, tmp_path: Path, out: Path
-) -> None:
+@pytest.fixture
+def slow_merge(base: Path, source: Path, tmp_path: Path, out: Path) -> Iterator[list[str]]:
+    """A command line that is reading for long enough to be interrupted."""
     recipe = tmp_path / "recipe.json"
-    # JSON is YAML; repr of a document of texts and numbers is not, so spell it out.
     recipe.write_text(
-        f'{{"method": "linear", "sources": [{{"path": "{base}"}}, {{"path": "{source}"}}]}}'
+        json.dumps({"method": "linear", "sources": [{"path": str(p)} for p in (base, source)]})
     )
-    command = [sys.executable, "-c", SLOW_MERGE, "merge", str(recipe), str(out)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    assert process.stdout.readline() == "reading\n"
-    process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=30)
+    yield [sys.executable, "-c", SLOW_MERGE, "merge", str(recipe), str(out)]
     recipe.unlink()
 
+
+def start(command: list[str], **environment: str) -> subprocess.Popen[str]:
+    """Start a command and wait until it reads."""
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | environment,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "reading\n"
+    return process
+
+
+@pytest.mark.skipif(os.name != "posix", reason="the signal is sent as POSIX does")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_process_with_130(number: int, slow_merge: list[str]) -> None:
+    process = start(slow_merge)
+    process.send_signal(number)
+    _, said = process.communicate(timeout=30)
+
     assert (process.returncode, said) == (130, "interrupted\n")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="the signal is sent as POSIX does")
+def test_a_second_signal_does_not_wait(slow_merge: list[str], out: Path) -> None:
+    """The first one waits for reads that take longer than this test may."""
+    process = start(slow_merge, SLEEP="600")
+    process.send_signal(signal.SIGINT)
+    time.sleep(1)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=30)
+
+    assert (process.returncode, said) == (130, "")
+    shutil.rmtree(out.with_name("out.partial"))
