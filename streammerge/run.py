@@ -22,6 +22,7 @@ from streammerge.checkpoint.outputdir import OutputDirectory
 from streammerge.checkpoint.outputfile import OutputFile
 from streammerge.checkpoint.reading import check_not_quantized, read_checkpoint
 from streammerge.checkpoint.sidecars import plan_sidecars
+from streammerge.checkpoint.snapshot import SNAPSHOT_NAME
 from streammerge.checkpoint.types import Checkpoint
 from streammerge.comparing import ComparedFile, Comparison, Sample, compare_results
 from streammerge.engine.memory import cgroup_limit, default_budget, resident_memory
@@ -191,6 +192,7 @@ def verify_against(
             outputs,
             recovered=Recovered(planned, (), wanted=sample.has),
             on_scope=lambda *_: None,
+            snapshot=None,
             keep_cached=_fits_page_cache(planned),
             on_progress=on_progress or (lambda _: None),
         )
@@ -303,6 +305,7 @@ def _write_shards(
             shards,
             recovered=Recovered(planned, usable, wanted=None),
             on_scope=lambda task, tops: output.journal.append([scope_found(task, tops)]),
+            snapshot=output.partial / SNAPSHOT_NAME,
             keep_cached=_fits_page_cache(planned),
             on_progress=on_progress,
         )

@@ -29,10 +29,13 @@ from streammerge.checkpoint.journal import (
     read_journal,
 )
 from streammerge.checkpoint.manifest import MANIFEST_NAME
+from streammerge.checkpoint.snapshot import SNAPSHOT_NAME
 from streammerge.checkpoint.verifying import verify_files
 from streammerge.cli import main
+from streammerge.engine import scheduling
 from streammerge.engine.progress import ProgressEvent
 from streammerge.engine.resuming import Recovered
+from streammerge.engine.statistics import ScopeStatistics
 from streammerge.errors import OutputExistsError, ResumeError
 from streammerge.plan.chunking import Piece
 from streammerge.plan.types import MergePlan
@@ -225,6 +228,72 @@ def test_a_shard_that_is_gone_is_made_again(
     streammerge.merge(plan, tmp_path / "out", resume=True)
 
     assert bytes_of(tmp_path / "out") == whole
+
+
+# -- a sweep over the model
+
+
+@pytest.fixture
+def swept(inputs: tuple[Path, list[Path]]) -> MergePlan:
+    base, sources = inputs
+    parameters = {"density": 0.3, "scope": "model"}
+    recipe = recipe_of("ties", base, sources, parameters=parameters)
+    return in_small_pieces(streammerge.plan(recipe, memory=MEMORY, workers=2))
+
+
+@pytest.mark.parametrize("measured", [1, 5, 9])
+def test_a_sweep_over_the_model_goes_on_from_its_last_snapshot(
+    measured: int, swept: MergePlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    undisturbed = streammerge.merge(swept, tmp_path / "whole")
+    monkeypatch.setattr(scheduling, "SNAPSHOT_SECONDS", 0.0)
+    save = ScopeStatistics.save
+    saves = iter(range(1000))
+
+    def save_and_stop(self: ScopeStatistics, path: Path) -> None:
+        # What is in flight is counted later; waiting for it makes the test see some of it.
+        time.sleep(0.05)
+        save(self, path)
+        if next(saves) == measured:
+            raise Stop
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ScopeStatistics, "save", save_and_stop)
+        with pytest.raises(streammerge.StreamMergeError, match="Stop"):
+            streammerge.merge(swept, tmp_path / "out")
+    assert (tmp_path / "out.partial" / SNAPSHOT_NAME).exists()
+    with pytest.raises(OutputExistsError, match="--resume"):
+        streammerge.merge(swept, tmp_path / "out")
+
+    manifest = streammerge.merge(swept, tmp_path / "out", resume=True)
+
+    assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "whole")
+    assert manifest.tensors == undisturbed.tensors
+    read = manifest.run.bytes_by_stage["read"]
+    assert read < undisturbed.run.bytes_by_stage["read"]
+    assert not list((tmp_path / "out").glob(".streammerge*"))
+
+
+def test_a_snapshot_that_is_damaged_is_not_used(
+    swept: MergePlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    streammerge.merge(swept, tmp_path / "whole")
+    monkeypatch.setattr(scheduling, "SNAPSHOT_SECONDS", 0.0)
+    save = ScopeStatistics.save
+
+    def save_half(self: ScopeStatistics, path: Path) -> None:
+        save(self, path)
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+        raise Stop
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ScopeStatistics, "save", save_half)
+        with pytest.raises(streammerge.StreamMergeError, match="Stop"):
+            streammerge.merge(swept, tmp_path / "out")
+
+    streammerge.merge(swept, tmp_path / "out", resume=True)
+
+    assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "whole")
 
 
 # -- what is refused

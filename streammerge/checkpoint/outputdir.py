@@ -18,12 +18,13 @@ from streammerge.checkpoint.journal import JOURNAL_NAME, Entry, Found, Journal, 
 from streammerge.checkpoint.locking import FileLock
 from streammerge.checkpoint.manifest import MANIFEST_NAME, read_manifest_files
 from streammerge.checkpoint.outputfile import sync_directory
+from streammerge.checkpoint.snapshot import SNAPSHOT_NAME
 from streammerge.errors import DiskSpaceError, OutputError, OutputExistsError, ResumeError
 from streammerge.units import MIB, format_size
 
 _MARKER = ".streammerge-partial"
 """Lies in a directory that an interrupted merge may have left, and that may be thrown away."""
-_OWN_FILES = (JOURNAL_NAME, _MARKER)
+_OWN_FILES = (JOURNAL_NAME, SNAPSHOT_NAME, f"{SNAPSHOT_NAME}.new", _MARKER)
 """What a merge that was cut off right after it was renamed leaves beside the model."""
 _SIDECAR_ROOM = 64 * MIB
 """Free disk asked for beyond the shards: tokenizer, configuration, manifest."""
@@ -92,7 +93,7 @@ class OutputDirectory:
         if found is None or overwrite:
             return None
         if not resume:
-            if not found.entries:
+            if not self._has_work(found):
                 return None
             raise OutputExistsError(
                 f"{self.partial}: holds an unfinished merge; give --resume to continue it, or "
@@ -239,7 +240,11 @@ class OutputDirectory:
         except OutputError:
             # It is there and cannot be read now: better kept than lost.
             return True
-        return found is not None and bool(found.entries)
+        return found is not None and self._has_work(found)
+
+    def _has_work(self, found: Found) -> bool:
+        """Return whether a journal, or what lies beside it, spares a later run some work."""
+        return bool(found.entries) or (self.partial / SNAPSHOT_NAME).exists()
 
 
 def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:

@@ -14,6 +14,7 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
 
@@ -66,6 +67,7 @@ def run_pipeline(
     *,
     recovered: Recovered,
     on_scope: OnScope,
+    snapshot: Path | None,
     keep_cached: bool,
     on_progress: OnProgress,
 ) -> RunReport:
@@ -78,6 +80,7 @@ def run_pipeline(
         outputs: Open output files, by index in the plan's layout.
         recovered: What an interrupted run has done.
         on_scope: Told the statistics of each large tensor, or of the model, when they are known.
+        snapshot: Where to save the state of a sweep over the model; None for nowhere.
         keep_cached: Whether the page cache holds all inputs, so that a first sweep leaves them.
         on_progress: Told how far the work is, on the calling thread.
 
@@ -92,6 +95,7 @@ def run_pipeline(
         outputs,
         recovered=recovered,
         on_scope=on_scope,
+        snapshot=snapshot,
         keep_cached=keep_cached,
     )
     threads_before = torch.get_num_threads()
@@ -114,6 +118,7 @@ class _Running:
         *,
         recovered: Recovered,
         on_scope: OnScope,
+        snapshot: Path | None,
         keep_cached: bool,
     ) -> None:
         resources = plan.resources
@@ -154,6 +159,7 @@ class _Running:
             progress=self._progress,
             recovered=recovered,
             on_scope=on_scope,
+            snapshot=snapshot,
             keep_cached=keep_cached,
         )
         self._loader = Loader(

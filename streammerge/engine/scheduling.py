@@ -14,9 +14,12 @@ its thresholds are known; a scope in flight never waits for a second reservation
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
+from streammerge.checkpoint.snapshot import discard_snapshot
 from streammerge.engine.buffers import Allowance, SlotPool
 from streammerge.engine.device import DeviceStage
 from streammerge.engine.loading import Load, LoadedChunk
@@ -46,6 +49,8 @@ Work = Callable[[DeviceStage], None]
 """Something for a worker to do, on its own device stage."""
 
 
+SNAPSHOT_SECONDS = 60.0
+"""Between two snapshots of a sweep over the model. One may take a second, if the disk is slow."""
 OnScope = Callable[[int, tuple[TopK, ...]], None]
 """Told the index of a tensor, or :data:`~streammerge.engine.resuming.WHOLE_MODEL`, and the statistics
 of that scope, one per source, on the thread that found them."""
@@ -77,6 +82,8 @@ class Shop:
     """What an interrupted run has done."""
     on_scope: OnScope
     """Told the statistics of a scope, by tensor, when they are known."""
+    snapshot: Path | None
+    """Where to save the state of a sweep over the model, now and then; None for nowhere."""
     keep_cached: bool
     """Whether all inputs fit the page cache, so that a second sweep finds them there."""
 
@@ -198,11 +205,15 @@ class Schedule:
             if (pieces := _merged_pieces(shop.plan, chunk))
         ]
         shop.progress.activity = "statistics"
-        yield from self._sweep(statistics, merged, chunks, keep_cached=shop.keep_cached)
+        yield from self._sweep(
+            statistics, merged, chunks, keep_cached=shop.keep_cached, snapshot=shop.snapshot
+        )
         shop.progress.activity = "merge"
         shop.statistics.release(reserved)
         assert statistics.tops is not None  # noqa: S101 - the sweep ends when they are known
         shop.on_scope(WHOLE_MODEL, statistics.tops)
+        if shop.snapshot is not None:
+            discard_snapshot(shop.snapshot)
         return statistics.tops
 
     def _sweep(
@@ -212,20 +223,29 @@ class Schedule:
         chunks: Sequence[Chunk],
         *,
         keep_cached: bool,
+        snapshot: Path | None = None,
     ) -> Iterator[Load]:
         """Load a sample, then everything once per round, until the thresholds are known."""
         measuring = Outstanding(self._shop.monitor)
+        restored = snapshot is not None and statistics.restore(snapshot)
         runs = spread_runs(self._shop.plan, tasks, statistics.sample_runs)
-        if runs:
+        if runs and not restored:
             statistics.prepare_sample(sum(piece.numel for piece in runs))
             for chunk in pack_sample(self._shop.plan, runs):
                 yield self._measure_load(chunk, statistics, measuring, sample=True)
             measuring.wait()
             statistics.conclude_sample()
+        due = time.monotonic() + SNAPSHOT_SECONDS
         while statistics.tops is None:
             for chunk in chunks:
-                load = self._measure_load(chunk, statistics, measuring, sample=False)
+                rest = _unanswered(self._shop.plan, statistics, chunk)
+                if rest is None:
+                    continue
+                load = self._measure_load(rest, statistics, measuring, sample=False)
                 yield Load(load.chunk, load.then, last_use=not keep_cached)
+                if snapshot is not None and time.monotonic() >= due:
+                    statistics.save(snapshot)
+                    due = time.monotonic() + SNAPSHOT_SECONDS
             measuring.wait()
             statistics.conclude()
 
@@ -330,6 +350,17 @@ def _sample_pieces(
         piece = next(p for p in reversed(by_start) if p.first.start <= start)
         stage.sample(piece, start, statistics.sample_room(count))
     statistics.conclude_sample()
+
+
+def _unanswered(plan: MergePlan, statistics: ScopeStatistics, chunk: Chunk) -> Chunk | None:
+    """Return what of a chunk has not been measured in this round; None when all has."""
+
+    def measured(piece: Piece) -> bool:
+        first = plan.tasks[piece.task].scope_block + piece.start // BLOCK
+        return statistics.has_answers_of(first, count_blocks(piece.numel))
+
+    pieces = tuple(piece for piece in chunk.pieces if not measured(piece))
+    return Chunk(pieces, chunk.models) if pieces else None
 
 
 def _tensor_statistics(

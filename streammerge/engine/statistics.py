@@ -7,16 +7,18 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from streammerge.checkpoint.snapshot import load_snapshot, save_snapshot
 from streammerge.dtypes import DType
 from streammerge.engine.buffers import allocate
 from streammerge.methods.base import MagnitudeTopK
 from streammerge.plan.sweeps import count_sample_runs
-from streammerge.reductions.magnitude import Counted, MagnitudeSearch, Question
+from streammerge.reductions.magnitude import STATE_ARRAYS, Counted, MagnitudeSearch, Question
 from streammerge.reductions.topk import TopK
 
 
@@ -60,6 +62,8 @@ class ScopeStatistics:
         ]
         self._sample_numel = 0
         self._sampled = 0
+        self._numel = numel
+        self._answered = np.zeros(blocks, dtype=np.bool_)
 
     @property
     def tops(self) -> tuple[TopK, ...] | None:
@@ -94,12 +98,54 @@ class ScopeStatistics:
         """Add the answers of consecutive blocks."""
         with self._lock:
             for block, row in enumerate(answers, first_block):
+                self._answered[block] = True
                 for search, counted in zip(self._searches, row, strict=True):
                     if counted is not None:
                         search.answer(block, counted)
 
+    def has_answers_of(self, first_block: int, count: int) -> bool:
+        """Return whether these blocks have been asked the present questions."""
+        return bool(self._answered[first_block : first_block + count].all())
+
+    def save(self, path: Path) -> None:
+        """Save what is known so far; others wait meanwhile.
+
+        Raises:
+            OutputError: The system refuses.
+        """
+        with self._lock:
+            states = [search.state() for search in self._searches]
+            arrays = {"answered": self._answered}
+            for index, (_, own) in enumerate(states):
+                arrays |= {f"{index} {name}": array for name, array in own.items()}
+            facts = {"numel": self._numel, "searches": [own for own, _ in states]}
+            save_snapshot(path, facts, arrays)
+
+    def restore(self, path: Path) -> bool:
+        """Go on from what :meth:`save` saved; return whether there was something that fits."""
+        found = load_snapshot(path)
+        if found is None:
+            return False
+        facts, arrays = found
+        answered = arrays.pop("answered")
+        if facts["numel"] != self._numel or answered.shape != self._answered.shape:
+            return False
+        states = [
+            (search, own, {name: arrays[f"{index} {name}"] for name in STATE_ARRAYS})
+            for index, (search, own) in enumerate(
+                zip(self._searches, facts["searches"], strict=True)
+            )
+        ]
+        if not all(search.has_room_for(own, mine) for search, own, mine in states):
+            return False
+        for search, own, mine in states:
+            search.restore(own, mine)
+        self._answered = answered
+        return True
+
     def conclude(self) -> None:
         """End a round: every search has its result or its next question."""
+        self._answered[:] = False
         for search in self._searches:
             if search.result is None:
                 search.conclude()

@@ -23,7 +23,8 @@ Source: the trim step of TIES, Yadav et al. 2023, arXiv:2306.01708, Algorithm 1.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, astuple, dataclass
 from typing import Any
 
 import numpy as np
@@ -50,6 +51,8 @@ _MOST_CROWDS = 4
 """Each costs a comparison per element; the sampled band rarely holds more."""
 _CROWD_SHARE = 8
 """A value is crowded if it would fill one part in so many of the room."""
+STATE_ARRAYS = ("values", "segments", "crowds", "histogram")
+"""Names of the arrays in the state of a search."""
 SAMPLE_RUN = BLOCK // 64
 """Consecutive elements per sampled run: a few pages of a shard, read in one request, and never
 across the border of a block."""
@@ -182,6 +185,44 @@ class MagnitudeSearch:
         if values.size and self._inside <= self._room.size:
             self._room[begin : self._inside] = values
             self._segments.append((block, begin))
+
+    def state(self) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
+        """Return all that is known so far, as JSON and as views of arrays; see :meth:`restore`."""
+        facts = {
+            "band": asdict(self.question) if isinstance(self.question, Band) else None,
+            "bins": asdict(self.question) if isinstance(self.question, Bins) else None,
+            "result": None if self.result is None else astuple(self.result),
+            "above": self._above,
+            "inside": self._inside,
+        }
+        arrays = {
+            "values": self._room[: min(self._inside, self._room.size)],
+            "segments": np.array(self._segments, dtype=np.int64).reshape(-1, 2),
+            "crowds": self._crowds,
+            "histogram": self._histogram,
+        }
+        return facts, arrays
+
+    def has_room_for(self, facts: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> bool:
+        """Return whether :meth:`restore` can take what another search had collected."""
+        values = arrays["values"].size
+        # One whose room overflowed has lost values, which more room would hide.
+        lost = facts["inside"] > values
+        return self._room.size == values if lost else self._room.size >= values
+
+    def restore(self, facts: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> None:
+        """Go on from the :meth:`state` of a search over the same scope, if there is room for it."""
+        if facts["result"] is not None:
+            self.result = TopK(*facts["result"])
+        elif facts["band"] is not None:
+            band = facts["band"]
+            self.question = Band(band["low"], band["high"], tuple(band["crowded"]))
+        else:
+            self.question = Bins(**facts["bins"])
+        self._above, self._inside = facts["above"], facts["inside"]
+        self._room[: arrays["values"].size] = arrays["values"]
+        self._segments = [(int(block), int(begin)) for block, begin in arrays["segments"]]
+        self._crowds, self._histogram = arrays["crowds"], arrays["histogram"]
 
     def conclude(self) -> None:
         """Set :attr:`result`, or the next :attr:`question`, from the answers of all blocks."""

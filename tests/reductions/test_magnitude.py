@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +14,7 @@ from oracles import trim_by_sorting
 from streammerge.reductions import BLOCK, count_blocks
 from streammerge.reductions.magnitude import (
     SAMPLE_RUN,
+    STATE_ARRAYS,
     Bins,
     MagnitudeSearch,
     answer_block,
@@ -41,20 +43,26 @@ class Scope:
     """Fraction of the elements in the sample; 0 for no sample."""
     hostile: bool
     """Whether the sample is of other numbers, so that its guess is worthless."""
+    interrupted: bool = False
+    """Whether it is saved now and then, and another search goes on from there."""
 
 
 def search(scope: Scope, density: float, policy: TiePolicy, bits: int) -> tuple[TopK, int]:
     """Run a search to its end; returns the result and the number of rounds."""
     rng = np.random.default_rng(scope.seed)
     numel = sum(block.size for block in scope.blocks)
-    running = MagnitudeSearch(
-        numel=numel,
-        blocks=len(scope.blocks),
-        density=density,
-        tie_policy=policy,
-        room=np.full(scope.values_limit, np.nan, DTYPES[bits]),
-        spare=np.full(scope.values_limit, np.nan, DTYPES[bits]),
-    )
+
+    def begin() -> MagnitudeSearch:
+        return MagnitudeSearch(
+            numel=numel,
+            blocks=len(scope.blocks),
+            density=density,
+            tie_policy=policy,
+            room=np.full(scope.values_limit, np.nan, DTYPES[bits]),
+            spare=np.full(scope.values_limit, np.nan, DTYPES[bits]),
+        )
+
+    running = begin()
     if scope.sampled and numel:
         flat = np.concatenate(scope.blocks)
         sample = rng.choice(flat, max(1, int(scope.sampled * numel)))
@@ -69,6 +77,13 @@ def search(scope: Scope, density: float, policy: TiePolicy, bits: int) -> tuple[
         for index in rng.permutation(len(scope.blocks)):
             magnitudes = scope.blocks[index]
             running.answer(index, answer_block(running.question, magnitudes, masks))
+            if scope.interrupted and rng.random() < 0.2:
+                facts, arrays = running.state()
+                facts = json.loads(json.dumps(facts))
+                copies = {name: arrays[name].copy() for name in STATE_ARRAYS}
+                running = begin()
+                assert running.has_room_for(facts, copies)
+                running.restore(facts, copies)
         running.conclude()
     return running.result, rounds
 
@@ -142,6 +157,7 @@ def scopes(draw: st.DrawFn, bits: int, *, infinite: bool = False) -> Scope:
         values_limit=draw(st.sampled_from([0, 1, 7, 100, 10_000])),
         sampled=draw(st.sampled_from([0.0, 0.02, 0.5])),
         hostile=draw(st.booleans()),
+        interrupted=draw(st.booleans()),
     )
 
 
