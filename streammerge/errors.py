@@ -20,7 +20,8 @@
     └── StageError                      1   a part of the engine failed in a way nobody foresaw
 
 A message says what is wrong, where (file, tensor, byte or recipe key), the two numbers that
-disagree, and what to do.
+disagree, and what to do. It can be printed whatever a file put into it: a name of a megabyte is cut,
+and a name that would move the cursor is escaped.
 """
 
 from __future__ import annotations
@@ -28,11 +29,23 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+MAX_LINE_CHARACTERS = 4_000
+"""Characters in a line of a message before it is cut: as many as a path may have."""
+_TAIL_CHARACTERS = 1_000  # the end of a message says what to do
+
 
 class StreamMergeError(Exception):
     """The root of the tree; catching it catches every deliberate refusal."""
 
     exit_code = 1
+
+    def __init__(self, message: str) -> None:
+        """Make the error.
+
+        Args:
+            message: One line, or several; made printable and of bounded length.
+        """
+        super().__init__("\n".join(_shortened(line) for line in message.split("\n")))
 
 
 class RecipeError(StreamMergeError, ValueError):
@@ -109,6 +122,16 @@ class OutputExistsError(OutputError):
     exit_code = 4
 
 
+def printable(text: str) -> str:
+    """Return ``text`` on one line, with escapes for all that is not shown as one character."""
+    if text.isprintable():
+        return text
+    return "".join(
+        character if character.isprintable() else character.encode("unicode_escape").decode("ascii")
+        for character in text
+    )
+
+
 def suggestion(word: str, known: Iterable[str]) -> str:
     """Return ``'; did you mean "density"?'``, or the known words when none is close.
 
@@ -121,3 +144,11 @@ def suggestion(word: str, known: Iterable[str]) -> str:
     if close:
         return f'; did you mean "{close[0]}"?'
     return f"; known: {', '.join(candidates)}" if candidates else ""
+
+
+def _shortened(line: str) -> str:
+    if len(line) <= MAX_LINE_CHARACTERS:
+        return printable(line)
+    head = line[: MAX_LINE_CHARACTERS - _TAIL_CHARACTERS]
+    left_out = len(line) - MAX_LINE_CHARACTERS
+    return printable(f"{head} ({left_out} characters) {line[-_TAIL_CHARACTERS:]}")

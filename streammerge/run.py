@@ -36,7 +36,7 @@ from streammerge.methods import discover_methods
 from streammerge.plan.layout import render_header
 from streammerge.plan.planning import Machine, find_method, plan_merge
 from streammerge.plan.types import MergePlan
-from streammerge.recipe.parsing import parse_recipe, recipe_from_mapping
+from streammerge.recipe.parsing import MAX_TEXT_BYTES, parse_recipe, recipe_from_mapping
 from streammerge.recipe.types import Recipe
 from streammerge.units import parse_size
 
@@ -223,11 +223,18 @@ def load_recipe(recipe: RecipeLike) -> Recipe:
         return recipe_from_mapping(recipe, origin="recipe", methods=methods)
     path = Path(recipe)
     try:
-        text = path.read_text(encoding="utf-8")
+        with path.open("rb") as stream:
+            # No more, and whatever it is: `<(command)` and /dev/stdin are fine, /dev/zero ends.
+            raw = stream.read(MAX_TEXT_BYTES + 1)
+        text = raw.decode("utf-8") if len(raw) <= MAX_TEXT_BYTES else None
     except OSError as error:
         raise RecipeError(f"{path}: cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise RecipeError(f"{path}: not UTF-8 text at byte {error.start}") from error
+    if text is None:
+        raise RecipeError(
+            f"{path}: has more than {MAX_TEXT_BYTES} bytes; a recipe has tens of lines, name one"
+        )
     return parse_recipe(text, origin=str(path), methods=methods)
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import accumulate
 from pathlib import Path
 from typing import BinaryIO, NoReturn
 
@@ -14,6 +16,14 @@ from streammerge.errors import CheckpointError, HeaderError, TruncatedShardError
 
 MAX_NUMEL = 2**63
 """The most elements that a shape may have: sizes beyond it overflow in every reader."""
+MAX_JSON_DEPTH = 64
+"""Nesting of a JSON file; a model's files need six levels. Without a limit of ours it would be the
+interpreter's: 1,000 levels or ten times as many, of which the next recursive function is left none."""
+
+# Blobs are named by a Git or SHA-256 digest.
+_BLOB = re.compile(r"[0-9a-f]+")
+_STEPS = {ord("{"): 1, ord("["): 1, ord("}"): -1, ord("]"): -1}
+_NO_STRUCTURE = bytes(set(range(256)) - {*_STEPS, ord('"')})
 
 # What people most often have where weights should be. Asked only once a file has failed to parse,
 # because a sound header may begin with these bytes too: they are its length.
@@ -64,6 +74,33 @@ def open_input(path: Path) -> Iterator[tuple[BinaryIO, os.stat_result]]:
         raise CheckpointError(f"{path}: {what}; copy or download it again") from error
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
+
+
+def check_inside(path: Path, directory: Path, *, of_what: str) -> None:
+    """Return if ``path``, its links followed, lies below ``directory`` or in a hub cache.
+
+    Files of the Hugging Face cache are links to ``blobs/<digest>``, sometimes from a folder far away.
+
+    Args:
+        path: A file or folder below ``directory``, by its name.
+        directory: The directory of a checkpoint; it may be reached by a link itself.
+        of_what: What refers to the path, for messages.
+
+    Raises:
+        CheckpointError: It leads elsewhere, or in a circle.
+    """
+    try:
+        real = path.resolve()
+        inside = real.is_relative_to(directory.resolve())
+    # A circle of links is a RuntimeError before Python 3.13.
+    except (OSError, RuntimeError) as error:
+        raise CheckpointError(f"{path}: cannot be read: {error}") from error
+    if inside or (real.parent.name == "blobs" and _BLOB.fullmatch(real.name)):
+        return
+    raise CheckpointError(
+        f"{path}: {of_what} leads out of the directory, to {real}; if that file belongs to the "
+        "model, put a copy of it in the place of the link"
+    )
 
 
 def read_exactly(stream: BinaryIO, nbytes: int, *, path: Path) -> bytes:
@@ -117,26 +154,56 @@ def parse_json_object(
             :func:`refuse_constant`, or ``float`` where Python programs write them.
 
     Raises:
-        HeaderError: The text is not UTF-8, not JSON, not an object, nested too deeply, or has a
-            key twice.
+        HeaderError: The text is not UTF-8, not JSON, not an object, nested deeper than
+            :data:`MAX_JSON_DEPTH`, or has a key twice.
     """
+    value = parse_json(
+        raw,
+        where=where,
+        parse_constant=parse_constant,
+        object_pairs_hook=_object_without_duplicates,
+    )
+    if not isinstance(value, dict):
+        raise HeaderError(f"{where}: expected a JSON object, got {type(value).__name__}")
+    return value
+
+
+def parse_json(
+    raw: bytes,
+    *,
+    where: str,
+    parse_constant: Callable[[str], object],
+    object_pairs_hook: Callable[[list[tuple[str, object]]], dict[str, object]],
+) -> object:
+    """Return the JSON value in ``raw``.
+
+    Args:
+        raw: UTF-8 text.
+        where: The file, for messages.
+        parse_constant: As for :func:`parse_json_object`.
+        object_pairs_hook: Makes an object of its keys and values: ``dict`` where the last of two
+            equal keys may win.
+
+    Raises:
+        HeaderError: The text is not UTF-8, not JSON, or nested deeper than :data:`MAX_JSON_DEPTH`.
+    """
+    depth = _json_depth(raw)
+    if depth > MAX_JSON_DEPTH:
+        raise HeaderError(
+            f"{where}: JSON nested too deeply: {depth} levels, the limit is {MAX_JSON_DEPTH}; it "
+            "is not a model's file"
+        )
     try:
         value: object = json.loads(
-            raw.decode("utf-8"),
-            object_pairs_hook=_object_without_duplicates,
-            parse_constant=parse_constant,
+            raw.decode("utf-8"), object_pairs_hook=object_pairs_hook, parse_constant=parse_constant
         )
     except UnicodeDecodeError as error:
         raise HeaderError(
             f"{where}: expected UTF-8, got byte 0x{raw[error.start]:02x} at {error.start}; "
             "copy it again"
         ) from error
-    except RecursionError as error:
-        raise HeaderError(f"{where}: JSON nested too deeply; it is not a model's file") from error
     except ValueError as error:
         raise HeaderError(f"{where}: not valid JSON: {error}; copy it again") from error
-    if not isinstance(value, dict):
-        raise HeaderError(f"{where}: expected a JSON object, got {type(value).__name__}")
     return value
 
 
@@ -198,3 +265,13 @@ def _object_without_duplicates(pairs: list[tuple[str, object]]) -> dict[str, obj
                 raise ValueError(f"key {key!r} occurs twice")
             seen.add(key)
     return mapping
+
+
+def _json_depth(raw: bytes) -> int:
+    """Return how deep the JSON text nests, at least up to where it stops being JSON."""
+    # Once escaped characters are gone, every quote left begins or ends a string; taking out quotes
+    # two by two leaves each bracket inside or outside a string as it was.
+    unescaped = raw.replace(b"\\\\", b"").replace(b'\\"', b"")
+    structure = unescaped.translate(None, _NO_STRUCTURE).replace(b'""', b"")
+    brackets = b"".join(structure.split(b'"')[::2])
+    return max(accumulate(map(_STEPS.__getitem__, brackets), initial=0))

@@ -6,6 +6,7 @@ from collections import Counter
 from typing import Any
 
 from streammerge.checkpoint.types import Checkpoint
+from streammerge.errors import printable
 from streammerge.units import format_size
 
 _LARGEST = 5
@@ -30,14 +31,15 @@ def describe(checkpoint: Checkpoint) -> str:
     if checkpoint.config is not None:
         names = checkpoint.config.get("architectures")
         if isinstance(names, list):
-            rows.append(("architecture", ", ".join(map(str, names))))
+            texts = [name for name in names if isinstance(name, str)]
+            rows.append(("architecture", ", ".join(texts)))
     largest = sorted(tensors, key=lambda entry: (-entry.nbytes, entry.name))[:_LARGEST]
     rows += [
         ("largest", f"{entry.name} {list(entry.shape)} {entry.dtype} {format_size(entry.nbytes)}")
         for entry in largest
     ]
     width = max(len(name) for name, _ in rows)
-    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+    return "\n".join(f"{name:<{width}}  {printable(value)}" for name, value in rows)
 
 
 def describe_as_json(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -9,19 +9,24 @@ import json
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from streammerge.checkpoint.digests import FileDigest
+from streammerge.checkpoint.inputs import (
+    open_input,
+    parse_json_object,
+    read_exactly,
+    refuse_constant,
+)
 from streammerge.checkpoint.outputfile import write_durably
 from streammerge.checkpoint.types import ShardFile
-from streammerge.errors import HeaderError
+from streammerge.errors import HeaderError, printable
 from streammerge.units import MIB
 
 MANIFEST_NAME = "streammerge_manifest.json"
 RECIPE_NAME = "streammerge_recipe.yaml"
 MANIFEST_VERSION = 1
-MAX_MANIFEST_BYTES = 512 * MIB
-"""A checkpoint of a million tensors stays below it."""
+MAX_MANIFEST_BYTES = 256 * MIB
+"""A tensor takes about 250 bytes, so this allows a million of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +105,8 @@ class Manifest:
 def write_manifest(manifest: Manifest, directory: Path) -> None:
     """Write ``streammerge_manifest.json``, durably.
 
+    Names of files that are not Unicode get the escapes that JSON has for what Python makes of them.
+
     Raises:
         DiskSpaceError: The disk is full.
         OutputError: The system refuses.
@@ -107,46 +114,65 @@ def write_manifest(manifest: Manifest, directory: Path) -> None:
     text = json.dumps(
         asdict(manifest), indent=1, ensure_ascii=False, allow_nan=False, default=os.fspath
     )
-    write_durably(directory / MANIFEST_NAME, [text.encode(), b"\n"])
+    data = f"{text}\n".encode(errors="backslashreplace")
+    write_durably(directory / MANIFEST_NAME, [data])
 
 
-def read_manifest(directory: Path) -> dict[str, Any]:
-    """Return a directory's manifest as the document that it is, with every field that we use.
+def read_manifest(directory: Path) -> dict[str, object]:
+    """Return a directory's manifest as the document that it is; ``files`` is sound.
 
     Raises:
-        HeaderError: There is none, or it is not a manifest.
+        CheckpointError: There is none, or it cannot be read.
+        HeaderError: It is not a manifest.
     """
     path = directory / MANIFEST_NAME
-    try:
-        with path.open("rb") as stream:
-            document = _parse(stream.read(MAX_MANIFEST_BYTES + 1))
-    except OSError as error:
-        raise HeaderError(f"{path}: cannot be read: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise HeaderError(f"{path}: not a manifest of streammerge ({error})") from error
+    with open_input(path) as (stream, status):
+        if status.st_size > MAX_MANIFEST_BYTES:
+            raise HeaderError(
+                f"{path}: has {status.st_size} bytes, the limit is {MAX_MANIFEST_BYTES}; it is "
+                "not a manifest of streammerge"
+            )
+        raw = read_exactly(stream, status.st_size, path=path)
+    where = f"{path}: not a manifest of streammerge"
+    document = parse_json_object(raw, where=where, parse_constant=refuse_constant)
+    files = document.get("files")
+    if not isinstance(files, dict):
+        raise HeaderError(f"{where}: files: expected an object; move the directory away")
+    for name, fields in files.items():
+        _check_file(name, fields, where=where)
     return document
 
 
-def _parse(raw: bytes) -> dict[str, Any]:
-    if len(raw) > MAX_MANIFEST_BYTES:
-        raise ValueError(f"it has more than {MAX_MANIFEST_BYTES} bytes")
-    document = json.loads(raw)
-    for name, fields in document["files"].items():
-        FileDigest(int(fields["nbytes"]), str(fields["digest"]), bool(fields["tree"]))
-        if not is_plain_path(name):
-            raise ValueError(f"{name!r} is not the name of a file below the directory")
-    return {**document, "recipe_digest": str(document["recipe_digest"])}
+def _check_file(name: str, fields: object, *, where: str) -> None:
+    """Return if a manifest's entry about a file has what :class:`FileDigest` needs, no more."""
+    if not is_plain_path(name):
+        raise HeaderError(f"{where}: files: {name!r} does not stay in the directory")
+    kinds = {"nbytes": int, "digest": str, "tree": bool}
+    found = {key: type(value) for key, value in fields.items()} if type(fields) is dict else None
+    if found != kinds:
+        raise HeaderError(
+            f"{where}: files: {printable(name)}: expected nbytes, digest and tree; move the "
+            "directory away"
+        )
+
+
+def manifest_files(document: dict[str, object]) -> dict[str, FileDigest]:
+    """Return the files that a manifest lists."""
+    files = document["files"]
+    assert isinstance(files, dict)  # noqa: S101 - read_manifest looked
+    return {name: FileDigest(**fields) for name, fields in files.items()}
 
 
 def read_manifest_files(directory: Path) -> tuple[str, ...] | None:
     """Return the names that a directory's manifest lists; None when it has no manifest.
 
     Raises:
+        CheckpointError: There is one, but it cannot be read.
         HeaderError: There is one, but it is not a manifest.
     """
-    if not (directory / MANIFEST_NAME).exists():
+    if not os.path.lexists(directory / MANIFEST_NAME):
         return None
-    return tuple(read_manifest(directory)["files"])
+    return tuple(manifest_files(read_manifest(directory)))
 
 
 def is_plain_path(name: str) -> bool:

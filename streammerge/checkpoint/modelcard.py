@@ -7,6 +7,8 @@ from collections.abc import Sequence
 
 import yaml
 
+from streammerge.errors import printable
+
 _ARXIV = re.compile(r"arXiv:([0-9]{4}\.[0-9]{4,5})")
 _HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*)/([A-Za-z0-9][\w.-]*)", flags=re.ASCII)
 _HUB_CACHE = re.compile(r"(?:^|/)models--([^/]+?)--([^/]+)/snapshots/")
@@ -98,22 +100,15 @@ def _hub_id(name: str) -> str | None:
 
 def _plain(text: str) -> str:
     """Return the text as one line that Markdown shows as it is."""
-    return re.sub(r"([\\`*<>\[\]])", r"\\\1", _one_line(text))
+    return re.sub(r"([\\`*<>\[\]])", r"\\\1", printable(text))
 
 
 def _code(text: str) -> str:
     """Return the text as one line of code."""
-    line = _one_line(text)
+    line = printable(text)
     fence = _fence(line, 1)
     padding = " " if line[:1] in {"`", " "} or line[-1:] in {"`", " "} else ""
     return f"{fence}{padding}{line}{padding}{fence}"
-
-
-def _one_line(text: str) -> str:
-    return "".join(
-        character if character.isprintable() else character.encode("unicode_escape").decode("ascii")
-        for character in text
-    )
 
 
 def _table_cell(markdown: str) -> str:

@@ -13,6 +13,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from streammerge.checkpoint.header import read_safetensors_header
 from streammerge.checkpoint.inputs import (
+    check_inside,
     open_input,
     parse_json_object,
     read_exactly,
@@ -27,6 +28,7 @@ from streammerge.errors import (
     HeaderError,
     MissingTensorError,
     QuantizedCheckpointError,
+    printable,
 )
 
 MAX_INDEX_BYTES = 100_000_000
@@ -270,15 +272,17 @@ def _read_weight_map(index: Path) -> dict[str, str]:
 
 
 def _check_shard_name(index: Path, name: str) -> None:
-    """Return if the name alone stays in the directory.
+    """Return if the name stays in the directory, and so do the folders it goes through.
 
-    The file itself may be a link to elsewhere: the Hugging Face cache is made of such links.
+    The file itself may be a link to anywhere: the Hugging Face cache is made of such links, and large
+    models lie on several disks. Nothing but tensors is ever taken from it.
     """
     # Both kinds of path, so that a drive letter or a backslash never means two different files.
     posix, windows = PurePosixPath(name), PureWindowsPath(name)
     if (
         not name
-        or "\0" in name
+        # A name with control characters, or one that is not Unicode, cannot stand in a manifest.
+        or not name.isprintable()
         or "\\" in name
         or windows.drive
         or posix.is_absolute()
@@ -289,6 +293,8 @@ def _check_shard_name(index: Path, name: str) -> None:
             f"{index}: weight_map: shard name {name!r} is not a plain path inside the directory; "
             "do not use this index"
         )
+    if posix.parent != PurePosixPath():
+        check_inside((index.parent / name).parent, index.parent, of_what="a folder in the index")
 
 
 def _check_index(
@@ -353,6 +359,6 @@ def _read_small(path: Path, limit: int) -> bytes:
 
 
 def _listed(names: list[str]) -> str:
-    shown = ", ".join(names[:_MAX_NAMES_SHOWN])
+    shown = ", ".join(map(printable, names[:_MAX_NAMES_SHOWN]))
     more = len(names) - _MAX_NAMES_SHOWN
     return f"{shown} and {more} more" if more > 0 else shown

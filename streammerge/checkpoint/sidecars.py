@@ -13,7 +13,13 @@ from collections.abc import Iterable, Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from streammerge.checkpoint.inputs import open_input, parse_json_object, read_exactly
+from streammerge.checkpoint.inputs import (
+    check_inside,
+    open_input,
+    parse_json,
+    parse_json_object,
+    read_exactly,
+)
 from streammerge.checkpoint.outputfile import write_durably
 from streammerge.checkpoint.reading import MAX_CONFIG_BYTES
 from streammerge.errors import CheckpointError, HeaderError, OutputError
@@ -54,7 +60,9 @@ _WEIGHT_SUFFIXES = frozenset(
 _TEMPLATES_DIRECTORY = "additional_chat_templates"
 # "1_Pooling": where sentence-transformers keeps the modules after the transformer.
 _MODULE_DIRECTORY = re.compile(r"[0-9]+_\w+")
-_RELATIVE_IMPORT = re.compile(rb"^\s*(?:from|import)\s+\.(\w+)", flags=re.MULTILINE)
+# Blanks alone: \s would take line ends too, and look at each empty line of a file once for every
+# empty line before it.
+_RELATIVE_IMPORT = re.compile(rb"^[ \t]*(?:from|import)[ \t]+\.(\w+)", flags=re.MULTILINE)
 
 _DTYPE_KEYS = ("dtype", "torch_dtype")
 # diffusers warns about every key that its class does not know; its configs hold no dtype.
@@ -66,7 +74,8 @@ def plan_sidecars(directory: Path) -> tuple[Path, ...]:
 
     Config, tokenizer, chat templates, processors, sentence-transformers modules, licence texts and
     the Python modules that an ``auto_map`` names, with what those import from beside them. Hidden
-    files are passed over; symbolic links are followed, of which the Hugging Face cache is made.
+    files are passed over. Symbolic links are followed inside the directory and into the Hugging Face
+    cache; a link to elsewhere is refused, because what it leads to would be published with the model.
 
     Args:
         directory: The directory that holds the shards.
@@ -76,8 +85,8 @@ def plan_sidecars(directory: Path) -> tuple[Path, ...]:
 
     Raises:
         CheckpointError: The directory or one of the files cannot be read, a file is larger than
-            :data:`MAX_SIDECAR_BYTES`, a name is not printable, or a sentence-transformers module
-            has weights of its own.
+            :data:`MAX_SIDECAR_BYTES`, a name is not printable, a link leads out of the directory,
+            or a sentence-transformers module has weights of its own.
         HeaderError: A config is not JSON.
     """
     files, subdirectories = _list_directory(directory)
@@ -92,10 +101,10 @@ def plan_sidecars(directory: Path) -> tuple[Path, ...]:
             if _MODULE_DIRECTORY.fullmatch(subdirectory):
                 chosen |= _module_files(directory, subdirectory)
     for name in chosen:
-        _check_sidecar(directory / name)
+        _check_sidecar(directory, name)
     code = _custom_code(directory, chosen, files)
     for name in code - chosen:
-        _check_sidecar(directory / name)
+        _check_sidecar(directory, name)
     return tuple(directory / name for name in sorted(chosen | code))
 
 
@@ -184,8 +193,9 @@ def _module_files(directory: Path, subdirectory: str) -> set[str]:
     return {f"{subdirectory}/{name}" for name in files if name.endswith(".json")}
 
 
-def _check_sidecar(path: Path) -> None:
-    """Return if the file can be opened, is of sound size, and its name can be written anywhere."""
+def _check_sidecar(directory: Path, name: str) -> None:
+    """Return if the file belongs here, is of sound size, and its name can be written anywhere."""
+    path = directory / name
     # Control characters, and bytes that are not UTF-8: manifests and messages cannot spell them.
     if not path.name.isprintable():
         raise CheckpointError(
@@ -193,6 +203,7 @@ def _check_sidecar(path: Path) -> None:
             "rename it"
         )
     with open_input(path) as (_, status):
+        check_inside(path, directory, of_what="a link")
         if status.st_size > MAX_SIDECAR_BYTES:
             raise CheckpointError(
                 f"{path}: has {format_size(status.st_size)}, a file beside the weights may have "
@@ -241,11 +252,8 @@ def _config_with_dtype(path: Path, dtype: str) -> bytes:
     present = any(key in config for key in (*_DTYPE_KEYS, *_DIFFUSERS_KEYS))
     if not present:
         config["dtype"] = dtype
-    try:
-        _set_dtype(config, dtype)
-        return (json.dumps(config, indent=2) + "\n").encode("ascii")
-    except RecursionError as error:
-        raise HeaderError(f"{path}: JSON nested too deeply; it is not a model's file") from error
+    _set_dtype(config, dtype)
+    return (json.dumps(config, indent=2) + "\n").encode("ascii")
 
 
 def _set_dtype(config: dict[str, object], dtype: str) -> None:
@@ -260,14 +268,10 @@ def _set_dtype(config: dict[str, object], dtype: str) -> None:
 
 
 def _read_json(path: Path) -> object:
-    """Return what Python's JSON reader makes of a file that is only copied."""
-    try:
-        content: object = json.loads(_read_small(path))
-    except RecursionError as error:
-        raise HeaderError(f"{path}: JSON nested too deeply; it is not a model's file") from error
-    except ValueError as error:
-        raise HeaderError(f"{path}: not valid JSON: {error}; copy it again") from error
-    return content
+    """Return what a file holds that is only copied; of two equal keys the last one wins."""
+    return parse_json(
+        _read_small(path), where=str(path), parse_constant=float, object_pairs_hook=dict
+    )
 
 
 def _read_small(path: Path) -> bytes:

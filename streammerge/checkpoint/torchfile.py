@@ -7,6 +7,7 @@ storage; no tensor byte.
 
 from __future__ import annotations
 
+import io
 import os
 import zipfile
 from dataclasses import dataclass
@@ -35,6 +36,11 @@ from streammerge.errors import HeaderError, TruncatedShardError, UnsupportedDTyp
 MAX_PICKLE_BYTES = 32 * 2**20
 """A tensor takes about 130 bytes of pickle, so this allows a quarter of a million tensors; a hostile
 pickle can make its parsed form a hundred times as large, which is why the limit is not higher."""
+MAX_ZIP_DIRECTORY_BYTES = 32 * 2**20
+"""An entry takes about 100 bytes, so this too allows a quarter of a million tensors; what zipfile makes
+of it is up to fifteen times as large."""
+MAX_DIMENSIONS = 64
+"""No library computes with more; one long shape in the memo could serve a million tensors."""
 
 _HEAD_BYTES = 64
 _LOCAL_HEADER_BYTES = 30
@@ -192,8 +198,13 @@ def _open_archive(path: Path, stream: BinaryIO) -> _Archive:
     if not head.startswith(b"PK"):
         _refuse_not_zip(path, head)
     try:
-        with zipfile.ZipFile(stream) as archive:
+        with zipfile.ZipFile(_BoundedReads(stream)) as archive:
             members = archive.infolist()
+    except _TooLong as error:
+        raise HeaderError(
+            f"{path}: its zip directory has {error.nbytes} bytes, the limit is "
+            f"{MAX_ZIP_DIRECTORY_BYTES}; save the tensors as safetensors"
+        ) from error
     # zipfile names no closed set of errors for a damaged directory; whichever it is, the file is
     # damaged. Most often the end is missing, where the directory is.
     except Exception as error:
@@ -213,12 +224,51 @@ def _open_archive(path: Path, stream: BinaryIO) -> _Archive:
             "a file written by torch.save"
         )
     root = roots[0]
-    if any(name.startswith((f"{root}/constants.pkl", f"{root}/code/")) for name in by_name):
+    marks_of_a_program = (f"{root}/constants.pkl", f"{root}/code/")
+    if any(name.startswith(marks_of_a_program) for name in by_name):
         raise HeaderError(
             f"{path}: is a TorchScript program, not a state dict; save its state_dict() as "
             "safetensors"
         )
     return _Archive(path, stream, root, by_name, {})
+
+
+class _TooLong(Exception):  # noqa: N818
+    """zipfile asks for more than a directory may have."""
+
+    def __init__(self, nbytes: int) -> None:
+        super().__init__(nbytes)
+        self.nbytes = nbytes
+
+
+class _BoundedReads(io.RawIOBase):
+    """A view of an open file that gives zipfile no more at once than its directory may have."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        super().__init__()
+        self._stream = stream
+
+    def seekable(self) -> bool:
+        """Return True."""
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """Move in the file."""
+        return self._stream.seek(offset, whence)
+
+    def tell(self) -> int:
+        """Return where the next byte is read."""
+        return self._stream.tell()
+
+    def read(self, nbytes: int = -1) -> bytes:
+        """Return the next ``nbytes`` bytes, or all that are left.
+
+        Raises:
+            _TooLong: They are more than :data:`MAX_ZIP_DIRECTORY_BYTES`.
+        """
+        if nbytes > MAX_ZIP_DIRECTORY_BYTES:
+            raise _TooLong(nbytes)
+        return self._stream.read(nbytes)
 
 
 def _refuse_not_zip(path: Path, head: bytes) -> NoReturn:
@@ -278,6 +328,11 @@ def _locate(archive: _Archive, name: str, tensor: StoredTensor, *, file_index: i
         raise HeaderError(f"{where}: its shape and stride do not match; copy the file again")
     if not _is_count(start) or not all(_is_count(step) for step in stride):
         raise HeaderError(f"{where}: its storage offset or stride is not a whole number from 0")
+    if len(shape) > MAX_DIMENSIONS:
+        raise HeaderError(
+            f"{where}: its shape has {len(shape)} dimensions, the limit is {MAX_DIMENSIONS}; save a "
+            "flat view of it"
+        )
     try:
         numel = count_elements(shape)
     except ValueError as error:

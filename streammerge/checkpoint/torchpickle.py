@@ -5,7 +5,8 @@ tensors are carried out here on inert records, everything else is refused where 
 ``pickle.Unpickler`` with a restricted ``find_class`` would not do: it sets attributes on whatever
 the pickle names, lets six bytes grow its memo to 64 GiB, and hashes whatever serves as a key.
 
-Memory grows with the number of operations, up to about 100 bytes for each byte of a hostile pickle.
+Memory and time grow with the number of operations, memory up to about 100 bytes for each byte of a
+hostile pickle: no operation copies what another one made, whatever the memo lets it refer to.
 """
 
 from __future__ import annotations
@@ -109,6 +110,9 @@ _LITERALS = frozenset(
 )
 _IGNORED = frozenset({"PROTO", "FRAME"})
 _TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
+# A tuple in the memo costs two bytes to be passed again, so passing it must cost nothing either.
+_MAX_ARGUMENTS = 10
+_MAX_INTEGER_KEY = 2**31
 
 
 class _Walker:
@@ -198,7 +202,9 @@ class _Walker:
             raise TypeError
         call = _CALLS.get(function.name)
         if call is None:
-            raise _Refused(f"calls {function.name}")
+            raise _Refused(f"calls {function.name}"[:300])
+        if len(arguments) > _MAX_ARGUMENTS:
+            raise _Refused(f"calls {function.name} with {len(arguments)} arguments")
         self._stack.append(call(*arguments))
 
     def _build(self) -> None:
@@ -209,11 +215,15 @@ class _Walker:
 
 
 def _set_item(target: dict[object, object], key: object, value: object) -> None:
-    # Other keys could be slow to hash on purpose: a tuple of tuples shared a thousandfold.
-    if type(key) not in {str, int, bool, float}:
+    # Other keys could be slow on purpose: a tuple of tuples shared a thousandfold has no end of
+    # parts to hash, and large integers or floats can be chosen so that all have one hash.
+    if isinstance(key, int):
+        if abs(key) > _MAX_INTEGER_KEY:
+            raise _Refused("has a key that is neither a name nor a small number")
+    elif not isinstance(key, str):
         raise _Refused(f"has a {type(key).__name__} as a key")
     if key in target:
-        raise _Refused(f"has the key {key!r} twice")
+        raise _Refused(f"has the key {key!r:.300} twice")
     target[key] = value
 
 
@@ -240,13 +250,10 @@ def _storage(identity: object) -> Storage:
     raise _Refused("names a storage in a way that torch.save does not")
 
 
-def _ordered_dict(items: object = ()) -> _StateDict:
-    state_dict = _StateDict()
-    if not isinstance(items, list | tuple):
-        raise TypeError
-    for key, value in items:
-        _set_item(state_dict, key, value)
-    return state_dict
+def _ordered_dict() -> _StateDict:
+    # Python 2 passed the items as an argument, but wrote no zip files; a list of items from the
+    # memo would be copied at each of a million calls.
+    return _StateDict()
 
 
 def _tensor_v2(*arguments: object) -> StoredTensor:

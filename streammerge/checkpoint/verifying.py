@@ -11,7 +11,7 @@ from pathlib import Path
 
 from streammerge.checkpoint.digests import FileDigest, digest_file, digest_shard
 from streammerge.checkpoint.header import read_safetensors_header
-from streammerge.checkpoint.manifest import MANIFEST_NAME, read_manifest
+from streammerge.checkpoint.manifest import MANIFEST_NAME, manifest_files, read_manifest
 from streammerge.errors import CheckpointError
 
 
@@ -49,8 +49,7 @@ def verify_files(directory: Path, on_file: Callable[[str], None] = lambda _: Non
     Raises:
         HeaderError: The directory has no manifest, or it is not one.
     """
-    document = read_manifest(directory)
-    listed = {name: FileDigest(**fields) for name, fields in document["files"].items()}
+    listed = manifest_files(read_manifest(directory))
     damages: list[Damage] = []
     nbytes = 0
     for name, expected in sorted(listed.items()):

@@ -5,13 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from streammerge.dtypes import DType
 from streammerge.engine.pieces import PieceInMemory
-from streammerge.errors import NonFiniteError
+from streammerge.errors import NonFiniteError, printable
 from streammerge.plan.types import MergePlan
 
 _LARGEST = {
@@ -94,5 +93,9 @@ def count_non_finite(inputs: Sequence[Tensor | None], begin: int, end: int) -> i
 def _place(piece: PieceInMemory, element: int) -> tuple[str, str]:
     """Return the name of the tensor that an element of the piece belongs to, and where it is."""
     task, flat = piece.locate(element)
-    index = [int(i) for i in np.unravel_index(flat, task.shape)] if task.shape else []
-    return task.name, f"element {index}"
+    index: list[int] = []
+    # Not numpy, which knows at most 64 dimensions, or 32: a file may have more.
+    for size in reversed(task.shape):
+        flat, place = divmod(flat, size)
+        index.insert(0, place)
+    return printable(task.name), f"element {index}"

@@ -16,7 +16,7 @@ from streammerge.engine.pieces import Part, PieceInMemory, torch_dtype
 from streammerge.engine.progress import Progress
 from streammerge.engine.queues import Outstanding, WorkQueue
 from streammerge.engine.writing import Claim, Extent, WriteJob
-from streammerge.errors import CheckpointError
+from streammerge.errors import CheckpointError, printable
 from streammerge.plan.chunking import padded
 from streammerge.plan.types import Action, MergePlan
 from streammerge.reductions.topk import TopK
@@ -102,7 +102,7 @@ class ChunkMerger:
                 byte = int((first != other).nonzero()[0])
                 element = piece.first.start + byte // task.dtype.itemsize
                 raise CheckpointError(
-                    f"{task.name}: {task.dtype} values are only copied, but "
+                    f"{printable(task.name)}: {task.dtype} values are only copied, but "
                     f"{self._plan.label(first_model)} and {self._plan.label(model)} differ at flat "
                     f"element {element}; add a rule {{tensors: {task.name!r}, copy: ...}}"
                 )

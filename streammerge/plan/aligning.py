@@ -13,6 +13,7 @@ from streammerge.errors import (
     RecipeError,
     ShapeMismatchError,
     UnsupportedDTypeError,
+    printable,
 )
 from streammerge.plan.types import Action, Setting
 from streammerge.recipe.resolving import Resolved
@@ -136,7 +137,7 @@ class _Aligner:
             if self._recipe.missing is MissingPolicy.BASE and base is not None:
                 self._copied.append(name)
                 return self._copied_tensor(name, entries, 0)
-            self._missing.append(f"{name} is not in {', '.join(absent)}")
+            self._missing.append(f"{printable(name)} is not in {', '.join(absent)}")
             return None
         inputs = tuple(entry if index in merged else None for index, entry in enumerate(entries))
         first = self._check_shapes(name, inputs)
@@ -152,8 +153,8 @@ class _Aligner:
         model = 0 if copy == BASE else copy + self._has_base
         if entries[model] is None:
             raise RecipeError(
-                f"rules: {name} is to be copied from {self._labels[model]}, which has no such "
-                f"tensor; add a rule before it that drops or merges {name}"
+                f"rules: {printable(name)} is to be copied from {self._labels[model]}, which has no such "
+                f"tensor; add a rule before it that drops or merges {printable(name)}"
             )
         return self._copied_tensor(name, entries, model)
 
@@ -171,7 +172,7 @@ class _Aligner:
         for label, entry in others:
             if entry.shape != first.shape:
                 raise ShapeMismatchError(
-                    f"{name}: shape {list(first.shape)} in {first_label}, "
+                    f"{printable(name)}: shape {list(first.shape)} in {first_label}, "
                     f"{list(entry.shape)} in {label}; only equal shapes merge, add a rule "
                     f"{{tensors: {name!r}, copy: ...}} to take it from one model"
                 )
@@ -184,7 +185,7 @@ class _Aligner:
         for label, entry in others:
             if entry.dtype != first.dtype:
                 raise UnsupportedDTypeError(
-                    f"{name}: {first.dtype} in {first_label}, {entry.dtype} in {label}; "
+                    f"{printable(name)}: {first.dtype} in {first_label}, {entry.dtype} in {label}; "
                     f"integers are only copied, add a rule {{tensors: {name!r}, copy: ...}}"
                 )
         return AlignedTensor(name, first.shape, first.dtype, Action.COPY_IF_EQUAL, inputs, -1)
@@ -205,9 +206,9 @@ def _check_rules_match(recipe: Recipe, names: Iterable[str]) -> None:
     """Raise if a rule is about no tensor at all: its glob is misspelt, or meant for another model."""
     for index, rule in enumerate(recipe.rules):
         if not any(fnmatchcase(name, rule.tensors) for name in names):
-            example = next(iter(names), None)
+            example = printable(next(iter(names), "none"))
             raise RecipeError(
-                f'rules[{index}].tensors: no tensor of any input matches "{rule.tensors}"; the names '
+                f'rules[{index}].tensors: no tensor of any input matches "{printable(rule.tensors)}"; the names '
                 f'look like "{example}", correct the glob or remove the rule'
             )
 

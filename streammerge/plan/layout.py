@@ -17,7 +17,8 @@ from streammerge.dtypes import DType
 from streammerge.plan.aligning import AlignedTensor
 from streammerge.plan.types import MergePlan, OutputLayout, OutputShard
 
-_DIGITS = re.compile(r"(\d+)")
+# Not all digits at once: Python refuses to convert 4,300 of them, and a name may have more.
+_DIGITS = re.compile(r"(\d{1,18})")
 _HEADER_ALIGNMENT = 8
 """The data section starts at a multiple of this many bytes, as the format recommends."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
+from streammerge.errors import printable
 from streammerge.plan.types import Action, MergePlan
 from streammerge.units import format_size
 
@@ -52,7 +53,7 @@ def render_plan(plan: MergePlan) -> str:
         )
     )
     width = max(len(name) for name, _ in rows)
-    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+    return "\n".join(f"{name:<{width}}  {printable(value)}" for name, value in rows)
 
 
 def _tensor_rows(plan: MergePlan) -> list[tuple[str, str]]:

@@ -278,6 +278,10 @@ def _load_yaml(text: str) -> object:
         mark = error.problem_mark or error.context_mark
         where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
         raise RecipeError(where + " ".join(said.split())) from error
+    # PyYAML lets these through: an escape beyond Unicode, and a version number of 4,300 digits.
+    except (ValueError, OverflowError) as error:
+        line = loader.line + 1
+        raise RecipeError(f"line {line}: a number in the text is too large: {error}") from error
 
 
 class _RecipeLoader(yaml.SafeLoader):
