@@ -144,11 +144,12 @@ def test_empty_lines_of_custom_code_are_looked_at_once(models: Models) -> None:
     ("content", "says"),
     [
         ("[" * 100_000, "nested too deeply"),
-        ('{"files": "abc"}', "expected a list of names"),
-        ('{"files": [1]}', "expected a list of names"),
-        ('{"files": {"a": 1}}', "expected a list of names"),
-        ('{"files": [], "files": ["notes.txt"]}', "occurs twice"),
-        ("{}", "expected a list of names"),
+        ('{"files": "abc"}', "expected an object"),
+        ('{"files": [1]}', "expected an object"),
+        ('{"files": {"a": 1}}', "expected nbytes, digest and tree"),
+        ('{"files": {"a": {"nbytes": 1, "digest": 2, "tree": true}}}', "expected nbytes"),
+        ('{"files": {}, "files": {"notes.txt": {}}}', "occurs twice"),
+        ("{}", "expected an object"),
         ('{"files": ["\xff"]}', "expected UTF-8"),
     ],
 )

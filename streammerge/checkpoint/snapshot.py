@@ -35,7 +35,7 @@ def save_snapshot(path: Path, facts: Mapping[str, Any], arrays: Mapping[str, NDA
         with new.open("wb") as stream:
             stream.write(len(head).to_bytes(8, "little") + head)
             for array in arrays.values():
-                np.save(stream, array, allow_pickle=False)
+                np.lib.format.write_array(stream, array, allow_pickle=False)
             stream.flush()
             os.fsync(stream.fileno())
         new.replace(path)
@@ -55,7 +55,10 @@ def load_snapshot(path: Path) -> tuple[dict[str, Any], dict[str, NDArray[Any]]] 
         if nbytes > _MAX_HEAD_BYTES:
             return None
         head = json.loads(stream.read(nbytes))
-        arrays = {str(name): np.load(stream, allow_pickle=False) for name in head["arrays"]}
+        arrays = {
+            str(name): np.lib.format.read_array(stream, allow_pickle=False)
+            for name in head["arrays"]
+        }
         return dict(head["facts"]), arrays
     return None
 

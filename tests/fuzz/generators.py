@@ -207,7 +207,11 @@ def config(random: Random) -> bytes:
 
 def manifest(random: Random) -> bytes:
     """Return a manifest."""
-    files = [random.choice(TEXTS) for _ in range(random.randrange(4))]
+    sound = {"nbytes": 3, "digest": "ab", "tree": False}
+    files: dict[str, object] = {
+        random.choice(TEXTS): sound if random.random() < 0.8 else value(random)
+        for _ in range(random.randrange(4))
+    }
     return _json_file(random, {"version": 1, "files": files, "tensors": {"a": {"numel": 3}}})
 
 
