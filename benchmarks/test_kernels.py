@@ -150,7 +150,7 @@ def test_apply(
     tops = () if need is None else find_tops(stage, piece, need)
     out = torch.empty(NUMEL, dtype=torch.bfloat16)
 
-    benchmark(stage.apply, piece, tops, out)
+    benchmark(stage.apply, piece, [tops], out)
 
     report_rate(benchmark)
 

@@ -466,7 +466,7 @@ def test_a_tensor_counts_as_done_piece_by_piece_or_when_it_is_covered(plan: Merg
     assert not part.has(Piece(1, 0, half))
     both = Recovered(plan, [rest, first], wanted=None)
     assert both.has(Piece(0, 0, 2 * half))
-    assert {piece.start for piece in both.pieces([])} == {0, half}
+    assert {piece.start for piece in both.take_pieces([])} == {0, half}
 
 
 # -- real processes, killed at random

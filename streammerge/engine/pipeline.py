@@ -133,7 +133,7 @@ class _Running:
         self._work: WorkQueue[Work] = WorkQueue(self._monitor)
         self._writes: WorkQueue[WriteJob] = WorkQueue(self._monitor)
         self._outstanding = Outstanding(self._monitor)
-        self._results = Results(recovered.pieces(units()))
+        self._results = Results(plan, recovered.take_pieces(units()))
         self._outputs = outputs
         pool = SlotPool(self._monitor, count=resources.slots, nbytes=resources.slot_bytes)
         merger = ChunkMerger(

@@ -6,7 +6,9 @@ import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from streammerge.checkpoint.digests import DIGEST_BYTES, LEAF_ELEMENTS
 from streammerge.checkpoint.journal import PieceDone
+from streammerge.plan.types import MergePlan
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,32 +26,60 @@ class TensorResult:
 
 
 class Results:
-    """Collects what threads report per piece."""
+    """Adds up what threads report per piece.
 
-    def __init__(self, done_before: Iterable[PieceDone] = ()) -> None:
+    Memory: what :func:`streammerge.plan.budgeting.records_bytes` says.
+    """
+
+    def __init__(self, plan: MergePlan, done_before: Iterable[PieceDone] = ()) -> None:
         """Start with what an interrupted run did."""
+        self._plan = plan
         self._lock = threading.Lock()
-        self._by_task: dict[int, list[PieceDone]] = {}
+        self._by_task: dict[int, _Sum] = {}
         self.add(done_before)
 
     def add(self, pieces: Iterable[PieceDone]) -> None:
         """Add pieces of tensors, in any order."""
         with self._lock:
             for piece in pieces:
-                self._by_task.setdefault(piece.task, []).append(piece)
+                found = self._by_task.get(piece.task)
+                if found is None:
+                    found = _Sum(self._plan.tasks[piece.task].numel)
+                    self._by_task[piece.task] = found
+                found.add(piece)
 
     def by_task(self) -> dict[int, TensorResult]:
         """Return the result of every tensor, by task index."""
         with self._lock:
-            return {task: _add_up(self._by_task[task]) for task in sorted(self._by_task)}
+            return {task: self._by_task[task].result() for task in sorted(self._by_task)}
 
 
-def _add_up(pieces: list[PieceDone]) -> TensorResult:
-    in_order = sorted(pieces, key=lambda piece: piece.start)
-    counted = [piece.kept for piece in in_order if piece.kept]
-    return TensorResult(
-        kept=tuple(map(sum, zip(*counted, strict=True))) if counted else in_order[0].tensor_kept,
-        thresholds=in_order[0].thresholds,
-        not_finite=sum(piece.not_finite for piece in in_order),
-        leaves=bytes.fromhex("".join(piece.leaves for piece in in_order)),
-    )
+class _Sum:
+    """The pieces of one tensor, added up."""
+
+    __slots__ = ("_kept", "_leaves", "_not_finite", "_tensor_kept", "_thresholds")
+
+    def __init__(self, numel: int) -> None:
+        self._leaves = bytearray(-(-numel // LEAF_ELEMENTS) * DIGEST_BYTES)
+        self._kept: tuple[int, ...] = ()
+        self._tensor_kept: tuple[int, ...] = ()
+        self._thresholds: tuple[float, ...] = ()
+        self._not_finite = 0
+
+    def add(self, piece: PieceDone) -> None:
+        leaves = bytes.fromhex(piece.leaves)
+        begin = piece.start // LEAF_ELEMENTS * DIGEST_BYTES
+        self._leaves[begin : begin + len(leaves)] = leaves
+        if piece.kept:
+            known = self._kept or (0,) * len(piece.kept)
+            self._kept = tuple(a + b for a, b in zip(known, piece.kept, strict=True))
+        self._not_finite += piece.not_finite
+        self._tensor_kept, self._thresholds = piece.tensor_kept, piece.thresholds
+
+    def result(self) -> TensorResult:
+        return TensorResult(
+            kept=self._kept or self._tensor_kept,
+            thresholds=self._thresholds,
+            not_finite=self._not_finite,
+            leaves=bytes(self._leaves),
+        )

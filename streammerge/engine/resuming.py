@@ -4,12 +4,12 @@ A piece counts as done if the journal has exactly this piece, or if what the jou
 tensor covers the whole tensor, however it was cut. So a tensor that was half done is redone when
 this run cuts it differently, which takes another memory budget.
 
-Memory: the journal's entries.
+Memory: the journal's entries until their records are taken, then a start and a length per piece.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import astuple, replace
 
 from streammerge.checkpoint.journal import Entry, PieceDone, ScopeFound
@@ -37,7 +37,7 @@ class Recovered:
         """
         self._plan = plan
         self._wanted = wanted
-        self._pieces: dict[int, dict[tuple[int, int], PieceDone]] = {}
+        self._records: dict[int, dict[int, PieceDone]] = {}
         self._tops: dict[int, tuple[TopK, ...]] = {}
         for entry in entries:
             if isinstance(entry, ScopeFound):
@@ -46,10 +46,14 @@ class Recovered:
                     for threshold, *counts in entry.tops
                 )
             else:
-                # The same piece may be there twice: a merge that stopped between bytes and record.
-                self._pieces.setdefault(entry.task, {})[entry.start, entry.numel] = entry
+                # A later record of the same place is of the cut that the last run used.
+                self._records.setdefault(entry.task, {})[entry.start] = entry
+        self._numels = {
+            task: {start: piece.numel for start, piece in records.items()}
+            for task, records in self._records.items()
+        }
         self._whole = {
-            task for task, pieces in self._pieces.items() if _covers(pieces, plan.tasks[task].numel)
+            task for task, numels in self._numels.items() if _covers(numels, plan.tasks[task].numel)
         }
 
     def tops_of(self, task: int) -> tuple[TopK, ...] | None:
@@ -60,22 +64,24 @@ class Recovered:
         """Return whether a piece need not be done."""
         if self._wanted is not None and not self._wanted(piece):
             return True
-        known = self._pieces.get(piece.task)
-        return known is not None and (
-            piece.task in self._whole or (piece.start, piece.numel) in known
-        )
+        if piece.task in self._whole:
+            return True
+        known = self._numels.get(piece.task)
+        return known is not None and known.get(piece.start) == piece.numel
 
-    def pieces(self, units: Iterable[Unit]) -> list[PieceDone]:
-        """Return the records of what counts as done when the work is cut into these units."""
-        done = [piece for task in sorted(self._whole) for piece in self._pieces[task].values()]
-        if len(self._whole) == len(self._pieces):
+    def take_pieces(self, units: Iterable[Unit]) -> list[PieceDone]:
+        """Give away the records of what counts as done when the work is cut into these units."""
+        records, self._records = self._records, {}
+        done = [piece for task in sorted(self._whole) for piece in records[task].values()]
+        if len(self._whole) == len(records):
             return done
         for unit in units:
             for chunk in unit.chunks:
                 for piece in chunk.pieces:
-                    known = self._pieces.get(piece.task, {}).get((piece.start, piece.numel))
-                    if known is not None and piece.task not in self._whole:
-                        done.append(known)
+                    if piece.task not in self._whole and self.has(piece):
+                        known = records.get(piece.task, {}).get(piece.start)
+                        if known is not None:
+                            done.append(known)
         return done
 
     def nbytes(self, units: Iterable[Unit]) -> int:
@@ -111,11 +117,11 @@ def scope_found(task: int, tops: Sequence[TopK]) -> ScopeFound:
     return ScopeFound(task, tuple(astuple(top) for top in tops))
 
 
-def _covers(pieces: Iterable[tuple[int, int]], numel: int) -> bool:
-    """Return whether (start, numel) ranges lie end to end from 0 to ``numel``."""
+def _covers(numels: Mapping[int, int], numel: int) -> bool:
+    """Return whether ranges, given by start and length, lie end to end from 0 to ``numel``."""
     end = 0
-    for start, count in sorted(pieces):
+    for start in sorted(numels):
         if start != end:
             return False
-        end += count
+        end += numels[start]
     return end == numel

@@ -6,7 +6,7 @@ The parts, in bytes, for ``n`` inputs, ``w`` workers and slots of ``s`` bytes:
     outputs     output slots · s'        a merged chunk until it is written
     scratch     w · (n + base + scratch rows + 3) · block in the compute dtype, masks, random words
     statistics  top-k searches of the tensors in flight
-    growth      thread stacks, allocator slack, small objects
+    growth      thread stacks, allocator slack, small objects, what is known of finished tensors
     baseline    the process as it stands: interpreter, torch, headers, this plan
 """
 
@@ -22,6 +22,10 @@ from streammerge.units import MIB, format_budget, format_size
 GROWTH_BYTES = 40 * MIB
 """Measured on Linux with torch 2.13: starting the threads and touching the first kernels adds 15 to
 25 MiB of private memory; twice that leaves room for other builds."""
+_RECORD_BYTES = 1024
+"""What the engine knows of a finished tensor until the manifest is written; measured: 600 to 900."""
+_BLOCK_RECORD_BYTES = 160
+"""The digest of a block, and where an interrupted run had got to with it."""
 _LARGEST_SLOT = 8 * MIB
 """Requests of 8 to 16 MiB saturate disks; larger slots only make the pipeline coarser."""
 _DEPTH = 3
@@ -65,6 +69,10 @@ class Demand:
     """Input bytes of the largest tensor that needs a statistic; 0 when none does."""
     input_nbytes: int
     """Input bytes of the whole job."""
+    tensors: int
+    """Tensors in the output."""
+    blocks: int
+    """Blocks in the output."""
 
 
 def choose_resources(
@@ -85,7 +93,8 @@ def choose_resources(
     """
     smallest_slot = BLOCK * demand.input_itemsize
     scratch = workers * _worker_bytes(demand)
-    fixed = baseline + GROWTH_BYTES + scratch
+    growth = GROWTH_BYTES + records_bytes(demand.tensors, demand.blocks)
+    fixed = baseline + growth + scratch
     least = demand.inputs * smallest_slot + 2 * _output_bytes(demand, smallest_slot)
     floor = _statistics_floor(demand)
     if fixed + floor + least > budget:
@@ -119,7 +128,7 @@ def choose_resources(
     )
     projection = MemoryProjection(
         baseline=baseline,
-        growth=GROWTH_BYTES,
+        growth=growth,
         inputs=slots * slot_bytes,
         outputs=output_slots * output_slot_bytes,
         scratch=scratch,
@@ -127,6 +136,11 @@ def choose_resources(
         budget=budget,
     )
     return resources, projection
+
+
+def records_bytes(tensors: int, blocks: int) -> int:
+    """Return the memory of what is known of finished tensors until the manifest is written."""
+    return tensors * _RECORD_BYTES + blocks * _BLOCK_RECORD_BYTES
 
 
 def values_limit(numel: int) -> int:

@@ -286,6 +286,8 @@ def _demand(
         if model_scope or not needs
         else max((_input_nbytes(task) for task in merged), default=0),
         input_nbytes=sum(_input_nbytes(task) for task in tasks),
+        tensors=len(tasks),
+        blocks=sum(count_blocks(task.numel) for task in tasks),
     )
 
 

@@ -16,6 +16,7 @@ from streammerge.plan.budgeting import (
     Demand,
     affordable_limit,
     choose_resources,
+    records_bytes,
     search_bytes,
     values_limit,
 )
@@ -35,6 +36,8 @@ PLAIN = Demand(
     statistic_numel=0,
     resident_nbytes=0,
     input_nbytes=10**12 + 39,
+    tensors=1000,
+    blocks=30_000,
 )
 """Three inputs of a terabyte in all, and no statistics."""
 TRIMMED = replace(
@@ -79,6 +82,8 @@ demands = st.builds(
     statistic_numel=st.one_of(st.integers(0, 10**6), st.integers(0, 10**11)),
     resident_nbytes=st.one_of(st.just(0), st.integers(0, 10**12)),
     input_nbytes=st.one_of(st.integers(0, 10**7), st.integers(0, 10**13)),
+    tensors=st.integers(0, 10**6),
+    blocks=st.integers(0, 10**7),
 )
 machines = st.fixed_dictionaries(
     {
@@ -106,7 +111,7 @@ def test_the_peak_is_within_the_budget_and_the_parts_are_what_is_allocated(
     assert memory.outputs == resources.output_slots * resources.output_slot_bytes
     assert memory.statistics == resources.statistics_bytes
     assert memory.baseline == machine["baseline"]
-    assert memory.growth == GROWTH_BYTES
+    assert memory.growth == GROWTH_BYTES + records_bytes(demand.tensors, demand.blocks)
 
 
 @given(demands, BUDGETS, machines)
@@ -212,12 +217,17 @@ def test_every_part_of_the_smallest_job_is_counted() -> None:
     worker = 5 * BLOCK * 4 + 40 * BLOCK
     assert memory == MemoryProjection(
         baseline=100_000_007,
-        growth=GROWTH_BYTES,
+        growth=GROWTH_BYTES + records_bytes(1000, 30_000),
         inputs=3 * BLOCK * 4,
         outputs=2 * BLOCK * 2,
         scratch=7 * worker,
         statistics=0,
-        budget=100_000_007 + GROWTH_BYTES + 7 * worker + 3 * BLOCK * 4 + 2 * BLOCK * 2,
+        budget=100_000_007
+        + GROWTH_BYTES
+        + records_bytes(1000, 30_000)
+        + 7 * worker
+        + 3 * BLOCK * 4
+        + 2 * BLOCK * 2,
     )
 
 
