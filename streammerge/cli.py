@@ -76,8 +76,10 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--json", action="store_true", help="the whole plan as JSON")
     plan.set_defaults(command=_plan)
 
-    inspect = commands.add_parser("inspect", help="show what a checkpoint holds")
-    inspect.add_argument("path", metavar="PATH", help="a checkpoint directory or file")
+    inspect = commands.add_parser("inspect", help="show what a checkpoint or adapter holds")
+    inspect.add_argument(
+        "path", metavar="PATH", help="a checkpoint or adapter: a directory or file"
+    )
     inspect.add_argument("--json", action="store_true", help="every tensor as JSON")
     inspect.set_defaults(command=_inspect)
 
@@ -241,9 +243,18 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _inspect(options: argparse.Namespace) -> int:
+    from streammerge.adapters.inspecting import describe_adapter, describe_adapter_as_json
+    from streammerge.adapters.reading import is_adapter, read_adapter
     from streammerge.checkpoint.inspecting import describe, describe_as_json
     from streammerge.checkpoint.reading import read_checkpoint
 
+    if is_adapter(Path(options.path)):
+        adapter = read_adapter(Path(options.path))
+        if options.json:
+            print(json.dumps(describe_adapter_as_json(adapter), ensure_ascii=False))
+        else:
+            print(describe_adapter(adapter))
+        return 0
     checkpoint = read_checkpoint(Path(options.path))
     if options.json:
         print(json.dumps(describe_as_json(checkpoint), ensure_ascii=False))

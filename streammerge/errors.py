@@ -9,6 +9,7 @@
     │   ├── ShapeMismatchError              the same tensor with two shapes
     │   ├── UnsupportedDTypeError           a dtype that has no merge arithmetic
     │   ├── QuantizedCheckpointError        packed or scaled weights, which averages would destroy
+    │   ├── UnsupportedAdapterError         an adapter whose factors alone do not say what it does
     │   └── NonFiniteError                  NaN or infinity where the recipe does not allow it
     ├── PlanError                       3   the job is sound but does not fit
     │   ├── MemoryBudgetError               more memory than the budget allows
@@ -80,6 +81,10 @@ class UnsupportedDTypeError(CheckpointError):
 
 class QuantizedCheckpointError(CheckpointError):
     """Packed or scaled weights, which an average of the stored numbers would destroy."""
+
+
+class UnsupportedAdapterError(CheckpointError):
+    """An adapter whose stored factors alone do not say what it does to the base."""
 
 
 class NonFiniteError(CheckpointError):

@@ -1,0 +1,1 @@
+"""Low-rank adapters: what they are on disk, and what they come to when they are combined."""
