@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.reporting import render_performance_table  # noqa: E402 - found through ROOT
+from streammerge.adapters.recipes import every_method  # noqa: E402
 from streammerge.methods import discover_methods  # noqa: E402
 from streammerge.methods.describing import render_methods_table  # noqa: E402
 from streammerge.recipe.json_schema import recipe_json_schema  # noqa: E402
@@ -38,7 +39,7 @@ def render_documents() -> dict[Path, str]:
         newest = max(measured, key=lambda results: results["date"])
         readme = _between("performance", render_performance_table(newest), readme)
     specs = {name: method.parameters for name, method in methods.items()}
-    schema = json.dumps(recipe_json_schema(specs), indent=2, ensure_ascii=False)
+    schema = json.dumps(recipe_json_schema(every_method(specs)), indent=2, ensure_ascii=False)
     return {
         ROOT / "README.md": readme,
         ROOT / "docs" / "recipe.schema.json": schema + "\n",

@@ -197,11 +197,15 @@ def _merge(options: argparse.Namespace) -> int:
 
 def _plan(options: argparse.Namespace) -> int:
     from streammerge.plan.codec import dump_plan
+    from streammerge.plan.types import MergePlan
     from streammerge.run import plan
 
     planned = plan(options.recipe, memory=options.memory, workers=options.workers)
     if options.json:
-        print(dump_plan(planned))
+        if isinstance(planned, MergePlan):
+            print(dump_plan(planned))
+        else:
+            print(json.dumps(planned.as_json(), ensure_ascii=False))
         return 0
     free = shutil.disk_usage(Path.cwd()).free
     print(planned)
@@ -264,6 +268,13 @@ def _inspect(options: argparse.Namespace) -> int:
 
 
 def _methods(options: argparse.Namespace) -> int:
+    from streammerge.adapters.combinations import COMBINATIONS
+    from streammerge.adapters.describing import (
+        combinations_as_json,
+        describe_combination,
+        list_combinations,
+    )
+    from streammerge.adapters.recipes import every_method
     from streammerge.methods import discover_methods
     from streammerge.methods.describing import describe_method, list_methods, method_as_json
     from streammerge.plan.planning import find_method
@@ -271,22 +282,27 @@ def _methods(options: argparse.Namespace) -> int:
     if options.schema:
         from streammerge.recipe.json_schema import recipe_json_schema
 
-        specs = {name: method.parameters for name, method in discover_methods().items()}
+        specs = every_method({n: method.parameters for n, method in discover_methods().items()})
         print(json.dumps(recipe_json_schema(specs), indent=2, ensure_ascii=False))
         return 0
+    combinations = [each for name, each in COMBINATIONS.items() if options.name in (None, name)]
     if options.name is None:
         chosen: list[Any] = list(discover_methods().values())
-    else:
+    elif options.name in discover_methods() or not combinations:
         try:
             chosen = [find_method(options.name)]
         except RecipeError as error:
             raise RecipeError(f"methods: {error}") from error
-    if options.json:
-        print(json.dumps([method_as_json(method) for method in chosen], ensure_ascii=False))
-    elif options.name is None:
-        print(list_methods(chosen))
     else:
-        print(describe_method(chosen[0]))
+        chosen = []
+    if options.json:
+        facts = [method_as_json(method) for method in chosen] + combinations_as_json(combinations)
+        print(json.dumps(facts, ensure_ascii=False))
+    elif options.name is None:
+        print(f"{list_methods(chosen)}\n\n{list_combinations()}")
+    else:
+        parts = [describe_method(method) for method in chosen]
+        print("\n\n".join(parts + [describe_combination(each) for each in combinations]))
     return 0
 
 

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import psutil
 
+from streammerge.adapters.planning import plan_combination
+from streammerge.adapters.plans import CombinationPlan
+from streammerge.adapters.reading import read_adapter
+from streammerge.adapters.recipes import is_combination, methods_for
+from streammerge.adapters.running import run_combination
 from streammerge.checkpoint.bytesource import (
     ByteSource,
     ByteSourceKind,
@@ -27,7 +32,7 @@ from streammerge.checkpoint.types import Checkpoint
 from streammerge.comparing import ComparedFile, Comparison, Sample, compare_results
 from streammerge.engine.memory import cgroup_limit, default_budget, resident_memory
 from streammerge.engine.pipeline import RunReport, run_pipeline
-from streammerge.engine.progress import OnProgress
+from streammerge.engine.progress import OnProgress, ProgressEvent
 from streammerge.engine.resuming import Recovered, scope_found
 from streammerge.errors import CheckpointError, OutputError, RecipeError
 from streammerge.finishing import check_shards, companion_directory, write_companions
@@ -36,7 +41,7 @@ from streammerge.methods import discover_methods
 from streammerge.plan.layout import render_header
 from streammerge.plan.planning import Machine, find_method, plan_merge
 from streammerge.plan.types import MergePlan
-from streammerge.recipe.parsing import MAX_TEXT_BYTES, parse_recipe, recipe_from_mapping
+from streammerge.recipe.parsing import MAX_TEXT_BYTES, load_document, recipe_from_mapping
 from streammerge.recipe.types import Recipe
 from streammerge.units import parse_size
 
@@ -53,8 +58,10 @@ RecipeLike = str | os.PathLike[str] | Mapping[str, Any] | Recipe
 
 def plan(
     recipe: RecipeLike, *, memory: int | str | None = None, workers: int | None = None
-) -> MergePlan:
+) -> MergePlan | CombinationPlan:
     """Return what a merge would do, having read headers only.
+
+    Sources that are all adapters, without a base, make an adapter; the plan is then another kind.
 
     Args:
         recipe: A recipe file, its document, or a parsed recipe.
@@ -68,6 +75,8 @@ def plan(
         MemoryBudgetError: The job does not fit the budget.
     """
     parsed = load_recipe(recipe)
+    if is_combination(parsed):
+        return _plan_combination(parsed, memory)
     # Before the files are opened: a method that does not exist is a matter of the recipe.
     find_method(parsed.method)
     base = None if parsed.base is None else _read_model(parsed.base, "base")
@@ -85,7 +94,7 @@ def plan(
 
 
 def merge(
-    recipe: RecipeLike | MergePlan,
+    recipe: RecipeLike | MergePlan | CombinationPlan,
     out: str | os.PathLike[str],
     *,
     memory: int | str | None = None,
@@ -118,7 +127,7 @@ def merge(
         StreamMergeError: One of the errors that :mod:`streammerge.errors` lists; ``out`` is then
             as it was before.
     """
-    if isinstance(recipe, MergePlan):
+    if isinstance(recipe, MergePlan | CombinationPlan):
         if memory is not None or workers is not None:
             raise ValueError("a plan already says how much memory and how many workers it takes")
         planned = recipe
@@ -126,6 +135,17 @@ def merge(
         planned = plan(recipe, memory=memory, workers=workers)
     if overwrite and resume:
         raise ValueError("resume continues an unfinished merge, overwrite discards it; choose one")
+    if isinstance(planned, CombinationPlan):
+        with _naming_errors(Path(out)):
+            return run_combination(
+                planned,
+                Path(out),
+                overwrite=overwrite,
+                resume=resume,
+                opener=choose_byte_source(byte_source),
+                measure_memory=resident_memory,
+                on_bytes=_report_bytes(planned, on_progress),
+            )
     plan_sidecars(companion_directory(planned))
     output = OutputDirectory(
         Path(out),
@@ -176,6 +196,11 @@ def verify_against(
             laid out as the recipe says.
     """
     planned = plan(recipe, memory=memory)
+    if isinstance(planned, CombinationPlan):
+        raise RecipeError(
+            "the recipe combines adapters, which takes seconds; combine them again into another "
+            "directory and compare the files"
+        )
     sample = Sample(planned, fraction=fraction, seed=seed)
     with ExitStack() as stack:
         sources = _open_sources(planned, ByteSourceKind.PREAD, stack)
@@ -218,8 +243,9 @@ def load_recipe(recipe: RecipeLike) -> Recipe:
     """
     if isinstance(recipe, Recipe):
         return recipe
-    methods = {name: method.parameters for name, method in discover_methods().items()}
+    models = {name: method.parameters for name, method in discover_methods().items()}
     if isinstance(recipe, Mapping):
+        methods = methods_for(recipe, origin="recipe", models=models)
         return recipe_from_mapping(recipe, origin="recipe", methods=methods)
     path = Path(recipe)
     try:
@@ -235,7 +261,34 @@ def load_recipe(recipe: RecipeLike) -> Recipe:
         raise RecipeError(
             f"{path}: has more than {MAX_TEXT_BYTES} bytes; a recipe has tens of lines, name one"
         )
-    return parse_recipe(text, origin=str(path), methods=methods)
+    document = load_document(text, origin=str(path))
+    methods = methods_for(document, origin=str(path), models=models)
+    return recipe_from_mapping(document, origin=str(path), methods=methods)
+
+
+def _plan_combination(recipe: Recipe, memory: int | str | None) -> CombinationPlan:
+    adapters = []
+    for index, source in enumerate(recipe.sources):
+        try:
+            adapters.append(read_adapter(source.path))
+        except CheckpointError as error:
+            error.add_note(f"while reading sources[{index}] of the recipe")
+            raise
+    return plan_combination(recipe, adapters, budget=_budget(memory), baseline=resident_memory())
+
+
+def _report_bytes(
+    planned: CombinationPlan, on_progress: OnProgress | None
+) -> Callable[[int, float], None]:
+    total = planned.bytes_to_read + planned.bytes_to_write
+
+    def report(done: int, seconds: float) -> None:
+        if on_progress is not None:
+            rate = done / seconds if seconds > 0 else 0.0
+            left = (total - done) / rate if rate > 0 else float("inf")
+            on_progress(ProgressEvent("merge", done, max(total, done), seconds, rate, left))
+
+    return report
 
 
 def _read_model(path: Path, label: str) -> Checkpoint:

@@ -17,6 +17,7 @@ from models import MEMORY, Models, load_model, recipe_of
 
 import streammerge
 from streammerge import display, run
+from streammerge.adapters.combinations import COMBINATIONS
 from streammerge.checkpoint.manifest import MANIFEST_NAME, RECIPE_NAME, read_manifest_files
 from streammerge.cli import main
 from streammerge.display import show_progress
@@ -485,8 +486,19 @@ def test_inspect_shows_what_merge_would_refuse(
 def test_methods_lists_every_method(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["methods"]) == 0
 
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == METHODS
+    of_models, of_adapters = capsys.readouterr().out.split("\n\n")
+    assert [line.split()[0] for line in of_models.splitlines()] == METHODS
+    assert [line.split()[0] for line in of_adapters.splitlines()[1:]] == list(COMBINATIONS)
+
+
+@pytest.mark.parametrize("name", COMBINATIONS)
+def test_methods_explains_each_combination(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["methods", name]) == 0
+
+    printed = capsys.readouterr().out
+    assert f"{name}, for adapters without a base: {COMBINATIONS[name].summary}" in printed
+    for spec in COMBINATIONS[name].parameters:
+        assert f"  {spec.name} (" in printed
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -506,7 +518,8 @@ def test_methods_as_json_says_the_same(capsys: pytest.CaptureFixture[str]) -> No
     assert main(["methods", "--json"]) == 0
 
     found = json.loads(capsys.readouterr().out)
-    assert [method["name"] for method in found] == METHODS
+    assert [method["name"] for method in found] == [*METHODS, *COMBINATIONS]
+    assert {"svd_rank", "svd_clamp"} <= {p["name"] for p in found[-1]["parameters"]}
     density = next(
         parameter
         for method in found

@@ -74,7 +74,10 @@ def is_adapter(path: Path) -> bool:
     """
     if path.is_dir():
         names = {*WEIGHTS_NAMES, CONFIG_NAME}
-        return any((path / name).exists() for name in names)
+        raw = _only_raw_file(path)
+        return any((path / name).exists() for name in names) or (
+            raw is not None and is_adapter(raw)
+        )
     if path.suffix not in {".safetensors", ".bin", ".pt"}:
         return False
     try:
@@ -105,7 +108,7 @@ def read_adapter(path: Path) -> Adapter:
     _check_foreign(weights, entries)
     config_path = weights.parent / CONFIG_NAME
     naming = recognise_naming(entry.name for entry in entries)
-    has_config = path.is_dir() or weights.name in WEIGHTS_NAMES or naming is Naming.PEFT
+    has_config = weights.name in WEIGHTS_NAMES or naming is Naming.PEFT
     if has_config:
         if not config_path.exists():
             raise CheckpointError(
@@ -126,9 +129,24 @@ def _choose_weights(directory: Path) -> Path:
         # A link to a file that is gone must be reported, not passed over.
         if (directory / name).exists() or (directory / name).is_symlink():
             return directory / name
+    raw = _only_raw_file(directory)
+    if raw is not None and not (directory / CONFIG_NAME).exists():
+        return raw
     raise CheckpointError(
         f"{directory}: holds no {' or '.join(WEIGHTS_NAMES)}; copy it beside {CONFIG_NAME}"
     )
+
+
+def _only_raw_file(directory: Path) -> Path | None:
+    """Return the one safetensors file of a directory without an index; None for none or several."""
+    try:
+        names = [entry.name for entry in directory.iterdir()]
+    except OSError:
+        return None
+    found = [name for name in names if name.endswith(".safetensors")]
+    if len(found) != 1 or any(name.endswith(".index.json") for name in names):
+        return None
+    return directory / found[0]
 
 
 def _read_header(weights: Path) -> tuple[ShardFile, list[TensorEntry]]:

@@ -24,11 +24,17 @@ def describe_method(method: MergeMethod) -> str:
         f"works on: {method.operand.value}",
         "parameters:",
     ]
-    for spec in method.parameters:
+    return "\n".join([*lines, *parameter_lines(method.parameters)])
+
+
+def parameter_lines(parameters: Iterable[ParameterSpec]) -> list[str]:
+    """Return two lines per parameter: what it takes, and what it means."""
+    lines = []
+    for spec in parameters:
         place = "per source" if spec.per_source else "shared"
         lines.append(f"  {spec.name} ({spec_range(spec)}; {place}; {spec_default(spec)})")
         lines.append(f"      {spec.doc}")
-    return "\n".join(lines)
+    return lines
 
 
 def render_methods_table(methods: Iterable[MergeMethod]) -> str:
@@ -47,21 +53,23 @@ def method_as_json(method: MergeMethod) -> dict[str, Any]:
         "summary": method.summary,
         "reference": method.reference,
         "operand": method.operand.value,
-        "parameters": [
-            {
-                "name": spec.name,
-                "kind": spec.kind.value,
-                "doc": spec.doc,
-                "default": spec.default,
-                "required": spec.default is None,
-                "per_source": spec.per_source,
-                "per_tensor": spec.per_tensor,
-                "minimum": spec.minimum,
-                "maximum": spec.maximum,
-                "choices": list(spec.choices),
-            }
-            for spec in method.parameters
-        ],
+        "parameters": [parameter_as_json(spec) for spec in method.parameters],
+    }
+
+
+def parameter_as_json(spec: ParameterSpec) -> dict[str, Any]:
+    """Return everything that a parameter's specification says."""
+    return {
+        "name": spec.name,
+        "kind": spec.kind.value,
+        "doc": spec.doc,
+        "default": spec.default,
+        "required": spec.default is None,
+        "per_source": spec.per_source,
+        "per_tensor": spec.per_tensor,
+        "minimum": spec.minimum,
+        "maximum": spec.maximum,
+        "choices": list(spec.choices),
     }
 
 
@@ -71,9 +79,10 @@ def spec_range(spec: ParameterSpec) -> str:
         return " | ".join(spec.choices)
     if spec.kind is ParameterKind.BOOL:
         return "true | false"
+    number = "whole number" if spec.kind is ParameterKind.INT else "number"
     if spec.minimum is not None and spec.maximum is not None:
-        return f"number in [{spec.minimum:g}, {spec.maximum:g}]"
-    return "number"
+        return f"{number} in [{spec.minimum:g}, {spec.maximum:g}]"
+    return number
 
 
 def spec_default(spec: ParameterSpec) -> str:

@@ -120,8 +120,9 @@ def _rule(shape: JsonSchema, specs: tuple[ParameterSpec, ...]) -> JsonSchema:
 def _value(spec: ParameterSpec, place: Place) -> JsonSchema:
     """Return a parameter's value: one, or outside of a source also a list with one per source."""
     match spec.kind:
-        case ParameterKind.FLOAT:
-            one: JsonSchema = {"type": "number"}
+        case ParameterKind.FLOAT | ParameterKind.INT:
+            # A schema takes 2.0 for an integer; the parser does not.
+            one: JsonSchema = {"type": "number" if spec.kind is ParameterKind.FLOAT else "integer"}
             if spec.minimum is not None:
                 one["minimum"] = spec.minimum
             if spec.maximum is not None:

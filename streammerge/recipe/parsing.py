@@ -65,11 +65,23 @@ def parse_recipe(text: str, *, origin: str, methods: Methods) -> Recipe:
     Raises:
         RecipeError: The text is not YAML, or not a recipe; one line for each problem.
     """
+    return recipe_from_mapping(load_document(text, origin=origin), origin=origin, methods=methods)
+
+
+def load_document(text: str, *, origin: str) -> object:
+    """Return the plain values of a YAML or JSON text, as yet unchecked.
+
+    Args:
+        text: One YAML document.
+        origin: What to call the text in messages: a file name.
+
+    Raises:
+        RecipeError: The text is not YAML.
+    """
     try:
-        document = _load_yaml(text)
+        return _load_yaml(text)
     except RecipeError as error:
         raise RecipeError(f"{origin}: {error}") from error.__cause__
-    return recipe_from_mapping(document, origin=origin, methods=methods)
 
 
 def recipe_from_mapping(document: object, *, origin: str, methods: Methods) -> Recipe:

@@ -20,6 +20,7 @@ from streammerge.recipe.schema import (
     key_path,
     keys_of,
     refuse_choice,
+    refuse_integer,
     refuse_number,
     shown,
     unknown_key,
@@ -219,6 +220,8 @@ def _refuse_scalar(spec: ParameterSpec, value: object) -> str | None:
     match spec.kind:
         case ParameterKind.FLOAT:
             return refuse_number(value, spec.minimum, spec.maximum)
+        case ParameterKind.INT:
+            return refuse_integer(value, spec.minimum, spec.maximum)
         case ParameterKind.BOOL:
             return (
                 None if isinstance(value, bool) else f"expected true or false, got {shown(value)}"

@@ -155,6 +155,14 @@ def refuse_number(value: object, minimum: float | None, maximum: float | None) -
     return f"expected {expected}, got {shown(value)}" if below or above else None
 
 
+def refuse_integer(value: object, minimum: float | None, maximum: float | None) -> str | None:
+    """Return what is wrong with ``value`` as a whole number in a range, or None if nothing is."""
+    said = refuse_number(value, minimum, maximum)
+    if said is None and type(value) is not int:
+        said = f"expected a number, got {shown(value)}"
+    return None if said is None else said.replace("a number", "a whole number", 1)
+
+
 def _word_of(words: type[_Word]) -> Callable[[object], _Word]:
     """Return a validator that turns a word into its member of ``words``."""
 

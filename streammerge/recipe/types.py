@@ -19,6 +19,7 @@ class ParameterKind(StrEnum):
     """The type of a parameter."""
 
     FLOAT = "float"
+    INT = "int"
     BOOL = "bool"
     CHOICE = "choice"
 

@@ -191,5 +191,7 @@ def deltas(model: PeftModel, adapter: str) -> Tensors:
     for name, module in model.named_modules():
         held = getattr(module, "lora_A", {}), getattr(module, "lora_embedding_A", {})
         if any(adapter in table for table in held):
-            found[name.removeprefix("base_model.model.")] = module.get_delta_weight(adapter)
+            found[name.removeprefix("base_model.model.")] = module.get_delta_weight(
+                adapter
+            ).detach()
     return found

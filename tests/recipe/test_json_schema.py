@@ -15,6 +15,7 @@ from streammerge.recipe.parsing import recipe_from_mapping
 from streammerge.recipe.types import ParameterKind, ParameterSpec
 
 FLOAT, BOOL, CHOICE = ParameterKind.FLOAT, ParameterKind.BOOL, ParameterKind.CHOICE
+INT = ParameterKind.INT
 WEIGHT = ParameterSpec("weight", FLOAT, "Factor of the source.", 1.0, per_source=True)
 METHODS = {
     "linear": (
@@ -36,7 +37,10 @@ METHODS = {
             per_tensor=False,
         ),
     ),
-    "ranked": (ParameterSpec("rank", FLOAT, "Rank.", None, per_source=False, minimum=1.0),),
+    "ranked": (
+        ParameterSpec("rank", FLOAT, "Rank.", None, per_source=False, minimum=1.0),
+        ParameterSpec("count", INT, "Count.", 0, per_source=False, minimum=0, maximum=9),
+    ),
 }
 SCHEMA = recipe_json_schema(METHODS)
 VALIDATOR = Draft202012Validator(SCHEMA)

@@ -1,0 +1,76 @@
+"""Whether adapters can be combined without a base at all: everything else is refused by name."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from streammerge.adapters.combinations import COMBINATIONS, SVD_CLAMP
+from streammerge.adapters.types import Adapter, AdapterKind, LayerKind
+from streammerge.errors import RecipeError, UnsupportedAdapterError
+from streammerge.recipe.types import NonFinitePolicy, ParameterValue, Recipe
+
+_BAKE = 'give the recipe the "base" that they were trained on'
+
+
+def check_combination(recipe: Recipe, adapters: Sequence[Adapter]) -> None:
+    """Return if the adapters can be combined as the recipe says.
+
+    Args:
+        recipe: The parsed recipe, without a base.
+        adapters: Its sources.
+
+    Raises:
+        RecipeError: The recipe asks for what no combination of these adapters can be.
+        UnsupportedAdapterError: What an adapter does depends on the base.
+    """
+    combination = COMBINATIONS[recipe.method]
+    for what in ("kind", "naming"):
+        found = [str(getattr(adapter, what)) for adapter in adapters]
+        if len(set(found)) > 1:
+            listed = ", ".join(f"sources[{i}] {word}" for i, word in enumerate(found))
+            raise RecipeError(f"sources: expected adapters of one {what}, got {listed}")
+    if recipe.non_finite is not NonFinitePolicy.ERROR:
+        raise RecipeError(
+            "non_finite: keep: has no meaning for factors, where one NaN spreads over a whole "
+            "weight; remove the key"
+        )
+    for index, adapter in enumerate(adapters):
+        _check_adapter(f"sources[{index}] ({adapter.path})", adapter)
+    if adapters[0].kind is AdapterKind.IA3 and combination.name != "linear":
+        raise RecipeError(
+            f"method: {combination.name} combines factors of LoRA; for IA3 there is linear only"
+        )
+
+
+def check_clamp(value: ParameterValue | None) -> None:
+    """Return if ``svd_clamp`` is off or a quantile whose value can be positive."""
+    if value is not None and isinstance(value, float) and 0 < value <= 0.5:
+        raise RecipeError(
+            f"{SVD_CLAMP.name}: expected 0 (off) or a number in (0.5, 1], got {value:g}: half of "
+            "the values are negative, so a lower quantile would clamp everything to one value"
+        )
+
+
+def _check_adapter(label: str, adapter: Adapter) -> None:
+    config = adapter.config
+    if config.use_dora:
+        raise UnsupportedAdapterError(
+            f"{label}: is a DoRA adapter; its magnitudes scale the base's weights, so without them "
+            f"nothing can be added up: {_BAKE}"
+        )
+    if any(module.layer is LayerKind.EXPERTS for module in adapter.modules):
+        raise UnsupportedAdapterError(
+            f"{label}: adapts parameters (target_parameters: "
+            f"{', '.join(config.target_parameters)}), which PEFT stacks by expert in an order that "
+            f"only the base tells: {_BAKE}"
+        )
+    if config.bias != "none":
+        raise UnsupportedAdapterError(
+            f"{label}: trained the base's own biases (bias: {config.bias}), which PEFT loads from "
+            f"one adapter only: {_BAKE}"
+        )
+    if config.ensure_weight_tying:
+        raise UnsupportedAdapterError(
+            f"{label}: ties the adapters of tied embeddings (ensure_weight_tying), which their "
+            f"combination would no longer be: {_BAKE}"
+        )

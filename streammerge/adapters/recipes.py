@@ -1,0 +1,83 @@
+"""Recipes that combine adapters: told from those that merge models, and read with their methods."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from streammerge.adapters.combinations import COMBINATIONS
+from streammerge.adapters.reading import is_adapter
+from streammerge.errors import RecipeError
+from streammerge.recipe.types import ParameterSpec, Recipe
+
+Methods = Mapping[str, tuple[ParameterSpec, ...]]
+
+_POINTLESS = {
+    "svd_full_matrices": (
+        "in PEFT it chooses whether unused singular vectors are computed; here they never are, "
+        "remove the key"
+    ),
+    "svd_driver": (
+        "in PEFT it chooses a solver on CUDA; here the decomposition always runs on the CPU, with "
+        "the same bits everywhere, remove the key"
+    ),
+}
+
+
+def is_combination(recipe: Recipe) -> bool:
+    """Return whether a parsed recipe makes an adapter of adapters."""
+    return recipe.base is None and all(is_adapter(source.path) for source in recipe.sources)
+
+
+def every_method(models: Methods) -> Methods:
+    """Return the methods of models, and the combination types with names of their own.
+
+    Types that share a method's name take no parameter that the method does not.
+    """
+    return {name: each.parameters for name, each in COMBINATIONS.items()} | dict(models)
+
+
+def methods_for(document: object, *, origin: str, models: Methods) -> Methods:
+    """Return the methods that a recipe may use: those of models, or those of adapters alone.
+
+    Args:
+        document: The recipe's plain values, as yet unchecked.
+        origin: What to call the document in messages.
+        models: The methods that merge models, with their parameters.
+
+    Raises:
+        RecipeError: The recipe combines adapters, and its sources are something else; or it gives
+            an option of PEFT that means nothing here.
+    """
+    if not isinstance(document, dict):
+        return models
+    method = document.get("method")
+    foreign = isinstance(method, str) and method in COMBINATIONS.keys() - models.keys()
+    has_base = document.get("base") is not None
+    if has_base and not foreign:
+        return models
+    paths = _source_paths(document)
+    adapters = [is_adapter(path) for path in paths]
+    if paths and all(adapters) and not has_base:
+        given = document.get("parameters")
+        for key in given if isinstance(given, dict) else ():
+            if key in _POINTLESS:
+                raise RecipeError(f"{origin}: parameters.{key}: {_POINTLESS[key]}")
+        return {name: each.parameters for name, each in COMBINATIONS.items()}
+    if foreign:
+        why = "the recipe has a base; leave it out to combine adapters alone"
+        if not has_base and False in adapters:
+            index = adapters.index(False)
+            why = f"sources[{index}] ({paths[index]}) is none"
+        raise RecipeError(f"{origin}: method: {method} makes an adapter of adapters, but {why}")
+    return models
+
+
+def _source_paths(document: Mapping[object, object]) -> list[Path]:
+    sources = document.get("sources")
+    paths = []
+    for source in sources if isinstance(sources, list) else ():
+        path = source.get("path") if isinstance(source, dict) else None
+        if isinstance(path, str) and "\0" not in path:
+            paths.append(Path(path))
+    return paths
