@@ -620,6 +620,6 @@ def test_a_plan_brings_its_own_resources(recipe: str, out: Path) -> None:
     planned = streammerge.plan(recipe, memory=MEMORY)
 
     with pytest.raises(ValueError, match="a plan already says"):
-        streammerge.merge(planned, out, memory="1GiB")
+        streammerge.merge(planned, out, memory="3GiB")
     with pytest.raises(ValueError, match="at least 1"):
         streammerge.plan(recipe, workers=0)

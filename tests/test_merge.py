@@ -67,7 +67,7 @@ def coarse(
 
 def in_every_residence(recipe: Any, name: str, *, inputs: int) -> dict[str, MergePlan]:
     """Plan a merge so that tensor ``name`` is held in every way there is."""
-    plan = streammerge.plan(recipe, memory="1GiB", workers=2)
+    plan = streammerge.plan(recipe, memory="3GiB", workers=2)
     chunks = next(-(-task.numel // BLOCK) for task in plan.tasks if task.name == name)
     plans = {
         "passing": recut(plan, slots=2 * inputs, slot_blocks=chunks),
@@ -126,7 +126,7 @@ def test_every_density_gives_functionals_result_on_whole_tensors(
     for method, call in calls.items():
         parameters = {"density": density, "weight": weights}
         recipe = recipe_of(method, base_path, paths, parameters=parameters)
-        merged, _ = models.merge(recut(streammerge.plan(recipe, memory="1GiB"), slots=9))
+        merged, _ = models.merge(recut(streammerge.plan(recipe, memory="3GiB"), slots=9))
         assert_same_model(merged, {n: base[n] + call(tasks[n]) for n in base})
 
 
@@ -201,7 +201,7 @@ def test_peft_gives_the_same_bits_where_no_magnitudes_are_equal(
         if method != "task_arithmetic":
             parameters["density"] = density
         recipe = recipe_of(method, base_path, paths, parameters=parameters)
-        merged, _ = models.merge(recut(streammerge.plan(recipe, memory="1GiB"), slots=4))
+        merged, _ = models.merge(recut(streammerge.plan(recipe, memory="3GiB"), slots=4))
         assert_same_bits(merged["weight"], tensor, method)
 
 
@@ -233,7 +233,7 @@ def test_a_model_wide_threshold_equals_sorting_the_whole_model(
     base_path = models.write(base, shards=3, layout="reversed")
     paths = [models.write(sources[0]), models.write(sources[1], shards=2, layout="interleaved")]
     recipe = recipe_of("magnitude_prune", base_path, paths, parameters=parameters)
-    plan = streammerge.plan(recipe, memory="1GiB", workers=2)
+    plan = streammerge.plan(recipe, memory="3GiB", workers=2)
     expected = merge_in_memory("magnitude_prune", base, sources, parameters)
     trims = model_trims(base, sources, parameters)
 
@@ -266,7 +266,7 @@ def test_a_model_wide_ties_equals_sorting_the_whole_model(
     base_path, *paths = [models.write(each) for each in (base, *sources)]
     recipe = recipe_of("ties", base_path, paths, parameters=parameters)
     expected = merge_in_memory("ties", base, sources, parameters)
-    plan = streammerge.plan(recipe, memory="1GiB", workers=2)
+    plan = streammerge.plan(recipe, memory="3GiB", workers=2)
 
     for cut in (plan, recut(plan, slots=4), recut(plan, slots=8, statistics_bytes=1)):
         assert_same_model(models.merge(cut)[0], expected)
@@ -289,7 +289,7 @@ def test_copied_and_integer_tensors_have_no_part_in_a_model_wide_threshold(model
         for each in (base, *sources)
     ]
     expected = merge_in_memory("ties", base, others, {"density": 0.3, "scope": "model"})
-    plan = streammerge.plan(recipe, memory="1GiB", workers=2)
+    plan = streammerge.plan(recipe, memory="3GiB", workers=2)
 
     for cut in (plan, recut(plan, slots=3, slot_blocks=1)):
         merged, manifest = models.merge(cut)
@@ -337,7 +337,7 @@ def test_dare_drops_by_position_and_records_what_it_kept(
     parameters = {"density": density, "weight": (1.0, 0.5)}
     base_path, *paths = [models.write(each) for each in (base, *sources)]
     recipe = recipe_of(method, base_path, paths, parameters=parameters, seed=42)
-    merged, manifest = models.merge(recut(streammerge.plan(recipe, memory="1GiB"), slots=6))
+    merged, manifest = models.merge(recut(streammerge.plan(recipe, memory="3GiB"), slots=6))
 
     assert_same_model(merged, merge_in_memory(method, base, sources, parameters, seed=42))
     densities = density if isinstance(density, tuple) else (density, density)
@@ -388,7 +388,7 @@ def test_rules_and_sources_change_parameters_by_tensor(models: Models) -> None:
         "a.attn": {"density": (0.2, 0.3), "weight": (0.6, 0.4)},
         "head": {"density": 1.0, "weight": (0.6, 0.4)},
     }
-    plan = streammerge.plan(recipe, memory="1GiB", workers=2)
+    plan = streammerge.plan(recipe, memory="3GiB", workers=2)
     for cut in (plan, recut(plan, slots=3)):
         merged, _ = models.merge(cut)
         for name, parameters in own.items():
@@ -441,7 +441,7 @@ def test_integers_and_bool_are_copied_when_all_inputs_agree(models: Models) -> N
     base, *sources = [each | integers for each in smooth(15, 3, {"w": (100,)})]
     base_path, *paths = [models.write(each) for each in (base, *sources)]
     recipe = recipe_of("task_arithmetic", base_path, paths)
-    plan = streammerge.plan(recipe, memory="1GiB")
+    plan = streammerge.plan(recipe, memory="3GiB")
     floats = [{"w": each["w"]} for each in (base, *sources)]
     expected = integers | merge_in_memory("task_arithmetic", floats[0], floats[1:])
 
@@ -474,7 +474,7 @@ def test_the_float32_result_is_rounded_once_to_the_output_dtype(
         parameters=parameters,
         output={"dtype": str(output).removeprefix("torch.")},
     )
-    merged, _ = models.merge(recut(streammerge.plan(recipe, memory="1GiB"), slots=3))
+    merged, _ = models.merge(recut(streammerge.plan(recipe, memory="3GiB"), slots=3))
 
     wide = merge_in_memory("ties", base, sources, parameters, dtype=torch.float32)
     assert_same_model(merged, {name: tensor.to(output) for name, tensor in wide.items()})
@@ -493,7 +493,7 @@ def test_every_model_may_store_its_own_dtype(models: Models) -> None:
     base_path, *paths = [models.write(each) for each in (base, *sources)]
     parameters = {"density": 0.5}
     recipe = recipe_of("magnitude_prune", base_path, paths, parameters=parameters)
-    plan = streammerge.plan(recipe, memory="1GiB", workers=2)
+    plan = streammerge.plan(recipe, memory="3GiB", workers=2)
     expected = merge_in_memory("magnitude_prune", base, sources, parameters)
 
     assert expected["big"].dtype == torch.bfloat16
@@ -538,7 +538,7 @@ def test_shards_hold_what_the_index_says_and_no_more_than_allowed(models: Models
     base_path, *paths = [models.write(each) for each in (base, *sources)]
     recipe = recipe_of("task_arithmetic", base_path, paths, output={"max_shard_size": "10KB"})
     out = models.new_output()
-    manifest = streammerge.merge(recipe, out, memory="1GiB")
+    manifest = streammerge.merge(recipe, out, memory="3GiB")
 
     index = json.loads((out / INDEX_NAME).read_text())
     shards = sorted(path.name for path in out.glob("*.safetensors"))
@@ -563,7 +563,7 @@ def test_the_same_recipe_gives_the_same_files(models: Models) -> None:
     recipe = recipe_of("ties", base, paths, parameters={"density": 0.2})
     outs = [models.new_output(), models.new_output()]
     for out, workers in zip(outs, (1, 3), strict=True):
-        streammerge.merge(recipe, out, memory="1GiB", workers=workers)
+        streammerge.merge(recipe, out, memory="3GiB", workers=workers)
 
     first, second = ((out / "model.safetensors").read_bytes() for out in outs)
     assert first == second
@@ -586,8 +586,8 @@ def test_the_stored_recipe_makes_the_same_model_again(models: Models) -> None:
         output={"dtype": "bfloat16", "max_shard_size": 100_000},
     )
     out, again = models.new_output(), models.new_output()
-    first = streammerge.merge(recipe, out, memory="1GiB")
-    second = streammerge.merge(out / RECIPE_NAME, again, memory="1GiB")
+    first = streammerge.merge(recipe, out, memory="3GiB")
+    second = streammerge.merge(out / RECIPE_NAME, again, memory="3GiB")
 
     assert (out / RECIPE_NAME).read_text() == first.recipe == second.recipe
     assert_same_model(load_model(again), load_model(out))
@@ -605,7 +605,7 @@ def test_the_manifest_records_counts_and_thresholds_of_every_source(models: Mode
     for policy in ("exact", "inclusive", "strict"):
         parameters = {"density": densities, "tie_policy": policy}
         recipe = recipe_of("ties", base_path, paths, parameters=parameters)
-        plan = streammerge.plan(recipe, memory="1GiB", workers=2)
+        plan = streammerge.plan(recipe, memory="3GiB", workers=2)
         for cut in (plan, recut(plan, slots=3)):
             _, manifest = models.merge(cut)
             for name, record in manifest.tensors.items():
@@ -692,7 +692,7 @@ def test_a_plan_survives_json(models: Models) -> None:
         parameters={"density": [0.2, 0.1]},
         output={"dtype": "float16", "max_shard_size": 4096},
     )
-    plan = streammerge.plan(recipe, memory="1GiB", workers=2)
+    plan = streammerge.plan(recipe, memory="3GiB", workers=2)
     again = parse_plan(dump_plan(plan))
 
     assert again == plan

@@ -120,6 +120,17 @@ def _check_metadata(path: Path, metadata: object) -> None:
             raise HeaderError(
                 f"{path}: __metadata__: {key!r}: expected a string, got {type(value).__name__}"
             )
+        # Half a surrogate pair, which the safetensors library refuses too.
+        if not (_is_unicode(key) and _is_unicode(value)):
+            raise HeaderError(f"{path}: __metadata__: {key!r}: not valid Unicode")
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _parse_extent(path: Path, name: str, fields: object) -> _Extent:

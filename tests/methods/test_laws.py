@@ -200,7 +200,7 @@ def test_output_bytes_depend_on_nothing_but_recipe_and_inputs(
     case, document = reference.case, reference.document
     base, *sources = reference.stored.plain
     recipe = case.recipe(base, sources, **document)
-    plan = streammerge.plan(recipe, memory="1GiB", workers=3)
+    plan = streammerge.plan(recipe, memory="3GiB", workers=3)
     n_models = 3 if case.on_tasks else 2
     # The smallest cut: one chunk of one block per input, and no room to collect magnitudes.
     tightest = recut(plan, slots=n_models, workers=1, statistics_bytes=1)
