@@ -11,12 +11,13 @@ from models import write_model
 
 pytest.importorskip("benchmarks", reason="needs the project's root on the path")
 
-from benchmarks import contenders, measuring, memory, reporting
+from benchmarks import adapters, contenders, measuring, memory, reporting
 from benchmarks.compare import default_results_path, hide_paths, parse_arguments
 from benchmarks.floor import run_floor
 from benchmarks.jobs import METHODS, Job, mergekit_config, streammerge_recipe
 from benchmarks.models import ROOT, Models, tensor_nbytes
 from benchmarks.plotting import render_svg
+from streammerge.adapters.reading import read_adapter
 from streammerge.methods import discover_methods
 
 RUN = measuring.Run(
@@ -230,3 +231,26 @@ def test_the_picture_shows_every_point():
         "310",
         "3",
     ]
+
+
+def test_the_adapters_of_the_benchmark_are_read_and_combined(tmp_path, monkeypatch):
+    monkeypatch.setattr(adapters, "SHAPES", {"self_attn.q_proj": (12, 8), "mlp.up_proj": (16, 8)})
+    monkeypatch.setattr(adapters, "RANK", 2)
+    job = adapters.Job("cat", 2, tuple(adapters.SHAPES))
+
+    path = adapters.make_adapter(tmp_path / "a", job, seed=0)
+
+    assert {module.rank for module in read_adapter(path).modules} == {2}
+    assert job.name == "cat, all-linear, 2 layer(s)"
+
+
+def test_the_table_of_adapters_has_a_row_for_each_job():
+    ours = {"median_seconds": 2.0, "peak_private_nbytes": 200 << 20}
+    theirs = {"median_seconds": 9.0, "peak_private_nbytes": 400 << 20}
+
+    lines = adapters.render(
+        {"cat": {"streammerge": ours, "peft": theirs}, "svd": {"streammerge": ours}}
+    )
+
+    assert lines[1].split() == ["cat", "2.0", "200", "9.0", "400", "4.5"]
+    assert lines[2].split() == ["svd", "2.0", "200", "-", "-", "-"]

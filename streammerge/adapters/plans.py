@@ -186,6 +186,9 @@ class CombinationPlan:
             ("write", f"{format_size(self.bytes_to_write)} in {self.file_name}"),
             ("peak memory", f"{format_size(self.peak_memory)} of {format_size(self.budget)}"),
         ]
+        bases = {each.config.base_model for each in self.adapters if each.config.base_model}
+        if len(bases) > 1:
+            rows.insert(-3, ("bases", f"differ by name: {', '.join(sorted(bases))}"))
         if shown:
             rows.insert(-3, ("ranks", shown))
         if self.incomplete:
