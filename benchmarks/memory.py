@@ -76,7 +76,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     summary = (__doc__ or "").split("\n", maxsplit=1)[0]
     parser = argparse.ArgumentParser(prog="python -m benchmarks.memory", description=summary)
     parser.add_argument("--memory", default="512MiB", help="budget of every merge")
-    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=["0.15B", "1.1B", "8B"])
     parser.add_argument("--sources", nargs="+", type=int, default=[2, 4, 8], metavar="K")
     parser.add_argument("--method", choices=METHODS, default="ties")
     parser.add_argument("--timeout", type=float, default=7200.0, help="seconds per run")

@@ -87,8 +87,19 @@ PRESETS = {
     "150M": ModelSpec(hidden=768, layers=12, intermediate=3072, vocab=32000, heads=12, kv_heads=4),
     "1.1B": ModelSpec(hidden=2048, layers=22, intermediate=5632, vocab=32000, heads=32, kv_heads=4),
     "8B": ModelSpec(hidden=4096, layers=32, intermediate=14336, vocab=128256, heads=32, kv_heads=8),
+    "0.9B-MoE": ModelSpec(
+        hidden=512,
+        layers=32,
+        intermediate=32,
+        vocab=32000,
+        heads=8,
+        kv_heads=2,
+        experts=520,
+        expert_intermediate=32,
+    ),
 }
-"""Models of ordinary shapes; 1.1B is TinyLlama's, 8B is Llama 3's."""
+"""Models of ordinary shapes; 1.1B is TinyLlama's, 8B is Llama 3's. The mixture of experts has 50,000 tensors
+of 16,384 elements."""
 
 
 @dataclass(frozen=True, slots=True)
