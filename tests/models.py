@@ -32,7 +32,7 @@ Tensors = dict[str, Tensor]
 Layout = Literal["given", "reversed", "interleaved"]
 
 INDEX_NAME = "model.safetensors.index.json"
-MEMORY = "3GiB"
+MEMORY = "4GiB"
 """Far more than any model here needs."""
 _INT_OF_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
