@@ -29,6 +29,8 @@ _MMAP_STEP = 1 * MIB
 """Bytes copied from a mapping before its pages are given back; they count as the process's own."""
 
 
+DROP_BYTES = 32 * MIB
+"""Bytes of a file that are read before the system is told to forget them."""
 _OTHER_FILES = 256
 """Files that the process may have open beside the merge's own."""
 
@@ -47,6 +49,9 @@ class ByteSource(ABC):
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        self._dropping = threading.Lock()
+        self._read_out: list[tuple[int, int]] = []
+        self._read_out_nbytes = 0
         try:
             self._fd = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
         except OSError as error:
@@ -89,12 +94,27 @@ class ByteSource(ABC):
         """Read at least one byte, at most the buffer; return 0 only at the end of the file."""
 
     def drop(self, offset: int, nbytes: int) -> None:
-        """Tell the system that these bytes will not be read again."""
-        if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(self._fd, offset, nbytes, os.POSIX_FADV_DONTNEED)
+        """Tell the system that these bytes will not be read again.
+
+        It is told about many at once: each call makes it look at what all cores have in hand.
+        """
+        with self._dropping:
+            self._read_out.append((offset, offset + nbytes))
+            self._read_out_nbytes += nbytes
+            if self._read_out_nbytes < DROP_BYTES:
+                return
+            ranges, self._read_out, self._read_out_nbytes = self._read_out, [], 0
+        self._forget_cached(ranges)
+
+    def _forget_cached(self, ranges: list[tuple[int, int]]) -> None:
+        if not hasattr(os, "posix_fadvise"):
+            return
+        for begin, end in _joined(ranges):
+            os.posix_fadvise(self._fd, begin, end - begin, os.POSIX_FADV_DONTNEED)
 
     def close(self) -> None:
         """Close the file."""
+        self._forget_cached(self._read_out)
         os.close(self._fd)
 
     def __enter__(self) -> Self:
@@ -178,6 +198,17 @@ def allow_open_files(count: int) -> None:
     if soft != resource.RLIM_INFINITY and soft < wanted:
         most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+
+
+def _joined(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Return ranges of bytes in order, neighbours made one."""
+    joined: list[tuple[int, int]] = []
+    for begin, end in sorted(ranges):
+        if joined and begin <= joined[-1][1]:
+            joined[-1] = (joined[-1][0], max(end, joined[-1][1]))
+        else:
+            joined.append((begin, end))
+    return joined
 
 
 OpenByteSource = Callable[[Path], ByteSource]
