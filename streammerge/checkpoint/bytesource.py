@@ -9,6 +9,7 @@ Memory: none of the sources allocates; a mapping keeps at most 1 MiB of pages pe
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import mmap
 import os
@@ -109,8 +110,10 @@ class ByteSource(ABC):
     def _forget_cached(self, ranges: list[tuple[int, int]]) -> None:
         if not hasattr(os, "posix_fadvise"):
             return
-        for begin, end in _joined(ranges):
-            os.posix_fadvise(self._fd, begin, end - begin, os.POSIX_FADV_DONTNEED)
+        # It is advice: a system that cannot take it loses nothing.
+        with contextlib.suppress(OSError):
+            for begin, end in _joined(ranges):
+                os.posix_fadvise(self._fd, begin, end - begin, os.POSIX_FADV_DONTNEED)
 
     def close(self) -> None:
         """Close the file."""
