@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import platform
 from pathlib import Path
 
-import numpy as np
 import safetensors
 import torch
 
@@ -16,6 +14,8 @@ from streammerge.checkpoint.manifest import (
     Manifest,
     RunRecord,
     TensorRecord,
+    collect_versions,
+    digest_recipe,
     write_manifest,
 )
 from streammerge.checkpoint.modelcard import render_model_card
@@ -23,7 +23,6 @@ from streammerge.checkpoint.outputfile import write_durably
 from streammerge.checkpoint.sidecars import write_sidecars
 from streammerge.engine.pipeline import RunReport
 from streammerge.errors import OutputError
-from streammerge.identity import digest_recipe
 from streammerge.methods import discover_methods
 from streammerge.plan.layout import render_header, render_index
 from streammerge.plan.planning import find_method
@@ -120,20 +119,14 @@ def _manifest(
         method=planned.method,
         semantics=planned.semantics,
         recipe=planned.recipe,
-        recipe_digest=digest_recipe(planned),
+        recipe_digest=digest_recipe(planned.recipe),
         inputs=planned.files,
         files=files,
         dropped=planned.dropped,
         copied_from_base=planned.copied_from_base,
         tensors=_tensor_records(planned, report),
         run=RunRecord(
-            versions={
-                "streammerge": VERSION,
-                "torch": torch.__version__,
-                "numpy": np.__version__,
-                "safetensors": safetensors.__version__,
-                "python": platform.python_version(),
-            },
+            versions=collect_versions(torch.__version__),
             device="cpu",
             seconds=round(report.seconds, 3),
             seconds_by_stage=report.seconds_by_stage,

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from streammerge.checkpoint.manifest import digest_recipe
 from streammerge.plan.types import MergePlan
 from streammerge.version import VERSION
 
@@ -30,7 +31,7 @@ def identify(planned: MergePlan) -> dict[str, Any]:
         planned.layout,
     )
     return {
-        "recipe": digest_recipe(planned),
+        "recipe": digest_recipe(planned.recipe),
         "work": hashlib.blake2b(repr(work).encode(), digest_size=16).hexdigest(),
         "inputs": {
             str(
@@ -41,8 +42,3 @@ def identify(planned: MergePlan) -> dict[str, Any]:
         # Another build may round differently.
         "versions": {"streammerge": VERSION, "torch": torch.__version__},
     }
-
-
-def digest_recipe(planned: MergePlan) -> str:
-    """Return the BLAKE2b-128 of a plan's recipe in canonical YAML, in hex."""
-    return hashlib.blake2b(planned.recipe.encode(), digest_size=16).hexdigest()

@@ -19,6 +19,7 @@ from streammerge.checkpoint.bytesource import (
     ByteSource,
     ByteSourceKind,
     allow_open_files,
+    check_unchanged,
     choose_byte_source,
 )
 from streammerge.checkpoint.journal import Entry, ScopeFound
@@ -163,7 +164,7 @@ def merge(
         stack.enter_context(output)
         stack.enter_context(_naming_errors(output.partial))
         report = _write_shards(planned, output, sources, on_progress or (lambda _: None))
-        _check_unchanged(planned, sources)
+        check_unchanged(planned.files, sources)
         check_shards(planned, output.partial)
         manifest = write_companions(planned, output.partial, report, resumed=bool(output.entries))
         output.publish()
@@ -221,7 +222,7 @@ def verify_against(
             keep_cached=_fits_page_cache(planned),
             on_progress=on_progress or (lambda _: None),
         )
-        _check_unchanged(planned, sources)
+        check_unchanged(planned.files, sources)
     return compare_results(planned, report, outputs)
 
 
@@ -325,18 +326,8 @@ def _open_sources(planned: MergePlan, kind: ByteSourceKind, stack: ExitStack) ->
     allow_open_files(len(planned.files) + len(planned.layout.shards))
     opener = choose_byte_source(kind)
     sources = [stack.enter_context(opener(file.path)) for file in planned.files]
-    _check_unchanged(planned, sources)
+    check_unchanged(planned.files, sources)
     return sources
-
-
-def _check_unchanged(planned: MergePlan, sources: Sequence[ByteSource]) -> None:
-    for file, source in zip(planned.files, sources, strict=True):
-        nbytes, mtime_ns = source.fingerprint()
-        if (nbytes, mtime_ns) != (file.nbytes, file.mtime_ns):
-            raise CheckpointError(
-                f"{file.path}: changed since it was planned: {file.nbytes} bytes then, {nbytes} "
-                "now, or another modification time; plan again"
-            )
 
 
 def _write_shards(

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
-import platform
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import safetensors
 import torch
 
@@ -20,7 +17,7 @@ from streammerge.adapters.executing import check_equal_copies, execute
 from streammerge.adapters.plans import CombinationPlan, CopyTask, ModuleTask
 from streammerge.adapters.resultconfig import render_config
 from streammerge.adapters.types import Naming
-from streammerge.checkpoint.bytesource import ByteSource, OpenByteSource
+from streammerge.checkpoint.bytesource import ByteSource, OpenByteSource, check_unchanged
 from streammerge.checkpoint.digests import FileDigest, digest_file
 from streammerge.checkpoint.manifest import (
     MANIFEST_VERSION,
@@ -28,12 +25,14 @@ from streammerge.checkpoint.manifest import (
     Manifest,
     RunRecord,
     TensorRecord,
+    collect_versions,
+    digest_recipe,
     write_manifest,
 )
 from streammerge.checkpoint.modelcard import render_model_card
 from streammerge.checkpoint.outputdir import OutputDirectory
 from streammerge.checkpoint.outputfile import OutputFile, write_durably
-from streammerge.errors import CheckpointError, OutputError
+from streammerge.errors import OutputError
 from streammerge.version import VERSION
 
 OnBytes = Callable[[int, float], None]
@@ -75,12 +74,12 @@ def run_combination(
     )
     with ExitStack() as stack:
         sources = [stack.enter_context(opener(file.path)) for file in plan.files]
-        _check_unchanged(plan, sources)
+        check_unchanged(plan.files, sources)
         check_equal_copies(plan, sources)
         partial = stack.enter_context(directory).partial
         meter = _Meter(measure_memory, on_bytes)
         _write_tensors(plan, sources, partial / plan.file_name, meter)
-        _check_unchanged(plan, sources)
+        check_unchanged(plan.files, sources)
         _check_file(plan, partial / plan.file_name)
         manifest = _write_companions(plan, partial, meter)
         directory.publish()
@@ -90,7 +89,7 @@ def run_combination(
 def _identify(plan: CombinationPlan) -> dict[str, Any]:
     """Return what decides every byte of the result, as JSON."""
     return {
-        "recipe": _digest(plan.recipe),
+        "recipe": digest_recipe(plan.recipe),
         "inputs": {str(file.path): file.header_digest for file in plan.files},
         "versions": {"streammerge": VERSION, "torch": torch.__version__},
     }
@@ -118,16 +117,6 @@ class _Meter:
     def seconds(self) -> float:
         """Since the work began."""
         return time.perf_counter() - self._began
-
-
-def _check_unchanged(plan: CombinationPlan, sources: Sequence[ByteSource]) -> None:
-    for file, source in zip(plan.files, sources, strict=True):
-        nbytes, mtime_ns = source.fingerprint()
-        if (nbytes, mtime_ns) != (file.nbytes, file.mtime_ns):
-            raise CheckpointError(
-                f"{file.path}: changed since it was planned: {file.nbytes} bytes then, {nbytes} "
-                "now, or another modification time; plan again"
-            )
 
 
 def _write_tensors(
@@ -195,30 +184,20 @@ def _base_rows(plan: CombinationPlan) -> list[tuple[str, str]]:
     return [("base", base)] if isinstance(base, str) else []
 
 
-def _digest(recipe: str) -> str:
-    return hashlib.blake2b(recipe.encode(), digest_size=16).hexdigest()
-
-
 def _manifest(plan: CombinationPlan, meter: _Meter, files: dict[str, FileDigest]) -> Manifest:
     return Manifest(
         version=MANIFEST_VERSION,
         method=plan.method,
         semantics=plan.semantics,
         recipe=plan.recipe,
-        recipe_digest=_digest(plan.recipe),
+        recipe_digest=digest_recipe(plan.recipe),
         inputs=plan.files,
         files=files,
         dropped=plan.dropped,
         copied_from_base=(),
         tensors=_tensor_records(plan),
         run=RunRecord(
-            versions={
-                "streammerge": VERSION,
-                "torch": torch.__version__,
-                "numpy": np.__version__,
-                "safetensors": safetensors.__version__,
-                "python": platform.python_version(),
-            },
+            versions=collect_versions(torch.__version__),
             device="cpu",
             seconds=round(meter.seconds, 3),
             seconds_by_stage={},

@@ -15,7 +15,7 @@ import mmap
 import os
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from enum import StrEnum
 from pathlib import Path
 from types import TracebackType
@@ -23,6 +23,7 @@ from typing import Self
 
 import numpy as np
 
+from streammerge.checkpoint.types import ShardFile
 from streammerge.errors import CheckpointError, TruncatedShardError
 from streammerge.units import MIB
 
@@ -201,6 +202,21 @@ def allow_open_files(count: int) -> None:
     if soft != resource.RLIM_INFINITY and soft < wanted:
         most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+
+
+def check_unchanged(files: Sequence[ShardFile], sources: Sequence[ByteSource]) -> None:
+    """Return if every open file is still what it was when its header was read.
+
+    Raises:
+        CheckpointError: One of them has changed.
+    """
+    for file, source in zip(files, sources, strict=True):
+        nbytes, mtime_ns = source.fingerprint()
+        if (nbytes, mtime_ns) != (file.nbytes, file.mtime_ns):
+            raise CheckpointError(
+                f"{file.path}: changed since it was planned: {file.nbytes} bytes then, {nbytes} "
+                "now, or another modification time; plan again"
+            )
 
 
 def _joined(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:

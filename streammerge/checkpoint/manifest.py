@@ -5,10 +5,15 @@ Everything but the ``run`` section depends on the recipe and the inputs only.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import platform
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+import numpy as np
+import safetensors
 
 from streammerge.checkpoint.digests import FileDigest
 from streammerge.checkpoint.inputs import (
@@ -21,6 +26,7 @@ from streammerge.checkpoint.outputfile import write_durably
 from streammerge.checkpoint.types import ShardFile
 from streammerge.errors import HeaderError, printable
 from streammerge.units import MIB
+from streammerge.version import VERSION
 
 MANIFEST_NAME = "streammerge_manifest.json"
 RECIPE_NAME = "streammerge_recipe.yaml"
@@ -100,6 +106,22 @@ class Manifest:
     """Output tensors by name."""
     run: RunRecord
     """What this run took."""
+
+
+def digest_recipe(recipe: str) -> str:
+    """Return the BLAKE2b-128 of a recipe in canonical YAML, in hex."""
+    return hashlib.blake2b(recipe.encode(), digest_size=16).hexdigest()
+
+
+def collect_versions(torch_version: str) -> dict[str, str]:
+    """Return the versions that a run depends on; that of torch is given, for it is not loaded here."""
+    return {
+        "streammerge": VERSION,
+        "torch": torch_version,
+        "numpy": np.__version__,
+        "safetensors": safetensors.__version__,
+        "python": platform.python_version(),
+    }
 
 
 def write_manifest(manifest: Manifest, directory: Path) -> None:
