@@ -1,0 +1,75 @@
+"""An adapter seen as a model: its base, with some tensors changed and some replaced."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from streammerge.adapters.changes import Change, list_changes
+from streammerge.adapters.homes import find_homes
+from streammerge.adapters.types import Adapter
+from streammerge.checkpoint.types import Checkpoint, ShardFile, TensorEntry
+
+
+@dataclass(frozen=True, slots=True)
+class AdaptedModel:
+    """What an adapter makes of a base, without its being made."""
+
+    files: tuple[ShardFile, ...]
+    """The adapter's one file."""
+    tensors: Mapping[str, TensorEntry]
+    """Tensors that the adapter brings along whole, by their name in the base or beside it."""
+    changes: Mapping[str, tuple[Change, ...]]
+    """Changes of the base's tensors, or of those that the adapter brings along, by name."""
+    untied: Mapping[str, str]
+    """Tensors that the base's files lack, because they are tied, by the one that each equals."""
+
+
+def adapt(adapter: Adapter, base: Checkpoint, *, where: str) -> AdaptedModel:
+    """Return what an adapter does to a base.
+
+    Args:
+        adapter: The adapter.
+        base: The base's headers.
+        where: What to call the adapter in messages.
+
+    Raises:
+        CheckpointError: The adapter does not belong to this base; see
+            :func:`~streammerge.adapters.homes.find_homes`.
+    """
+    homes = find_homes(adapter, base, where=where)
+    tensors = {**homes.replaced, **homes.added}
+    # What the adapter brings along takes the place of the base's, and is then changed.
+    seen = {**_with_untied(base, homes.untied).tensors, **tensors}
+    changes = list_changes(homes, seen)
+    return AdaptedModel(
+        files=(adapter.file,),
+        tensors=tensors,
+        changes={name: tuple(each) for name, each in changes.items()},
+        untied=homes.untied,
+    )
+
+
+def untie(models: Sequence[Checkpoint | AdaptedModel]) -> list[Checkpoint | AdaptedModel]:
+    """Return the models with every tensor of its own that an adapter changes apart from its twin."""
+    untied = all_untied(models)
+    return [
+        _with_untied(model, untied) if isinstance(model, Checkpoint) else model for model in models
+    ]
+
+
+def all_untied(models: Sequence[Checkpoint | AdaptedModel]) -> dict[str, str]:
+    """Return the tensors that any adapter unties, by the one that each equals in the base."""
+    found: dict[str, str] = {}
+    for model in models:
+        if isinstance(model, AdaptedModel):
+            found |= model.untied
+    return found
+
+
+def _with_untied(model: Checkpoint, untied: Mapping[str, str]) -> Checkpoint:
+    tensors = dict(model.tensors)
+    for name, twin in untied.items():
+        if name not in tensors and twin in tensors:
+            tensors[name] = replace(tensors[twin], name=name)
+    return replace(model, tensors=tensors)
