@@ -71,7 +71,7 @@ def write_companions(
     recipe = parse_recipe(planned.recipe, origin="recipe", methods=methods)
     origin = companion_directory(planned)
     dtype = None if recipe.output.dtype is None else recipe.output.dtype.torch_name
-    names = [*write_sidecars(origin, directory, dtype=dtype)]
+    names = [*write_sidecars(origin, directory, dtype=dtype, settings=planned.config)]
     texts = {RECIPE_NAME: planned.recipe.encode()}
     if planned.layout.index_name is not None:
         texts[planned.layout.index_name] = render_index(planned)

@@ -10,9 +10,10 @@ from typing import Any
 
 import psutil
 
+from streammerge.adapters.adapted import AdaptedModel, adapt
 from streammerge.adapters.planning import plan_combination
 from streammerge.adapters.plans import CombinationPlan
-from streammerge.adapters.reading import read_adapter
+from streammerge.adapters.reading import is_adapter, read_adapter
 from streammerge.adapters.recipes import is_combination, methods_for
 from streammerge.adapters.running import run_combination
 from streammerge.checkpoint.bytesource import (
@@ -82,7 +83,8 @@ def plan(
     find_method(parsed.method)
     base = None if parsed.base is None else _read_model(parsed.base, "base")
     sources = [
-        _read_model(source.path, f"sources[{index}]") for index, source in enumerate(parsed.sources)
+        _read_source(source.path, f"sources[{index}]", base)
+        for index, source in enumerate(parsed.sources)
     ]
     machine = Machine(
         budget=_budget(memory),
@@ -270,11 +272,8 @@ def load_recipe(recipe: RecipeLike) -> Recipe:
 def _plan_combination(recipe: Recipe, memory: int | str | None) -> CombinationPlan:
     adapters = []
     for index, source in enumerate(recipe.sources):
-        try:
+        with _naming_source(f"sources[{index}]"):
             adapters.append(read_adapter(source.path))
-        except CheckpointError as error:
-            error.add_note(f"while reading sources[{index}] of the recipe")
-            raise
     return plan_combination(recipe, adapters, budget=_budget(memory), baseline=resident_memory())
 
 
@@ -292,14 +291,33 @@ def _report_bytes(
     return report
 
 
+def _read_source(path: Path, label: str, base: Checkpoint | None) -> Checkpoint | AdaptedModel:
+    if not is_adapter(path):
+        return _read_model(path, label)
+    if base is None:
+        raise RecipeError(
+            f"{label} ({path}) is an adapter and others are models; add `base: PATH`, the model that "
+            "it was trained on"
+        )
+    with _naming_source(label):
+        return adapt(read_adapter(path), base, where=f"{label} ({path})")
+
+
 def _read_model(path: Path, label: str) -> Checkpoint:
-    try:
+    with _naming_source(label):
         checkpoint = read_checkpoint(path)
         check_not_quantized(checkpoint)
+    return checkpoint
+
+
+@contextmanager
+def _naming_source(label: str) -> Iterator[None]:
+    """Add to errors which part of the recipe was being read."""
+    try:
+        yield
     except CheckpointError as error:
         error.add_note(f"while reading {label} of the recipe")
         raise
-    return checkpoint
 
 
 def _budget(memory: int | str | None) -> int:

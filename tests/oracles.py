@@ -232,10 +232,18 @@ def apply_to_whole_tensors(
             scratch=torch.empty(method.scratch_rows, rows.shape[1], dtype=compute_dtype),
             trims=_WholeTrims(tuple(trims[name, source] for source in range(n)) if need else ()),
             masks=_WholeMasks(seed, name),
+            steps=_NoSteps(),
         )
         result = method.apply(chunk, params).clone()
         merged[name] = result.reshape(base[name].shape).to(base[name].dtype)
     return merged
+
+
+class _NoSteps:
+    """Whole models are merged at once, never one after the other."""
+
+    def step_(self, weights: Tensor, *, source: int) -> Tensor:
+        raise AssertionError(f"source {source} is no adapter: {weights.shape}")
 
 
 def _whole_top(trim: Trim, flat: np.ndarray, begin: int, end: int) -> TopK:

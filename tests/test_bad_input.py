@@ -250,9 +250,9 @@ def test_an_adapter_is_refused_as_what_it_is(tmp_path: Path, good: Path, refuse:
 
     refuse(
         recipe_of("linear", None, [good, adapter]),
-        code=FAILED,
-        error="CheckpointError",
-        says=(adapter, "adapter", "merge it into its base model first"),
+        code=USAGE,
+        error="RecipeError",
+        says=(adapter, "is an adapter", "add `base: PATH`"),
     )
 
 

@@ -168,8 +168,8 @@ def _choose_file(directory: Path) -> Path:
         raise CheckpointError(f"{directory}: cannot be listed: {error.strerror}") from error
     if "adapter_config.json" in names:
         raise CheckpointError(
-            f"{directory}: holds an adapter (adapter_config.json); adapters are not supported as "
-            "sources yet: merge it into its base model first and name the result"
+            f"{directory}: holds an adapter (adapter_config.json), which is no model by itself; name "
+            "it under `sources`, and the model that it was trained on as `base`"
         )
     for stems in (_SAFETENSORS_STEMS, _TORCH_STEMS):
         known = [name for stem in stems for name in (stem, stem + _INDEX_SUFFIX) if name in names]

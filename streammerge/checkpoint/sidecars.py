@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -108,8 +108,10 @@ def plan_sidecars(directory: Path) -> tuple[Path, ...]:
     return tuple(directory / name for name in sorted(chosen | code))
 
 
-def write_sidecars(directory: Path, out: Path, *, dtype: str | None) -> tuple[str, ...]:
-    """Copy the files beside the shards to ``out``; ``config.json`` there names the new dtype.
+def write_sidecars(
+    directory: Path, out: Path, *, dtype: str | None, settings: Sequence[tuple[str, object]] = ()
+) -> tuple[str, ...]:
+    """Copy the files beside the shards to ``out``; ``config.json`` there says what has changed.
 
     Every ``dtype`` (transformers from 4.56) and ``torch_dtype`` (before) is updated, those of
     sub-models such as ``text_config`` too; a config with neither gets ``dtype``, unless
@@ -120,7 +122,8 @@ def write_sidecars(directory: Path, out: Path, *, dtype: str | None) -> tuple[st
         directory: The directory that holds the shards.
         out: The directory of the output; another one than ``directory``.
         dtype: Element type of the output by its torch name, such as ``"bfloat16"``; None copies
-            ``config.json`` as it is.
+            those entries as they are.
+        settings: Other keys of ``config.json`` with the values that they get.
 
     Returns:
         Names of the files written, relative to ``out``, with ``/`` between parts, sorted.
@@ -139,8 +142,8 @@ def write_sidecars(directory: Path, out: Path, *, dtype: str | None) -> tuple[st
     for path in paths:
         name = path.relative_to(directory).as_posix()
         pieces: Iterable[bytes] = _iter_pieces(path)
-        if name == _CONFIG and dtype is not None:
-            pieces = (_config_with_dtype(path, dtype),)
+        if name == _CONFIG and (dtype is not None or settings):
+            pieces = (_changed_config(path, dtype, settings),)
         _make_directory((out / name).parent)
         write_durably(out / name, pieces)
         names.append(name)
@@ -245,14 +248,15 @@ def _iter_strings(value: object) -> Iterator[str]:
             yield from _iter_strings(part)
 
 
-def _config_with_dtype(path: Path, dtype: str) -> bytes:
-    """Return the text of a config in which the model and its sub-models have this dtype."""
+def _changed_config(path: Path, dtype: str | None, settings: Sequence[tuple[str, object]]) -> bytes:
+    """Return the text of a config with other settings, and one dtype for all its sub-models."""
     # float: Python programs write Infinity here, and json.dumps writes it back.
     config = parse_json_object(_read_small(path), where=str(path), parse_constant=float)
-    present = any(key in config for key in (*_DTYPE_KEYS, *_DIFFUSERS_KEYS))
-    if not present:
-        config["dtype"] = dtype
-    _set_dtype(config, dtype)
+    if dtype is not None:
+        if not any(key in config for key in (*_DTYPE_KEYS, *_DIFFUSERS_KEYS)):
+            config["dtype"] = dtype
+        _set_dtype(config, dtype)
+    config |= dict(settings)
     return (json.dumps(config, indent=2) + "\n").encode("ascii")
 
 

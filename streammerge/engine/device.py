@@ -20,6 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from streammerge.engine.changing import ChangeWork, PieceSteps
 from streammerge.engine.finite import check_finite, check_range, count_non_finite
 from streammerge.engine.pieces import Part, PieceInMemory, torch_dtype
 from streammerge.methods.base import MagnitudeTopK, MergeChunk, MergeMethod, Operand, Stack
@@ -65,6 +66,14 @@ class DeviceStage(Protocol):
         """
         ...
 
+    def convert(self, piece: PieceInMemory, out: Tensor) -> Applied:
+        """Store the values of a piece's only input in the type of ``out``.
+
+        Raises:
+            NonFiniteError: A value does not fit the type, or is not finite and the recipe forbids it.
+        """
+        ...
+
     def measure(
         self, piece: PieceInMemory, questions: Sequence[Question | None]
     ) -> list[list[Counted | None]]:
@@ -94,9 +103,12 @@ class CpuStage:
         self._params = [method.bind(setting.values) for setting in plan.settings]
         self._first_source = 1 if plan.has_base else 0
         self._subtracts = method.operand is Operand.TASK_VECTORS
+        self._has_base = plan.has_base
+        self._in_turn = [method.in_turn(params) for params in self._params]
         self._n_sources = len(plan.models) - self._first_source
         rows = self._n_sources + 1 + method.scratch_rows + 1
         self._memory = torch.empty(rows * BLOCK, dtype=torch_dtype(plan.compute_dtype))
+        self._changes = ChangeWork(plan)
         self._vectors = self._memory[: self._n_sources * BLOCK]
         rest = self._memory[self._n_sources * BLOCK :].view(-1, BLOCK)
         self._base, self._scratch, self._magnitudes = rest[0], rest[1:-1], rest[-1]
@@ -125,6 +137,7 @@ class CpuStage:
                 scratch=self._scratch[:, : end - begin],
                 trims=_Trims(segments),
                 masks=_PositionalMasks(self._plan.seed, segments),
+                steps=PieceSteps(self._changes, piece, begin, self._first_source),
             )
             merged = self._method.apply(chunk, params)
             if self._plan.keep_non_finite:
@@ -135,6 +148,20 @@ class CpuStage:
         # Values that are not finite are only let through, and counted, in pieces of one part.
         tell = self._method.random or self._plan.model_scope
         return [Applied(not_finite, tuple(counts) if tell else ()) for counts in kept]
+
+    def convert(self, piece: PieceInMemory, out: Tensor) -> Applied:
+        """Convert the values of a piece; see :class:`DeviceStage`."""
+        stored = next(each for each in piece.inputs if each is not None)
+        not_finite = 0
+        for begin in range(0, piece.numel, BLOCK):
+            end = min(begin + BLOCK, piece.numel)
+            values = self._base[: end - begin].copy_(stored[begin:end])
+            if self._plan.keep_non_finite:
+                not_finite += count_non_finite(piece.inputs, begin, end)
+            else:
+                check_range(values, piece, begin)
+            out[begin:end].copy_(stored[begin:end])
+        return Applied(not_finite, ())
 
     def measure(
         self, piece: PieceInMemory, questions: Sequence[Question | None]
@@ -201,19 +228,55 @@ class CpuStage:
             return selected[1:]
         numel = end - begin
         vectors = self._operands(piece, numel)
+        if self._in_turn[piece.first.task.setting]:
+            # PEFT loads all adapters first, each in place of what the base has, then merges them.
+            stored = next(each for each in reversed(piece.inputs) if each is not None)
+            in_type = stored[begin:end].to(torch_dtype(piece.first.task.dtype))
+            return self._base[:numel].copy_(in_type), vectors
         base = None
-        if self._subtracts:
-            stored = piece.inputs[0]
-            assert stored is not None  # noqa: S101 - the planner gave every merge its base
-            base = self._base[:numel].copy_(stored[begin:end])
-        for row, stored in zip(vectors.rows, piece.inputs[self._first_source :], strict=True):
-            assert stored is not None  # noqa: S101 - and all its sources
-            row.copy_(stored[begin:end])
-            if base is not None:
-                row.sub_(base)
+        if self._has_base and piece.inputs[0] is not None:
+            base = self._base[:numel].copy_(piece.inputs[0][begin:end])
+        lent = False
+        for source, row in enumerate(vectors.rows):
+            if piece.inputs[self._first_source + source] is None:
+                lent = True
+                self._fill_adapted(row, base, piece, source, begin)
+            else:
+                self._fill_stored(row, base, piece, source, begin)
             if check:
                 check_finite(row, piece, begin, self._plan)
+        if lent and check and base is not None:
+            check_finite(base, piece, begin, self._plan)
         return base, vectors
+
+    def _fill_stored(
+        self, row: Tensor, base: Tensor | None, piece: PieceInMemory, source: int, begin: int
+    ) -> None:
+        """Write the operand of a source that has values of its own, which it may change as well."""
+        model = self._first_source + source
+        stored = piece.inputs[model]
+        assert stored is not None  # noqa: S101 - the planner gave every merge all its sources
+        row.copy_(stored[begin : begin + row.numel()])
+        for delta in piece.deltas[model] if piece.deltas else ():
+            self._changes.apply_(row, delta, piece, begin)
+        if self._subtracts and base is not None:
+            row.sub_(base)
+
+    def _fill_adapted(
+        self, row: Tensor, base: Tensor | None, piece: PieceInMemory, source: int, begin: int
+    ) -> None:
+        """Write the operand of an adapter: what it adds to the base, or the base with that."""
+        assert base is not None  # noqa: S101 - the planner gave every adapter its base
+        deltas = piece.deltas[self._first_source + source] if piece.deltas else ()
+        if self._subtracts and all(delta.is_sum for delta in deltas):
+            # Not by way of the base: adding to it and subtracting it again would round.
+            self._changes.sum_into(row, deltas, piece, begin)
+            return
+        row.copy_(base)
+        for delta in deltas:
+            self._changes.apply_(row, delta, piece, begin)
+        if self._subtracts:
+            row.sub_(base)
 
     def _operands(self, piece: PieceInMemory, numel: int) -> Stack:
         """Return ``[n, numel]`` of scratch memory, laid out as a whole-tensor stack would be.

@@ -4,7 +4,7 @@ Several threads load at once. They take chunks one after the other and wait for 
 order, so the oldest work always gets its memory first and nothing can lock up; reading itself
 runs side by side.
 
-Memory: slots only, one per input of every chunk in flight.
+Memory: slots, one per input of every chunk in flight, and what the shelf of factors holds.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from streammerge.engine.buffers import Slot, SlotPool
 from streammerge.engine.monitor import Monitor
 from streammerge.engine.pieces import view_pieces
 from streammerge.engine.progress import Progress, Stage
+from streammerge.engine.shelf import FactorShelf, HeldFactors
 from streammerge.plan.chunking import Chunk, ModelRead, plan_reads
 from streammerge.plan.types import MergePlan
 
@@ -34,18 +35,20 @@ class LoadedChunk:
         chunk: Chunk,
         reads: Sequence[ModelRead],
         slots: list[Slot],
-        pool: SlotPool,
         *,
+        pool: SlotPool,
+        factors: HeldFactors,
         joined: bool,
     ) -> None:
         """View the slots as tensors, small neighbours ``joined`` or each by itself."""
         self.chunk = chunk
+        self._factors = factors
         self._slots = slots
         self._pool = pool
         self._holders = 1
         self._lock = threading.Lock()
         memories = [slot.memory for slot in slots]
-        self.pieces = view_pieces(plan, chunk, reads, memories, joined=joined)
+        self.pieces = view_pieces(plan, chunk, reads, memories, factors.deltas_of, joined=joined)
 
     def hold(self) -> None:
         """Keep the slots for one more holder."""
@@ -59,6 +62,7 @@ class LoadedChunk:
             last = self._holders == 0
         if last:
             self._pool.release(self._slots)
+            self._factors.release()
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +87,7 @@ class Loader:
         plan: MergePlan,
         sources: Sequence[ByteSource],
         pool: SlotPool,
+        shelf: FactorShelf,
         loads: Iterator[Load],
         *,
         monitor: Monitor,
@@ -94,6 +99,7 @@ class Loader:
             plan: The plan.
             sources: Open input files, by their index in the plan.
             pool: Input buffers.
+            shelf: Tensors of adapters.
             loads: What to load; taken from under a lock, so it may wait for earlier work.
             monitor: Ends waiting.
             progress: Counts bytes and seconds.
@@ -101,6 +107,7 @@ class Loader:
         self._plan = plan
         self._sources = sources
         self._pool = pool
+        self._shelf = shelf
         self._loads = loads
         self._monitor = monitor
         self._progress = progress
@@ -113,13 +120,21 @@ class Loader:
                 load = next(self._loads, None)
                 if load is None:
                     return
+                factors = self._shelf.take(piece.task for piece in load.chunk.pieces)
                 slots = self._pool.acquire(len(load.chunk.models))
             with self._progress.spending(Stage.READ):
+                factors.fill()
                 reads = plan_reads(self._plan, load.chunk)
                 for read, slot in zip(reads, slots, strict=True):
                     self._read(read, slot.memory, last_use=load.last_use)
             loaded = LoadedChunk(
-                self._plan, load.chunk, reads, slots, self._pool, joined=load.joined
+                self._plan,
+                load.chunk,
+                reads,
+                slots,
+                pool=self._pool,
+                factors=factors,
+                joined=load.joined,
             )
             load.then(loaded)
 

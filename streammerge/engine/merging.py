@@ -64,11 +64,12 @@ class ChunkMerger:
         """
         slots: list[Slot] = []
         merged: list[Extent] = []
+        tops: Sequence[tuple[TopK, ...]]
         copied: list[Extent] = []
         cursor = 0
         for piece in loaded.pieces:
             task = piece.first.task
-            if task.action is not Action.MERGE:
+            if task.action in (Action.COPY, Action.COPY_IF_EQUAL):
                 copied.append(self._copy(piece))
                 continue
             if not slots:
@@ -77,8 +78,11 @@ class ChunkMerger:
             nbytes = piece.numel * task.dtype.itemsize
             memory = slots[0].memory[cursor : cursor + nbytes]
             out = torch.from_numpy(memory).view(torch_dtype(task.dtype))
-            tops = find_tops(piece)
-            applied = stage.apply(piece, tops, out)
+            if task.action is Action.CONVERT:
+                tops, applied = [()], [stage.convert(piece, out)]
+            else:
+                tops = find_tops(piece)
+                applied = stage.apply(piece, tops, out)
             merged.extend(_extents(piece, memory.data, applied, tops))
             cursor += padded(nbytes)
         if copied:

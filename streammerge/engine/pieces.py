@@ -5,7 +5,7 @@ Memory: views of slots, nothing of its own.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from streammerge.adapters.deltas import Delta
 from streammerge.dtypes import DType
 from streammerge.methods.parts import ADD_LEFT_TO_RIGHT
 from streammerge.plan.chunking import Chunk, ModelRead
@@ -42,7 +43,10 @@ class PieceInMemory:
     parts: tuple[Part, ...]
     """The tensors, in the order in which they lie in memory; all of one setting and one type."""
     inputs: tuple[Tensor | None, ...]
-    """``[numel]`` per model, in the stored dtype, on the host; None takes no part."""
+    """``[numel]`` per model, in the stored dtype, on the host; None where nothing is stored: the
+    model takes no part, or is an adapter, to which the base's values belong."""
+    deltas: tuple[tuple[Delta, ...], ...] = ()
+    """What adapters do to the tensor, per model; empty where none does anything."""
 
     @property
     def first(self) -> Part:
@@ -72,6 +76,7 @@ def view_pieces(
     chunk: Chunk,
     reads: Sequence[ModelRead],
     memories: Sequence[NDArray[np.uint8]],
+    deltas_of: Callable[[int, int], tuple[tuple[Delta, ...], ...]],
     *,
     joined: bool,
 ) -> tuple[PieceInMemory, ...]:
@@ -82,10 +87,11 @@ def view_pieces(
         chunk: The chunk.
         reads: Where its pieces lie in each slot.
         memories: The slots, in the same order.
+        deltas_of: Gives what adapters do to a tensor, by its index, for a number of models.
         joined: Whether small neighbours become one piece, since every operation on a piece costs
             as much as some ten thousand elements.
     """
-    view = _ChunkView(plan, chunk, reads, memories)
+    view = _ChunkView(plan, chunk, reads, memories, deltas_of)
     pieces = []
     begin = 0
     while begin < len(chunk.pieces):
@@ -104,8 +110,10 @@ class _ChunkView:
         chunk: Chunk,
         reads: Sequence[ModelRead],
         memories: Sequence[NDArray[np.uint8]],
+        deltas_of: Callable[[int, int], tuple[tuple[Delta, ...], ...]],
     ) -> None:
         self._plan = plan
+        self._deltas_of = deltas_of
         self._pieces = chunk.pieces
         self._places = {read.model: read.placements for read in reads}
         self._slots = {read.model: memory for read, memory in zip(reads, memories, strict=True)}
@@ -116,7 +124,7 @@ class _ChunkView:
         first = plan.tasks[self._pieces[begin].task]
         # torch.sum of more rows adds in an order that depends on how long they are.
         many = len(plan.models) - plan.has_base > ADD_LEFT_TO_RIGHT
-        if first.action is not Action.MERGE or plan.keep_non_finite or many:
+        if first.action is not Action.MERGE or first.changes or plan.keep_non_finite or many:
             return begin + 1
         kind = _kind(first)
         numel = self._pieces[begin].numel
@@ -154,13 +162,14 @@ class _ChunkView:
             place = self._places[model][begin]
             raw = self._slots[model][place : place + numel * entry.dtype.itemsize]
             inputs.append(torch.from_numpy(raw).view(torch_dtype(entry.dtype)))
-        return PieceInMemory(parts, tuple(inputs))
+        deltas = self._deltas_of(parts[0].task_index, len(inputs))
+        return PieceInMemory(parts, tuple(inputs), deltas)
 
 
 def _kind(task: TensorTask) -> tuple[Any, ...]:
     """Return what tensors must share to be merged as one."""
     stored = tuple(entry.dtype if entry else None for entry in task.inputs)
-    return task.action, task.setting, task.dtype, stored
+    return task.action, task.setting, task.dtype, stored, bool(task.changes)
 
 
 def torch_dtype(dtype: DType) -> torch.dtype:

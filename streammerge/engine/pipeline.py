@@ -30,6 +30,7 @@ from streammerge.engine.queues import Outstanding, WorkQueue
 from streammerge.engine.results import Results, TensorResult
 from streammerge.engine.resuming import Recovered
 from streammerge.engine.scheduling import OnScope, Schedule, Shop, Work
+from streammerge.engine.shelf import FactorShelf
 from streammerge.engine.writing import Output, WriteJob, run_writer
 from streammerge.errors import OutOfMemoryError, StageError, StreamMergeError
 from streammerge.methods.base import MergeMethod
@@ -166,6 +167,7 @@ class _Running:
             plan,
             sources,
             pool,
+            FactorShelf(plan, sources, monitor=self._monitor, progress=self._progress),
             Schedule(shop).iter_loads(),
             monitor=self._monitor,
             progress=self._progress,
@@ -222,7 +224,9 @@ class _Running:
             self._monitor.fail(_named(error))
 
     def _read(self) -> None:
-        self._loader.run()
+        torch.set_num_threads(1)
+        with torch.inference_mode():
+            self._loader.run()
         self._outstanding.end()
 
     def _compute(self) -> None:

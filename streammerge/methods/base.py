@@ -103,6 +103,19 @@ class Trims(Protocol):
         ...
 
 
+class Steps(Protocol):
+    """Does what one source does to a model, to a model that others have changed already."""
+
+    def step_(self, weights: Tensor, *, source: int) -> Tensor:
+        """Change weights as a source changes the base, and round them to the base's type, in place.
+
+        Args:
+            weights: ``[m]``, in the compute dtype.
+            source: Index in recipe order.
+        """
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class MergeChunk:
     """A flat piece of a tensor, or several small tensors end to end, in every input.
@@ -120,6 +133,8 @@ class MergeChunk:
     """The trims of this piece, for methods that need them."""
     masks: RandomMasks
     """The random masks of this piece."""
+    steps: Steps
+    """The sources as steps, for methods that take one after the other."""
 
     def base_plus(self, merged: Tensor) -> Tensor:
         """Add the merged task vector to the base, in place of the merged one."""
@@ -155,6 +170,12 @@ class MergeMethod:
     """Parameter sets that the tests run every law on, as a recipe spells them."""
     random: bool = False
     """Whether the seed matters."""
+    in_turn: Callable[[Any], bool] = lambda _: False
+    """Whether these parameters take the sources one after the other, by :attr:`MergeChunk.steps`;
+    the vectors are then left uninitialised."""
+    takes_whole: Callable[[Any, int], bool] = lambda _, __: False
+    """Whether the result is a source as it stands, given its index, where no other source differs
+    from the base."""
     waived: Mapping[Law, str] = field(default_factory=dict)
     """The laws that this method cannot keep, each with the reason."""
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
+from streammerge.adapters.adapted import AdaptedModel
+from streammerge.adapters.changes import Change
 from streammerge.checkpoint.types import Checkpoint, TensorEntry
 from streammerge.dtypes import DType
 from streammerge.errors import (
@@ -41,6 +43,10 @@ class AlignedTensor:
     """One per model; None takes no part."""
     setting: int
     """Index into :attr:`Alignment.settings`; -1 for copies."""
+    changes: tuple[Change, ...] = ()
+    """What the sources that are adapters do to it."""
+    base_owner: int = 0
+    """The model whose file the base's entry is in: an adapter that brings a base of another shape."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,13 +63,18 @@ class Alignment:
     """Names that ``missing: base`` copies."""
 
 
+Model = Checkpoint | AdaptedModel
+"""What takes part in a merge."""
+
+
 def align_tensors(
     recipe: Recipe,
     labels: Sequence[str],
-    checkpoints: Sequence[Checkpoint],
+    checkpoints: Sequence[Model],
     resolve: Callable[[str], Resolved],
     *,
     merges_base: bool,
+    takes_whole: Callable[[Resolved, int], bool],
 ) -> Alignment:
     """Decide about every tensor of every input.
 
@@ -73,6 +84,7 @@ def align_tensors(
         checkpoints: The models, in the same order.
         resolve: What the recipe says about a tensor name.
         merges_base: Whether the base's values enter a merge; otherwise a base only lends copies.
+        takes_whole: Whether a source comes out as it stands where no other differs from the base.
 
     Raises:
         MissingTensorError: A tensor is not in every input; all of them are listed.
@@ -80,7 +92,9 @@ def align_tensors(
         UnsupportedDTypeError: A tensor is a float in one input and an integer in another.
         RecipeError: A rule copies a tensor from a model that has none of that name.
     """
-    return _Aligner(recipe, labels, checkpoints, resolve, merges_base=merges_base).run()
+    return _Aligner(
+        recipe, labels, checkpoints, resolve, merges_base=merges_base, takes_whole=takes_whole
+    ).run()
 
 
 class _Aligner:
@@ -90,22 +104,28 @@ class _Aligner:
         self,
         recipe: Recipe,
         labels: Sequence[str],
-        checkpoints: Sequence[Checkpoint],
+        checkpoints: Sequence[Model],
         resolve: Callable[[str], Resolved],
         *,
         merges_base: bool,
+        takes_whole: Callable[[Resolved, int], bool],
     ) -> None:
         self._recipe = recipe
         self._labels = labels
         self._checkpoints = checkpoints
         self._resolve = resolve
         self._has_base = recipe.base is not None
+        self._takes_whole = takes_whole
         self._setting_index: dict[tuple[object, ...], int] = {}
         self._settings: list[Setting] = []
         self._dropped: list[str] = []
         self._copied: list[str] = []
         self._missing: list[str] = []
         self._first_merged = 1 if self._has_base and not merges_base else 0
+        self._adapted = {
+            index: each for index, each in enumerate(checkpoints) if isinstance(each, AdaptedModel)
+        }
+        self._only_adapted = len(self._adapted) == len(checkpoints) - self._has_base
 
     def run(self) -> Alignment:
         names = dict.fromkeys(name for each in self._checkpoints for name in each.tensors)
@@ -130,10 +150,21 @@ class _Aligner:
             return None
         if resolved.copy is not None:
             return self._copy_by_rule(name, entries, resolved.copy)
-        merged = range(self._first_merged, len(entries))
-        absent = [self._labels[index] for index in merged if entries[index] is None]
+        if self._adapted:
+            decided = self._decide_by_adapters(name, entries)
+            if decided is not None:
+                return decided
+        base = entries[0] if self._has_base else None
+        # An adapter that says nothing about a tensor leaves it as it is in the base.
+        lent = {index for index in self._adapted if entries[index] is None and base is not None}
+        first_merged = 0 if lent else self._first_merged
+        merged = range(first_merged, len(entries))
+        absent = [
+            self._labels[index]
+            for index in range(self._first_merged, len(entries))
+            if entries[index] is None and index not in lent
+        ]
         if absent:
-            base = entries[0] if self._has_base else None
             if self._recipe.missing is MissingPolicy.BASE and base is not None:
                 self._copied.append(name)
                 return self._copied_tensor(name, entries, 0)
@@ -145,12 +176,74 @@ class _Aligner:
             return self._integers(name, first, inputs)
         dtype = self._recipe.output.dtype or (entries[0] or first).dtype
         setting = self._setting(resolved)
-        return AlignedTensor(name, first.shape, dtype, Action.MERGE, inputs, setting)
+        changes = self._changes(name)
+        return AlignedTensor(name, first.shape, dtype, Action.MERGE, inputs, setting, changes)
+
+    def _changes(self, name: str) -> tuple[Change, ...]:
+        return tuple(
+            replace(change, model=index)
+            for index, model in self._adapted.items()
+            for change in model.changes.get(name, ())
+        )
+
+    def _decide_by_adapters(
+        self, name: str, entries: Sequence[TensorEntry | None]
+    ) -> AlignedTensor | None:
+        """Decide about a tensor that no method can merge, since at most one adapter has it its way.
+
+        Returns None for tensors that are merged like those of models.
+        """
+        base = entries[0] if self._has_base else None
+        touching = [
+            index
+            for index, model in self._adapted.items()
+            if entries[index] is not None or name in model.changes
+        ]
+        full = [i for i in range(1, len(entries)) if i not in self._adapted and entries[i]]
+        if base is not None and self._only_adapted and not touching:
+            return self._stored(name, entries, 0)
+        if len(touching) != 1 or full:
+            return None
+        (index,) = touching
+        entry = entries[index]
+        if entry is None:
+            return None
+        changes = self._changes(name)
+        # A head that the base lacks, or an embedding for more tokens: there is nothing to merge
+        # it with, so it is taken as it is.
+        alone = base is None or base.shape != entry.shape
+        if not changes and (alone or self._takes_whole(self._resolve(name), index - 1)):
+            return self._stored(name, entries, index)
+        if not alone:
+            return None
+        dtype = self._recipe.output.dtype or (base or entry).dtype
+        inputs = (entry, *(None for _ in entries[1:]))
+        setting = self._setting(self._resolve(name))
+        return AlignedTensor(
+            name, entry.shape, dtype, Action.MERGE, inputs, setting, changes, base_owner=index
+        )
+
+    def _stored(
+        self, name: str, entries: Sequence[TensorEntry | None], model: int
+    ) -> AlignedTensor:
+        """Take a tensor from one model, in the type that the output has it in."""
+        copied = self._copied_tensor(name, entries, model)
+        base = entries[0] if self._has_base else None
+        dtype = self._recipe.output.dtype or (base or copied).dtype
+        if copied.dtype == dtype or not copied.dtype.is_float:
+            return copied
+        return replace(copied, dtype=dtype, action=Action.CONVERT)
 
     def _copy_by_rule(
         self, name: str, entries: Sequence[TensorEntry | None], copy: int
     ) -> AlignedTensor:
         model = 0 if copy == BASE else copy + self._has_base
+        if entries[model] is None and model in self._adapted:
+            raise RecipeError(
+                f"rules: {printable(name)} is to be copied from {self._labels[model]}, an adapter that "
+                "does not bring the tensor along; merge the adapter into the base first and name "
+                "the result, or copy from the base"
+            )
         if entries[model] is None:
             raise RecipeError(
                 f"rules: {printable(name)} is to be copied from {self._labels[model]}, which has no such "

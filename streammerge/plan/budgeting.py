@@ -6,6 +6,7 @@ The parts, in bytes, for ``n`` inputs, ``w`` workers and slots of ``s`` bytes:
     outputs     output slots · s'        a merged chunk until it is written
     scratch     w · (n + base + scratch rows + 3) · block in the compute dtype, masks, random words
     statistics  top-k searches of the tensors in flight
+    factors     adapters' tensors, in the compute dtype, of the tensors in flight
     growth      thread stacks, allocator slack, small objects, what is known of finished tensors
     baseline    the process as it stands: interpreter, torch, headers, this plan
 """
@@ -35,6 +36,8 @@ _WORKER_BYTES = 40 * BLOCK
 eight bytes per element and comparison masks."""
 _STATISTICS_SHARE = 0.15
 """Share of the free budget for top-k searches; more would only help guesses that miss."""
+_FACTORS_SHARE = 0.25
+"""Share of the free budget for the adapters' tensors beyond what one tensor needs."""
 _BINS_BYTES = 1 * MIB
 """A histogram of 2^16 counters, and the one block's that is added to it."""
 _BYTES_PER_BLOCK = 24
@@ -73,6 +76,10 @@ class Demand:
     """Tensors in the output."""
     blocks: int
     """Blocks in the output."""
+    factors_largest: int = 0
+    """Bytes of adapters that the tensor which needs most of them needs."""
+    factors_nbytes: int = 0
+    """Bytes of adapters that all tensors need."""
 
 
 def choose_resources(
@@ -94,7 +101,7 @@ def choose_resources(
     smallest_slot = BLOCK * demand.input_itemsize
     scratch = workers * _worker_bytes(demand)
     growth = GROWTH_BYTES + records_bytes(demand.tensors, demand.blocks)
-    fixed = baseline + growth + scratch
+    fixed = baseline + growth + scratch + demand.factors_largest
     least = demand.inputs * smallest_slot + 2 * _output_bytes(demand, smallest_slot)
     floor = _statistics_floor(demand)
     if fixed + floor + least > budget:
@@ -106,7 +113,11 @@ def choose_resources(
         )
     share = int((budget - fixed) * _STATISTICS_SHARE)
     statistics = min(max(floor, share), _statistics_useful(demand), budget - fixed - least)
-    free = budget - fixed - statistics
+    # Enough for the tensors in work and those that are read meanwhile.
+    spare = min(3 * demand.factors_largest, demand.factors_nbytes - demand.factors_largest)
+    spare = min(spare, int((budget - fixed - statistics - least) * _FACTORS_SHARE))
+    factors = demand.factors_largest + spare
+    free = budget - fixed - statistics - spare
     slot_bytes, output_slots = _choose_slots(
         demand, free, chunks=readers + workers + _DEPTH, output_slots=workers + writers + 1
     )
@@ -125,6 +136,7 @@ def choose_resources(
         readers=readers,
         workers=workers,
         writers=writers,
+        factor_bytes=factors,
     )
     projection = MemoryProjection(
         baseline=baseline,
@@ -134,6 +146,7 @@ def choose_resources(
         scratch=scratch,
         statistics=statistics,
         budget=budget,
+        factors=factors,
     )
     return resources, projection
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 
+from streammerge.plan.factors import factors_nbytes
 from streammerge.plan.types import Action, MergePlan, TensorTask
 from streammerge.reductions import BLOCK
 
@@ -164,6 +165,7 @@ class _Batch:
 
     def __init__(self, plan: MergePlan) -> None:
         self._resources = plan.resources
+        self._itemsize = plan.compute_dtype.itemsize
         self._clear()
 
     def _clear(self) -> None:
@@ -171,13 +173,16 @@ class _Batch:
         self._models: set[int] = set()
         self._input_bytes = 0
         self._output_bytes = 0
+        self._factor_bytes = 0
 
     def fits(self, task: TensorTask) -> bool:
         input_bytes = self._input_bytes + padded(task.numel * widest_input(task))
         output_bytes = self._output_bytes + _output_bytes(task)
+        factor_bytes = self._factor_bytes + factors_nbytes(task, self._itemsize)
         return (
             input_bytes <= self._resources.slot_bytes
             and output_bytes <= self._resources.output_slot_bytes
+            and factor_bytes <= self._resources.factor_bytes
         )
 
     def add(self, index: int, task: TensorTask) -> None:
@@ -185,6 +190,7 @@ class _Batch:
         self._models.update(_models(task))
         self._input_bytes += padded(task.numel * widest_input(task))
         self._output_bytes += _output_bytes(task)
+        self._factor_bytes += factors_nbytes(task, self._itemsize)
 
     def flush(self) -> Iterator[Unit]:
         if self._pieces:
@@ -195,7 +201,8 @@ class _Batch:
 
 def _output_bytes(task: TensorTask) -> int:
     """Return what a small tensor takes of an output slot; copies leave from their input slot."""
-    return padded(task.numel * task.dtype.itemsize) if task.action is Action.MERGE else 0
+    made = task.action in (Action.MERGE, Action.CONVERT)
+    return padded(task.numel * task.dtype.itemsize) if made else 0
 
 
 def _plan_model_read(plan: MergePlan, chunk: Chunk, model: int) -> ModelRead:

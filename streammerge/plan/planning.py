@@ -6,14 +6,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from streammerge.adapters.adapted import AdaptedModel, all_untied, untie
+from streammerge.adapters.changes import DELTA_ROWS, Change
 from streammerge.checkpoint.types import Checkpoint, ShardFile
 from streammerge.dtypes import DType
 from streammerge.errors import RecipeError, suggestion
 from streammerge.methods import discover_methods
 from streammerge.methods.base import MergeMethod, Operand, Scope
-from streammerge.plan.aligning import AlignedTensor, Alignment, align_tensors
+from streammerge.plan.aligning import AlignedTensor, Alignment, Model, align_tensors
 from streammerge.plan.budgeting import Demand, choose_resources
 from streammerge.plan.chunking import widest_input
+from streammerge.plan.factors import factors_nbytes, stored_nbytes
 from streammerge.plan.layout import plan_layout
 from streammerge.plan.sweeps import Needs, bytes_beyond_once
 from streammerge.plan.types import (
@@ -61,14 +64,14 @@ def find_method(name: str) -> MergeMethod:
 
 
 def plan_merge(
-    recipe: Recipe, base: Checkpoint | None, sources: Sequence[Checkpoint], machine: Machine
+    recipe: Recipe, base: Checkpoint | None, sources: Sequence[Model], machine: Machine
 ) -> MergePlan:
     """Decide everything about a merge.
 
     Args:
         recipe: What is asked for.
         base: The base's headers; None without one.
-        sources: The sources' headers, in recipe order.
+        sources: The sources' headers, in recipe order; adapters as they change this base.
         machine: What may be used.
 
     Raises:
@@ -82,7 +85,7 @@ def plan_merge(
             f"base: {method.name} merges task vectors and needs the model that the sources were "
             "tuned from; add `base: PATH`"
         )
-    checkpoints = [*([base] if base is not None else []), *sources]
+    checkpoints = untie([*([base] if base is not None else []), *sources])
     models = _models(recipe)
     alignment = align_tensors(
         recipe,
@@ -90,8 +93,13 @@ def plan_merge(
         checkpoints,
         build_resolver(recipe, method.parameters),
         merges_base=method.operand is Operand.TASK_VECTORS,
+        takes_whole=lambda resolved, source: method.takes_whole(
+            method.bind(resolved.values), source
+        ),
     )
     model_scope = _check_settings(method, alignment, len(sources))
+    if any(method.in_turn(method.bind(setting.values)) for setting in alignment.settings):
+        _check_in_turn(recipe, alignment, sources)
     layout, places = plan_layout(alignment.tensors, recipe.output.max_shard_bytes)
     files, file_index = _files(checkpoints)
     tasks = _tasks(alignment.tensors, places, file_index, model_scope=model_scope)
@@ -127,6 +135,8 @@ def plan_merge(
         input_nbytes=demand.input_nbytes,
         dropped=alignment.dropped,
         copied_from_base=alignment.copied_from_base,
+        config=_config(checkpoints, alignment.tensors),
+        untied=tuple(all_untied(checkpoints)),
     )
     beyond = bytes_beyond_once(plan, Needs(plan, method))
     return replace(plan, bytes_to_read=plan.input_nbytes + beyond)
@@ -173,8 +183,50 @@ def _check_settings(method: MergeMethod, alignment: Alignment, n_sources: int) -
     return True
 
 
+def _check_in_turn(recipe: Recipe, alignment: Alignment, sources: Sequence[Model]) -> None:
+    """Raise unless PEFT could do the same: adapters alone, of weight 1, in the base's type."""
+    for index, source in enumerate(sources):
+        if not isinstance(source, AdaptedModel):
+            raise RecipeError(
+                f"parameters.rounding: peft merges adapters one after the other, but sources[{index}] "
+                f"({recipe.sources[index].path}) is a model; leave `rounding` out"
+            )
+    for setting in alignment.settings:
+        weights = dict(setting.values).get("weight")
+        if isinstance(weights, tuple) and set(weights) != {1.0}:
+            raise RecipeError(
+                f"weight: {list(weights)} with `rounding: peft`, where PEFT's merge_and_unload knows "
+                "only 1; leave the weights or `rounding` out"
+            )
+    if recipe.compute_dtype is not ComputeDType.FLOAT32 or recipe.output.dtype is not None:
+        raise RecipeError(
+            "parameters.rounding: peft computes in float32 and keeps the base's types; leave "
+            "`compute_dtype` and `output.dtype` out"
+        )
+
+
+def _config(
+    models: Sequence[Model], tensors: Sequence[AlignedTensor]
+) -> tuple[tuple[str, bool | int], ...]:
+    """Return the keys of the base's ``config.json`` that the result contradicts."""
+    base = models[0]
+    if not isinstance(base, Checkpoint):
+        return ()
+    settings: dict[str, bool | int] = {}
+    if all_untied(models):
+        settings["tie_word_embeddings"] = False
+    vocabulary = (base.config or {}).get("vocab_size")
+    for tensor in tensors:
+        before = base.tensors.get(tensor.name)
+        if before is None or before.shape == tensor.shape or len(tensor.shape) != len(before.shape):
+            continue
+        if before.shape[0] == vocabulary and before.shape[1:] == tensor.shape[1:]:
+            settings["vocab_size"] = tensor.shape[0]
+    return tuple(settings.items())
+
+
 def _files(
-    checkpoints: Sequence[Checkpoint],
+    checkpoints: Sequence[Model],
 ) -> tuple[tuple[ShardFile, ...], list[list[int]]]:
     """Number all files; a file that two models share is one file."""
     numbers: dict[Path, int] = {}
@@ -204,7 +256,9 @@ def _tasks(
         inputs = tuple(
             None
             if entry is None
-            else TensorInput(file_index[model][entry.file], entry.offset, entry.dtype)
+            else TensorInput(
+                file_index[model or tensor.base_owner][entry.file], entry.offset, entry.dtype
+            )
             for model, entry in enumerate(tensor.entries)
         )
         present = next(entry for entry in tensor.entries if entry is not None)
@@ -220,9 +274,17 @@ def _tasks(
                 scope_block=scope_blocks.get(tensor.name, 0),
                 shard=shard,
                 offset=offset,
+                changes=tuple(_in_files(change, file_index) for change in tensor.changes),
             )
         )
     return tasks
+
+
+def _in_files(change: Change, file_index: Sequence[Sequence[int]]) -> Change:
+    """Return a change whose factors refer to the plan's files."""
+    files = file_index[change.model]
+    factors = tuple(replace(factor, file=files[factor.file]) for factor in change.factors)
+    return replace(change, factors=factors)
 
 
 def _scope_blocks(tensors: Sequence[AlignedTensor]) -> dict[str, int]:
@@ -273,21 +335,26 @@ def _demand(
     n_sources = len(recipe.sources)
     widest = {id(task): widest_input(task) for task in tasks}
     numels = [task.numel for task in merged] or [0]
+    changed = [task for task in merged if task.changes]
+    itemsize = _compute_dtype(recipe).itemsize
     return Demand(
         inputs=max(1, len(_models_read(tasks))),
         input_itemsize=max(widest.values(), default=1),
         output_ratio=max((task.dtype.itemsize / widest[id(task)] for task in merged), default=0.0),
-        # Sources, base, the method's scratch, and one row of magnitudes for the reduction.
-        compute_rows=n_sources + 1 + method.scratch_rows + 1,
-        compute_itemsize=_compute_dtype(recipe).itemsize,
+        # Sources, base, the method's scratch, and one row of magnitudes for the reduction; for
+        # changes, a product and one more row.
+        compute_rows=n_sources + 1 + method.scratch_rows + 1 + (DELTA_ROWS if changed else 0),
+        compute_itemsize=itemsize,
         statistic_sources=n_sources if needs else 0,
         statistic_numel=sum(numels) if model_scope else max(numels),
         resident_nbytes=0
         if model_scope or not needs
         else max((_input_nbytes(task) for task in merged), default=0),
-        input_nbytes=sum(_input_nbytes(task) for task in tasks),
+        input_nbytes=sum(_input_nbytes(task) for task in tasks) + stored_nbytes(changed),
         tensors=len(tasks),
         blocks=sum(count_blocks(task.numel) for task in tasks),
+        factors_largest=max((factors_nbytes(task, itemsize) for task in changed), default=0),
+        factors_nbytes=sum(factors_nbytes(task, itemsize) for task in changed),
     )
 
 

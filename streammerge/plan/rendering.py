@@ -44,6 +44,7 @@ def render_plan(plan: MergePlan) -> str:
         "outputs": memory.outputs,
         "scratch": memory.scratch,
         "statistics": memory.statistics,
+        "adapters": memory.factors,
     }
     rows.append(
         (
@@ -76,6 +77,7 @@ _DONE = {
     Action.MERGE: "merged",
     Action.COPY: "copied",
     Action.COPY_IF_EQUAL: "copied if equal everywhere",
+    Action.CONVERT: "converted",
 }
 
 

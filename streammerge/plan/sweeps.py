@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from streammerge.methods.base import MagnitudeTopK, MergeMethod
 from streammerge.plan.budgeting import affordable_limit, search_bytes, values_limit
 from streammerge.plan.chunking import Chunk, Piece, reads_twice
+from streammerge.plan.factors import factors_nbytes, norms_nbytes
 from streammerge.plan.types import Action, MergePlan, TensorTask
 from streammerge.reductions.magnitude import SAMPLE_RUN, choose_sample_runs
 from streammerge.reductions.topk import kept_count
@@ -108,8 +109,7 @@ def pack_sample(plan: MergePlan, runs: Sequence[Piece]) -> Iterator[Chunk]:
     # A slot's worth per chunk, but enough chunks for all readers.
     fitting = plan.resources.slot_bytes // (SAMPLE_RUN * widest)
     per_chunk = max(1, min(fitting, -(-len(runs) // plan.resources.readers)))
-    for begin in range(0, len(runs), per_chunk):
-        pieces = tuple(runs[begin : begin + per_chunk])
+    for pieces in _groups(plan, runs, per_chunk):
         models = {
             model
             for piece in pieces
@@ -119,12 +119,32 @@ def pack_sample(plan: MergePlan, runs: Sequence[Piece]) -> Iterator[Chunk]:
         yield Chunk(pieces, tuple(sorted(models)))
 
 
+def _groups(plan: MergePlan, runs: Sequence[Piece], most: int) -> Iterator[tuple[Piece, ...]]:
+    """Group runs so that the adapters' tensors that a group needs have room."""
+    group: list[Piece] = []
+    factor_bytes = 0
+    for run in runs:
+        task = plan.tasks[run.task]
+        own = factors_nbytes(task, plan.compute_dtype.itemsize)
+        if group and group[-1].task == run.task:
+            own = 0
+        if len(group) == most or factor_bytes + own > plan.resources.factor_bytes:
+            if group:
+                yield tuple(group)
+            group, factor_bytes = [], 0
+            own = factors_nbytes(task, plan.compute_dtype.itemsize)
+        group.append(run)
+        factor_bytes += own
+    if group:
+        yield tuple(group)
+
+
 def bytes_beyond_once(plan: MergePlan, needs: Needs) -> int:
     """Return the bytes that samples and sweeps read beyond every input byte once."""
+    total = sum(norms_nbytes(task) for task in plan.tasks)
     whole = needs.of_model()
     if whole is not None:
-        return _sweep_bytes(plan, *whole)
-    total = 0
+        return total + _sweep_bytes(plan, *whole)
     for index, task in enumerate(plan.tasks):
         need = needs.of(task)
         if need is not None and needs.must_look(task) and reads_twice(plan, task):

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
+from streammerge.adapters.changes import Change
 from streammerge.checkpoint.types import ShardFile
 from streammerge.dtypes import DType
 
-PLAN_VERSION = 1
+PLAN_VERSION = 2
 """Raised when the meaning of a field changes, so that an old plan is never run by new code."""
 
 
@@ -21,6 +22,8 @@ class Action(StrEnum):
     """The bytes of the one present input are copied."""
     COPY_IF_EQUAL = "copy if equal"
     """Integers and bool: copied when every input holds the same bytes, refused otherwise."""
+    CONVERT = "convert"
+    """The values of the one present input are stored in another element type."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +72,9 @@ class TensorTask:
     """Index into :attr:`OutputLayout.shards`."""
     offset: int
     """First byte of the data, from the start of the output file."""
+    changes: tuple[Change, ...] = ()
+    """What adapters do to it, in the order in which it is done; a source that is an adapter and
+    has neither an input nor a change leaves the base's values as they are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +144,8 @@ class Resources:
     """Threads that compute."""
     writers: int
     """Threads that write."""
+    factor_bytes: int = 0
+    """Room for the adapters' tensors of the tensors in flight, in bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,6 +166,8 @@ class MemoryProjection:
     """Statistics of tensors in flight."""
     budget: int
     """What the user allows in all."""
+    factors: int = 0
+    """Tensors of adapters, for the tensors in flight."""
 
     @property
     def peak(self) -> int:
@@ -169,6 +179,7 @@ class MemoryProjection:
             + self.outputs
             + self.scratch
             + self.statistics
+            + self.factors
         )
 
 
@@ -216,6 +227,10 @@ class MergePlan:
     """Names of input tensors that the recipe drops."""
     copied_from_base: tuple[str, ...]
     """Tensors that some source lacks and ``missing: base`` therefore copies."""
+    config: tuple[tuple[str, bool | int], ...] = ()
+    """Keys of ``config.json`` that differ in the result, with their values."""
+    untied: tuple[str, ...] = ()
+    """Tensors that the base shares with another one and the result does not."""
 
     @property
     def bytes_to_write(self) -> int:

@@ -199,7 +199,7 @@ def test_adapter_is_refused(tmp_path: Path) -> None:
     save_file(TENSORS, tmp_path / "adapter_model.safetensors")
     (tmp_path / "adapter_config.json").write_text("{}")
 
-    assert "adapters are not supported as sources yet" in refusal(tmp_path)
+    assert "which is no model by itself" in refusal(tmp_path)
 
 
 def test_two_files_without_an_index_are_refused_by_name(tmp_path: Path) -> None:

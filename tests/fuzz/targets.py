@@ -27,7 +27,14 @@ from streammerge.dtypes import DType
 from streammerge.errors import MAX_LINE_CHARACTERS, StreamMergeError
 from streammerge.methods import discover_methods
 from streammerge.plan.codec import dump_plan, parse_plan
-from streammerge.plan.types import MemoryProjection, MergePlan, OutputLayout, OutputShard, Resources
+from streammerge.plan.types import (
+    PLAN_VERSION,
+    MemoryProjection,
+    MergePlan,
+    OutputLayout,
+    OutputShard,
+    Resources,
+)
 from streammerge.recipe.parsing import MAX_PROBLEMS, dump_recipe, parse_recipe
 from streammerge.recipe.resolving import build_resolver
 
@@ -174,7 +181,7 @@ def _read_plan(content: bytes, directory: Path) -> None:
 @cache
 def _sound_plan() -> bytes:
     plan = MergePlan(
-        version=1,
+        version=PLAN_VERSION,
         method="linear",
         semantics="peft",
         recipe="",

@@ -1,0 +1,228 @@
+"""The adapters' tensors that chunks in flight need, each in memory once, in the compute dtype.
+
+A reader takes what its chunk needs before it reads; the first one to need a tensor reads it, the
+others wait for it. What nobody holds stays until its room is needed.
+
+Memory: at most the plan's ``factor_bytes``.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from streammerge.adapters.changes import Change, ChangeKind
+from streammerge.adapters.deltas import WORK_NUMEL, Delta
+from streammerge.checkpoint.bytesource import ByteSource
+from streammerge.checkpoint.types import TensorEntry
+from streammerge.engine.buffers import allocate
+from streammerge.engine.monitor import Monitor
+from streammerge.engine.pieces import torch_dtype
+from streammerge.engine.progress import Progress, Stage
+from streammerge.errors import NonFiniteError, printable
+from streammerge.plan.factors import FactorKey, NormKey, factor_needs, norm_key
+from streammerge.plan.types import MergePlan, TensorTask
+from streammerge.units import MIB
+
+_READ_BYTES = 1 * MIB
+"""Read and converted at once."""
+
+
+@dataclass(slots=True, eq=False)
+class _Entry:
+    """A place for one tensor."""
+
+    nbytes: int
+    holders: int = 0
+    filling: threading.Lock = field(default_factory=threading.Lock)
+    value: Tensor | None = None
+
+
+Entries = dict[FactorKey | NormKey, _Entry]
+
+
+class FactorShelf:
+    """Holds adapters' tensors for the chunks in flight."""
+
+    def __init__(
+        self,
+        plan: MergePlan,
+        sources: Sequence[ByteSource],
+        *,
+        monitor: Monitor,
+        progress: Progress,
+    ) -> None:
+        """Start empty.
+
+        Args:
+            plan: The plan.
+            sources: Open input files, by their index in the plan.
+            monitor: Ends waiting when the work fails.
+            progress: Counts bytes.
+        """
+        self._plan = plan
+        self._sources = sources
+        self._monitor = monitor
+        self._progress = progress
+        self._free = plan.resources.factor_bytes
+        self._entries: OrderedDict[FactorKey | NormKey, _Entry] = OrderedDict()
+        self._returned = monitor.condition()
+        self._dtype = torch_dtype(plan.compute_dtype)
+
+    def take(self, tasks: Iterable[int]) -> HeldFactors:
+        """Wait for room for what some tensors need, and hold it.
+
+        Raises:
+            StoppedError: The work was stopped meanwhile.
+        """
+        changed = [index for index in tasks if self._plan.tasks[index].changes]
+        needs: dict[FactorKey | NormKey, int] = {}
+        for index in changed:
+            needs |= factor_needs(self._plan.tasks[index], self._plan.compute_dtype.itemsize)
+        held: Entries = {}
+        if needs:
+            with self._monitor.lock:
+                self._monitor.wait(self._returned, lambda: self._make_room(needs))
+                for key, nbytes in needs.items():
+                    if key not in self._entries:
+                        self._entries[key] = _Entry(nbytes)
+                        self._free -= nbytes
+                    self._entries.move_to_end(key)
+                    held[key] = self._entries[key]
+                    held[key].holders += 1
+        return HeldFactors(self, held, {index: self._plan.tasks[index] for index in changed})
+
+    def _make_room(self, needs: dict[FactorKey | NormKey, int]) -> bool:
+        """Let go of what nobody holds, the longest unused first, until all new entries fit."""
+        wanted = sum(nbytes for key, nbytes in needs.items() if key not in self._entries)
+        for key in [k for k, entry in self._entries.items() if not entry.holders]:
+            if wanted <= self._free:
+                break
+            if key not in needs:
+                self._free += self._entries.pop(key).nbytes
+        return wanted <= self._free
+
+    def release(self, held: Entries) -> None:
+        """Let go of what :meth:`take` gave."""
+        with self._monitor.lock:
+            for entry in held.values():
+                entry.holders -= 1
+            self._returned.notify_all()
+
+    def fill(self, held: Entries, tasks: Iterable[TensorTask]) -> None:
+        """Read what is not in memory yet.
+
+        Raises:
+            NonFiniteError: A tensor of an adapter holds NaN or infinity, and the recipe forbids it.
+        """
+        for task in tasks:
+            for change in task.changes:
+                for factor in change.factors:
+                    entry = held[factor.file, factor.offset]
+                    _once(entry, partial(self._read, factor))
+                if change.kind is ChangeKind.NORMED:
+                    _once(held[norm_key(change)], partial(self._norms, held, change, task))
+
+    def delta(self, held: Entries, change: Change) -> Delta:
+        """Return a change with its factors, which are in memory."""
+        norms = held[norm_key(change)].value if change.kind is ChangeKind.NORMED else None
+        return Delta(change, _values(held, change), norms)
+
+    def _norms(self, held: Entries, change: Change, task: TensorTask) -> Tensor:
+        """Compute DoRA's norms, for which the base's tensor is read once more."""
+        base = task.inputs[0]
+        assert base is not None  # noqa: S101 - the planner gave every change its base
+        row_numel = change.matrix[1]
+
+        def read_rows(begin: int, end: int) -> Tensor:
+            offset = base.offset + begin * row_numel * base.dtype.itemsize
+            entry = TensorEntry(
+                task.name, base.dtype, ((end - begin) * row_numel,), base.file, offset
+            )
+            return self._read(entry)
+
+        work = torch.empty(WORK_NUMEL, dtype=self._dtype)
+        return Delta(change, _values(held, change)).norms(read_rows, work)
+
+    def _read(self, stored: TensorEntry) -> Tensor:
+        """Return a stored tensor in the compute dtype."""
+        out = torch.from_numpy(allocate(stored.numel * self._dtype.itemsize)).view(self._dtype)
+        step = _READ_BYTES // stored.dtype.itemsize
+        raw = bytearray(min(step, stored.numel) * stored.dtype.itemsize)
+        for begin in range(0, stored.numel, step):
+            part = out[begin : begin + step]
+            view = memoryview(raw)[: part.numel() * stored.dtype.itemsize]
+            self._sources[stored.file].read_into(
+                stored.offset + begin * stored.dtype.itemsize, view
+            )
+            self._progress.count(Stage.READ, len(view))
+            part.copy_(torch.frombuffer(view, dtype=torch_dtype(stored.dtype)))
+            self._check_finite(part, stored, begin)
+        return out.view(stored.shape)
+
+    def _check_finite(self, part: Tensor, stored: TensorEntry, begin: int) -> None:
+        if self._plan.keep_non_finite or math.isfinite(float(torch.dot(part, part))):
+            return
+        bad = torch.isfinite(part).logical_not_().nonzero()
+        if bad.numel():
+            element = int(bad[0])
+            raise NonFiniteError(
+                f"{self._plan.files[stored.file].path}: {printable(stored.name)} holds "
+                f"{float(part[element])} at flat element {begin + element}; train or repair the "
+                "adapter, or set `non_finite: keep` to let such values through"
+            )
+
+
+class HeldFactors:
+    """What one chunk holds of the shelf."""
+
+    def __init__(self, shelf: FactorShelf, entries: Entries, tasks: dict[int, TensorTask]) -> None:
+        """Hold entries for some tensors."""
+        self._shelf = shelf
+        self._entries = entries
+        self._tasks = tasks
+
+    def fill(self) -> None:
+        """Read what is not in memory yet; see :meth:`FactorShelf.fill`."""
+        self._shelf.fill(self._entries, self._tasks.values())
+
+    def deltas_of(self, task: int, models: int) -> tuple[tuple[Delta, ...], ...]:
+        """Return the changes of a tensor per model; nothing at all for one without changes."""
+        if task not in self._tasks:
+            return ()
+        changes = self._tasks[task].changes
+        return tuple(
+            tuple(
+                self._shelf.delta(self._entries, change)
+                for change in changes
+                if change.model == model
+            )
+            for model in range(models)
+        )
+
+    def release(self) -> None:
+        """Let go."""
+        if self._entries:
+            self._shelf.release(self._entries)
+
+
+def _once(entry: _Entry, make: Callable[[], Tensor]) -> None:
+    with entry.filling:
+        if entry.value is None:
+            entry.value = make()
+
+
+def _values(held: Entries, change: Change) -> list[Tensor]:
+    values = []
+    for factor in change.factors:
+        value = held[factor.file, factor.offset].value
+        assert value is not None  # noqa: S101 - factors are read before they are used
+        values.append(value)
+    return values
