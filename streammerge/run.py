@@ -41,7 +41,7 @@ from streammerge.finishing import check_shards, companion_directory, write_compa
 from streammerge.identity import identify
 from streammerge.methods import discover_methods
 from streammerge.plan.layout import render_header
-from streammerge.plan.planning import Machine, find_method, plan_merge
+from streammerge.plan.planning import Machine, find_method, plan_merge, takes_in_turn
 from streammerge.plan.types import MergePlan
 from streammerge.recipe.parsing import MAX_TEXT_BYTES, load_document, recipe_from_mapping
 from streammerge.recipe.types import Recipe
@@ -80,10 +80,10 @@ def plan(
     if is_combination(parsed):
         return _plan_combination(parsed, memory)
     # Before the files are opened: a method that does not exist is a matter of the recipe.
-    find_method(parsed.method)
+    shares_ties = takes_in_turn(parsed, find_method(parsed.method))
     base = None if parsed.base is None else _read_model(parsed.base, "base")
     sources = [
-        _read_source(source.path, f"sources[{index}]", base)
+        _read_source(source.path, f"sources[{index}]", base, shares_ties=shares_ties)
         for index, source in enumerate(parsed.sources)
     ]
     machine = Machine(
@@ -291,7 +291,9 @@ def _report_bytes(
     return report
 
 
-def _read_source(path: Path, label: str, base: Checkpoint | None) -> Checkpoint | AdaptedModel:
+def _read_source(
+    path: Path, label: str, base: Checkpoint | None, *, shares_ties: bool
+) -> Checkpoint | AdaptedModel:
     if not is_adapter(path):
         return _read_model(path, label)
     if base is None:
@@ -300,7 +302,8 @@ def _read_source(path: Path, label: str, base: Checkpoint | None) -> Checkpoint 
             "it was trained on"
         )
     with _naming_source(label):
-        return adapt(read_adapter(path), base, where=f"{label} ({path})")
+        where = f"{label} ({path})"
+        return adapt(read_adapter(path), base, where=where, shares_ties=shares_ties)
 
 
 def _read_model(path: Path, label: str) -> Checkpoint:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from streammerge.adapters.changes import Change, list_changes
-from streammerge.adapters.homes import find_homes
+from streammerge.adapters.finding import find_homes
 from streammerge.adapters.types import Adapter
 from streammerge.checkpoint.types import Checkpoint, ShardFile, TensorEntry
 
@@ -25,19 +25,20 @@ class AdaptedModel:
     """Tensors that the base's files lack, because they are tied, by the one that each equals."""
 
 
-def adapt(adapter: Adapter, base: Checkpoint, *, where: str) -> AdaptedModel:
+def adapt(adapter: Adapter, base: Checkpoint, *, where: str, shares_ties: bool) -> AdaptedModel:
     """Return what an adapter does to a base.
 
     Args:
         adapter: The adapter.
         base: The base's headers.
         where: What to call the adapter in messages.
+        shares_ties: Whether tied embeddings stay one tensor, as in PEFT's merge_and_unload.
 
     Raises:
         CheckpointError: The adapter does not belong to this base; see
-            :func:`~streammerge.adapters.homes.find_homes`.
+            :func:`~streammerge.adapters.finding.find_homes`.
     """
-    homes = find_homes(adapter, base, where=where)
+    homes = find_homes(adapter, base, where=where, shares_ties=shares_ties)
     tensors = {**homes.replaced, **homes.added}
     # What the adapter brings along takes the place of the base's, and is then changed.
     seen = {**_with_untied(base, homes.untied).tensors, **tensors}
@@ -54,7 +55,8 @@ def untie(models: Sequence[Checkpoint | AdaptedModel]) -> list[Checkpoint | Adap
     """Return the models with every tensor of its own that an adapter changes apart from its twin."""
     untied = all_untied(models)
     return [
-        _with_untied(model, untied) if isinstance(model, Checkpoint) else model for model in models
+        _with_untied(model, untied) if isinstance(model, Checkpoint) else _parted(model, untied)
+        for model in models
     ]
 
 
@@ -73,3 +75,16 @@ def _with_untied(model: Checkpoint, untied: Mapping[str, str]) -> Checkpoint:
         if name not in tensors and twin in tensors:
             tensors[name] = replace(tensors[twin], name=name)
     return replace(model, tensors=tensors)
+
+
+def _parted(model: AdaptedModel, untied: Mapping[str, str]) -> AdaptedModel:
+    """Let an adapter that keeps two tensors one do the same to both."""
+    tensors, changes = dict(model.tensors), dict(model.changes)
+    for name, twin in untied.items():
+        if name in model.untied or name in tensors or name in changes:
+            continue
+        if twin in tensors:
+            tensors[name] = replace(tensors[twin], name=name)
+        if twin in changes:
+            changes[name] = changes[twin]
+    return replace(model, tensors=tensors, changes=changes)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from streammerge.adapters.naming import Parsed, Role
 from streammerge.adapters.patterns import Lookup, build_lookup, check_path, matches_targets
+from streammerge.adapters.stacks import wrapped_parameters
 from streammerge.adapters.types import AdapterConfig, LayerKind, LowRankModule, strip_wrappers
 from streammerge.checkpoint.types import TensorEntry
 from streammerge.errors import (
@@ -84,8 +85,13 @@ class ModuleBuilder:
             config.alpha_pattern, config.alpha, where=f"{config_where}: alpha_pattern"
         )
 
-    def build(self, stem: str, parts: Parts) -> LowRankModule:
+    def build(self, stem: str, parts: Parts, depths: Sequence[int]) -> LowRankModule:
         """Return the module whose tensors these are.
+
+        Args:
+            stem: Its path in the file.
+            parts: Its tensors.
+            depths: How deep the wrappers of the same module lie, this one among them.
 
         Raises:
             MissingTensorError: A factor is not there.
@@ -97,9 +103,19 @@ class ModuleBuilder:
         for entry in (down, up):
             _check_gathered(entry, self._where)
         layer = self._layer(stem, down, is_embedding=is_embedding)
+        parameters = ["weight"]
+        if layer is LayerKind.EXPERTS:
+            parameters = wrapped_parameters(stem, depths, self._config.target_parameters)
+            if not parameters:
+                raise HeaderError(
+                    f"{self._where}: {down.name!r}: neither target_modules nor target_parameters of "
+                    f"{self._config_where} name {stem}; the two files do not belong together"
+                )
         _check_factors(stem, down, up, self._where)
         rank = down.shape[0]
-        configured, alpha = self._configured(stem, layer, rank)
+        configured, alpha = self._configured(
+            stem, parameters, rank, stacked=layer is LayerKind.EXPERTS
+        )
         if layer is not LayerKind.EXPERTS and configured != rank:
             raise ShapeMismatchError(
                 f"{self._where}: {down.name!r} has rank {rank}, {self._config_where} says "
@@ -123,6 +139,8 @@ class ModuleBuilder:
             rank=rank,
             alpha=alpha,
             scaling=alpha / divisor,
+            parameter=parameters[0] if len(parameters) == 1 else "",
+            experts=rank // configured if layer is LayerKind.EXPERTS else 1,
         )
 
     def _factors(self, stem: str, parts: Parts) -> tuple[TensorEntry, TensorEntry, bool]:
@@ -156,16 +174,15 @@ class ModuleBuilder:
             return LayerKind.EXPERTS
         return LayerKind.CONVOLUTION if len(down.shape) > 2 else LayerKind.LINEAR
 
-    def _configured(self, stem: str, layer: LayerKind, rank: int) -> tuple[int, float]:
+    def _configured(
+        self, stem: str, parameters: list[str], rank: int, *, stacked: bool
+    ) -> tuple[int, float]:
         """Return the configured rank, per expert for a stack of them, and alpha."""
         if self._alphas is not None:
             return rank, self._alphas.get(stem, float(rank))
         path = strip_wrappers(stem).removeprefix(self._prefix)
-        paths = [path]
-        if layer is LayerKind.EXPERTS:
-            # PEFT looks up the parameter's path; which one a stack belongs to, its name hides.
-            last = {target.rpartition(".")[2] for target in self._config.target_parameters}
-            paths = [f"{path}.{name}" for name in sorted(last)]
+        # PEFT looks up the path of the module, or of the parameter.
+        paths = [f"{path}.{name}" for name in parameters] if stacked else [path]
         found = {(int(self._rank(each)), self._alpha(each)) for each in paths}
         if len(found) != 1:
             raise UnsupportedAdapterError(

@@ -61,7 +61,7 @@ class Change:
     expert: int | None = None
     """The one that this tensor is; None for a plain matrix or the whole stack."""
     first_row: int = 0
-    """Row of the product that is the tensor's first."""
+    """Row of the product, the way round that it is stored, that is the tensor's first."""
     along_rows: bool = True
     """SCALED and NORMED: whether row i goes with element i of the vector; else column i does."""
     indices: tuple[int, ...] = ()

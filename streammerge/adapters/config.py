@@ -58,7 +58,7 @@ _REFUSED = {
 }
 # They change training, saving or loading, never what the stored factors come to.
 _INERT = frozenset(
-    {"auto_mapping", "revision", "inference_mode", "peft_version", "lora_dropout", "megatron_core"}
+    {"auto_mapping", "revision", "inference_mode", "lora_dropout", "megatron_core"}
     | {"loftq_config", "eva_config", "corda_config", "lora_ga_config", "runtime_config"}
     | {"qalora_group_size", "velora_config", "monteclora_config", "layers_pattern"}
     | {"init_ia3_weights", "loftq_bits", "tp_layer"}
@@ -68,7 +68,7 @@ _READ = frozenset(
     | {"lora_bias", "fan_in_fan_out", "bias", "target_modules", "exclude_modules"}
     | {"layers_to_transform", "feedforward_modules", "modules_to_save", "target_parameters"}
     | {"trainable_token_indices", "ensure_weight_tying", "base_model_name_or_path", "task_type"}
-    | {"init_lora_weights"}
+    | {"init_lora_weights", "peft_version"}
 )
 
 
@@ -125,6 +125,7 @@ def parse_adapter_config(document: Mapping[str, object], *, where: str) -> Adapt
         token_indices=fields.tokens("trainable_token_indices"),
         ensure_weight_tying=fields.flag("ensure_weight_tying"),
         base_model=fields.text("base_model_name_or_path"),
+        peft_version=fields.text("peft_version"),
         task_type=fields.text("task_type"),
         auto_mapping=fields.mapping("auto_mapping"),
     )

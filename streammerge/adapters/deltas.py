@@ -156,7 +156,8 @@ class Delta:
         down, up = self._factors[0], self._factors[1]
         if change.transposed:
             # The product's transpose: A' @ B'.
-            return down.reshape(change.experts, change.rank, -1)[expert].T
+            left = down.reshape(change.experts, change.rank, -1)[expert].T
+            return left[change.first_row : change.first_row + self._rows]
         rows = up.reshape(up.shape[0], change.rank, change.experts)[:, :, expert]
         return rows[change.first_row : change.first_row + self._rows]
 
@@ -165,8 +166,7 @@ class Delta:
         change = self._change
         down, up = self._factors[0], self._factors[1]
         if change.transposed:
-            columns = up.reshape(up.shape[0], change.rank, change.experts)[:, :, expert]
-            return columns[change.first_row : change.first_row + self._columns].T
+            return up.reshape(up.shape[0], change.rank, change.experts)[:, :, expert].T
         return down.reshape(change.experts, change.rank, -1)[expert]
 
     def _fill_matrix(self, out: Tensor, expert: int, start: int, work: Tensor) -> None:

@@ -58,6 +58,8 @@ def describe_adapter_as_json(adapter: Adapter) -> dict[str, Any]:
         "modules": {
             module.stem: {
                 "layer": module.layer.value,
+                "parameter": module.parameter,
+                "experts": module.experts,
                 "rank": module.rank,
                 "alpha": module.alpha,
                 "scaling": module.scaling,

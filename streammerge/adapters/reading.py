@@ -29,6 +29,7 @@ from streammerge.adapters.naming import (
     recognise_naming,
 )
 from streammerge.adapters.patterns import is_saved_module
+from streammerge.adapters.stacks import wrapper_depths
 from streammerge.adapters.types import (
     Adapter,
     AdapterConfig,
@@ -37,6 +38,7 @@ from streammerge.adapters.types import (
     Naming,
     ScalingVector,
     TokenRows,
+    strip_wrappers,
 )
 from streammerge.checkpoint.header import read_safetensors_header
 from streammerge.checkpoint.inputs import (
@@ -241,6 +243,7 @@ def _finish(
     modules: list[LowRankModule] = []
     vectors: list[ScalingVector] = []
     tokens: list[TokenRows] = []
+    depths = wrapper_depths(found.parts)
     for stem, parts in sorted(found.parts.items()):
         rest = dict(parts)
         if Role.VECTOR in rest and config.kind is AdapterKind.IA3:
@@ -249,7 +252,7 @@ def _finish(
             tokens.append(_token_rows(stem, rest.pop(Role.TOKENS), config, file.path))
         if rest.keys() & _FACTORS and config.kind is AdapterKind.LORA:
             prefix = max((each for each in builders if stem.startswith(each)), key=len)
-            modules.append(builders[prefix].build(stem, rest))
+            modules.append(builders[prefix].build(stem, rest, depths[strip_wrappers(stem)]))
         else:
             homeless += [entry.name for entry in rest.values()]
     if homeless:

@@ -67,6 +67,10 @@ class LowRankModule:
     """``lora_alpha``, after ``alpha_pattern``."""
     scaling: float
     """Factor of the product: alpha / rank, or alpha / sqrt(rank) with ``use_rslora``."""
+    parameter: str = "weight"
+    """The module's parameter that changes; empty for EXPERTS where the file does not tell."""
+    experts: int = 1
+    """Matrices that the factors hold side by side."""
 
     @property
     def name(self) -> str:
@@ -76,7 +80,7 @@ class LowRankModule:
     @property
     def weight_name(self) -> str:
         """The name of the base's tensor that the product is added to."""
-        return f"{self.name}.weight"
+        return f"{self.name}.{self.parameter}"
 
     @property
     def out_features(self) -> int:
@@ -159,6 +163,8 @@ class AdapterConfig:
     """Whether tied embeddings are kept tied by PEFT's loader."""
     base_model: str | None
     """``base_model_name_or_path``."""
+    peft_version: str | None
+    """The PEFT that saved the adapter; older ones did not say."""
     task_type: str | None
     """The kind of model around the base, such as ``CAUSAL_LM``."""
     auto_mapping: Mapping[str, object] | None

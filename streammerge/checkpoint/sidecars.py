@@ -64,6 +64,8 @@ _MODULE_DIRECTORY = re.compile(r"[0-9]+_\w+")
 # empty line before it.
 _RELATIVE_IMPORT = re.compile(rb"^[ \t]*(?:from|import)[ \t]+\.(\w+)", flags=re.MULTILINE)
 
+_OUTERMOST = ("tie_word_embeddings",)
+"""Settings that the outermost configuration takes for granted, whatever those inside say."""
 _DTYPE_KEYS = ("dtype", "torch_dtype")
 # diffusers warns about every key that its class does not know; its configs hold no dtype.
 _DIFFUSERS_KEYS = ("_class_name", "_diffusers_version")
@@ -256,8 +258,23 @@ def _changed_config(path: Path, dtype: str | None, settings: Sequence[tuple[str,
         if not any(key in config for key in (*_DTYPE_KEYS, *_DIFFUSERS_KEYS)):
             config["dtype"] = dtype
         _set_dtype(config, dtype)
-    config |= dict(settings)
+    for key, value in settings:
+        if not _set_everywhere(config, key, value) or key in _OUTERMOST:
+            config[key] = value
     return (json.dumps(config, indent=2) + "\n").encode("ascii")
+
+
+def _set_everywhere(config: dict[str, object], key: str, value: object) -> bool:
+    """Set a key wherever a model or a sub-model has it; return whether any has."""
+    parts = [
+        inner
+        for name, inner in config.items()
+        if isinstance(inner, dict) and name.endswith("config")
+    ]
+    found = [_set_everywhere(inner, key, value) for inner in parts]
+    if key in config:
+        config[key] = value
+    return key in config or any(found)
 
 
 def _set_dtype(config: dict[str, object], dtype: str) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from streammerge.adapters.adapted import AdaptedModel, all_untied, untie
 from streammerge.adapters.changes import DELTA_ROWS, Change
+from streammerge.adapters.tying import TIE_KEY
 from streammerge.checkpoint.types import Checkpoint, ShardFile
 from streammerge.dtypes import DType
 from streammerge.errors import RecipeError, suggestion
@@ -63,6 +64,13 @@ def find_method(name: str) -> MergeMethod:
     return methods[name]
 
 
+def takes_in_turn(recipe: Recipe, method: MergeMethod) -> bool:
+    """Return whether the recipe asks to merge the sources one after the other, as PEFT does."""
+    # The same for every tensor, whatever its name.
+    resolved = build_resolver(recipe, method.parameters)("")
+    return method.in_turn(method.bind(resolved.values))
+
+
 def plan_merge(
     recipe: Recipe, base: Checkpoint | None, sources: Sequence[Model], machine: Machine
 ) -> MergePlan:
@@ -98,7 +106,7 @@ def plan_merge(
         ),
     )
     model_scope = _check_settings(method, alignment, len(sources))
-    if any(method.in_turn(method.bind(setting.values)) for setting in alignment.settings):
+    if takes_in_turn(recipe, method):
         _check_in_turn(recipe, alignment, sources)
     layout, places = plan_layout(alignment.tensors, recipe.output.max_shard_bytes)
     files, file_index = _files(checkpoints)
@@ -214,8 +222,12 @@ def _config(
         return ()
     settings: dict[str, bool | int] = {}
     if all_untied(models):
-        settings["tie_word_embeddings"] = False
-    vocabulary = (base.config or {}).get("vocab_size")
+        settings[TIE_KEY] = False
+    config = base.config or {}
+    inner = config.get("text_config")
+    vocabulary = config.get(
+        "vocab_size", inner.get("vocab_size") if isinstance(inner, dict) else None
+    )
     for tensor in tensors:
         before = base.tensors.get(tensor.name)
         if before is None or before.shape == tensor.shape or len(tensor.shape) != len(before.shape):

@@ -19,30 +19,44 @@ from torch import Tensor, nn
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     GPT2Config,
     GPT2LMHeadModel,
+    GptOssConfig,
+    GptOssForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 Tensors = dict[str, Tensor]
 
 
-def llama(dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
+_SMALL: dict[str, Any] = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+
+
+def llama(dtype: torch.dtype = torch.float32, **changes: Any) -> LlamaForCausalLM:
     """Return a two-layer Llama with the same weights every time."""
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        initializer_range=0.2,
-    )
-    return LlamaForCausalLM(config).to(dtype).eval()
+    options = _SMALL | {"intermediate_size": 48, "initializer_range": 0.2}
+    return LlamaForCausalLM(LlamaConfig(**options | changes)).to(dtype).eval()
+
+
+def gemma() -> Gemma3ForCausalLM:
+    """Return a Gemma, whose configuration takes tied embeddings for granted."""
+    torch.manual_seed(0)
+    options = _SMALL | {"intermediate_size": 48, "head_dim": 8, "initializer_range": 0.2}
+    return Gemma3ForCausalLM(Gemma3TextConfig(**options)).eval()
 
 
 def gpt2() -> GPT2LMHeadModel:
@@ -66,19 +80,28 @@ def bert() -> BertForSequenceClassification:
     return BertForSequenceClassification(config).eval()
 
 
-def mixtral() -> MixtralForCausalLM:
-    """Return a Mixtral, whose experts are stacked parameters."""
+def mixtral(**changes: Any) -> MixtralForCausalLM:
+    """Return a Mixtral, whose experts are stacked parameters and are stored one by one."""
     torch.manual_seed(0)
-    config = MixtralConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        num_local_experts=4,
-    )
-    return MixtralForCausalLM(config).eval()
+    options = _SMALL | {"intermediate_size": 48, "num_local_experts": 4}
+    return MixtralForCausalLM(MixtralConfig(**options | changes)).eval()
+
+
+def qwen_moe() -> Qwen3MoeForCausalLM:
+    """Return a Qwen3 with experts, which are stored one by one under today's names."""
+    torch.manual_seed(0)
+    options = _SMALL | {"moe_intermediate_size": 24, "num_experts": 4, "num_experts_per_tok": 2}
+    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**options)).eval()
+
+
+def gpt_oss() -> GptOssForCausalLM:
+    """Return a gpt-oss, whose experts are stacked, transposed, and square in one projection."""
+    torch.manual_seed(0)
+    options = _SMALL | {"intermediate_size": 32, "num_local_experts": 4, "head_dim": 8}
+    model = GptOssForCausalLM(GptOssConfig(**options)).eval()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    return model
 
 
 class ConvNet(nn.Module):

@@ -1,0 +1,70 @@
+"""How shapes of a base and of an adapter fit: the way round, kernels, rows or columns."""
+
+from __future__ import annotations
+
+from math import prod
+
+from streammerge.adapters.locating import Shape
+from streammerge.adapters.patterns import matches_targets
+from streammerge.adapters.types import (
+    AdapterConfig,
+    LayerKind,
+    LowRankModule,
+    ScalingVector,
+    strip_wrappers,
+)
+
+
+def module_fits(module: LowRankModule, shape: Shape) -> bool:
+    """Return whether a tensor of this shape could be the one that a module changes."""
+    return layer_orientation(module, shape, fan_in_fan_out=False) is not None
+
+
+def layer_orientation(module: LowRankModule, shape: Shape, *, fan_in_fan_out: bool) -> bool | None:
+    """Return whether the base stores a module's weight ``[in, out]``; None where it does not fit."""
+    if len(shape) < 2:
+        return None
+    inner = module.down.shape[1:]
+    plain = shape[0] == module.out_features and _same_kernel(shape[1:], inner)
+    swapped = len(shape) == 2 and shape == (module.in_features, module.out_features)
+    if module.layer is LayerKind.EMBEDDING:
+        return True if swapped else None
+    if plain and swapped:
+        return fan_in_fan_out and module.layer is LayerKind.LINEAR
+    if plain:
+        return False
+    return True if swapped and module.layer is LayerKind.LINEAR else None
+
+
+def is_feedforward(vector: ScalingVector, config: AdapterConfig, *, where: str) -> bool:
+    """Return whether a vector multiplies the inputs of its module."""
+    shape = vector.vector.shape
+    if len(shape) == 2 and 1 in shape and shape != (1, 1):
+        return shape[0] == 1
+    # Convolutions have [1, features, 1, ...] either way; PEFT goes by the ends of names alone.
+    targets = config.feedforward_modules or ()
+    path = strip_wrappers(vector.stem)
+    if isinstance(targets, str):
+        return matches_targets(targets, path, where=f"{where}: feedforward_modules")
+    return path.endswith(targets)
+
+
+def scales_rows(
+    vector: ScalingVector, shape: Shape, *, feedforward: bool, fan_in_fan_out: bool
+) -> bool | None:
+    """Return whether rows of the stored matrix are multiplied; None where the vector fits none."""
+    count = vector.vector.numel
+    if len(shape) < 2 or (len(vector.vector.shape) > 2) != (len(shape) > 2):
+        return None
+    # Only layers of two dimensions are ever stored [in, out].
+    along_rows = feedforward == (fan_in_fan_out and len(shape) == 2)
+    if shape[0 if along_rows else 1] == count:
+        return along_rows
+    return not along_rows if len(shape) == 2 and shape[1 if along_rows else 0] == count else None
+
+
+def _same_kernel(stored: Shape, trained: Shape) -> bool:
+    """Return whether two ``[in, *kernel]`` agree; kernels of one element may be left out."""
+    return stored[0] == trained[0] and (
+        stored == trained or (prod(stored[1:]) == 1 and prod(trained[1:]) == 1)
+    )
