@@ -11,11 +11,13 @@ from typing import Any
 import psutil
 
 from streammerge.adapters.adapted import AdaptedModel, adapt
+from streammerge.adapters.components import choose_component
 from streammerge.adapters.planning import plan_combination
 from streammerge.adapters.plans import CombinationPlan
 from streammerge.adapters.reading import is_adapter, read_adapter
 from streammerge.adapters.recipes import is_combination, methods_for
 from streammerge.adapters.running import run_combination
+from streammerge.adapters.types import Adapter
 from streammerge.checkpoint.bytesource import (
     ByteSource,
     ByteSourceKind,
@@ -44,7 +46,7 @@ from streammerge.plan.layout import render_header
 from streammerge.plan.planning import Machine, find_method, plan_merge, takes_in_turn
 from streammerge.plan.types import MergePlan
 from streammerge.recipe.parsing import MAX_TEXT_BYTES, load_document, recipe_from_mapping
-from streammerge.recipe.types import Recipe
+from streammerge.recipe.types import Recipe, Source
 from streammerge.units import parse_size
 
 _READERS = 4
@@ -83,7 +85,7 @@ def plan(
     shares_ties = takes_in_turn(parsed, find_method(parsed.method))
     base = None if parsed.base is None else _read_model(parsed.base, "base")
     sources = [
-        _read_source(source.path, f"sources[{index}]", base, shares_ties=shares_ties)
+        _read_source(source, f"sources[{index}]", base, shares_ties=shares_ties)
         for index, source in enumerate(parsed.sources)
     ]
     machine = Machine(
@@ -273,7 +275,7 @@ def _plan_combination(recipe: Recipe, memory: int | str | None) -> CombinationPl
     adapters = []
     for index, source in enumerate(recipe.sources):
         with _naming_source(f"sources[{index}]"):
-            adapters.append(read_adapter(source.path))
+            adapters.append(_read_adapter(source, f"sources[{index}]"))
     return plan_combination(recipe, adapters, budget=_budget(memory), baseline=resident_memory())
 
 
@@ -292,18 +294,33 @@ def _report_bytes(
 
 
 def _read_source(
-    path: Path, label: str, base: Checkpoint | None, *, shares_ties: bool
+    source: Source, label: str, base: Checkpoint | None, *, shares_ties: bool
 ) -> Checkpoint | AdaptedModel:
-    if not is_adapter(path):
-        return _read_model(path, label)
+    if not is_adapter(source.path):
+        if source.component is not None:
+            raise RecipeError(
+                f"{label}.component: {source.path} is a model, and only adapters have parts; name "
+                "the part's own directory as path, and remove the key"
+            )
+        return _read_model(source.path, label)
+    where = _where(source, label)
     if base is None:
         raise RecipeError(
-            f"{label} ({path}) is an adapter and others are models; add `base: PATH`, the model that "
-            "it was trained on"
+            f"{where} is an adapter and others are models; add `base: PATH`, the model that it was "
+            "trained on"
         )
     with _naming_source(label):
-        where = f"{label} ({path})"
-        return adapt(read_adapter(path), base, where=where, shares_ties=shares_ties)
+        return adapt(_read_adapter(source, label), base, where=where, shares_ties=shares_ties)
+
+
+def _read_adapter(source: Source, label: str) -> Adapter:
+    return choose_component(
+        read_adapter(source.path), source.component, where=_where(source, label)
+    )
+
+
+def _where(source: Source, label: str) -> str:
+    return f"{label} ({source.path})"
 
 
 def _read_model(path: Path, label: str) -> Checkpoint:

@@ -11,9 +11,10 @@ from dataclasses import replace
 from functools import partial
 from types import MappingProxyType
 
+from streammerge.adapters.components import split_component
 from streammerge.adapters.fitting import is_feedforward, layer_orientation, module_fits, scales_rows
 from streammerge.adapters.homes import Homes, ModuleHome, TokensHome, VectorHome
-from streammerge.adapters.locating import BaseNames, Shape, Wanted, locate, locate_flat
+from streammerge.adapters.locating import BaseNames, Located, Shape, Wanted, locate, locate_flat
 from streammerge.adapters.stacks import (
     Orientation,
     StackPart,
@@ -161,12 +162,7 @@ class _Finder:
     def _locate(self, wanted: list[Wanted]) -> list[str]:
         """Note what is found, and return the paths that are not."""
         unique = list({each.path: each for each in wanted}.values())
-        if self._is_flat:
-            located = locate_flat(
-                [Wanted(f"{each.path}_weight", each.fits) for each in unique], self._names
-            )
-        else:
-            located = locate(unique, self._names)
+        located = self._locate_flat(unique) if self._is_flat else locate(unique, self._names)
         for path, hits in sorted(located.ambiguous.items()):
             raise UnsupportedAdapterError(
                 f"{self._where}: {printable(path)} could be {len(hits)} tensors of the base "
@@ -176,8 +172,25 @@ class _Finder:
         self._found = located.names
         return located.missing
 
+    def _locate_flat(self, wanted: Iterable[Wanted]) -> Located:
+        """Locate names with underscores for dots, those of each part of a pipeline by themselves."""
+        parts: dict[str, dict[str, Wanted]] = {}
+        for each in wanted:
+            part, path = split_component(each.path, Naming.KOHYA)
+            flat = f"{path}_weight"
+            parts.setdefault(part, {})[flat] = Wanted(each.path, each.fits)
+        every = Located()
+        for by_path in parts.values():
+            flats = [Wanted(flat, each.fits) for flat, each in by_path.items()]
+            located = locate_flat(flats, self._names)
+            names = {flat: each.path for flat, each in by_path.items()}
+            every.names |= {names[flat]: home for flat, home in located.names.items()}
+            every.ambiguous |= {names[flat]: hits for flat, hits in located.ambiguous.items()}
+            every.missing += [names[flat] for flat in located.missing]
+        return every
+
     def _home(self, path: str) -> str:
-        return self._found[f"{path}_weight" if self._is_flat else path]
+        return self._found[path]
 
     def _shape(self, name: str) -> Shape:
         """Return the shape of a tensor, as the adapter leaves it before its factors are added."""
@@ -338,9 +351,14 @@ class _Finder:
 
     def _homeless(self, missing: list[str]) -> MissingTensorError:
         nearest = suggestion(missing[0], self._tensors) if len(missing[0]) < 200 else ""
+        naming = self._adapter.naming
+        stray = {split_component(path, naming)[0] for path in missing}
+        parts = {split_component(module.stem, naming)[0] for module in self._adapter.modules}
+        found = sorted(parts - stray)
+        advice = f"take one part of it with `component: {found[0]}`" if found else _OTHER_BASE
         return MissingTensorError(
             f"{self._where}: {len(missing)} tensor(s) that the adapter changes are not in the base "
-            f"{self._base.path}: {_listed(missing)}{nearest}; {_OTHER_BASE}"
+            f"{self._base.path}: {_listed(missing)}{nearest}; {advice}"
         )
 
 

@@ -111,7 +111,10 @@ def dump_recipe(recipe: Recipe) -> str:
     if recipe.base is not None:
         document["base"] = str(recipe.base)
     document["sources"] = [
-        {"path": str(source.path), **_plain(source.parameters)} for source in recipe.sources
+        {"path": str(source.path)}
+        | ({} if source.component is None else {"component": source.component})
+        | _plain(source.parameters)
+        for source in recipe.sources
     ]
     document["parameters"] = _plain(recipe.parameters)
     document["rules"] = [_plain_rule(rule) for rule in recipe.rules]
@@ -232,6 +235,7 @@ def _build(
                 parameters={
                     name: _scalar(specs[name], source[name]) for name in source if name in specs
                 },
+                component=source.get("component"),
             )
             for source in document["sources"]
         ),

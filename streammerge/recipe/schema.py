@@ -257,6 +257,12 @@ class SourceDocument(_Document):
         description="Model or adapter to merge: a directory or a file, relative to the working "
         "directory."
     )
+    component: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Of an adapter of several parts of a pipeline, the part to take: unet, "
+        "transformer, text_encoder, text_encoder_2.",
+    )
 
 
 class RuleDocument(_Document):

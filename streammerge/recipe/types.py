@@ -87,6 +87,8 @@ class Source:
     """Directory or file, as written in the recipe."""
     parameters: Mapping[str, Scalar]
     """Parameters given for this source alone, ``weight`` among them."""
+    component: str | None = None
+    """The part of a pipeline whose tensors are taken from an adapter of several; None takes all."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -171,7 +171,7 @@ def test_each_place_offers_only_the_parameters_that_may_stand_there():
     places = {name: set(shape.get("properties", ())) for name, shape in SCHEMA["$defs"].items()}
 
     assert places["ties.parameters"] == {"weight", "density", "scope"}
-    assert places["ties.source"] == {"path", "weight", "density"}
+    assert places["ties.source"] == {"path", "component", "weight", "density"}
     assert places["ties.rule"] == {"tensors", "copy", "drop", "weight", "density"}
 
 

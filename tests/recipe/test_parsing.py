@@ -100,6 +100,7 @@ sources:
   - path: models/math
     weight: 2
   - path: ../models/code
+    component: unet
     density: 0.3
 parameters: {density: 0.2, weight: [0.5, 1e-3], majority_sign_method: frequency, scope: model}
 rules:
@@ -119,7 +120,7 @@ output: {dtype: bfloat16, max_shard_size: 2GiB}
         base=Path("models/base"),
         sources=(
             Source(Path("models/math"), {"weight": 2.0}),
-            Source(Path("../models/code"), {"density": 0.3}),
+            Source(Path("../models/code"), {"density": 0.3}, component="unet"),
         ),
         parameters={
             "density": 0.2,
@@ -280,6 +281,7 @@ def test_anchors_and_merge_keys_are_allowed():
         (ties("parameters: {density: -1}"), "parameters.density: expected a number in [0, 1], got -1"),
         ("method: ranked\nsources: [{path: a}]\nparameters: {rank: 0.5}", "parameters.rank: expected a number of at least 1, got 0.5"),
         ("method: ranked\nsources: [{path: a}]\nparameters: {rank: 1, decay: 2}", "parameters.decay: expected a number of at most 0, got 2"),
+        (linear(sources="[{path: a, component: 1}]"), "sources[0].component: expected text, got 1"),
         # Lists with one value per source.
         (ties("parameters: {density: [0.1, 0.2, 0.3]}"), "parameters.density: expected 2 values, one for each source, got 3"),
         (ties("parameters: {density: [0.1, 1.2]}"), "parameters.density[1]: expected a number in [0, 1], got 1.2"),
@@ -502,7 +504,8 @@ common = st.fixed_dictionaries(
 )
 globs = st.text(st.characters(exclude_categories=["Cs"]), min_size=1)
 source = st.fixed_dictionaries(
-    {"path": paths | awkward_paths}, optional={"weight": finite, "density": densities}
+    {"path": paths | awkward_paths},
+    optional={"weight": finite, "density": densities, "component": globs},
 )
 rule = st.one_of(
     st.fixed_dictionaries({"tensors": globs, "copy": st.sampled_from(["base", 0, 1])}),

@@ -1,0 +1,65 @@
+"""Parts of a pipeline that one raw file adapts: the denoiser and the text encoders.
+
+diffusers puts the part before every name, ``text_encoder_2.X``; kohya's scripts a mark of their own,
+``lora_te2_X``. A base is one part, or a single file that holds them all.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+
+from streammerge.adapters.types import Adapter, Naming
+from streammerge.errors import RecipeError, printable, suggestion
+
+_KOHYA = {
+    "lora_unet_": "unet",
+    "lora_transformer_": "transformer",
+    "lora_te_": "text_encoder",
+    "lora_te1_": "text_encoder",
+    "lora_te2_": "text_encoder_2",
+    "lora_te3_": "text_encoder_3",
+}
+_DIFFUSERS = frozenset({"unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3"})
+
+
+def split_component(stem: str, naming: Naming) -> tuple[str, str]:
+    """Return the part that a module belongs to, and its path there; the part may be empty."""
+    if naming is Naming.KOHYA:
+        for mark, component in _KOHYA.items():
+            if stem.startswith(mark):
+                return component, stem.removeprefix(mark)
+    if naming is Naming.DIFFUSERS:
+        component, _, path = stem.partition(".")
+        if component in _DIFFUSERS:
+            return component, path
+    return "", stem
+
+
+def choose_component(adapter: Adapter, component: str | None, *, where: str) -> Adapter:
+    """Return an adapter with the modules of one part only.
+
+    Args:
+        adapter: The adapter.
+        component: The part; None keeps everything.
+        where: The adapter's place in the recipe and its path, for messages.
+
+    Raises:
+        RecipeError: It has no such part.
+    """
+    if component is None:
+        return adapter
+    parts = Counter(split_component(module.stem, adapter.naming)[0] for module in adapter.modules)
+    if component not in parts:
+        known = sorted(filter(None, parts))
+        has = f"has {', '.join(known)}" if known else "has no parts, it adapts one model"
+        raise RecipeError(
+            f"{where}: component: {printable(component)}: the adapter {has}"
+            f"{suggestion(component, known) if known else '; remove the key'}"
+        )
+    kept = [
+        module
+        for module in adapter.modules
+        if split_component(module.stem, adapter.naming)[0] == component
+    ]
+    return replace(adapter, modules=tuple(kept))
