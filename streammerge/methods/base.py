@@ -173,6 +173,8 @@ class MergeMethod:
     in_turn: Callable[[Any], bool] = lambda _: False
     """Whether these parameters take the sources one after the other, by :attr:`MergeChunk.steps`;
     the vectors are then left uninitialised."""
+    keeps_base: Callable[[Any], bool] = lambda _: True
+    """Whether the result is the base, but for rounding, where every source equals it."""
     takes_whole: Callable[[Any, int], bool] = lambda _, __: False
     """Whether the result is a source as it stands, given its index, where no other source differs
     from the base."""

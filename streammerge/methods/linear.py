@@ -57,6 +57,7 @@ METHODS = (
         reduction=lambda _: None,
         apply=linear,
         scratch_rows=1,
+        keeps_base=lambda params: params.normalize or sum(params.weight) == 1,
         examples=(
             {},
             {"weight": (0.25, 0.75)},

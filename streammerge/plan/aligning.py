@@ -17,6 +17,7 @@ from streammerge.errors import (
     UnsupportedDTypeError,
     printable,
 )
+from streammerge.methods.base import MergeMethod, Operand
 from streammerge.plan.types import Action, Setting
 from streammerge.recipe.resolving import Resolved
 from streammerge.recipe.types import BASE, MissingPolicy, Recipe
@@ -73,8 +74,7 @@ def align_tensors(
     checkpoints: Sequence[Model],
     resolve: Callable[[str], Resolved],
     *,
-    merges_base: bool,
-    takes_whole: Callable[[Resolved, int], bool],
+    method: MergeMethod,
 ) -> Alignment:
     """Decide about every tensor of every input.
 
@@ -83,8 +83,7 @@ def align_tensors(
         labels: How messages name each model; the base first, if there is one.
         checkpoints: The models, in the same order.
         resolve: What the recipe says about a tensor name.
-        merges_base: Whether the base's values enter a merge; otherwise a base only lends copies.
-        takes_whole: Whether a source comes out as it stands where no other differs from the base.
+        method: What the recipe's method does with a base, and with sources that equal it.
 
     Raises:
         MissingTensorError: A tensor is not in every input; all of them are listed.
@@ -92,9 +91,7 @@ def align_tensors(
         UnsupportedDTypeError: A tensor is a float in one input and an integer in another.
         RecipeError: A rule copies a tensor from a model that has none of that name.
     """
-    return _Aligner(
-        recipe, labels, checkpoints, resolve, merges_base=merges_base, takes_whole=takes_whole
-    ).run()
+    return _Aligner(recipe, labels, checkpoints, resolve, method).run()
 
 
 class _Aligner:
@@ -106,21 +103,21 @@ class _Aligner:
         labels: Sequence[str],
         checkpoints: Sequence[Model],
         resolve: Callable[[str], Resolved],
-        *,
-        merges_base: bool,
-        takes_whole: Callable[[Resolved, int], bool],
+        method: MergeMethod,
     ) -> None:
         self._recipe = recipe
         self._labels = labels
         self._checkpoints = checkpoints
         self._resolve = resolve
         self._has_base = recipe.base is not None
-        self._takes_whole = takes_whole
+        self._method = method
         self._setting_index: dict[tuple[object, ...], int] = {}
         self._settings: list[Setting] = []
         self._dropped: list[str] = []
         self._copied: list[str] = []
         self._missing: list[str] = []
+        # Where no task vectors are taken, a base only lends copies.
+        merges_base = method.operand is Operand.TASK_VECTORS
         self._first_merged = 1 if self._has_base and not merges_base else 0
         self._adapted = {
             index: each for index, each in enumerate(checkpoints) if isinstance(each, AdaptedModel)
@@ -199,9 +196,10 @@ class _Aligner:
             for index, model in self._adapted.items()
             if entries[index] is not None or name in model.changes
         ]
-        full = [i for i in range(1, len(entries)) if i not in self._adapted and entries[i]]
+        params = self._method.bind(self._resolve(name).values)
         if base is not None and self._only_adapted and not touching:
-            return self._stored(name, entries, 0)
+            return self._stored(name, entries, 0) if self._method.keeps_base(params) else None
+        full = [i for i in range(1, len(entries)) if i not in self._adapted and entries[i]]
         if len(touching) != 1 or full:
             return None
         (index,) = touching
@@ -212,7 +210,7 @@ class _Aligner:
         # A head that the base lacks, or an embedding for more tokens: there is nothing to merge
         # it with, so it is taken as it is.
         alone = base is None or base.shape != entry.shape
-        if not changes and (alone or self._takes_whole(self._resolve(name), index - 1)):
+        if not changes and (alone or self._method.takes_whole(params, index - 1)):
             return self._stored(name, entries, index)
         if not alone:
             return None

@@ -100,10 +100,7 @@ def plan_merge(
         [f"{model.label} ({model.path})" for model in models],
         checkpoints,
         build_resolver(recipe, method.parameters),
-        merges_base=method.operand is Operand.TASK_VECTORS,
-        takes_whole=lambda resolved, source: method.takes_whole(
-            method.bind(resolved.values), source
-        ),
+        method=method,
     )
     model_scope = _check_settings(method, alignment, len(sources))
     if takes_in_turn(recipe, method):

@@ -108,3 +108,22 @@ def test_several_adapters_are_rounded_in_turn_as_in_peft(
 
     for name, tensor in expected.items():
         assert torch.equal(got[name], tensor), name
+
+
+def test_what_no_adapter_touches_is_scaled_like_the_rest(tmp_path: Path) -> None:
+    """Weights that do not add up to one change every tensor, not only those of the adapters."""
+    llama().save_pretrained(tmp_path / "base")
+    sources = [
+        {"path": str(make_lora(tmp_path / name, llama(), seed=seed, **LINEAR)), "weight": weight}
+        for seed, (name, weight) in enumerate({"a": 0.5, "b": 0.25}.items())
+    ]
+    recipe = {"method": "linear", "base": str(tmp_path / "base"), "sources": sources}
+    sm.merge(recipe | {"parameters": {"normalize": False}}, tmp_path / "scaled")
+    sm.merge(recipe, tmp_path / "averaged")
+    base, scaled, averaged = (
+        load_file(tmp_path / name / "model.safetensors") for name in ("base", "scaled", "averaged")
+    )
+
+    for name in ("model.norm.weight", "model.layers.0.self_attn.k_proj.weight"):
+        assert torch.equal(scaled[name], base[name] * 0.75), name
+        assert torch.equal(averaged[name], base[name]), name
