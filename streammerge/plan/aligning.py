@@ -17,7 +17,7 @@ from streammerge.errors import (
     UnsupportedDTypeError,
     printable,
 )
-from streammerge.methods.base import MergeMethod, Operand
+from streammerge.methods.base import MergeMethod, Operand, Scope
 from streammerge.plan.types import Action, Setting
 from streammerge.recipe.resolving import Resolved
 from streammerge.recipe.types import BASE, MissingPolicy, Recipe
@@ -198,7 +198,11 @@ class _Aligner:
         ]
         params = self._method.bind(self._resolve(name).values)
         if base is not None and self._only_adapted and not touching:
-            return self._stored(name, entries, 0) if self._method.keeps_base(params) else None
+            need = self._method.reduction(params)
+            # Its zeros count among the entries that a threshold over the model keeps a share of.
+            counts = need is not None and need.scope is Scope.MODEL
+            kept = self._method.keeps_base(params) and not counts
+            return self._stored(name, entries, 0) if kept else None
         full = [i for i in range(1, len(entries)) if i not in self._adapted and entries[i]]
         if len(touching) != 1 or full:
             return None
