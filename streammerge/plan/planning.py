@@ -7,11 +7,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from streammerge.adapters.adapted import AdaptedModel, all_untied, untie
-from streammerge.adapters.changes import DELTA_ROWS, Change
+from streammerge.adapters.changes import DELTA_ROWS, Change, ChangeKind
 from streammerge.adapters.tying import TIE_KEY
 from streammerge.checkpoint.types import Checkpoint, ShardFile
 from streammerge.dtypes import DType
-from streammerge.errors import RecipeError, suggestion
+from streammerge.errors import RecipeError, printable, suggestion
 from streammerge.methods import discover_methods
 from streammerge.methods.base import MergeMethod, Operand, Scope
 from streammerge.plan.aligning import AlignedTensor, Alignment, Model, align_tensors
@@ -203,6 +203,15 @@ def _check_in_turn(recipe: Recipe, alignment: Alignment, sources: Sequence[Model
                 f"weight: {list(weights)} with `rounding: peft`, where PEFT's merge_and_unload knows "
                 "only 1; leave the weights or `rounding` out"
             )
+    for tensor in alignment.tensors:
+        for change in tensor.changes:
+            if change.kind is ChangeKind.NORMED and change.model != tensor.changes[0].model:
+                raise RecipeError(
+                    f"parameters.rounding: peft cannot follow PEFT where sources[{change.model - 1}] is a "
+                    f"DoRA adapter and another one has changed {printable(tensor.name)} before: PEFT then "
+                    "takes the earlier one out and puts it back, each time with an error of rounding; "
+                    "leave `rounding` out, or merge them one by one"
+                )
     if recipe.compute_dtype is not ComputeDType.FLOAT32 or recipe.output.dtype is not None:
         raise RecipeError(
             "parameters.rounding: peft computes in float32 and keeps the base's types; leave "

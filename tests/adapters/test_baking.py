@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import streammerge as sm
+from streammerge.errors import RecipeError
 from tests.adapters.tiny import bert, gpt2, llama, make_lora, mixtral
 
 Tensors = dict[str, Tensor]
@@ -99,7 +100,7 @@ def test_one_adapter_equals_merge_and_unload(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("case", ["linear", "transposed", "embedding"])
+@pytest.mark.parametrize("case", ["linear", "transposed", "embedding", "bias of B"])
 def test_several_adapters_are_rounded_in_turn_as_in_peft(
     tmp_path: Path, case: str, dtype: torch.dtype
 ) -> None:
@@ -127,3 +128,12 @@ def test_what_no_adapter_touches_is_scaled_like_the_rest(tmp_path: Path) -> None
     for name in ("model.norm.weight", "model.layers.0.self_attn.k_proj.weight"):
         assert torch.equal(scaled[name], base[name] * 0.75), name
         assert torch.equal(averaged[name], base[name]), name
+
+
+@pytest.mark.parametrize("case", ["dora", "dora transposed"])
+def test_several_dora_adapters_are_not_rounded_in_turn(tmp_path: Path, case: str) -> None:
+    """For the norms of one, PEFT takes those before it out of the weights, and puts them back."""
+    make, options = CASES[case]
+
+    with pytest.raises(RecipeError, match="takes the earlier one out and puts it back"):
+        bake_both(tmp_path, make, options, dtype=torch.float32, adapters=2, rounding="peft")
