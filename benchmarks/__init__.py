@@ -1,6 +1,8 @@
 """Measures streammerge against other mergers and against the disk; see ``python -m benchmarks.compare``.
 
 python -m benchmarks.compare             speed and memory, side by side with other mergers
+python -m benchmarks.adapters            adapters combined without a base, side by side with PEFT
+python -m benchmarks.baking              adapters merged into a base, side by side with PEFT
 python -m benchmarks.memory              peak memory over model size and number of sources
 python -m benchmarks.startup             how long commands and imports take to start
 python -m pytest benchmarks/test_kernels.py    the kernels on pieces in memory

@@ -22,10 +22,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import save_file
-
 from benchmarks import environment
+from benchmarks.contenders import merge_command
+from benchmarks.loras import make_lora
 from benchmarks.measuring import Run, drop_page_cache, measure
 from benchmarks.models import RESULTS, ROOT
 from benchmarks.reporting import align
@@ -65,6 +64,15 @@ class Job:
         part = "all-linear" if len(self.modules) == len(SHAPES) else "attention"
         return f"{self.method}, {part}, {self.layers} layer(s)"
 
+    @property
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """Out and in of every module, by its name in the model."""
+        return {
+            f"model.layers.{layer}.{module}": SHAPES[module]
+            for layer in range(self.layers)
+            for module in self.modules
+        }
+
 
 def main(arguments: Sequence[str]) -> int:
     """Measure, print and write what the command line asks for and return the exit code."""
@@ -93,24 +101,6 @@ def main(arguments: Sequence[str]) -> int:
     place.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     print(f"written to {place}")
     return 0
-
-
-def make_adapter(path: Path, job: Job, *, seed: int) -> Path:
-    """Write an adapter of random factors in float32, as PEFT saves them, and return ``path``."""
-    generator = torch.Generator().manual_seed(seed)
-    tensors = {}
-    for layer in range(job.layers):
-        for module in job.modules:
-            outer, inner = SHAPES[module]
-            stem = f"base_model.model.model.layers.{layer}.{module}"
-            tensors[f"{stem}.lora_A.weight"] = torch.randn(RANK, inner, generator=generator) / 64
-            tensors[f"{stem}.lora_B.weight"] = torch.randn(outer, RANK, generator=generator) / 64
-    path.mkdir(parents=True)
-    save_file(tensors, path / "adapter_model.safetensors", {"format": "pt"})
-    names = [module.rpartition(".")[2] for module in job.modules]
-    config = {"peft_type": "LORA", "r": RANK, "lora_alpha": 2 * RANK, "target_modules": names}
-    (path / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
-    return path
 
 
 def render(summaries: dict[str, dict[str, Any]]) -> list[str]:
@@ -156,7 +146,10 @@ def _jobs(methods: Sequence[str], layers: int) -> list[tuple[Job, bool]]:
 
 def _compare(job: Job, work: Path, *, rounds: int, with_peft: bool) -> dict[str, Any]:
     place = work / f"{job.method}-{job.layers}-{with_peft}"
-    adapters = [make_adapter(place / f"a{seed}", job, seed=seed) for seed in range(len(WEIGHTS))]
+    adapters = [
+        make_lora(place / f"a{seed}", job.shapes, rank=RANK, seed=seed)
+        for seed in range(len(WEIGHTS))
+    ]
     recipe = {
         "method": job.method,
         "sources": [
@@ -178,11 +171,7 @@ def _compare(job: Job, work: Path, *, rounds: int, with_peft: bool) -> dict[str,
 
 def _command(contender: str, job: Job, place: Path, out: Path) -> list[str]:
     if contender == "streammerge":
-        options = ["--memory", "2GiB", "--quiet"]
-        return [
-            *(sys.executable, "-m", "streammerge", "merge", str(place / "recipe.json"), str(out)),
-            *options,
-        ]
+        return merge_command(place / "recipe.json", out, memory="2GiB")
     return [
         *(sys.executable, "-m", "benchmarks.run_peft_adapters", str(place / "recipe.json")),
         *(str(out), str(job.layers)),

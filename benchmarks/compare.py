@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from benchmarks import environment
 from benchmarks.contenders import (
@@ -33,7 +33,7 @@ from benchmarks.contenders import (
     needs_environment,
     prepare_environment,
 )
-from benchmarks.jobs import DENSITY, METHODS, Job
+from benchmarks.jobs import DENSITY, METHODS, AnyJob, Job
 from benchmarks.measuring import Run, drop_page_cache, measure
 from benchmarks.models import (
     ITEMSIZE,
@@ -41,7 +41,6 @@ from benchmarks.models import (
     ROOT,
     SIZES,
     WORK,
-    Models,
     check_disk,
     prepare_models,
     tensor_nbytes,
@@ -50,6 +49,9 @@ from benchmarks.reporting import add_ratios, describe_conditions, render_method,
 
 FORMAT = 1
 """Raised when the meaning of a field of the results changes."""
+OTHERS = ("mergekit", "peft")
+"""Packages whose versions are printed."""
+JobT = TypeVar("JobT", bound=AnyJob)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -61,32 +63,52 @@ def main(arguments: Sequence[str]) -> int:
         prepare_environment(work)
     check_disk(work, options.size, options.sources)
     models = prepare_models(work, options.size, options.sources)
-    contenders = choose_contenders(options.contenders, options.memory, work)
-    results = describe_session(models, options, work)
-    place = options.results or default_results_path(results)
+    results = describe_session(models.base, options, work) | {
+        "sources": options.sources,
+        "density": DENSITY,
+    }
+    if needs_environment(options.contenders):
+        python = environment_directory(work) / "bin" / "python"
+        results["versions"]["contenders"] = environment.versions_of(python)
+    measure_jobs(
+        [Job(METHODS[name], models) for name in options.methods],
+        choose_contenders(options.contenders, options.memory, work),
+        results,
+        options,
+        place=options.results or default_results_path(results),
+    )
+    return 0
+
+
+def measure_jobs(
+    jobs: Sequence[JobT],
+    contenders: Sequence[Contender[JobT]],
+    results: dict[str, Any],
+    options: argparse.Namespace,
+    *,
+    place: Path,
+) -> None:
+    """Measure every job, print what came out, and write the results to ``place``."""
+    work: Path = options.work.resolve()
     try:
-        for name in options.methods:
-            job = Job(METHODS[name], models)
-            results["methods"][name] = compare(job, contenders, results, options, work)
-            print(f"{render_method(name, results['methods'][name])}\n", flush=True)
+        for job in jobs:
+            results["methods"][job.name] = compare(job, contenders, results, options, work)
+            print(f"{render_method(job.name, results['methods'][job.name])}\n", flush=True)
             place.parent.mkdir(parents=True, exist_ok=True)
-            # Written after every method: what was measured survives an interruption.
+            # Written after every job: what was measured survives an interruption.
             place.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     finally:
         if options.clean:
             shutil.rmtree(work / "models" / options.size, ignore_errors=True)
-    print(describe_conditions(results))
+    print(describe_conditions(results, others=OTHERS))
     print(f"written to {place}")
-    return 0
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     """Read the command line."""
     summary = (__doc__ or "").split("\n", maxsplit=1)[0]
     parser = argparse.ArgumentParser(prog="python -m benchmarks.compare", description=summary)
-    parser.add_argument("--size", choices=SIZES, default="1.1B", help="parameters of a model")
     parser.add_argument("--sources", type=int, default=2, metavar="K", help="fine-tunes to merge")
-    parser.add_argument("--rounds", type=int, default=3, help="runs per contender and method")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument(
         "--contenders",
@@ -100,6 +122,19 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         default=["4GiB", "512MiB"],
         help="budgets of streammerge; others are compared with the first",
     )
+    add_common_options(parser)
+    options = parser.parse_args(arguments)
+    if options.sources < 2 or options.rounds < 1:
+        parser.error("--sources must be at least 2 and --rounds at least 1")
+    if options.contenders is None:
+        options.contenders = list(NAMES) if options.sources == 2 else [STREAMMERGE, FLOOR]
+    return options
+
+
+def add_common_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that every comparison on models has."""
+    parser.add_argument("--size", choices=SIZES, default="1.1B", help="parameters of a model")
+    parser.add_argument("--rounds", type=int, default=3, help="runs per contender and method")
     parser.add_argument(
         "--cache",
         choices=("all", "inputs"),
@@ -111,52 +146,43 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--work", type=Path, default=WORK, help="where models and outputs go")
     parser.add_argument("--results", type=Path, help="where the JSON goes")
     parser.add_argument("--clean", action="store_true", help="remove the models afterwards")
-    options = parser.parse_args(arguments)
-    if options.sources < 2 or options.rounds < 1:
-        parser.error("--sources must be at least 2 and --rounds at least 1")
-    if options.contenders is None:
-        options.contenders = list(NAMES) if options.sources == 2 else [STREAMMERGE, FLOOR]
-    return options
 
 
-def describe_session(models: Models, options: argparse.Namespace, work: Path) -> dict[str, Any]:
-    """Return the results document, complete but for the results."""
+def describe_session(base: Path, options: argparse.Namespace, work: Path) -> dict[str, Any]:
+    """Return the results document, complete but for the results and for what was compared."""
     commit, dirty = environment.commit()
-    files = sorted(models.base.glob("*.safetensors"))
-    versions = {"project": environment.own_versions(), "contenders": {}}
-    if needs_environment(options.contenders):
-        python = environment_directory(work) / "bin" / "python"
-        versions["contenders"] = environment.versions_of(python)
+    files = sorted(base.glob("*.safetensors"))
     return {
         "format": FORMAT,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": commit,
         "dirty": dirty,
         "size": options.size,
-        "parameters": models.nbytes // ITEMSIZE,
-        "sources": options.sources,
+        "parameters": tensor_nbytes(base) // ITEMSIZE,
         "rounds": options.rounds,
         "dtype": "bfloat16",
-        "density": DENSITY,
         "memory": options.memory,
         "cache_dropped": None,
         "machine": environment.machine_facts(work),
         "disk_rates": environment.disk_rates(files, work),
-        "versions": versions,
+        "versions": {"project": environment.own_versions(), "contenders": {}},
         "methods": {},
     }
 
 
 def default_results_path(results: dict[str, Any]) -> Path:
     """Return the place in ``benchmarks/results/`` that belongs to these results."""
-    dirty = "-dirty" if results["dirty"] else ""
-    name = f"{results['size']}-{results['sources']}src-{results['commit']}{dirty}.json"
-    return RESULTS / name
+    return results_path(f"{results['size']}-{results['sources']}src", results)
+
+
+def results_path(name: str, results: dict[str, Any]) -> Path:
+    """Return the place in ``benchmarks/results/`` of results of that name, by their commit."""
+    return RESULTS / f"{name}-{results['commit']}{'-dirty' if results['dirty'] else ''}.json"
 
 
 def compare(
-    job: Job,
-    contenders: Sequence[Contender],
+    job: JobT,
+    contenders: Sequence[Contender[JobT]],
     results: dict[str, Any],
     options: argparse.Namespace,
     work: Path,
@@ -170,7 +196,7 @@ def compare(
             # One that has failed would fail again; its time is better spent.
             if any(run.failure is not None for run in runs[contender.name]):
                 continue
-            print(f"  {job.method.name}, round {number + 1}: {contender.name}", file=sys.stderr)
+            print(f"  {job.name}, round {number + 1}: {contender.name}", file=sys.stderr)
             results["cache_dropped"] = drop_page_cache(
                 [file for model in job.inputs for file in model.glob("*.safetensors")],
                 everything=options.cache == "all",
@@ -185,13 +211,13 @@ def compare(
     return {
         "read_nbytes": job.nbytes_to_read,
         "written_nbytes": job.nbytes_to_write,
-        "sweeps": job.method.sweeps,
+        "sweeps": job.sweeps,
         "contenders": summaries,
     }
 
 
 def run_once(
-    job: Job, contender: Contender, *, timeout_seconds: float, work: Path
+    job: JobT, contender: Contender[JobT], *, timeout_seconds: float, work: Path
 ) -> tuple[Run, dict[str, float] | None]:
     """Run a contender once; return what it took, and its seconds per stage where it tells them."""
     out = work / "out"

@@ -9,8 +9,9 @@ import venv
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Generic, TypeVar
 
-from benchmarks.jobs import Job, mergekit_config, peft_job, streammerge_recipe
+from benchmarks.jobs import AnyJob, Job, mergekit_config, peft_job, streammerge_recipe
 from benchmarks.models import ROOT
 
 FLOOR = "floor"
@@ -36,15 +37,18 @@ MERGEKIT_FLAGS = (
 looked up on a hub. Its further flags concern accelerators; ``--write-threads`` has no effect."""
 
 
+JobT_contra = TypeVar("JobT_contra", bound=AnyJob, contravariant=True)
+
+
 @dataclass(frozen=True, slots=True)
-class Contender:
-    """One way to do a job."""
+class Contender(Generic[JobT_contra]):
+    """One way to do jobs of a kind."""
 
     name: str
     """What tables and results call it."""
-    command: Callable[[Job, Path, Path], list[str]]
+    command: Callable[[JobT_contra, Path, Path], list[str]]
     """Command for a job, a file to describe it in, and the directory to make."""
-    does: Callable[[Job], bool]
+    does: Callable[[JobT_contra], bool]
     """Whether it can do a job at all."""
     memory: str | None = None
     """Its memory budget; None where it has none."""
@@ -52,7 +56,9 @@ class Contender:
     """Variables to set."""
 
 
-def choose_contenders(names: Sequence[str], memory: Sequence[str], work: Path) -> list[Contender]:
+def choose_contenders(
+    names: Sequence[str], memory: Sequence[str], work: Path
+) -> list[Contender[Job]]:
     """Return the contenders in the order of their turns.
 
     Args:
@@ -61,7 +67,7 @@ def choose_contenders(names: Sequence[str], memory: Sequence[str], work: Path) -
         work: Where the environment of the others is.
     """
     python = _python_of(environment_directory(work))
-    chosen: list[Contender] = []
+    chosen: list[Contender[Job]] = []
     for name in NAMES:
         if name not in names:
             continue
@@ -72,7 +78,7 @@ def choose_contenders(names: Sequence[str], memory: Sequence[str], work: Path) -
         elif name == PEFT:
             chosen.append(_peft(python))
         else:
-            chosen.append(_floor())
+            chosen.append(floor_contender())
     return chosen
 
 
@@ -111,17 +117,22 @@ def _python_of(environment: Path) -> Path:
     return environment / "bin" / "python"
 
 
-def _streammerge(memory: str, *, main: bool) -> Contender:
+def merge_command(recipe: Path, out: Path, *, memory: str) -> list[str]:
+    """Return the command that merges as a recipe says."""
+    merge = [sys.executable, "-m", "streammerge", "merge", str(recipe), str(out)]
+    return [*merge, "--memory", memory, "--quiet"]
+
+
+def _streammerge(memory: str, *, main: bool) -> Contender[Job]:
     def command(job: Job, description: Path, out: Path) -> list[str]:
         description.write_text(streammerge_recipe(job), encoding="utf-8")
-        merge = [sys.executable, "-m", "streammerge", "merge", str(description), str(out)]
-        return [*merge, "--memory", memory, "--quiet"]
+        return merge_command(description, out, memory=memory)
 
     name = STREAMMERGE if main else f"{STREAMMERGE} {memory}"
     return Contender(name, command, lambda _: True, memory=memory)
 
 
-def _mergekit(python: Path) -> Contender:
+def _mergekit(python: Path) -> Contender[Job]:
     def command(job: Job, description: Path, out: Path) -> list[str]:
         description.write_text(mergekit_config(job), encoding="utf-8")
         shard_size = ["--out-shard-size", str(job.models.max_shard_nbytes)]
@@ -136,7 +147,7 @@ def _mergekit(python: Path) -> Contender:
     )
 
 
-def _peft(python: Path) -> Contender:
+def _peft(python: Path) -> Contender[Job]:
     def command(job: Job, description: Path, out: Path) -> list[str]:
         description.write_text(peft_job(job), encoding="utf-8")
         script = ROOT / "benchmarks" / "run_peft.py"
@@ -150,14 +161,16 @@ def _peft(python: Path) -> Contender:
     )
 
 
-def _floor() -> Contender:
-    def command(job: Job, description: Path, out: Path) -> list[str]:  # noqa: ARG001 - nothing to describe
+def floor_contender() -> Contender[AnyJob]:
+    """Return the one that reads and writes as many bytes as a job does, and computes nothing."""
+
+    def command(job: AnyJob, description: Path, out: Path) -> list[str]:  # noqa: ARG001 - nothing to describe
         files = [str(file) for model in job.inputs for file in sorted(model.glob("*.safetensors"))]
         return [
             *[sys.executable, "-m", "benchmarks.floor", str(out)],
-            *["--sweeps", str(job.method.sweeps)],
+            *["--sweeps", str(job.sweeps)],
             *["--write-nbytes", str(job.nbytes_to_write)],
-            *["--files", str(-(-job.nbytes_to_write // job.models.max_shard_nbytes))],
+            *["--files", str(-(-job.nbytes_to_write // job.max_shard_nbytes))],
             *["--read", *files],
         ]
 

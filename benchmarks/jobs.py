@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from benchmarks.models import Models
 
@@ -81,6 +81,34 @@ METHODS = {
 """Every method that is measured, by name."""
 
 
+class AnyJob(Protocol):
+    """What measuring has to know of a job, whatever is done."""
+
+    @property
+    def name(self) -> str:
+        """What tables and results call it."""
+
+    @property
+    def inputs(self) -> tuple[Path, ...]:
+        """Directories whose safetensors files are read."""
+
+    @property
+    def sweeps(self) -> int:
+        """How often every input must be read when none of it is kept."""
+
+    @property
+    def nbytes_to_read(self) -> int:
+        """Bytes of tensors that are read, over all sweeps."""
+
+    @property
+    def nbytes_to_write(self) -> int:
+        """Bytes of tensors in the result."""
+
+    @property
+    def max_shard_nbytes(self) -> int:
+        """Most bytes of tensors per file of the result."""
+
+
 @dataclass(frozen=True, slots=True)
 class Job:
     """One merge: a method on certain models."""
@@ -89,6 +117,21 @@ class Job:
     """What is done."""
     models: Models
     """What it is done to."""
+
+    @property
+    def name(self) -> str:
+        """The method's name."""
+        return self.method.name
+
+    @property
+    def sweeps(self) -> int:
+        """How often every input must be read when none of it is kept."""
+        return self.method.sweeps
+
+    @property
+    def max_shard_nbytes(self) -> int:
+        """Most bytes of tensors per file of the result: as in the inputs."""
+        return self.models.max_shard_nbytes
 
     @property
     def inputs(self) -> tuple[Path, ...]:
@@ -104,7 +147,7 @@ class Job:
     @property
     def nbytes_to_read(self) -> int:
         """Bytes of tensors that are read when every sweep reads all inputs."""
-        return self.method.sweeps * len(self.inputs) * self.models.nbytes
+        return self.sweeps * len(self.inputs) * self.models.nbytes
 
     @property
     def nbytes_to_write(self) -> int:
@@ -121,7 +164,7 @@ def streammerge_recipe(job: Job) -> str:
             for path, weight in zip(job.models.tuned, job.weights, strict=True)
         ],
         "parameters": {},
-        "output": {"dtype": "bfloat16", "max_shard_size": job.models.max_shard_nbytes},
+        "output": {"dtype": "bfloat16", "max_shard_size": job.max_shard_nbytes},
     }
     if job.method.has_base:
         recipe["base"] = str(job.models.base)

@@ -12,6 +12,7 @@ from benchmarks.measuring import Run
 FLOOR = "floor"
 STREAMMERGE = "streammerge"
 MERGEKIT = "mergekit"
+PEFT = "peft"
 MIB = 2**20
 GIB = 2**30
 _ABSENT = "-"
@@ -100,36 +101,70 @@ def render_performance_table(results: Mapping[str, Any]) -> str:
     ]
     for method, result in results["methods"].items():
         contenders = result["contenders"]
-        own = _succeeded(contenders, STREAMMERGE)
-        other = _succeeded(contenders, MERGEKIT)
-        floor = _succeeded(contenders, FLOOR)
-        cells = [
-            f"`{method}`",
-            _seconds(own),
-            _seconds(other),
-            _ratio(other, own, "{:.1f}x"),
-            _ratio(own, floor, "{:.2f}"),
-            _memory(own),
-            _memory(other),
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join([*lines, "", describe_conditions(results)])
+        own, other = _succeeded(contenders, STREAMMERGE), _succeeded(contenders, MERGEKIT)
+        lines.append(_row(f"`{method}`", own, other, _succeeded(contenders, FLOOR)))
+    return "\n".join([*lines, "", describe_conditions(results, others=(MERGEKIT,))])
 
 
-def describe_conditions(results: Mapping[str, Any]) -> str:
-    """Return one sentence on what was measured, where, and at which commit."""
+def render_baking_table(results: Mapping[str, Any]) -> str:
+    """Return the README's table of merging adapters into a base."""
+    lines = [
+        "| job | streammerge | PEFT | faster by | time / raw I/O | peak memory | PEFT's |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for job, result in results["methods"].items():
+        contenders = result["contenders"]
+        for name in contenders:
+            if not name.startswith(STREAMMERGE):
+                continue
+            way = name.removeprefix(STREAMMERGE).removeprefix(", ")
+            # PEFT only adds adapters to a base.
+            other = None if way == "ties" else _succeeded(contenders, PEFT)
+            label = f"{job}, `{way}`" if way else job
+            own, floor = _succeeded(contenders, name), _succeeded(contenders, FLOOR)
+            lines.append(_row(label, own, other, floor))
+    return "\n".join([*lines, "", describe_conditions(results, others=(PEFT, "transformers"))])
+
+
+def _row(
+    label: str,
+    own: Mapping[str, Any] | None,
+    other: Mapping[str, Any] | None,
+    floor: Mapping[str, Any] | None,
+) -> str:
+    cells = [
+        label,
+        _seconds(own),
+        _seconds(other),
+        _ratio(other, own, "{:.1f}x"),
+        _ratio(own, floor, "{:.2f}"),
+        _memory(own),
+        _memory(other),
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def describe_conditions(results: Mapping[str, Any], *, others: Sequence[str]) -> str:
+    """Return one sentence on what was measured, where, and at which commit.
+
+    Args:
+        results: The results document.
+        others: Packages of other contenders whose versions are told.
+    """
     machine = results["machine"]
     rates = results["disk_rates"]
     commit = results["commit"] + (" with changes" if results["dirty"] else "")
-    versions = results["versions"]["contenders"]
-    others = f", mergekit {versions['mergekit']}" if "mergekit" in versions else ""
+    # Contenders without an environment of their own run in the project's.
+    versions = results["versions"]["contenders"] or results["versions"]["project"]
+    told = "".join(f", {name} {versions[name]}" for name in others if name in versions)
+    subject = results.get("subject") or f"{results['sources']} sources"
     rounds = results["rounds"]
     return (
-        f"{results['size']} parameters in {results['dtype']}, {results['sources']} sources, cold "
+        f"{results['size']} parameters in {results['dtype']}, {subject}, cold "
         f"page cache, {f'medians of {rounds} rounds' if rounds > 1 else 'one round'}; "
         f"{machine['cores']} cores of {machine['cpu']}, {machine['memory_nbytes'] / GIB:.0f} GiB, "
         f"disk {rates['read_bytes_per_second'] / 1e9:.2f} GB/s reading and "
-        f"{rates['write_bytes_per_second'] / 1e9:.2f} GB/s writing; commit {commit}{others}."
+        f"{rates['write_bytes_per_second'] / 1e9:.2f} GB/s writing; commit {commit}{told}."
     )
 
 

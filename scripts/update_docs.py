@@ -1,7 +1,7 @@
 """Rewrites what the documentation takes from elsewhere.
 
-The README's table of methods and the recipe schema come from the registry, its table of performance
-from the newest results of the benchmark.
+The README's table of methods and the recipe schema come from the registry, its tables of performance
+from the newest results of the benchmarks.
 
 python scripts/update_docs.py            writes README.md and docs/recipe.schema.json
 python scripts/update_docs.py --check    exits with 1 when either is out of date
@@ -17,13 +17,20 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.reporting import render_performance_table  # noqa: E402 - found through ROOT
+from benchmarks.reporting import (  # noqa: E402 - found through ROOT
+    render_baking_table,
+    render_performance_table,
+)
 from streammerge.adapters.recipes import every_method  # noqa: E402
 from streammerge.methods import discover_methods  # noqa: E402
 from streammerge.methods.describing import render_methods_table  # noqa: E402
 from streammerge.recipe.json_schema import recipe_json_schema  # noqa: E402
 
-RESULTS = "1.1B-2src-*.json"
+MEASURED = {
+    "performance": ("1.1B-2src-*.json", render_performance_table),
+    "baking": ("baking-1.1B-*.json", render_baking_table),
+}
+"""Tables of the README: which results they come from, and how they are written."""
 
 
 def render_documents() -> dict[Path, str]:
@@ -32,12 +39,12 @@ def render_documents() -> dict[Path, str]:
     table = render_methods_table(methods.values())
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     readme = _between("methods", table, readme)
-    measured = [
-        json.loads(path.read_text()) for path in (ROOT / "benchmarks/results").glob(RESULTS)
-    ]
-    if measured:
-        newest = max(measured, key=lambda results: results["date"])
-        readme = _between("performance", render_performance_table(newest), readme)
+    for name, (pattern, render) in MEASURED.items():
+        places = (ROOT / "benchmarks/results").glob(pattern)
+        measured = [json.loads(path.read_text()) for path in places]
+        if measured:
+            newest = max(measured, key=lambda results: results["date"])
+            readme = _between(name, render(newest), readme)
     specs = {name: method.parameters for name, method in methods.items()}
     schema = json.dumps(recipe_json_schema(every_method(specs)), indent=2, ensure_ascii=False)
     return {

@@ -11,7 +11,7 @@ from models import write_model
 
 pytest.importorskip("benchmarks", reason="needs the project's root on the path")
 
-from benchmarks import adapters, contenders, measuring, memory, reporting
+from benchmarks import adapters, baking, contenders, loras, measuring, memory, reporting
 from benchmarks.compare import default_results_path, hide_paths, parse_arguments
 from benchmarks.floor import run_floor
 from benchmarks.jobs import METHODS, Job, mergekit_config, streammerge_recipe
@@ -235,12 +235,12 @@ def test_the_picture_shows_every_point():
 
 def test_the_adapters_of_the_benchmark_are_read_and_combined(tmp_path, monkeypatch):
     monkeypatch.setattr(adapters, "SHAPES", {"self_attn.q_proj": (12, 8), "mlp.up_proj": (16, 8)})
-    monkeypatch.setattr(adapters, "RANK", 2)
     job = adapters.Job("cat", 2, tuple(adapters.SHAPES))
 
-    path = adapters.make_adapter(tmp_path / "a", job, seed=0)
+    path = loras.make_lora(tmp_path / "a", job.shapes, rank=2, seed=0)
 
     assert {module.rank for module in read_adapter(path).modules} == {2}
+    assert len(read_adapter(path).modules) == 4
     assert job.name == "cat, all-linear, 2 layer(s)"
 
 
@@ -254,3 +254,74 @@ def test_the_table_of_adapters_has_a_row_for_each_job():
 
     assert lines[1].split() == ["cat", "2.0", "200", "9.0", "400", "4.5"]
     assert lines[2].split() == ["svd", "2.0", "200", "-", "-", "-"]
+
+
+@pytest.fixture
+def bakings(tmp_path) -> list[baking.Baking]:
+    import torch
+
+    tensors = {
+        "model.embed_tokens.weight": torch.ones(5, 8).bfloat16(),
+        "model.layers.0.mlp.up_proj.weight": torch.ones(6, 8).bfloat16(),
+        "model.layers.0.input_layernorm.weight": torch.ones(8).bfloat16(),
+    }
+    base = write_model(tmp_path / "models" / "base", tensors)
+    loras.main(base.parent, base, 2, 2)
+    made = tuple(base.parent / f"lora-2-{seed}" for seed in range(2))
+    return [baking.Baking(base, made[:count], 1000) for count in (1, 2)]
+
+
+def test_the_adapters_of_baking_cover_the_linear_layers_of_the_base(bakings):
+    one, two = bakings
+
+    modules = [read_adapter(path).modules for path in two.adapters]
+
+    assert [[module.weight_name for module in each] for each in modules] == [
+        ["model.layers.0.mlp.up_proj.weight"]
+    ] * 2
+    assert (one.name, two.name) == ("1 adapter", "2 adapters")
+    assert one.nbytes_to_write == 2 * (40 + 48 + 8)
+    assert two.nbytes_to_read - one.nbytes_to_read == 4 * 2 * (6 + 8)
+
+
+def test_the_ways_of_baking_are_recipes_that_can_be_planned(bakings, tmp_path):
+    import streammerge as sm
+
+    two = bakings[1]
+    for contender in baking.choose_contenders("600MiB"):
+        description = tmp_path / "job.json"
+        command = contender.command(two, description, tmp_path / "out")
+        assert str(tmp_path / "out") in command
+        assert contender.does(two)
+        if contender.name in baking.WAYS:
+            planned = sm.plan(description, memory="1GiB")
+            assert planned.layout.data_nbytes == two.nbytes_to_write
+
+
+def test_ways_that_differ_for_several_adapters_alone_do_not_bake_one(bakings):
+    able = [each.name for each in baking.choose_contenders("600MiB") if each.does(bakings[0])]
+
+    assert able == ["streammerge", "peft", "floor"]
+
+
+def test_the_table_of_baking_compares_with_peft_what_peft_does(results):
+    summaries = {
+        "streammerge": timed(3.0),
+        "streammerge, ties": timed(6.0),
+        "peft": timed(12.0),
+        "floor": timed(2.0),
+    }
+    subject = "rank-64 adapters"
+    versions = {"contenders": {}, "project": {"peft": "0.21.2"}}
+    methods = {"4 adapters": {"contenders": summaries}}
+
+    table, conditions = reporting.render_baking_table(
+        results | {"methods": methods, "subject": subject, "versions": versions}
+    ).split("\n\n")
+
+    assert table.splitlines()[2:] == [
+        "| 4 adapters | 3.0 s | 12.0 s | 4.0x | 1.50 | 300 MiB | 300 MiB |",
+        "| 4 adapters, `ties` | 6.0 s | - | - | 3.00 | 300 MiB | - |",
+    ]
+    assert "rank-64 adapters, cold" in conditions
+    assert "commit abc, peft 0.21.2" in conditions
