@@ -51,6 +51,9 @@ _MOST_CROWDS = 4
 """Each costs a comparison per element; the sampled band rarely holds more."""
 _CROWD_SHARE = 8
 """A value is crowded if it would fill one part in so many of the room."""
+_ROOM_SHARE = 0.8
+"""Share of the room that a band of a spread-out sample may be expected to fill. A band that
+overflows costs two sweeps, one that misses as well."""
 STATE_ARRAYS = ("values", "segments", "crowds", "histogram")
 """Names of the arrays in the state of a search."""
 SAMPLE_RUN = BLOCK // 64
@@ -147,11 +150,15 @@ class MagnitudeSearch:
         """
         if self.result is not None or sample.size == 0:
             return
+        share = self._k / self._numel
+        rank = sample.size * (1 - share)
+        slack = _SIGMAS * (sample.size * share * (1 - share)) ** 0.5
+        affordable = _ROOM_SHARE * self._room.size / self._numel * sample.size / 2
+        if slack < affordable:
+            slack = max(
+                slack, min(affordable, _SIGMAS * _spread_of_runs(sample, rank, self._spare))
+            )
         sample.sort()
-        rank = sample.size * (1 - self._k / self._numel)
-        slack = (
-            _SIGMAS * (sample.size * (self._k / self._numel) * (1 - self._k / self._numel)) ** 0.5
-        )
         low = max(0, int(rank - slack) - 1)
         high = min(sample.size - 1, int(rank + slack) + 1)
         top = float("inf") if high == sample.size - 1 else float(sample[high])
@@ -373,6 +380,25 @@ def _count_bins(question: Bins, magnitudes: Floats) -> Counted:
     bins = ((inside - inside.dtype.type(question.low_bits)) >> question.shift).astype(np.int64)
     histogram = np.bincount(bins, minlength=2**_BIN_BITS)
     return Counted(above, None, (), histogram)
+
+
+def _spread_of_runs(sample: Floats, rank: float, spare: Floats) -> float:
+    """Return the standard deviation of a rank in a sample of runs, as the runs themselves show it.
+
+    Neighbours differ less than others where rows or whole tensors have scales of their own, as in
+    the products of adapters; so a run is worth less than its length. Runs are compared with the
+    next ones, since their places are evenly spaced, not random. ``spare`` is overwritten.
+    """
+    runs = sample[: sample.size // SAMPLE_RUN * SAMPLE_RUN].reshape(-1, SAMPLE_RUN)
+    if len(runs) < 2:
+        return 0.0
+    ordered = spare[: sample.size]
+    ordered[:] = sample[: ordered.size]
+    place = min(int(rank), ordered.size - 1)
+    ordered.partition(place)
+    # One by one: a sample may be large, and there is no room for as many comparisons.
+    steps = np.diff([np.count_nonzero(run > ordered[place]) for run in runs])
+    return float((len(runs) * np.square(steps, dtype=np.float64).mean() / 2) ** 0.5)
 
 
 def choose_sample_runs(numel: int, runs: int) -> list[tuple[int, int]]:

@@ -277,6 +277,33 @@ def test_what_fits_is_found_in_one_sweep_and_the_rest_in_a_few() -> None:
     assert rounds(smooth.astype(np.float64), 0, 0.0, bits=64) == 4
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_rows_of_different_scales_are_found_in_one_sweep_too(seed: int) -> None:
+    """A run of the sample lies in one row, so it tells less than as many scattered elements."""
+    rng = np.random.default_rng(seed)
+    rows = rng.normal(size=(1024, 16)).astype(np.float32)
+    flat = np.abs(rows @ rng.normal(size=(16, SAMPLE_RUN)).astype(np.float32)).reshape(-1)
+    searching = MagnitudeSearch(
+        numel=flat.size,
+        blocks=count_blocks(flat.size),
+        density=0.2,
+        tie_policy=TiePolicy.EXACT,
+        room=np.empty(flat.size // 4, np.float32),
+        spare=np.empty(flat.size // 4, np.float32),
+    )
+
+    runs = choose_sample_runs(flat.size, 64)
+    searching.ask_after_sample(np.concatenate([flat[begin:][:count] for begin, count in runs]))
+    masks = np.empty((2, BLOCK), dtype=bool)
+    for block, begin in enumerate(range(0, flat.size, BLOCK)):
+        magnitudes = flat[begin : begin + BLOCK]
+        searching.answer(block, answer_block(searching.question, magnitudes, masks))
+    searching.conclude()
+
+    assert searching.result is not None
+    assert searching.result.kept == kept_count(0.2, flat.size)
+
+
 def test_bins_cover_exactly_the_interval_they_ask_about() -> None:
     magnitudes = np.array([0.0, 0.5, 1.0, 1.5, 2.0, np.inf, np.nan], dtype=np.float32)
     low, high = (int(np.float32(each).view(np.uint32)) for each in (1.0, 2.0))
