@@ -21,7 +21,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from streammerge.engine.changing import ChangeWork, PieceSteps
-from streammerge.engine.finite import check_finite, check_range, count_non_finite
+from streammerge.engine.finite import (
+    check_finite,
+    check_range,
+    count_non_finite,
+    surely_in_range,
+)
 from streammerge.engine.pieces import Part, PieceInMemory, torch_dtype
 from streammerge.methods.base import MagnitudeTopK, MergeChunk, MergeMethod, Operand, Stack
 from streammerge.methods.parts import trim_
@@ -125,9 +130,10 @@ class CpuStage:
         params = self._params[piece.first.task.setting]
         kept = [[0] * self._n_sources for _ in piece.parts]
         not_finite = 0
+        check = not self._plan.keep_non_finite and not self._method.sums
         for begin in range(0, piece.numel, BLOCK):
             end = min(begin + BLOCK, piece.numel)
-            base, vectors = self._load(piece, begin, end, check=not self._plan.keep_non_finite)
+            base, vectors = self._load(piece, begin, end, check=check)
             segments = _segments(piece, tops, kept, begin, end)
             if self._plan.model_scope:
                 self._count_kept(segments, vectors)
@@ -142,7 +148,9 @@ class CpuStage:
             merged = self._method.apply(chunk, params)
             if self._plan.keep_non_finite:
                 not_finite += count_non_finite(piece.inputs, begin, end)
-            else:
+            elif not surely_in_range(merged, piece.first.task.dtype):
+                # A sum tells that something is not finite; only its operands tell what.
+                self._load(piece, begin, end, check=self._method.sums)
                 check_range(merged, piece, begin)
             out[begin:end].copy_(merged)
         # Values that are not finite are only let through, and counted, in pieces of one part.

@@ -67,8 +67,7 @@ def check_range(merged: Tensor, piece: PieceInMemory, begin: int) -> None:
     """
     dtype = piece.first.task.dtype
     limit = _LARGEST[dtype]
-    # No term of a sum of squares exceeds the sum: one cheap reduction acquits almost every block.
-    if float(torch.dot(merged, merged)) <= min(limit * limit, _LARGEST[DType.F32]):
+    if surely_in_range(merged, dtype):
         return
     beyond = (merged.abs() <= limit).logical_not_().nonzero()
     if beyond.numel() == 0:
@@ -79,6 +78,15 @@ def check_range(merged: Tensor, piece: PieceInMemory, begin: int) -> None:
         f"{name}: the merged value {float(merged[element]):g} at {place} exceeds {limit:g}, the "
         f"largest {dtype}; choose a wider output.dtype or smaller weights"
     )
+
+
+def surely_in_range(merged: Tensor, dtype: DType) -> bool:
+    """Return whether one cheap reduction shows that a block is finite and fits a type.
+
+    No term of a sum of squares exceeds the sum; almost every block is acquitted by it.
+    """
+    limit = _LARGEST[dtype]
+    return float(torch.dot(merged, merged)) <= min(limit * limit, _LARGEST[DType.F32])
 
 
 def count_non_finite(inputs: Sequence[Tensor | None], begin: int, end: int) -> int:

@@ -170,6 +170,9 @@ class MergeMethod:
     """Parameter sets that the tests run every law on, as a recipe spells them."""
     random: bool = False
     """Whether the seed matters."""
+    sums: bool = False
+    """Whether every entry of the result is a sum with a term of each operand, and of the base where
+    operands are task vectors: NaN and infinity in any of them then reach it."""
     in_turn: Callable[[Any], bool] = lambda _: False
     """Whether these parameters take the sources one after the other, by :attr:`MergeChunk.steps`;
     the vectors are then left uninitialised."""

@@ -58,6 +58,7 @@ METHODS = (
         apply=linear,
         scratch_rows=1,
         keeps_base=lambda params: params.normalize or sum(params.weight) == 1,
+        sums=True,
         examples=(
             {},
             {"weight": (0.25, 0.75)},

@@ -71,13 +71,16 @@ def _next_below(threshold: float, vector: Tensor) -> float:
 def weigh_(vectors: Stack, weights: Sequence[float]) -> Stack:
     """Multiply every row by its weight, in place."""
     for row, weight in zip(vectors.rows, weights, strict=True):
-        row.mul_(weight)
+        if weight != 1:
+            row.mul_(weight)
     return vectors
 
 
 def sum_rows(vectors: Stack, out: Tensor) -> Tensor:
     """Sum over rows into ``out``, in the order of torch.sum, from +0.0."""
     # A sum that starts from +0.0 is never -0.0; one that starts from a -0.0 may be.
+    if len(vectors.rows) == 1:
+        return torch.add(vectors.rows[0], 0.0, out=out)
     return _add_rows(vectors, out).add_(0.0)
 
 

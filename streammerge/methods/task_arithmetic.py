@@ -82,6 +82,7 @@ METHODS = (
         reduction=lambda _: None,
         apply=task_arithmetic,
         scratch_rows=1,
+        sums=True,
         in_turn=lambda params: params.rounding == Rounding.PEFT,
         takes_whole=lambda params, source: params.weight[source] == 1,
         examples=({}, {"weight": (0.4, 0.6)}, {"weight": (1.0, -0.5)}),
