@@ -1,11 +1,13 @@
-"""Train a network and two experts, merge the experts with streammerge, and see what each can do.
+"""Train a network, two experts and two LoRAs, merge them with streammerge, and see what each can do.
 
 The base has seen handwritten digits only briefly. One expert goes on with 0 to 4 alone, the other
-with 5 to 9 alone, and each forgets the other half. Their merges should know all ten: the script
-fails if a merge does not beat the base and both experts on the whole.
+with 5 to 9 alone, and each forgets the other half. The LoRAs do the same without changing the base.
+Merges should know all ten: the experts, merged into one network; the LoRAs, combined into one
+adapter; and the LoRAs, merged into the base. The script fails if a merge does not beat the base and
+everything that was trained on one half, on the whole.
 
 Everything is written to quickstart-output/: checkpoints as Hugging Face lays them out, in several
-shards, and the recipes, to be changed and merged again.
+shards, adapters as PEFT saves them, and the recipes, to be changed and merged again.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
@@ -37,25 +40,30 @@ BASE_STEPS = 15
 """Training steps of the base; few, so that it leaves something to learn."""
 EXPERT_STEPS = 200
 """Training steps of an expert on its half; enough to forget the other half."""
+LORA_STEPS = 200
+"""Training steps of a LoRA on its half."""
+LORA = {"r": 8, "lora_alpha": 16, "target_modules": ["2"]}
+"""A LoRA of the layer between the hidden ones: what both halves share, and where changes add up."""
 SEED = 0
 
-RECIPE = """\
-method: {method}
-base: {output}/base
+SOURCES = """\
 sources:
-  - path: {output}/expert-0-4
+  - path: {output}/{kind}-0-4
     weight: 1.0
-  - path: {output}/expert-5-9
+  - path: {output}/{kind}-5-9
     weight: 1.0
-parameters: {parameters}
-seed: 0
+"""
+BASE = """\
+base: {output}/base
 output: {{dtype: float32, max_shard_size: 200kB}}
 """
 RECIPES = {
-    "ties": "{density: 0.8}",
-    "dare_ties": "{density: 0.8}",
+    "ties": "method: ties\n" + BASE + SOURCES + "parameters: {{density: 0.8}}\n",
+    "dare_ties": "method: dare_ties\n" + BASE + SOURCES + "parameters: {{density: 0.8}}\nseed: 0\n",
+    "lora": "# Without a base, adapters make an adapter.\nmethod: cat\n" + SOURCES,
+    "lora-in-base": "method: task_arithmetic\n" + BASE + SOURCES,
 }
-"""Merge method and its parameters."""
+"""Recipes of the merges, by name: of the experts, and of the LoRAs."""
 
 Task = Callable[[Tensor], Tensor]
 """Which of the given labels belong to a task, as a mask."""
@@ -80,33 +88,21 @@ def main() -> int:
         )
     )
 
-    print("Training a base and two experts ...")
+    print("Training a base, two experts and two LoRAs ...")
     base = make_network()
     train(base, train_images, train_labels, steps=BASE_STEPS, learning_rate=1e-3)
+    save_checkpoint(OUTPUT / "base", base)
     networks = {"base": base}
     for task in ("0-4", "5-9"):
         mine = TASKS[task](train_labels)
-        expert = copy.deepcopy(base)
-        # A smaller rate than the base's: experts that stay close to it merge better.
-        train(
-            expert, train_images[mine], train_labels[mine], steps=EXPERT_STEPS, learning_rate=3e-4
-        )
-        networks[f"expert-{task}"] = expert
-    for name, network in networks.items():
-        save_checkpoint(OUTPUT / name, network)
-
-    for method, parameters in RECIPES.items():
-        recipe, merged = OUTPUT / f"{method}.yaml", OUTPUT / f"merged-{method}"
-        recipe.write_text(
-            RECIPE.format(method=method, output=OUTPUT, parameters=parameters), encoding="utf-8"
-        )
-        arguments = ["merge", str(recipe), str(merged), "--memory", "1GiB", "--overwrite"]
-        print(f"\n$ streammerge {shlex.join(arguments)}", flush=True)
-        exit_code = subprocess.run([STREAMMERGE, *arguments], check=False).returncode
+        networks |= train_on_half(task, base, train_images[mine], train_labels[mine])
+    for name, recipe in RECIPES.items():
+        merged = OUTPUT / f"merged-{name}"
+        exit_code = merge(name, recipe, merged)
         if exit_code:
             print(f"quickstart: this merge failed with exit code {exit_code}", file=sys.stderr)
             return 1
-        networks[merged.name] = load_checkpoint(merged)
+        networks[merged.name] = load_result(merged, base)
 
     accuracies = {
         name: {task: accuracy(network, test_images, test_labels, task) for task in TASKS}
@@ -114,6 +110,38 @@ def main() -> int:
     }
     print_table(accuracies)
     return check_merges(accuracies)
+
+
+def train_on_half(
+    task: str, base: nn.Module, images: Tensor, labels: Tensor
+) -> dict[str, nn.Module]:
+    """Train an expert and a LoRA on the digits of a task, save both, and return them by name."""
+    expert = copy.deepcopy(base)
+    # A smaller rate than the base's: experts that stay close to it merge better.
+    train(expert, images, labels, steps=EXPERT_STEPS, learning_rate=3e-4)
+    save_checkpoint(OUTPUT / f"expert-{task}", expert)
+    lora = get_peft_model(copy.deepcopy(base), LoraConfig(**LORA))
+    train(lora, images, labels, steps=LORA_STEPS, learning_rate=2e-3)
+    shutil.rmtree(OUTPUT / f"lora-{task}", ignore_errors=True)
+    lora.save_pretrained(OUTPUT / f"lora-{task}")
+    return {f"expert-{task}": expert, f"lora-{task}": lora}
+
+
+def merge(name: str, recipe: str, merged: Path) -> int:
+    """Write a recipe, merge as it says, and return the exit code."""
+    place = OUTPUT / f"{name}.yaml"
+    kind = "lora" if name.startswith("lora") else "expert"
+    place.write_text(recipe.format(output=OUTPUT, kind=kind), encoding="utf-8")
+    arguments = ["merge", str(place), str(merged), "--memory", "1GiB", "--overwrite"]
+    print(f"\n$ streammerge {shlex.join(arguments)}", flush=True)
+    return subprocess.run([STREAMMERGE, *arguments], check=False).returncode
+
+
+def load_result(directory: Path, base: nn.Module) -> nn.Module:
+    """Return a merged network; for an adapter, the base with it, as PEFT loads it."""
+    if (directory / "adapter_config.json").exists():
+        return PeftModel.from_pretrained(copy.deepcopy(base), directory)
+    return load_checkpoint(directory)
 
 
 def train(
@@ -189,7 +217,7 @@ def print_table(accuracies: dict[str, dict[str, float]]) -> None:
 
 
 def check_merges(accuracies: dict[str, dict[str, float]]) -> int:
-    """Return 0 if every merge beats the base and both experts on the whole, else say which."""
+    """Return 0 if every merge beats all that went into merges on the whole, else say which."""
     whole = {name: row["all"] for name, row in accuracies.items()}
     inputs = {name: value for name, value in whole.items() if not name.startswith("merged-")}
     best = max(inputs, key=lambda name: inputs[name])
@@ -202,7 +230,7 @@ def check_merges(accuracies: dict[str, dict[str, float]]) -> int:
         )
     if failures:
         return 1
-    print(f"Both merges beat the base and both experts on all digits. All files: {OUTPUT}/")
+    print(f"Every merge beats the base, the experts and the LoRAs on all digits. Files: {OUTPUT}/")
     return 0
 
 
