@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any, Protocol
 
 import numpy as np
@@ -29,11 +30,11 @@ from streammerge.engine.finite import (
 )
 from streammerge.engine.pieces import Part, PieceInMemory, torch_dtype
 from streammerge.methods.base import MagnitudeTopK, MergeChunk, MergeMethod, Operand, Stack
-from streammerge.methods.parts import trim_
+from streammerge.methods.parts import trim_, trim_rows_
 from streammerge.plan.types import MergePlan
 from streammerge.reductions import BLOCK
 from streammerge.reductions.magnitude import Counted, Question, answer_block
-from streammerge.reductions.selecting import select_block
+from streammerge.reductions.selecting import select_rows
 from streammerge.reductions.topk import TopK, count_kept
 from streammerge.rng import keep_mask, stream_key
 
@@ -141,7 +142,7 @@ class CpuStage:
                 base=base,
                 vectors=vectors,
                 scratch=self._scratch[:, : end - begin],
-                trims=_Trims(segments),
+                trims=_Trims(segments, self._magnitudes, self._masks),
                 masks=_PositionalMasks(self._plan.seed, segments),
                 steps=PieceSteps(self._changes, piece, begin, self._first_source),
             )
@@ -196,15 +197,15 @@ class CpuStage:
         """Find the thresholds of small tensors; see :class:`DeviceStage`."""
         base, vectors = self._load(piece, 0, piece.numel, check=False)
         magnitudes = self._magnitudes[: piece.numel]
+        runs = _equal_runs(list(piece.ranges()))
         by_source = []
         for row, density in zip(vectors.rows, need.densities, strict=True):
             values = torch.abs(row, out=magnitudes).numpy()
-            by_source.append(
-                [
-                    select_block(values[begin:end], density, need.tie_policy)
-                    for _, begin, end in piece.ranges()
-                ]
-            )
+            found: list[TopK] = []
+            for begin, end, count in runs:
+                rows = values[begin:end].reshape(count, -1)
+                found += select_rows(rows, density, need.tie_policy, self._masks[0])
+            by_source.append(found)
         # The merge of these tensors comes next, as a rule, and finds them as they are.
         self._selected = piece, base, vectors
         return list(zip(*by_source, strict=True))
@@ -341,15 +342,38 @@ def _segments(
     ]
 
 
+def _equal_runs(ranges: Sequence[tuple[Part, int, int]]) -> list[tuple[int, int, int]]:
+    """Return the runs of neighbours of one size: begin, end and how many tensors they are."""
+    runs: list[tuple[int, int, int]] = []
+    for _, group in groupby(ranges, key=lambda each: each[2] - each[1]):
+        ranges_of = list(group)
+        runs.append((ranges_of[0][1], ranges_of[-1][2], len(ranges_of)))
+    return runs
+
+
 @dataclass(frozen=True, slots=True)
 class _Trims:
     """Trims one block."""
 
     segments: Sequence[_Segment]
+    magnitudes: Tensor
+    masks: NDArray[np.bool_]
 
     def trim_(self, row: Tensor, *, source: int) -> Tensor:
-        for segment in self.segments:
-            trim_(row[segment.begin : segment.end], segment.tops[source], segment.block)
+        # Small tensors side by side share the calls, which cost more than what is done in them.
+        for numel, run in groupby(self.segments, key=lambda each: each.end - each.begin):
+            segments = list(run)
+            part = row[segments[0].begin : segments[-1].end]
+            if len(segments) == 1:
+                trim_(part, segments[0].tops[source], segments[0].block)
+            elif numel:
+                trim_rows_(
+                    part.view(-1, numel),
+                    [segment.tops[source] for segment in segments],
+                    [segment.block for segment in segments],
+                    magnitudes=self.magnitudes,
+                    masks=self.masks,
+                )
         return row
 
 

@@ -11,10 +11,11 @@ from enum import StrEnum
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from streammerge.methods.base import Stack
-from streammerge.reductions.topk import TopK
+from streammerge.reductions.topk import COUNTED_TOGETHER, TopK, count_in_groups
 
 ADD_LEFT_TO_RIGHT = 4
 """Up to this many rows, torch.sum over dimension 0 adds from left to right, in every column; so
@@ -66,6 +67,59 @@ def _hardshrink_(vector: Tensor, limit: float) -> Tensor:
 def _next_below(threshold: float, vector: Tensor) -> float:
     dtype = np.float32 if vector.dtype == torch.float32 else np.float64
     return float(np.nextafter(dtype(threshold), dtype(0)))
+
+
+def trim_rows_(
+    rows: Tensor,
+    tops: Sequence[TopK],
+    blocks: Sequence[int],
+    *,
+    magnitudes: Tensor,
+    masks: NDArray[np.bool_],
+) -> None:
+    """Do what :func:`trim_` does to every row, but for the sign of zeros, at once.
+
+    An entry that is dropped becomes a zero of its own sign, which no method lets through.
+
+    Args:
+        rows: ``[n, m]``, finite, on the CPU; overwritten.
+        tops: One statistic per row.
+        blocks: Which block of its scope each row is.
+        magnitudes: ``[>= n * m]`` scratch of the same type.
+        masks: ``[2, >= n * m]`` scratch.
+    """
+    values = rows.numpy()
+    absolute = torch.abs(rows, out=magnitudes[: rows.numel()].view_as(rows)).numpy()
+    kept, tied = (mask[: values.size].reshape(values.shape) for mask in masks)
+    # Below 0, so that a threshold of 0 keeps the zeros too.
+    thresholds = np.array([top.threshold or -1.0 for top in tops], values.dtype)[:, None]
+    np.greater(absolute, thresholds, out=kept)
+    ties = [top.ties_to_keep(block) for top, block in zip(tops, blocks, strict=True)]
+    if any(count != 0 for count in ties):
+        np.equal(absolute, thresholds, out=tied)
+        _keep_first_(tied, [tied.shape[1] if count is None else count for count in ties])
+        np.logical_or(kept, tied, out=kept)
+    np.multiply(values, kept, out=values)
+
+
+def _keep_first_(tied: NDArray[np.bool_], counts: Sequence[int]) -> None:
+    """Clear all but the first ``counts[row]`` entries of every row."""
+    in_groups = count_in_groups(tied)
+    ends = np.cumsum(in_groups, axis=1, dtype=np.int32)
+    wanted = np.array(counts, dtype=np.int32)[:, None]
+    # Where there are no more than are kept, the group is the last one, and nothing comes after it.
+    groups = np.minimum(np.sum(ends < wanted, axis=1), ends.shape[1] - 1)[:, None]
+    before = np.take_along_axis(ends, groups, axis=1) - np.take_along_axis(
+        in_groups, groups, axis=1
+    )
+    places = groups * COUNTED_TOGETHER + np.arange(COUNTED_TOGETHER)
+    # Beyond the end of a row stands its last entry again, after all others.
+    places = np.minimum(places, tied.shape[1] - 1)
+    seen = np.cumsum(np.take_along_axis(tied, places, axis=1), axis=1, dtype=np.int32)
+    last_kept = np.sum(seen < wanted - before, axis=1)
+    ends_of_kept = np.where(wanted[:, 0] > 0, groups[:, 0] * COUNTED_TOGETHER + last_kept + 1, 0)
+    for row, end in zip(tied, ends_of_kept.tolist(), strict=True):
+        row[end:] = False
 
 
 def weigh_(vectors: Stack, weights: Sequence[float]) -> Stack:

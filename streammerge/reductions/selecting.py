@@ -1,23 +1,29 @@
-"""The exact k-th largest magnitude of a scope that is one block, at once.
+"""The exact k-th largest magnitude of scopes that are at most one block each, at once.
 
 The plain way for what :class:`~streammerge.reductions.magnitude.MagnitudeSearch` finds in rounds;
 models of many small tensors would spend most of their time in keeping its books.
 
-Memory: a copy of the block.
+    select_block   one scope: guesses, each checked by counting, or else a partition
+    select_rows    several scopes of one size: the same guesses for all of them in one operation
+
+Memory: a copy of the scopes.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
+from numpy.typing import NDArray
 
 from streammerge.reductions.topk import (
     Floats,
     TiePolicy,
     TopK,
+    count_in_groups,
     keep_everything,
     keep_nothing,
     kept_count,
-    place_ties,
     ties_kept,
 )
 
@@ -25,6 +31,12 @@ _GUESS_SAMPLE = 512
 """Elements of a tensor of one block that its threshold is guessed from."""
 _GUESSES = 3
 """Each costs two comparisons per element; a partition of equal numbers costs as much as eight."""
+_REACH_SIGMAS = 3.0
+"""From the first guess to the second, in standard deviations of the sample's rank: far enough to
+have the threshold between them as a rule, near enough that few elements lie there."""
+
+Found = tuple[float, int, int]
+"""The k-th largest magnitude, how many are larger, and how many equal."""
 
 
 def select_block(magnitudes: Floats, density: float, tie_policy: TiePolicy) -> TopK:
@@ -44,16 +56,48 @@ def select_block(magnitudes: Floats, density: float, tie_policy: TiePolicy) -> T
         return keep_everything(numel)
     if k == 0:
         return keep_nothing(numel)
-    found_at = _guess_kth(magnitudes, k) or _kth_by_partition(magnitudes, k)
-    if found_at is None:
+    return _statistic(_guess_kth(magnitudes, k), magnitudes, k, tie_policy)
+
+
+def select_rows(
+    magnitudes: Floats, density: float, tie_policy: TiePolicy, mask: NDArray[np.bool_]
+) -> list[TopK]:
+    """Return what :func:`select_block` returns for every row.
+
+    Small operations cost a call each, and the interpreter lock, whatever they do; here a call does
+    its work for all rows.
+
+    Args:
+        magnitudes: ``[n, m]`` absolute values, a scope per row.
+        density: Fraction kept, in [0, 1].
+        tie_policy: Which ties are kept.
+        mask: ``[>= n * m]`` scratch.
+    """
+    rows, numel = magnitudes.shape
+    k = kept_count(density, numel)
+    if density >= 1 or k == 0 or rows == 0:
+        return [select_block(row, density, tie_policy) for row in magnitudes]
+    found = _guess_rows(magnitudes, k, mask)
+    return [_statistic(at, row, k, tie_policy) for at, row in zip(found, magnitudes, strict=True)]
+
+
+def _statistic(guessed: Found | None, magnitudes: Floats, k: int, tie_policy: TiePolicy) -> TopK:
+    """Return the statistic of a scope whose threshold was guessed, or was not."""
+    numel = magnitudes.size
+    found = guessed or _kth_by_partition(magnitudes, k)
+    if found is None:
         return TopK(float("inf"), numel, int(np.count_nonzero(np.isnan(magnitudes))), 0, 0, -1, 0)
-    threshold, greater, equal = found_at
+    threshold, greater, equal = found
     kept = ties_kept(tie_policy, k - greater, equal)
-    found = TopK(threshold, numel, greater, equal, kept, -1, 0)
-    return place_ties(found, np.array([equal], dtype=np.int32))
+    # Where the last kept tie lies, as place_ties tells it; here in the only block there is.
+    if kept == 0:
+        return TopK(threshold, numel, greater, equal, 0, -1, 0)
+    if kept == equal:
+        return TopK(threshold, numel, greater, equal, kept, 1, 0)
+    return TopK(threshold, numel, greater, equal, kept, 0, kept)
 
 
-def _kth_by_partition(magnitudes: Floats, k: int) -> tuple[float, int, int] | None:
+def _kth_by_partition(magnitudes: Floats, k: int) -> Found | None:
     """Return the k-th largest magnitude, how many are larger and how many equal; None for NaN."""
     numel = magnitudes.size
     # partition ranks NaN above everything, as the search does.
@@ -64,7 +108,7 @@ def _kth_by_partition(magnitudes: Floats, k: int) -> tuple[float, int, int] | No
     return threshold, greater, int(np.count_nonzero(magnitudes == threshold))
 
 
-def _guess_kth(magnitudes: Floats, k: int) -> tuple[float, int, int] | None:
+def _guess_kth(magnitudes: Floats, k: int) -> Found | None:
     """Return the same by guessing from a sample; None unless a guess is exactly right.
 
     Differences of bfloat16 models have few distinct magnitudes, which is where guesses hit and
@@ -90,3 +134,79 @@ def _guess_kth(magnitudes: Floats, k: int) -> tuple[float, int, int] | None:
         if (tried_above and tried_below) or not 0 <= index < sample.size:
             return None
     return None
+
+
+def _guess_rows(magnitudes: Floats, k: int, mask: NDArray[np.bool_]) -> list[Found | None]:
+    """Return the k-th largest magnitude of every row; None where the guesses are no help.
+
+    The first guess is the sample's own k-th largest. Where it misses, a second one lies so far on
+    that the threshold is between the two, if it is not the guess itself; of the elements between
+    them, which are few, a partition then finds it.
+    """
+    numel = magnitudes.shape[1]
+    sample = np.sort(magnitudes[:, :: max(1, numel // _GUESS_SAMPLE)], axis=1)
+    size = sample.shape[1]
+    rank = size * (1 - k / numel)
+    middle = min(size - 1, int(rank))
+    reach = max(1, int(_REACH_SIGMAS * (rank * k / numel) ** 0.5))
+    first = _Guesses.count(magnitudes, sample[:, middle], mask)
+    found = first.found(k)
+    missed = [row for row, at in enumerate(found) if at is None]
+    if not missed:
+        return found
+    steps = [reach if first.greater[row] >= k else -reach for row in missed]
+    next_guesses = sample[missed, np.clip(np.add(middle, steps), 0, size - 1)]
+    subset = magnitudes if len(missed) == len(magnitudes) else magnitudes[missed]
+    second = _Guesses.count(subset, next_guesses, mask)
+    for place, (row, at) in enumerate(zip(missed, second.found(k), strict=True)):
+        found[row] = at or _kth_between(magnitudes[row], k, first.at(row), second.at(place))
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class _Guesses:
+    """A guess per row, and how the row's magnitudes compare with it."""
+
+    values: list[float]
+    """The guesses."""
+    greater: list[int]
+    """How many magnitudes are larger; NaN is larger than all."""
+    equal: list[int]
+    """How many are equal."""
+
+    @classmethod
+    def count(cls, magnitudes: Floats, guesses: Floats, mask: NDArray[np.bool_]) -> _Guesses:
+        """Compare ``[n, m]`` magnitudes with ``[n]`` guesses."""
+        numel = magnitudes.shape[1]
+        answers = mask[: magnitudes.size].reshape(magnitudes.shape)
+        column = guesses[:, None]
+        np.less_equal(magnitudes, column, out=answers)
+        greater = (numel - count_in_groups(answers).sum(axis=1, dtype=np.int64)).tolist()
+        np.equal(magnitudes, column, out=answers)
+        equal = count_in_groups(answers).sum(axis=1, dtype=np.int64).tolist()
+        return cls(guesses.tolist(), greater, equal)
+
+    def at(self, row: int) -> Found:
+        """Return one row's guess and counts."""
+        return self.values[row], self.greater[row], self.equal[row]
+
+    def found(self, k: int) -> list[Found | None]:
+        """Return the guesses that are the k-th largest magnitude."""
+        return [
+            self.at(row) if greater < k <= greater + equal else None
+            for row, (greater, equal) in enumerate(zip(self.greater, self.equal, strict=True))
+        ]
+
+
+def _kth_between(magnitudes: Floats, k: int, first: Found, second: Found) -> Found | None:
+    """Return the k-th largest magnitude if it lies between two guesses that are not it."""
+    (high, greater, equal), (low, below_greater, _) = max(first, second), min(first, second)
+    above = greater + equal
+    # NaN makes either comparison false, or is counted as larger on both sides.
+    if not above < k <= below_greater:
+        return None
+    inside = magnitudes[(magnitudes > low) & (magnitudes < high)]
+    rank = inside.size - (k - above)
+    threshold = np.partition(inside, rank)[rank]
+    greater = int(np.count_nonzero(inside > threshold))
+    return float(threshold), above + greater, int(np.count_nonzero(inside == threshold))

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from oracles import trim_by_sorting
 
-from streammerge.reductions import BLOCK, count_blocks
+from streammerge.reductions import BLOCK, count_blocks, selecting
 from streammerge.reductions.magnitude import (
     SAMPLE_RUN,
     STATE_ARRAYS,
@@ -20,7 +20,7 @@ from streammerge.reductions.magnitude import (
     answer_block,
     choose_sample_runs,
 )
-from streammerge.reductions.selecting import select_block
+from streammerge.reductions.selecting import select_block, select_rows
 from streammerge.reductions.topk import TiePolicy, TopK, count_kept, kept_count
 
 DTYPES = {32: np.float32, 64: np.float64}
@@ -340,6 +340,61 @@ def test_a_scope_of_one_block_is_selected_at_once_as_by_searching(
         search.conclude()
 
     assert select_block(magnitudes, density, policy) == search.result
+
+
+@settings(deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    rows=st.integers(0, 5),
+    numel=st.sampled_from([0, 1, 2, 129, 700, 4096, 5001]),
+    levels=st.sampled_from([1, 3, 40, 10**6]),
+    nan=st.sampled_from([0, 10, 3000]),
+    density=st.sampled_from([0.0, 0.01, 0.2, 0.5, 0.97, 1.0]),
+    policy=st.sampled_from(TiePolicy),
+    dtype=st.sampled_from([np.float32, np.float64]),
+)
+def test_scopes_of_one_size_are_selected_together_as_each_by_itself(
+    *,
+    seed: int,
+    rows: int,
+    numel: int,
+    levels: int,
+    nan: int,
+    density: float,
+    policy: TiePolicy,
+    dtype: type[np.float32 | np.float64],
+) -> None:
+    generator = np.random.default_rng(seed)
+    magnitudes = (generator.integers(0, levels, (rows, numel)) * 2.0**-9).astype(dtype)
+    # Every row of a size of its own; a few special values in the first one.
+    magnitudes *= np.arange(1, rows + 1, dtype=dtype)[:, None]
+    magnitudes[:1, :nan] = np.nan
+    magnitudes[1:2, :nan] = np.inf
+    mask = np.empty(magnitudes.size, dtype=bool)
+
+    together = select_rows(magnitudes, density, policy, mask)
+
+    assert together == [select_block(row, density, policy) for row in magnitudes]
+
+
+def test_most_thresholds_among_distinct_magnitudes_need_no_partition_of_their_scope(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It would take most of the time; two guesses nearly always have the threshold between them."""
+    partitioned = 0
+
+    def count_partitions(magnitudes: np.ndarray, k: int) -> tuple[float, int, int] | None:
+        nonlocal partitioned
+        partitioned += 1
+        return by_partition(magnitudes, k)
+
+    by_partition = selecting._kth_by_partition
+    monkeypatch.setattr(selecting, "_kth_by_partition", count_partitions)
+    magnitudes = np.abs(np.random.default_rng(0).standard_normal((40, 4096)))
+
+    select_rows(magnitudes, 0.2, TiePolicy.EXACT, np.empty(magnitudes.size, dtype=bool))
+
+    assert partitioned <= 4
 
 
 @pytest.mark.parametrize("policy", TiePolicy)

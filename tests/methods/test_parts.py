@@ -1,0 +1,64 @@
+"""The steps that work on several small tensors at once equal the plain ones."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from streammerge.methods.parts import trim_, trim_rows_
+from streammerge.reductions.selecting import select_block
+from streammerge.reductions.topk import TiePolicy, TopK
+
+
+@settings(deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    numel=st.sampled_from([1, 2, 127, 128, 129, 700, 4096]),
+    levels=st.sampled_from([1, 2, 5, 10**6]),
+    densities=st.lists(st.sampled_from([0.0, 0.01, 0.2, 0.5, 0.97, 1.0]), min_size=1, max_size=5),
+    policy=st.sampled_from(TiePolicy),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+)
+def test_rows_are_trimmed_together_as_each_by_itself(
+    *,
+    seed: int,
+    numel: int,
+    levels: int,
+    densities: list[float],
+    policy: TiePolicy,
+    dtype: torch.dtype,
+) -> None:
+    generator = np.random.default_rng(seed)
+    values = generator.integers(-levels, levels + 1, (len(densities), numel)) / 8
+    rows = torch.from_numpy(values).to(dtype)
+    tops = [
+        select_block(row.abs().numpy(), density, policy)
+        for row, density in zip(rows, densities, strict=True)
+    ]
+
+    _assert_trimmed_alike(rows, tops, [0] * len(densities))
+
+
+@settings(deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), cutoff=st.integers(0, 40), cutoff_block=st.integers(0, 3))
+def test_rows_of_one_scope_keep_ties_up_to_the_cutoff(
+    seed: int, cutoff: int, cutoff_block: int
+) -> None:
+    """Rows before the cut-off block keep all ties, those after it none."""
+    generator = np.random.default_rng(seed)
+    rows = torch.from_numpy(generator.integers(-3, 4, (4, 300)).astype(np.float32))
+    top = TopK(2.0, rows.numel(), 300, 300, 100, cutoff_block, cutoff)
+
+    _assert_trimmed_alike(rows, [top] * len(rows), list(range(len(rows))))
+
+
+def _assert_trimmed_alike(rows: torch.Tensor, tops: list[TopK], blocks: list[int]) -> None:
+    together, alone = rows.clone(), rows.clone()
+    masks = np.empty((2, rows.numel()), dtype=bool)
+    trim_rows_(together, tops, blocks, magnitudes=torch.empty_like(rows).view(-1), masks=masks)
+    for row, top, block in zip(alone, tops, blocks, strict=True):
+        trim_(row, top, block)
+    # Equal numbers, not equal bits: zeros may differ in their sign.
+    assert torch.equal(together, alone)
