@@ -204,7 +204,7 @@ class CpuStage:
             found: list[TopK] = []
             for begin, end, count in runs:
                 rows = values[begin:end].reshape(count, -1)
-                found += select_rows(rows, density, need.tie_policy, self._masks[0])
+                found += select_rows(rows, density, need.tie_policy, self._scratch[0])
             by_source.append(found)
         # The merge of these tensors comes next, as a rule, and finds them as they are.
         self._selected = piece, base, vectors

@@ -15,11 +15,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from streammerge.methods.base import Stack
-from streammerge.reductions.topk import COUNTED_TOGETHER, TopK, count_in_groups
+from streammerge.reductions.topk import TopK
 
 ADD_LEFT_TO_RIGHT = 4
 """Up to this many rows, torch.sum over dimension 0 adds from left to right, in every column; so
 rows may be added one by one. Beyond, its order depends on the column and torch.sum itself is used."""
+
+
+_TIES_GROUP = 128
+"""Entries that are counted together to find the last kept tie; a byte must hold their number."""
 
 
 class SignVote(StrEnum):
@@ -104,7 +108,7 @@ def trim_rows_(
 
 def _keep_first_(tied: NDArray[np.bool_], counts: Sequence[int]) -> None:
     """Clear all but the first ``counts[row]`` entries of every row."""
-    in_groups = count_in_groups(tied)
+    in_groups = _count_groups(tied)
     ends = np.cumsum(in_groups, axis=1, dtype=np.int32)
     wanted = np.array(counts, dtype=np.int32)[:, None]
     # Where there are no more than are kept, the group is the last one, and nothing comes after it.
@@ -112,14 +116,26 @@ def _keep_first_(tied: NDArray[np.bool_], counts: Sequence[int]) -> None:
     before = np.take_along_axis(ends, groups, axis=1) - np.take_along_axis(
         in_groups, groups, axis=1
     )
-    places = groups * COUNTED_TOGETHER + np.arange(COUNTED_TOGETHER)
+    places = groups * _TIES_GROUP + np.arange(_TIES_GROUP)
     # Beyond the end of a row stands its last entry again, after all others.
     places = np.minimum(places, tied.shape[1] - 1)
     seen = np.cumsum(np.take_along_axis(tied, places, axis=1), axis=1, dtype=np.int32)
     last_kept = np.sum(seen < wanted - before, axis=1)
-    ends_of_kept = np.where(wanted[:, 0] > 0, groups[:, 0] * COUNTED_TOGETHER + last_kept + 1, 0)
+    ends_of_kept = np.where(wanted[:, 0] > 0, groups[:, 0] * _TIES_GROUP + last_kept + 1, 0)
     for row, end in zip(tied, ends_of_kept.tolist(), strict=True):
         row[end:] = False
+
+
+def _count_groups(tied: NDArray[np.bool_]) -> NDArray[np.uint8]:
+    """Return how many are set in every group of consecutive entries of each row."""
+    rows, numel = tied.shape
+    if numel % _TIES_GROUP == 0:
+        # Equal to the line below, and meanwhile other threads may run.
+        groups = torch.from_numpy(tied).view(rows, -1, _TIES_GROUP)
+        counted: NDArray[np.uint8] = groups.sum(dim=2, dtype=torch.uint8).numpy()
+        return counted
+    starts = np.arange(0, numel, _TIES_GROUP)
+    return np.add.reduceat(tied.view(np.uint8), starts, axis=1, dtype=np.uint8)
 
 
 def weigh_(vectors: Stack, weights: Sequence[float]) -> Stack:

@@ -14,13 +14,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
+import torch
+from torch import Tensor
 
 from streammerge.reductions.topk import (
     Floats,
     TiePolicy,
     TopK,
-    count_in_groups,
     keep_everything,
     keep_nothing,
     kept_count,
@@ -60,7 +60,7 @@ def select_block(magnitudes: Floats, density: float, tie_policy: TiePolicy) -> T
 
 
 def select_rows(
-    magnitudes: Floats, density: float, tie_policy: TiePolicy, mask: NDArray[np.bool_]
+    magnitudes: Floats, density: float, tie_policy: TiePolicy, answers: Tensor
 ) -> list[TopK]:
     """Return what :func:`select_block` returns for every row.
 
@@ -71,13 +71,13 @@ def select_rows(
         magnitudes: ``[n, m]`` absolute values, a scope per row.
         density: Fraction kept, in [0, 1].
         tie_policy: Which ties are kept.
-        mask: ``[>= n * m]`` scratch.
+        answers: ``[>= n * m]`` float32 or float64 scratch, on the CPU.
     """
     rows, numel = magnitudes.shape
     k = kept_count(density, numel)
-    if density >= 1 or k == 0 or rows == 0:
+    if density >= 1 or k == 0 or rows <= 1:
         return [select_block(row, density, tie_policy) for row in magnitudes]
-    found = _guess_rows(magnitudes, k, mask)
+    found = _guess_rows(magnitudes, k, answers)
     return [_statistic(at, row, k, tie_policy) for at, row in zip(found, magnitudes, strict=True)]
 
 
@@ -136,7 +136,7 @@ def _guess_kth(magnitudes: Floats, k: int) -> Found | None:
     return None
 
 
-def _guess_rows(magnitudes: Floats, k: int, mask: NDArray[np.bool_]) -> list[Found | None]:
+def _guess_rows(magnitudes: Floats, k: int, answers: Tensor) -> list[Found | None]:
     """Return the k-th largest magnitude of every row; None where the guesses are no help.
 
     The first guess is the sample's own k-th largest. Where it misses, a second one lies so far on
@@ -149,7 +149,7 @@ def _guess_rows(magnitudes: Floats, k: int, mask: NDArray[np.bool_]) -> list[Fou
     rank = size * (1 - k / numel)
     middle = min(size - 1, int(rank))
     reach = max(1, int(_REACH_SIGMAS * (rank * k / numel) ** 0.5))
-    first = _Guesses.count(magnitudes, sample[:, middle], mask)
+    first = _Guesses.count(magnitudes, sample[:, middle], answers)
     found = first.found(k)
     missed = [row for row, at in enumerate(found) if at is None]
     if not missed:
@@ -157,7 +157,7 @@ def _guess_rows(magnitudes: Floats, k: int, mask: NDArray[np.bool_]) -> list[Fou
     steps = [reach if first.greater[row] >= k else -reach for row in missed]
     next_guesses = sample[missed, np.clip(np.add(middle, steps), 0, size - 1)]
     subset = magnitudes if len(missed) == len(magnitudes) else magnitudes[missed]
-    second = _Guesses.count(subset, next_guesses, mask)
+    second = _Guesses.count(subset, next_guesses, answers)
     for place, (row, at) in enumerate(zip(missed, second.found(k), strict=True)):
         found[row] = at or _kth_between(magnitudes[row], k, first.at(row), second.at(place))
     return found
@@ -175,16 +175,19 @@ class _Guesses:
     """How many are equal."""
 
     @classmethod
-    def count(cls, magnitudes: Floats, guesses: Floats, mask: NDArray[np.bool_]) -> _Guesses:
+    def count(cls, magnitudes: Floats, guesses: Floats, answers: Tensor) -> _Guesses:
         """Compare ``[n, m]`` magnitudes with ``[n]`` guesses."""
+        # In torch, whose sums of floats are as fast as the comparisons, and leave the interpreter
+        # to others; numbers up to a block are exact in float32.
+        values = torch.from_numpy(magnitudes)
+        column = torch.from_numpy(guesses[:, None])
+        answers = answers[: values.numel()].view_as(values)
+        smaller = torch.le(values, column, out=answers).sum(dim=1).tolist()
+        equal = torch.eq(values, column, out=answers).sum(dim=1).tolist()
         numel = magnitudes.shape[1]
-        answers = mask[: magnitudes.size].reshape(magnitudes.shape)
-        column = guesses[:, None]
-        np.less_equal(magnitudes, column, out=answers)
-        greater = (numel - count_in_groups(answers).sum(axis=1, dtype=np.int64)).tolist()
-        np.equal(magnitudes, column, out=answers)
-        equal = count_in_groups(answers).sum(axis=1, dtype=np.int64).tolist()
-        return cls(guesses.tolist(), greater, equal)
+        return cls(
+            guesses.tolist(), [numel - int(each) for each in smaller], [int(n) for n in equal]
+        )
 
     def at(self, row: int) -> Found:
         """Return one row's guess and counts."""

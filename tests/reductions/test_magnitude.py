@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from oracles import trim_by_sorting
@@ -370,9 +371,9 @@ def test_scopes_of_one_size_are_selected_together_as_each_by_itself(
     magnitudes *= np.arange(1, rows + 1, dtype=dtype)[:, None]
     magnitudes[:1, :nan] = np.nan
     magnitudes[1:2, :nan] = np.inf
-    mask = np.empty(magnitudes.size, dtype=bool)
+    scratch = torch.empty(magnitudes.size)
 
-    together = select_rows(magnitudes, density, policy, mask)
+    together = select_rows(magnitudes, density, policy, scratch)
 
     assert together == [select_block(row, density, policy) for row in magnitudes]
 
@@ -392,7 +393,7 @@ def test_most_thresholds_among_distinct_magnitudes_need_no_partition_of_their_sc
     monkeypatch.setattr(selecting, "_kth_by_partition", count_partitions)
     magnitudes = np.abs(np.random.default_rng(0).standard_normal((40, 4096)))
 
-    select_rows(magnitudes, 0.2, TiePolicy.EXACT, np.empty(magnitudes.size, dtype=bool))
+    select_rows(magnitudes, 0.2, TiePolicy.EXACT, torch.empty(magnitudes.size))
 
     assert partitioned <= 4
 
