@@ -25,6 +25,8 @@ from streammerge.errors import DiskSpaceError, OutputError
 
 JOURNAL_NAME = ".streammerge-journal"
 _CHECKSUM_BYTES = 8
+_ENCODER = json.JSONEncoder(separators=(",", ":"))
+"""Kept, because json.dumps makes a new one for every line."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,7 +178,7 @@ def read_journal(path: Path) -> Found | None:
 
 
 def _line(document: dict[str, Any]) -> bytes:
-    text = json.dumps(document, separators=(",", ":")).encode()
+    text = _ENCODER.encode(document).encode()
     return _checksum(text) + b" " + text + b"\n"
 
 

@@ -209,6 +209,9 @@ def _plan_model_read(plan: MergePlan, chunk: Chunk, model: int) -> ModelRead:
     spans: list[ReadSpan] = []
     placements = []
     cursor = 0
+    # The span that is growing, which becomes an object when it ends: there may be hundreds of
+    # tensors in it.
+    file, begin, end, slot_offset = -1, 0, 0, 0
     for piece in chunk.pieces:
         entry = plan.tasks[piece.task].inputs[model]
         if entry is None:
@@ -220,17 +223,15 @@ def _plan_model_read(plan: MergePlan, chunk: Chunk, model: int) -> ModelRead:
         if nbytes == 0:
             placements.append(cursor)
             continue
-        last = spans[-1] if spans else None
-        follows = last is not None and (last.file, last.offset + last.nbytes) == (
-            entry.file,
-            offset,
-        )
         # Neighbours in the file become one request, unless that would misalign the elements.
-        if last is not None and follows and cursor % itemsize == 0:
-            spans[-1] = ReadSpan(last.file, last.offset, last.nbytes + nbytes, last.slot_offset)
-        else:
+        if (entry.file, offset) != (file, end) or cursor % itemsize:
+            if end > begin:
+                spans.append(ReadSpan(file, begin, end - begin, slot_offset))
             cursor = padded(cursor)
-            spans.append(ReadSpan(entry.file, offset, nbytes, cursor))
+            file, begin, slot_offset = entry.file, offset, cursor
+        end = offset + nbytes
         placements.append(cursor)
         cursor += nbytes
+    if end > begin:
+        spans.append(ReadSpan(file, begin, end - begin, slot_offset))
     return ModelRead(model, tuple(spans), tuple(placements))
