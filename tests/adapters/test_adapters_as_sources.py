@@ -14,7 +14,15 @@ from typing import Any
 
 import pytest
 import torch
-from models import Models, assert_same_bits, assert_same_model, recut, tight_plan, write_model
+from models import (
+    MEMORY,
+    Models,
+    assert_same_bits,
+    assert_same_model,
+    recut,
+    tight_plan,
+    write_model,
+)
 from oracles import apply_to_whole_tensors
 from safetensors.torch import save_file
 
@@ -306,7 +314,7 @@ def test_streaming_equals_whole_task_vectors_in_memory(merged: Merged, stored: S
 
 
 def test_a_plan_survives_its_json(merged: Merged) -> None:
-    plan = streammerge.plan(merged.recipe, memory="1GiB")
+    plan = streammerge.plan(merged.recipe, memory=MEMORY)
 
     assert parse_plan(dump_plan(plan)) == plan
 

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from models import MEMORY
 from safetensors.torch import load_file, save_file
 
 import streammerge
@@ -102,7 +103,7 @@ def refuse(job: Job, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
         path.write_text(yaml.safe_dump(recipe))
         before = sorted(job.root.rglob("*"))
 
-        got = main(["merge", str(path), str(job.root / "out"), "--memory", "1GiB"])
+        got = main(["merge", str(path), str(job.root / "out"), "--memory", MEMORY])
 
         printed = capsys.readouterr().err
         assert got == code, printed
@@ -243,7 +244,7 @@ def test_nan_ends_the_merge_and_names_the_element(
     path = job.root / "recipe.yaml"
     path.write_text(yaml.safe_dump(job.recipe(adapter)))
 
-    code = main(["merge", str(path), str(job.root / "out"), "--memory", "1GiB"])
+    code = main(["merge", str(path), str(job.root / "out"), "--memory", MEMORY])
 
     printed = capsys.readouterr().err
     assert code == FAILED
