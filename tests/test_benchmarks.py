@@ -294,7 +294,7 @@ def test_the_ways_of_baking_are_recipes_that_can_be_planned(bakings, tmp_path):
         assert str(tmp_path / "out") in command
         assert contender.does(two)
         if contender.name in baking.WAYS:
-            planned = sm.plan(description, memory="1GiB")
+            planned = sm.plan(description, memory="4GiB")
             assert planned.layout.data_nbytes == two.nbytes_to_write
 
 

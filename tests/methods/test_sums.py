@@ -41,6 +41,6 @@ def test_a_value_that_is_not_finite_is_named_whatever_it_is_weighed_with(
     recipe = {"method": name, "sources": sources, "parameters": parameters, **base}
 
     with pytest.raises(NonFiniteError, match=r"element \[7\]") as caught:
-        sm.merge(recipe, tmp_path / "out", memory="1GiB")
+        sm.merge(recipe, tmp_path / "out", memory="4GiB")
 
     assert f"{culprit} (" in str(caught.value)
