@@ -54,6 +54,11 @@ class Delta:
         order = sorted(range(len(change.indices)), key=change.indices.__getitem__)
         self._tokens = [(change.indices[index], index) for index in order]
 
+    def forget(self) -> None:
+        """Let go of the factors, so that their memory is free whoever still refers to this."""
+        self._factors = ()
+        self._vector = self._vector.new_empty(0)
+
     @property
     def is_sum(self) -> bool:
         """Whether :meth:`fill` gives the change, whatever the base's values are."""

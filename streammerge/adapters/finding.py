@@ -316,6 +316,12 @@ class _Finder:
                 f"{self._where}: {printable(tokens.rows.name)} is {list(tokens.rows.shape)}, the "
                 f"base's {printable(weight)} is {list(shape)}; {_OTHER_BASE}"
             )
+        if max(tokens.indices, default=0) >= shape[0]:
+            raise ShapeMismatchError(
+                f"{self._where}: {printable(tokens.rows.name)} has a row for token "
+                f"{max(tokens.indices)}, the base's {printable(weight)} has {shape[0]} rows; "
+                f"{_OTHER_BASE}"
+            )
         return TokensHome(tokens, weight)
 
     def _replaced(self, added: Mapping[str, TensorEntry]) -> dict[str, TensorEntry]:

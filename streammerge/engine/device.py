@@ -146,9 +146,16 @@ class CpuStage:
                 masks=_PositionalMasks(self._plan.seed, segments),
                 steps=PieceSteps(self._changes, piece, begin, self._first_source),
             )
-            merged = self._method.apply(chunk, params)
+            in_turn = self._in_turn[piece.first.task.setting]
             if self._plan.keep_non_finite:
                 not_finite += count_non_finite(piece.inputs, begin, end)
+                if piece.deltas and not in_turn:
+                    not_finite += self._count_from_adapters(piece, vectors)
+            merged = self._method.apply(chunk, params)
+            if self._plan.keep_non_finite:
+                if in_turn:
+                    # The operands are never there by themselves.
+                    not_finite += count_non_finite([merged], 0, end - begin)
             elif not surely_in_range(merged, piece.first.task.dtype):
                 # A sum tells that something is not finite; only its operands tell what.
                 self._load(piece, begin, end, check=self._method.sums)
@@ -216,6 +223,15 @@ class CpuStage:
         _, vectors = self._load(piece, begin, begin + out.shape[1], check=False)
         torch.abs(vectors.whole, out=torch.from_numpy(out))
 
+    def _count_from_adapters(self, piece: PieceInMemory, vectors: Stack) -> int:
+        """Return how many values that adapters make of the base are NaN or infinite."""
+        changed = [
+            row
+            for source, row in enumerate(vectors.rows)
+            if piece.deltas[self._first_source + source]
+        ]
+        return sum(count_non_finite([row], 0, row.numel()) for row in changed)
+
     def _count_kept(self, segments: Sequence[_Segment], vectors: Stack) -> None:
         """Add how many entries of this block each source keeps under a threshold of the model."""
         for source, row in enumerate(vectors.rows):
@@ -232,8 +248,8 @@ class CpuStage:
         selected, self._selected = self._selected, None
         if selected is not None and selected[0] is piece:
             if check:
-                for row in selected[2].rows:
-                    check_finite(row, piece, begin, self._plan)
+                for source, row in enumerate(selected[2].rows):
+                    check_finite(row, piece, begin, self._plan, self._first_source + source)
             return selected[1:]
         numel = end - begin
         vectors = self._operands(piece, numel)
@@ -253,9 +269,9 @@ class CpuStage:
             else:
                 self._fill_stored(row, base, piece, source, begin)
             if check:
-                check_finite(row, piece, begin, self._plan)
+                check_finite(row, piece, begin, self._plan, self._first_source + source)
         if lent and check and base is not None:
-            check_finite(base, piece, begin, self._plan)
+            check_finite(base, piece, begin, self._plan, 0)
         return base, vectors
 
     def _fill_stored(

@@ -24,7 +24,9 @@ _LARGEST = {
 """Largest finite magnitude per output type."""
 
 
-def check_finite(vector: Tensor, piece: PieceInMemory, begin: int, plan: MergePlan) -> None:
+def check_finite(
+    vector: Tensor, piece: PieceInMemory, begin: int, plan: MergePlan, model: int
+) -> None:
     """Raise if a block holds NaN or infinity.
 
     A sum of squares is finite only if every term is, so one cheap reduction acquits almost every
@@ -35,13 +37,14 @@ def check_finite(vector: Tensor, piece: PieceInMemory, begin: int, plan: MergePl
         piece: The piece, as stored.
         begin: First element of the block in the piece.
         plan: Names the models.
+        model: Whose operand it is, as an index into the plan's models.
 
     Raises:
         NonFiniteError: With tensor, model, element and value.
     """
     if math.isfinite(float(torch.dot(vector, vector))) or bool(torch.isfinite(vector).all()):
         return
-    for model, stored in enumerate(piece.inputs):
+    for index, stored in enumerate(piece.inputs):
         if stored is None:
             continue
         wide = stored[begin : begin + vector.numel()].to(torch.float64)
@@ -50,10 +53,17 @@ def check_finite(vector: Tensor, piece: PieceInMemory, begin: int, plan: MergePl
             element = int(bad[0])
             name, place = _place(piece, begin + element)
             raise NonFiniteError(
-                f"{name}: {plan.label(model)} holds {float(wide[element])} at {place}; "
+                f"{name}: {plan.label(index)} holds {float(wide[element])} at {place}; "
                 "repair the input, or set `non_finite: keep` to let such values through"
             )
-    name, place = _place(piece, begin + int(torch.isfinite(vector).logical_not_().nonzero()[0]))
+    element = int(torch.isfinite(vector).logical_not_().nonzero()[0])
+    name, place = _place(piece, begin + element)
+    if piece.deltas and piece.deltas[model]:
+        raise NonFiniteError(
+            f"{name}: {plan.label(model)} comes to {float(vector[element])} at {place}, though its "
+            "tensors are finite: a product overflows, or DoRA divides by a norm of zero; repair the "
+            "adapter, or set `non_finite: keep` to let such values through"
+        )
     raise NonFiniteError(
         f"{name}: the difference to the base overflows at {place}; set `compute_dtype: float64`"
     )

@@ -167,7 +167,14 @@ class _Running:
             plan,
             sources,
             pool,
-            FactorShelf(plan, sources, monitor=self._monitor, progress=self._progress),
+            FactorShelf(
+                plan,
+                sources,
+                # The same for every tensor.
+                in_turn=any(method.in_turn(method.bind(each.values)) for each in plan.settings),
+                monitor=self._monitor,
+                progress=self._progress,
+            ),
             Schedule(shop).iter_loads(),
             monitor=self._monitor,
             progress=self._progress,

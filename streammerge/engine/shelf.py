@@ -27,7 +27,7 @@ from streammerge.engine.monitor import Monitor
 from streammerge.engine.pieces import torch_dtype
 from streammerge.engine.progress import Progress, Stage
 from streammerge.errors import NonFiniteError, printable
-from streammerge.plan.factors import FactorKey, NormKey, factor_needs, norm_key
+from streammerge.plan.factors import FactorKey, NormKey, changed_input, factor_needs, norm_key
 from streammerge.plan.types import MergePlan, TensorTask
 from streammerge.units import MIB
 
@@ -56,6 +56,7 @@ class FactorShelf:
         plan: MergePlan,
         sources: Sequence[ByteSource],
         *,
+        in_turn: bool,
         monitor: Monitor,
         progress: Progress,
     ) -> None:
@@ -64,11 +65,13 @@ class FactorShelf:
         Args:
             plan: The plan.
             sources: Open input files, by their index in the plan.
+            in_turn: Whether sources are merged one after the other.
             monitor: Ends waiting when the work fails.
             progress: Counts bytes.
         """
         self._plan = plan
         self._sources = sources
+        self._in_turn = in_turn
         self._monitor = monitor
         self._progress = progress
         self._free = plan.resources.factor_bytes
@@ -106,7 +109,10 @@ class FactorShelf:
             if wanted <= self._free:
                 break
             if key not in needs:
-                self._free += self._entries.pop(key).nbytes
+                entry = self._entries.pop(key)
+                self._free += entry.nbytes
+                # Whoever had it may still refer to the entry, on a stack or in a closure.
+                entry.value = None
         return wanted <= self._free
 
     def release(self, held: Entries) -> None:
@@ -136,17 +142,18 @@ class FactorShelf:
         return Delta(change, _values(held, change), norms)
 
     def _norms(self, held: Entries, change: Change, task: TensorTask) -> Tensor:
-        """Compute DoRA's norms, for which the base's tensor is read once more."""
-        base = task.inputs[0]
-        assert base is not None  # noqa: S101 - the planner gave every change its base
+        """Compute DoRA's norms, for which the tensor that is changed is read once more."""
+        stored = changed_input(task, change, in_turn=self._in_turn)
         row_numel = change.matrix[1]
 
         def read_rows(begin: int, end: int) -> Tensor:
-            offset = base.offset + begin * row_numel * base.dtype.itemsize
+            offset = stored.offset + begin * row_numel * stored.dtype.itemsize
             entry = TensorEntry(
-                task.name, base.dtype, ((end - begin) * row_numel,), base.file, offset
+                task.name, stored.dtype, ((end - begin) * row_numel,), stored.file, offset
             )
-            return self._read(entry)
+            rows = self._read(entry)
+            # What an adapter brings along has the base's type once PEFT has loaded it.
+            return rows.copy_(rows.to(torch_dtype(task.dtype))) if self._in_turn else rows
 
         work = torch.empty(WORK_NUMEL, dtype=self._dtype)
         return Delta(change, _values(held, change)).norms(read_rows, work)
@@ -188,6 +195,7 @@ class HeldFactors:
         self._shelf = shelf
         self._entries = entries
         self._tasks = tasks
+        self._deltas: list[Delta] = []
 
     def fill(self) -> None:
         """Read what is not in memory yet; see :meth:`FactorShelf.fill`."""
@@ -197,18 +205,17 @@ class HeldFactors:
         """Return the changes of a tensor per model; nothing at all for one without changes."""
         if task not in self._tasks:
             return ()
-        changes = self._tasks[task].changes
-        return tuple(
-            tuple(
-                self._shelf.delta(self._entries, change)
-                for change in changes
-                if change.model == model
-            )
-            for model in range(models)
-        )
+        by_model: list[list[Delta]] = [[] for _ in range(models)]
+        for change in self._tasks[task].changes:
+            delta = self._shelf.delta(self._entries, change)
+            by_model[change.model].append(delta)
+            self._deltas.append(delta)
+        return tuple(map(tuple, by_model))
 
     def release(self) -> None:
-        """Let go."""
+        """Let go; what was made of it computes no more."""
+        for delta in self._deltas:
+            delta.forget()
         if self._entries:
             self._shelf.release(self._entries)
 

@@ -251,6 +251,12 @@ class _Aligner:
                 f"rules: {printable(name)} is to be copied from {self._labels[model]}, which has no such "
                 f"tensor; add a rule before it that drops or merges {printable(name)}"
             )
+        if model in self._adapted and name in self._adapted[model].changes:
+            raise RecipeError(
+                f"rules: {printable(name)} is to be copied from {self._labels[model]}, an adapter that "
+                "brings the tensor along and changes it; merge the adapter into the base first and "
+                "name the result, or copy from the base"
+            )
         return self._copied_tensor(name, entries, model)
 
     def _copied_tensor(

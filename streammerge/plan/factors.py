@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from streammerge.adapters.changes import WHOLE_NORM_NUMEL, Change, ChangeKind
-from streammerge.plan.types import TensorTask
+from streammerge.plan.types import TensorInput, TensorTask
 from streammerge.reductions import BLOCK
 
 FactorKey = tuple[int, int]
@@ -51,13 +51,28 @@ def stored_nbytes(tasks: Iterable[TensorTask]) -> int:
     return sum({key: size for task in tasks for key, size in _stored(task)}.values())
 
 
+def changed_input(task: TensorTask, change: Change, *, in_turn: bool) -> TensorInput:
+    """Return the stored tensor that a change is made to.
+
+    Args:
+        task: The tensor.
+        change: One of its changes.
+        in_turn: Whether sources are merged one after the other, where what the last adapter brings
+            along takes the place of everybody's.
+    """
+    if in_turn:
+        return next(entry for entry in reversed(task.inputs) if entry is not None)
+    # What the adapter brings along, before the base's.
+    entry = task.inputs[change.model] or task.inputs[0]
+    assert entry is not None  # noqa: S101 - the planner gave every change something to change
+    return entry
+
+
 def norms_nbytes(task: TensorTask) -> int:
-    """Return the bytes of the base that are read beforehand, for DoRA's norms."""
-    base = task.inputs[0]
-    if base is None:
-        return 0
-    normed = sum(change.kind is ChangeKind.NORMED for change in task.changes)
-    return normed * task.numel * base.dtype.itemsize
+    """Return the bytes that are read beforehand, for DoRA's norms."""
+    normed = [change for change in task.changes if change.kind is ChangeKind.NORMED]
+    inputs = [changed_input(task, change, in_turn=False) for change in normed]
+    return sum(task.numel * entry.dtype.itemsize for entry in inputs)
 
 
 def _stored(task: TensorTask) -> Iterator[tuple[FactorKey, int]]:
