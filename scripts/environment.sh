@@ -53,12 +53,13 @@ prepare_environment() {
   # Alone and first, with its version given: where a build for CPUs alone is offered, pip ranks it
   # above the build for accelerators, which is many times its size.
   if ! "$python" -c 'import importlib.util, sys; sys.exit(not importlib.util.find_spec("torch"))'; then
-    quiet_pip install torch==2.13.0
+    quiet_install torch==2.13.0
   fi
-  quiet_pip install "$@"
+  quiet_install "$@"
   printf '%s\n' "$wanted" >"$stamp"
 }
 
-quiet_pip() {
-  "$python" -m pip --quiet --quiet --disable-pip-version-check "$@"
+# Modules are compiled when they are first imported: few of the thousands that come along ever are.
+quiet_install() {
+  "$python" -m pip --quiet --quiet --disable-pip-version-check install --no-compile "$@"
 }
