@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 
 LANES_PER_COUNTER = 16
 """16-bit lanes in one Philox block; streams may be entered at multiples of it."""
-_ROUNDS = 10
-_MULTIPLIERS = (0xD2E7470EE14C6C93, 0xCA5A826395121157)
-_KEY_STEPS = (0x9E3779B97F4A7C15, 0xBB67AE8584CAA73B)
+PHILOX_ROUNDS = 10
+PHILOX_MULTIPLIERS = (0xD2E7470EE14C6C93, 0xCA5A826395121157)
+PHILOX_KEY_STEPS = (0x9E3779B97F4A7C15, 0xBB67AE8584CAA73B)
 """The constants of Philox 4x64, Salmon et al. 2011, tables 2 and 3."""
 _MASK = 2**64 - 1
 
@@ -103,8 +103,8 @@ def philox_block(key: int, counter: int) -> tuple[int, int, int, int]:
     """
     c0, c1, c2, c3 = counter & _MASK, counter >> 64, 0, 0
     k0, k1 = key & _MASK, key >> 64
-    for _ in range(_ROUNDS):
-        p0, p1 = _MULTIPLIERS[0] * c0, _MULTIPLIERS[1] * c2
+    for _ in range(PHILOX_ROUNDS):
+        p0, p1 = PHILOX_MULTIPLIERS[0] * c0, PHILOX_MULTIPLIERS[1] * c2
         c0, c1, c2, c3 = p1 >> 64 ^ c1 ^ k0, p1 & _MASK, p0 >> 64 ^ c3 ^ k1, p0 & _MASK
-        k0, k1 = k0 + _KEY_STEPS[0] & _MASK, k1 + _KEY_STEPS[1] & _MASK
+        k0, k1 = k0 + PHILOX_KEY_STEPS[0] & _MASK, k1 + PHILOX_KEY_STEPS[1] & _MASK
     return c0, c1, c2, c3

@@ -124,8 +124,8 @@ class CpuStage:
         self._base, self._scratch, self._magnitudes = rest[0], rest[1:-1], rest[-1]
         self._masks = np.empty((2, BLOCK), dtype=np.bool_)
         # Making views costs as much as a small operation; nearly all blocks share these.
-        whole = self._vectors.view(self._n_sources, BLOCK)
-        self._full_block = Stack(whole, whole.unbind())
+        self._whole = self._vectors.view(self._n_sources, BLOCK)
+        self._full_block = Stack(self._whole, self._whole.unbind())
         self._selected: tuple[PieceInMemory, Tensor | None, Stack] | None = None
 
     def apply(
@@ -228,7 +228,8 @@ class CpuStage:
         """Fill in magnitudes; see :class:`DeviceStage`."""
         begin = start - piece.first.start
         _, vectors = self._load(piece, begin, begin + out.shape[1], check=False)
-        torch.abs(vectors.whole, out=torch.from_numpy(out))
+        for row, magnitudes in zip(vectors.rows, torch.from_numpy(out), strict=True):
+            torch.abs(row, out=magnitudes)
 
     def _count_from_adapters(self, piece: PieceInMemory, vectors: Stack) -> int:
         """Return how many values that adapters make of the base are NaN or infinite."""
@@ -321,7 +322,7 @@ class CpuStage:
             return Stack(dense, dense.unbind())
         if numel == BLOCK:
             return self._full_block
-        part = self._full_block.whole[:, :numel]
+        part = self._whole[:, :numel]
         return Stack(part, part.unbind())
 
 

@@ -70,8 +70,10 @@ class MagnitudeTopK:
 class Stack:
     """The operands of all sources, whole and row by row; both are views of the same memory."""
 
-    whole: Tensor
-    """``[n_sources, m]``, laid out so that torch.sum adds as it would on whole tensors."""
+    whole: Tensor | None
+    """``[n_sources, m]``, laid out so that torch.sum adds as it would on whole tensors; None where
+    rows are added from left to right however many they are, as on accelerators, whose torch.sum
+    would choose its order by the size of the chunk."""
     rows: tuple[Tensor, ...]
     """``[m]`` per source."""
 

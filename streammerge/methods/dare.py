@@ -25,7 +25,7 @@ from streammerge.methods.base import (
     Stack,
     parameter,
 )
-from streammerge.methods.parts import SignVote, disjoint_mean, elect_sign, sum_rows, weigh_
+from streammerge.methods.parts import SignVote, disjoint_mean, divide_, elect_sign, sum_rows, weigh_
 from streammerge.methods.ties import MAJORITY_SIGN_METHOD
 
 
@@ -56,7 +56,7 @@ def drop_and_rescale_(chunk: MergeChunk, densities: tuple[float, ...]) -> Stack:
     for source, (row, density) in enumerate(zip(chunk.vectors.rows, densities, strict=True)):
         chunk.masks.drop_(row, source=source, density=density)
         if 0 < density < 1:
-            row.div_(density)
+            divide_(row, density)
     return chunk.vectors
 
 

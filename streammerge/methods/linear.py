@@ -18,7 +18,7 @@ from streammerge.methods.base import (
     Operand,
     parameter,
 )
-from streammerge.methods.parts import sum_rows, weigh_
+from streammerge.methods.parts import divide_, sum_rows, weigh_
 from streammerge.recipe.types import ParameterKind, ParameterSpec
 
 NORMALIZE = ParameterSpec(
@@ -43,7 +43,7 @@ class LinearParams:
 def linear(chunk: MergeChunk, params: LinearParams) -> Tensor:
     """Return ``sum_i w_i x_i``, divided by ``sum_i w_i`` when ``normalize`` is set."""
     merged = sum_rows(weigh_(chunk.vectors, params.weight), chunk.scratch[0])
-    return merged.div_(sum(params.weight)) if params.normalize else merged
+    return divide_(merged, sum(params.weight)) if params.normalize else merged
 
 
 METHODS = (

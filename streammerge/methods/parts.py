@@ -6,7 +6,7 @@ numbers, and avoids boolean tensors, which cost several times more than arithmet
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from enum import StrEnum
 
 import numpy as np
@@ -43,24 +43,44 @@ def trim_(vector: Tensor, top: TopK, block: int) -> Tensor:
         top: The statistic over the whole scope.
         block: Which block of the scope this is.
     """
+    return _trim_(vector, top, block, _drop_late_ties_)
+
+
+def trim_unseen_(vector: Tensor, top: TopK, block: int) -> Tensor:
+    """Do what :func:`trim_` does without a look at any value, which an accelerator would wait for.
+
+    Args:
+        vector: ``[m]``, one block or several that keep the same of their ties; overwritten.
+        top: The statistic over the whole scope.
+        block: Which block of the scope this is, or the first of them.
+    """
+    return _trim_(vector, top, block, _drop_late_ties_unseen_)
+
+
+def _trim_(
+    vector: Tensor, top: TopK, block: int, drop_late_ties_: Callable[[Tensor, float, int], None]
+) -> Tensor:
     if top.threshold == 0:
         return vector
     keep_ties = top.ties_to_keep(block)
     if keep_ties == 0:
         return _hardshrink_(vector, top.threshold)
     if keep_ties is not None:
-        _drop_late_ties_(vector, top.threshold, keep_ties)
+        drop_late_ties_(vector, top.threshold, keep_ties)
     return _hardshrink_(vector, _next_below(top.threshold, vector))
 
 
 def _drop_late_ties_(vector: Tensor, threshold: float, count: int) -> None:
     """Zero all but the first ``count`` entries with exactly this magnitude."""
-    if vector.is_cpu:
-        # On small tensors numpy is several times faster than nonzero.
-        values = vector.numpy()
-        values[(np.abs(values) == threshold).nonzero()[0][count:]] = 0
-    else:
-        vector[(vector.abs() == threshold).nonzero()[count:, 0]] = 0
+    # On small tensors numpy is several times faster than nonzero.
+    values = vector.numpy()
+    values[(np.abs(values) == threshold).nonzero()[0][count:]] = 0
+
+
+def _drop_late_ties_unseen_(vector: Tensor, threshold: float, count: int) -> None:
+    """Do the same by counting: nonzero would wait for the number of ties."""
+    ties = vector.abs() == threshold
+    vector.masked_fill_(ties & (torch.cumsum(ties, dim=0, dtype=torch.int32) > count), 0)
 
 
 def _hardshrink_(vector: Tensor, limit: float) -> Tensor:
@@ -146,6 +166,15 @@ def weigh_(vectors: Stack, weights: Sequence[float]) -> Stack:
     return vectors
 
 
+def divide_(row: Tensor, divisor: float) -> Tensor:
+    """Divide by a number, in place, with the one rounding that a division has on every device.
+
+    torch multiplies by the reciprocal on an accelerator when the divisor is a Python number, which
+    rounds twice; a tensor of no dimensions is divided by.
+    """
+    return row.div_(row.new_full((), divisor))
+
+
 def sum_rows(vectors: Stack, out: Tensor) -> Tensor:
     """Sum over rows into ``out``, in the order of torch.sum, from +0.0."""
     # A sum that starts from +0.0 is never -0.0; one that starts from a -0.0 may be.
@@ -157,7 +186,7 @@ def sum_rows(vectors: Stack, out: Tensor) -> Tensor:
 def _add_rows(vectors: Stack, out: Tensor) -> Tensor:
     """Sum over rows; a zero may have either sign."""
     rows = vectors.rows
-    if len(rows) > ADD_LEFT_TO_RIGHT:
+    if len(rows) > ADD_LEFT_TO_RIGHT and vectors.whole is not None:
         return torch.sum(vectors.whole, dim=0, out=out)
     if len(rows) == 1:
         return out.copy_(rows[0])

@@ -44,10 +44,12 @@ from streammerge.reductions.topk import (
 
 _BIN_BITS = 16
 """65,536 bins: 512 KiB of counters, and 31 bits of float32 in two sweeps."""
+BINS = 1 << _BIN_BITS
+"""Counters of a histogram."""
 _SIGMAS = 5.0
 """Half-width of the sampled band in standard deviations of the sample's rank. Fewer would miss
 more often and cost a sweep; more would collect more. Neither changes a result."""
-_MOST_CROWDS = 4
+MOST_CROWDS = 4
 """Each costs a comparison per element; the sampled band rarely holds more."""
 _CROWD_SHARE = 8
 """A value is crowded if it would fill one part in so many of the room."""
@@ -173,7 +175,7 @@ class MagnitudeSearch:
         # The whole sample is asked: a value may reach beyond the window, or even fill it.
         counts = np.searchsorted(sample, values, "right") - np.searchsorted(sample, values)
         crowd = max(2.0, self._room.size / _CROWD_SHARE / self._numel * sample.size)
-        most = np.argsort(-counts, kind="stable")[:_MOST_CROWDS]
+        most = np.argsort(-counts, kind="stable")[:MOST_CROWDS]
         return tuple(sorted((float(values[i]) for i in most if counts[i] >= crowd), reverse=True))
 
     def answer(self, block: int, counted: Counted) -> None:
@@ -259,7 +261,7 @@ class MagnitudeSearch:
         if self.result is not None:
             return
         if isinstance(self.question, Bins):
-            self._histogram = np.zeros(2**_BIN_BITS, dtype=np.int64)
+            self._histogram = np.zeros(BINS, dtype=np.int64)
         else:
             self._crowds = np.zeros((len(self.question.crowded), self._blocks), dtype=np.int32)
 
@@ -378,7 +380,7 @@ def _count_bins(question: Bins, magnitudes: Floats) -> Counted:
     above = int(np.count_nonzero(patterns > question.high_bits))
     inside = patterns[(patterns >= question.low_bits) & (patterns <= question.high_bits)]
     bins = ((inside - inside.dtype.type(question.low_bits)) >> question.shift).astype(np.int64)
-    histogram = np.bincount(bins, minlength=2**_BIN_BITS)
+    histogram = np.bincount(bins, minlength=BINS)
     return Counted(above, None, (), histogram)
 
 
