@@ -100,6 +100,7 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument(
         "--memory", type=_size, metavar="SIZE", help="most memory that --against may use"
     )
+    _add_device(verify)
     verify.add_argument("--quiet", action="store_true", help="no progress on standard error")
     verify.add_argument("--json", action="store_true", help="the findings as JSON")
     verify.set_defaults(command=_verify)
@@ -124,8 +125,22 @@ def _add_resources(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--workers", type=_count, metavar="N", help="compute threads (default: one per core)"
     )
+    _add_device(parser)
     parser.add_argument(
-        "--device", choices=("auto", "cpu"), default="auto", help="where merges are computed"
+        "--device-memory",
+        type=_size,
+        metavar="SIZE",
+        help="most memory on each accelerator (default: what is useful, of what is free)",
+    )
+
+
+def _add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--device",
+        default="auto",
+        metavar="DEVICE",
+        help="where merges are computed: cpu, cuda:0, cuda:0,cuda:1, or auto, the first CUDA device "
+        "if there is one (default: auto)",
     )
 
 
@@ -163,6 +178,8 @@ def _merge(options: argparse.Namespace) -> int:
             options.out,
             memory=options.memory,
             workers=options.workers,
+            device=options.device,
+            device_memory=options.device_memory,
             overwrite=options.overwrite,
             resume=options.resume,
             byte_source=ByteSourceKind(options.byte_source),
@@ -200,7 +217,13 @@ def _plan(options: argparse.Namespace) -> int:
     from streammerge.plan.types import MergePlan
     from streammerge.run import plan
 
-    planned = plan(options.recipe, memory=options.memory, workers=options.workers)
+    planned = plan(
+        options.recipe,
+        memory=options.memory,
+        workers=options.workers,
+        device=options.device,
+        device_memory=options.device_memory,
+    )
     if options.json:
         if isinstance(planned, MergePlan):
             print(dump_plan(planned))
@@ -228,6 +251,7 @@ def _verify(options: argparse.Namespace) -> int:
                 options.out,
                 fraction=options.sample,
                 memory=options.memory,
+                device=options.device,
                 on_progress=on_progress,
             )
     if options.json:

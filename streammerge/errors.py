@@ -2,6 +2,7 @@
 
     StreamMergeError                    exit code 1
     ├── RecipeError (also ValueError)   2   the recipe asks for something that cannot be
+    ├── DeviceError (also ValueError)   2   the device that is asked for is not to be had
     ├── CheckpointError                 1   an input on disk is not what it should be
     │   ├── HeaderError                     a header, index or config that cannot be trusted
     │   ├── TruncatedShardError             a file that ends before the data it declares
@@ -18,6 +19,7 @@
     ├── OutputError                     1   the output cannot be written
     │   ├── ResumeError                     what lies there belongs to another merge
     │   └── OutputExistsError           4   something is already there
+    ├── DeviceLostError                 1   an accelerator failed while it was in use
     └── StageError                      1   a part of the engine failed in a way nobody foresaw
 
 A message says what is wrong, where (file, tensor, byte or recipe key), the two numbers that
@@ -51,6 +53,12 @@ class StreamMergeError(Exception):
 
 class RecipeError(StreamMergeError, ValueError):
     """The recipe asks for something that cannot be."""
+
+    exit_code = 2
+
+
+class DeviceError(StreamMergeError, ValueError):
+    """The device that is asked for does not exist, or not for this build of torch."""
 
     exit_code = 2
 
@@ -115,6 +123,10 @@ class OutputError(StreamMergeError):
 
 class ResumeError(OutputError):
     """The unfinished merge differs from the one that is asked for."""
+
+
+class DeviceLostError(StreamMergeError):
+    """An accelerator failed while it was in use; what was written stays for a resume."""
 
 
 class StageError(StreamMergeError):

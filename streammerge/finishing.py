@@ -127,7 +127,7 @@ def _manifest(
         tensors=_tensor_records(planned, report),
         run=RunRecord(
             versions=collect_versions(torch.__version__),
-            device="cpu",
+            device="cpu" if planned.device is None else ",".join(planned.device.names),
             seconds=round(report.seconds, 3),
             seconds_by_stage=report.seconds_by_stage,
             bytes_by_stage=report.bytes_by_stage,
@@ -139,6 +139,8 @@ def _manifest(
             projected_memory=planned.memory.peak,
             measured_memory=report.peak_memory,
             memory_budget=planned.memory.budget,
+            projected_device_memory=0 if planned.device is None else planned.device.peak,
+            measured_device_memory=report.device_peak_memory,
             resumed=resumed,
         ),
     )

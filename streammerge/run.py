@@ -34,11 +34,13 @@ from streammerge.checkpoint.sidecars import plan_sidecars
 from streammerge.checkpoint.snapshot import SNAPSHOT_NAME
 from streammerge.checkpoint.types import Checkpoint
 from streammerge.comparing import ComparedFile, Comparison, Sample, compare_results
+from streammerge.engine.accelerator import opening
+from streammerge.engine.accelerator.opening import choose_devices
 from streammerge.engine.memory import cgroup_limit, default_budget, resident_memory
 from streammerge.engine.pipeline import RunReport, run_pipeline
 from streammerge.engine.progress import OnProgress, ProgressEvent
 from streammerge.engine.resuming import Recovered, scope_found
-from streammerge.errors import CheckpointError, OutputError, RecipeError
+from streammerge.errors import CheckpointError, DeviceError, OutputError, RecipeError
 from streammerge.finishing import check_shards, companion_directory, write_companions
 from streammerge.identity import identify
 from streammerge.methods import discover_methods
@@ -56,12 +58,20 @@ _WRITERS = 2
 _MOST_WORKERS = 16
 """Beyond this many compute threads the interpreter lock is the limit, not the arithmetic."""
 
+_WORKERS_PER_DEVICE = 3
+"""One whose chunk is copied to the device, one computed, one copied back; more only take memory."""
+
 RecipeLike = str | os.PathLike[str] | Mapping[str, Any] | Recipe
 """A recipe file, its parsed document, or a parsed recipe."""
 
 
 def plan(
-    recipe: RecipeLike, *, memory: int | str | None = None, workers: int | None = None
+    recipe: RecipeLike,
+    *,
+    memory: int | str | None = None,
+    workers: int | None = None,
+    device: str = "auto",
+    device_memory: int | str | None = None,
 ) -> MergePlan | CombinationPlan:
     """Return what a merge would do, having read headers only.
 
@@ -71,15 +81,25 @@ def plan(
         recipe: A recipe file, its document, or a parsed recipe.
         memory: Most private memory the process may use, in bytes or as ``"2GiB"``; None takes a
             quarter of what is available.
-        workers: Compute threads; None takes one per core.
+        workers: Compute threads; None takes one per core, or three per accelerator.
+        device: Where tensors are merged: ``"cpu"``, ``"cuda:0"``, several as ``"cuda:0,cuda:1"``,
+            or ``"auto"``, which is the first CUDA device if there is one.
+        device_memory: Most memory of each accelerator; None takes what is useful and free.
 
     Raises:
         RecipeError: The recipe asks for something that cannot be.
+        DeviceError: The device is not there.
         CheckpointError: An input is not what it should be, or the inputs do not belong together.
         MemoryBudgetError: The job does not fit the budget.
     """
+    names = choose_devices(device)
+    device_budget = _device_budget(device, device_memory)
     parsed = load_recipe(recipe)
     if is_combination(parsed):
+        if names and device != "auto":
+            raise DeviceError(
+                f"device: {device!r}, but adapters are combined on the cpu, in seconds; leave it out"
+            )
         return _plan_combination(parsed, memory)
     # Before the files are opened: a method that does not exist is a matter of the recipe.
     shares_ties = takes_in_turn(parsed, find_method(parsed.method))
@@ -88,12 +108,17 @@ def plan(
         _read_source(source, f"sources[{index}]", base, shares_ties=shares_ties)
         for index, source in enumerate(parsed.sources)
     ]
+    # Opened before memory is looked at, for the driver takes some that no plan can foresee.
+    free = min((each.free_bytes() for each in opening.open_devices(names)), default=0)
     machine = Machine(
         budget=_budget(memory),
         baseline=resident_memory(),
-        workers=_workers(workers),
+        workers=_workers(workers, devices=len(names)),
         readers=_READERS,
         writers=_WRITERS,
+        devices=names,
+        device_free=free,
+        device_budget=device_budget,
     )
     return plan_merge(parsed, base, sources, machine)
 
@@ -104,6 +129,8 @@ def merge(
     *,
     memory: int | str | None = None,
     workers: int | None = None,
+    device: str | None = None,
+    device_memory: int | str | None = None,
     overwrite: bool = False,
     resume: bool = False,
     byte_source: ByteSourceKind = ByteSourceKind.PREAD,
@@ -115,10 +142,13 @@ def merge(
     fails, and ``resume`` continues it.
 
     Args:
-        recipe: What :func:`plan` takes, or its result; a plan brings its own memory and workers.
+        recipe: What :func:`plan` takes, or its result; a plan brings its own memory, workers and
+            device.
         out: The directory to make.
         memory: As for :func:`plan`.
         workers: As for :func:`plan`.
+        device: As for :func:`plan`; None is ``"auto"``.
+        device_memory: As for :func:`plan`.
         overwrite: Whether an earlier merge in ``out``, or an unfinished one beside it, may be
             replaced.
         resume: Whether to continue an unfinished merge, if there is one.
@@ -133,11 +163,17 @@ def merge(
             as it was before.
     """
     if isinstance(recipe, MergePlan | CombinationPlan):
-        if memory is not None or workers is not None:
-            raise ValueError("a plan already says how much memory and how many workers it takes")
+        if any(each is not None for each in (memory, workers, device, device_memory)):
+            raise ValueError("a plan already says what memory, workers and device it takes")
         planned = recipe
     else:
-        planned = plan(recipe, memory=memory, workers=workers)
+        planned = plan(
+            recipe,
+            memory=memory,
+            workers=workers,
+            device=device or "auto",
+            device_memory=device_memory,
+        )
     if overwrite and resume:
         raise ValueError("resume continues an unfinished merge, overwrite discards it; choose one")
     if isinstance(planned, CombinationPlan):
@@ -182,6 +218,7 @@ def verify_against(
     fraction: float = 0.05,
     seed: int | None = None,
     memory: int | str | None = None,
+    device: str = "auto",
     on_progress: OnProgress | None = None,
 ) -> Comparison:
     """Merge a random sample of a model again and compare it, bit by bit, with what is in ``out``.
@@ -194,13 +231,14 @@ def verify_against(
         fraction: How many of the blocks are merged again, in (0, 1].
         seed: Chooses the sample; None takes another one each time.
         memory: As for :func:`plan`.
+        device: As for :func:`plan`.
         on_progress: Told several times per second how far the work is.
 
     Raises:
         StreamMergeError: As for :func:`plan`; and OutputError where the files in ``out`` are not
             laid out as the recipe says.
     """
-    planned = plan(recipe, memory=memory)
+    planned = plan(recipe, memory=memory, device=device)
     if isinstance(planned, CombinationPlan):
         raise RecipeError(
             "the recipe combines adapters, which takes seconds; combine them again into another "
@@ -348,7 +386,19 @@ def _budget(memory: int | str | None) -> int:
     return budget if limit is None else min(budget, limit)
 
 
-def _workers(workers: int | None) -> int:
+def _device_budget(device: str, device_memory: int | str | None) -> int | None:
+    if device_memory is None:
+        return None
+    if device == "cpu":
+        raise DeviceError(
+            "device_memory: the device is the cpu, which --memory is for; leave it out"
+        )
+    return parse_size(device_memory)
+
+
+def _workers(workers: int | None, *, devices: int) -> int:
+    if workers is None and devices:
+        return _WORKERS_PER_DEVICE * devices
     if workers is None:
         available = (
             len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()

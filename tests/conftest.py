@@ -3,16 +3,22 @@
     pytest                  everything but tests marked ``slow``
     pytest --runslow        everything
 
-Fixtures: ``models`` makes checkpoints below ``tmp_path`` and merges them (see ``models.Models``).
+Fixtures: ``models`` makes checkpoints below ``tmp_path`` and merges them (see ``models.Models``);
+``devices`` makes the engine believe that there are accelerators (see ``fake_backend``).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from fake_backend import FakeBackend, MakeDevices
 from models import Models
+
+from streammerge.engine.accelerator import opening
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -42,3 +48,20 @@ def _one_torch_thread() -> None:
 def models(tmp_path: Path) -> Models:
     """Make and merge small models below this test's ``tmp_path``."""
     return Models(tmp_path)
+
+
+@pytest.fixture
+def devices(monkeypatch: pytest.MonkeyPatch) -> MakeDevices:
+    """Return a function that makes two fake devices, with options of :class:`FakeBackend`."""
+
+    def make(**options: Any) -> dict[str, FakeBackend]:
+        made = {name: FakeBackend(name, **options) for name in ("cuda:0", "cuda:1")}
+
+        def open_devices(names: Sequence[str]) -> list[FakeBackend]:
+            return [made[name] for name in names]
+
+        monkeypatch.setattr(opening, "open_devices", open_devices)
+        monkeypatch.setattr(opening, "count_devices", lambda: len(made))
+        return made
+
+    return make

@@ -62,7 +62,7 @@ class RunRecord:
     versions: dict[str, str]
     """Versions of streammerge, torch, numpy, safetensors and python."""
     device: str
-    """What computed."""
+    """What computed: ``cpu``, ``cuda:0``, or several with commas between."""
     seconds: float
     """Wall time of the work, in seconds."""
     seconds_by_stage: dict[str, float]
@@ -79,6 +79,10 @@ class RunRecord:
     """What the user allowed, in bytes."""
     resumed: bool
     """Whether an interrupted run had begun it; seconds and bytes are then those of the last run."""
+    projected_device_memory: int = 0
+    """Memory of each accelerator that the plan stated, in bytes; 0 on the CPU."""
+    measured_device_memory: int = 0
+    """Most memory that the process had of any one of them, in bytes; 0 on the CPU."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import mmap
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,16 +32,25 @@ class Slot:
 class SlotPool:
     """A fixed number of buffers that threads take and give back."""
 
-    def __init__(self, monitor: Monitor, *, count: int, nbytes: int) -> None:
+    def __init__(
+        self,
+        monitor: Monitor,
+        *,
+        count: int,
+        nbytes: int,
+        make: Callable[[int], NDArray[np.uint8]] | None = None,
+    ) -> None:
         """Prepare a pool.
 
         Args:
             monitor: Ends waiting when the work fails.
             count: Number of buffers.
             nbytes: Size of each.
+            make: Gives memory of a size; None for :func:`allocate`.
         """
         self._monitor = monitor
         self._nbytes = nbytes
+        self._memory_of = make or allocate
         self._unmade = count
         self._idle: list[Slot] = []
         self._returned = monitor.condition()
@@ -68,7 +78,7 @@ class SlotPool:
             self._returned.notify_all()
 
     def _make(self) -> Slot:
-        return Slot(allocate(self._nbytes))
+        return Slot(self._memory_of(self._nbytes))
 
 
 def allocate(nbytes: int) -> NDArray[np.uint8]:

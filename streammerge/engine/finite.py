@@ -13,7 +13,7 @@ from streammerge.engine.pieces import PieceInMemory
 from streammerge.errors import NonFiniteError, printable
 from streammerge.plan.types import MergePlan
 
-_LARGEST = {
+LARGEST = {
     DType.F16: 65504.0,
     DType.F8_E4M3: 448.0,
     DType.F8_E5M2: 57344.0,
@@ -76,7 +76,7 @@ def check_range(merged: Tensor, piece: PieceInMemory, begin: int) -> None:
         NonFiniteError: With tensor, element, value and the type's largest.
     """
     dtype = piece.first.task.dtype
-    limit = _LARGEST[dtype]
+    limit = LARGEST[dtype]
     if surely_in_range(merged, dtype):
         return
     beyond = (merged.abs() <= limit).logical_not_().nonzero()
@@ -95,8 +95,8 @@ def surely_in_range(merged: Tensor, dtype: DType) -> bool:
 
     No term of a sum of squares exceeds the sum; almost every block is acquitted by it.
     """
-    limit = _LARGEST[dtype]
-    return float(torch.dot(merged, merged)) <= min(limit * limit, _LARGEST[DType.F32])
+    limit = LARGEST[dtype]
+    return float(torch.dot(merged, merged)) <= min(limit * limit, LARGEST[DType.F32])
 
 
 def count_non_finite(inputs: Sequence[Tensor | None], begin: int, end: int) -> int:

@@ -11,7 +11,8 @@ Memory: the plan's slots, scratch and statistics, and the stacks of the threads.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,6 +20,7 @@ from pathlib import Path
 import torch
 
 from streammerge.checkpoint.bytesource import ByteSource
+from streammerge.engine.accelerator.sharing import Accelerators
 from streammerge.engine.buffers import Allowance, SlotPool
 from streammerge.engine.device import CpuStage, DeviceStage
 from streammerge.engine.loading import Loader
@@ -58,6 +60,8 @@ class RunReport:
     """Wall time."""
     peak_memory: int
     """Largest private memory of the process that was seen, in bytes."""
+    device_peak_memory: int
+    """Most memory that the process had of any one accelerator, in bytes; 0 without one."""
 
 
 def run_pipeline(
@@ -123,6 +127,7 @@ class _Running:
         keep_cached: bool,
     ) -> None:
         resources = plan.resources
+        self._accelerators = Accelerators(plan, method)
         needs = Needs(plan, method)
         units = partial(iter_units, plan, must_look=needs.must_look)
         self._plan = plan
@@ -136,13 +141,19 @@ class _Running:
         self._outstanding = Outstanding(self._monitor)
         self._results = Results(plan, recovered.take_pieces(units()))
         self._outputs = outputs
-        pool = SlotPool(self._monitor, count=resources.slots, nbytes=resources.slot_bytes)
+        pool = SlotPool(
+            self._monitor,
+            count=resources.slots,
+            nbytes=resources.slot_bytes,
+            make=self._accelerators.pin,
+        )
         merger = ChunkMerger(
             plan,
             outputs=SlotPool(
                 self._monitor,
                 count=resources.output_slots,
                 nbytes=resources.output_slot_bytes,
+                make=self._accelerators.pin,
             ),
             writes=self._writes,
             outstanding=self._outstanding,
@@ -186,7 +197,10 @@ class _Running:
         self._outstanding.begin(resources.readers)
         bodies: list[tuple[str, Callable[[], None]]] = [
             *[(f"streammerge-reader-{i}", self._read) for i in range(resources.readers)],
-            *[(f"streammerge-worker-{i}", self._compute) for i in range(resources.workers)],
+            *[
+                (f"streammerge-worker-{i}", partial(self._compute, i))
+                for i in range(resources.workers)
+            ],
             *[(f"streammerge-writer-{i}", self._write) for i in range(resources.writers)],
         ]
         threads = [
@@ -220,6 +234,7 @@ class _Running:
             seconds_by_stage=self._progress.seconds_by_stage(),
             seconds=event.seconds,
             peak_memory=peak.nbytes,
+            device_peak_memory=self._accelerators.peak_bytes(),
         )
 
     def _guarded(self, body: Callable[[], None]) -> None:
@@ -236,11 +251,10 @@ class _Running:
             self._loader.run()
         self._outstanding.end()
 
-    def _compute(self) -> None:
+    def _compute(self, worker: int) -> None:
         # Blocks are small: one thread per block and several blocks at once beats the reverse.
         torch.set_num_threads(1)
-        with torch.inference_mode():
-            stage: DeviceStage = CpuStage(self._plan, self._method)
+        with torch.inference_mode(), self._stage_of(worker) as stage:
             while True:
                 with self._progress.spending(Stage.WORKER_IDLE):
                     work = self._work.take()
@@ -248,6 +262,14 @@ class _Running:
                     return
                 with self._progress.spending(Stage.COMPUTE):
                     work(stage)
+
+    @contextmanager
+    def _stage_of(self, worker: int) -> Iterator[DeviceStage]:
+        if self._plan.device is None:
+            yield CpuStage(self._plan, self._method)
+        else:
+            with self._accelerators.stage_of(worker) as stage:
+                yield stage
 
     def _write(self) -> None:
         run_writer(self._writes, self._outputs, self._progress, self._results)

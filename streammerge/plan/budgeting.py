@@ -27,7 +27,7 @@ _RECORD_BYTES = 1024
 """What the engine knows of a finished tensor until the manifest is written; measured: 600 to 900."""
 _BLOCK_RECORD_BYTES = 160
 """The digest of a block, and where an interrupted run had got to with it."""
-_LARGEST_SLOT = 8 * MIB
+LARGEST_SLOT = 8 * MIB
 """Requests of 8 to 16 MiB saturate disks; larger slots only make the pipeline coarser."""
 _DEPTH = 3
 """Chunks in flight beyond those being read and computed, so that no stage waits for another."""
@@ -80,6 +80,10 @@ class Demand:
     """Bytes of adapters that the tensor which needs most of them needs."""
     factors_nbytes: int = 0
     """Bytes of adapters that all tensors need."""
+    device_worker_bytes: int = 0
+    """Host memory of a worker for what comes back from an accelerator; 0 without one."""
+    device_growth: int = 0
+    """Host memory that comes with the use of accelerators, beside that; 0 without any."""
 
 
 def choose_resources(
@@ -100,7 +104,7 @@ def choose_resources(
     """
     smallest_slot = BLOCK * demand.input_itemsize
     scratch = workers * _worker_bytes(demand)
-    growth = GROWTH_BYTES + records_bytes(demand.tensors, demand.blocks)
+    growth = GROWTH_BYTES + records_bytes(demand.tensors, demand.blocks) + demand.device_growth
     fixed = baseline + growth + scratch + demand.factors_largest
     least = demand.inputs * smallest_slot + 2 * _output_bytes(demand, smallest_slot)
     floor = _statistics_floor(demand)
@@ -205,9 +209,10 @@ def _statistics_useful(demand: Demand) -> int:
 def _worker_bytes(demand: Demand) -> int:
     """One worker's blocks, and the search that it runs by itself on a small tensor."""
     blocks = demand.compute_rows * BLOCK * demand.compute_itemsize + _WORKER_BYTES
+    blocks += demand.device_worker_bytes
     if not demand.statistic_sources:
         return blocks
-    numel = min(demand.statistic_numel, _LARGEST_SLOT // demand.input_itemsize)
+    numel = min(demand.statistic_numel, LARGEST_SLOT // demand.input_itemsize)
     return blocks + search_bytes(
         demand.statistic_sources, numel, demand.compute_itemsize, values_limit(numel)
     )
@@ -220,7 +225,7 @@ def _output_bytes(demand: Demand, slot_bytes: int) -> int:
 def _choose_slots(demand: Demand, free: int, *, chunks: int, output_slots: int) -> tuple[int, int]:
     """Return the largest slot, by halving, with which the pipeline still fills; and the outputs."""
     slot_bytes = BLOCK * demand.input_itemsize
-    while slot_bytes * 2 <= _LARGEST_SLOT:
+    while slot_bytes * 2 <= LARGEST_SLOT:
         twice = slot_bytes * 2
         cost = demand.inputs * chunks * twice + output_slots * _output_bytes(demand, twice)
         if cost > free:

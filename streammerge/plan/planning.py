@@ -17,6 +17,7 @@ from streammerge.methods.base import MergeMethod, Operand, Scope
 from streammerge.plan.aligning import AlignedTensor, Alignment, Model, align_tensors
 from streammerge.plan.budgeting import Demand, choose_resources
 from streammerge.plan.chunking import widest_input
+from streammerge.plan.devices import add_devices, choose_device_resources
 from streammerge.plan.factors import factors_nbytes, stored_nbytes
 from streammerge.plan.layout import plan_layout
 from streammerge.plan.sweeps import Needs, bytes_beyond_once
@@ -50,6 +51,12 @@ class Machine:
     """Reading threads."""
     writers: int
     """Writing threads."""
+    devices: tuple[str, ...] = ()
+    """Accelerators, by name; none for the CPU."""
+    device_free: int = 0
+    """Free memory of the fullest of them, in bytes."""
+    device_budget: int | None = None
+    """Most memory that each of them gives, in bytes; None for what is useful."""
 
 
 def find_method(name: str) -> MergeMethod:
@@ -109,6 +116,10 @@ def plan_merge(
     files, file_index = _files(checkpoints)
     tasks = _tasks(alignment.tensors, places, file_index, model_scope=model_scope)
     demand = _demand(recipe, method, tasks, alignment.settings, model_scope=model_scope)
+    if machine.devices:
+        demand = add_devices(
+            demand, tasks, method, count=len(machine.devices), has_base=base is not None
+        )
     resources, memory = choose_resources(
         demand,
         budget=machine.budget,
@@ -144,7 +155,17 @@ def plan_merge(
         untied=tuple(all_untied(checkpoints)),
     )
     beyond = bytes_beyond_once(plan, Needs(plan, method))
-    return replace(plan, bytes_to_read=plan.input_nbytes + beyond)
+    plan = replace(plan, bytes_to_read=plan.input_nbytes + beyond)
+    if not machine.devices:
+        return plan
+    device = choose_device_resources(
+        plan,
+        method,
+        names=machine.devices,
+        budget=machine.device_budget,
+        free=machine.device_free,
+    )
+    return replace(plan, device=device)
 
 
 def _models(recipe: Recipe) -> tuple[InputModel, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 from streammerge.errors import printable
-from streammerge.plan.types import Action, MergePlan
+from streammerge.plan.types import Action, DeviceResources, MergePlan
 from streammerge.units import format_size
 
 _SHOWN_SETTINGS = 5
@@ -53,8 +53,17 @@ def render_plan(plan: MergePlan) -> str:
             + ", ".join(f"{name} {format_size(size)}" for name, size in parts.items() if size),
         )
     )
+    if plan.device is not None:
+        rows.append(("device", _device(plan.device)))
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {printable(value)}" for name, value in rows)
+
+
+def _device(device: DeviceResources) -> str:
+    return (
+        f"{', '.join(device.names)}: up to {format_size(device.peak)} of "
+        f"{format_size(device.budget)} on each, in steps of {device.step_numel:,} elements"
+    )
 
 
 def _tensor_rows(plan: MergePlan) -> list[tuple[str, str]]:

@@ -149,6 +149,24 @@ class Resources:
 
 
 @dataclass(frozen=True, slots=True)
+class DeviceResources:
+    """Accelerators and what is taken of them.
+
+    They change speed and memory; ``docs/design.md`` names the one reduction whose last bit may
+    differ from the CPU's.
+    """
+
+    names: tuple[str, ...]
+    """``"cuda:0"`` and so on; workers are spread over them."""
+    step_numel: int
+    """Elements of a chunk that are copied and computed at once; whole blocks."""
+    peak: int
+    """Most bytes of each device that the merge takes, the driver's own not included."""
+    budget: int
+    """What the user, or the device's free memory, allows, in bytes."""
+
+
+@dataclass(frozen=True, slots=True)
 class MemoryProjection:
     """The peak of private memory, part by part, in bytes."""
 
@@ -231,6 +249,8 @@ class MergePlan:
     """Keys of ``config.json`` that differ in the result, with their values."""
     untied: tuple[str, ...] = ()
     """Tensors that the base shares with another one and the result does not."""
+    device: DeviceResources | None = None
+    """Where tensors are measured and merged; None for the CPU."""
 
     @property
     def bytes_to_write(self) -> int:

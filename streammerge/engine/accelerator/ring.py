@@ -1,0 +1,220 @@
+"""Moves a piece through a device in steps: copied in, computed and copied out side by side.
+
+    copy-in stream    in 0 │ in 1 │ (waits for computed 0) in 2 │ ...
+    compute stream           step 0 (waits for in 0) │ step 1 │ ...
+    copy-out stream                  out 0 (waits for computed 0) │ out 1 │ ...
+
+Lanes take turns. A lane is filled again when what was in it has been computed, and computed into
+again when what was in it has been copied out. The host enqueues all of a piece, then waits once.
+Inputs are copied from the slots they were read into, and results into the slots they are written
+from: those are page-locked, and make up the ring of host buffers.
+
+Memory: :attr:`~streammerge.plan.devices.StepShape.device_bytes` on the device, less what is
+temporary, and ``host_bytes`` page-locked.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from streammerge.engine.accelerator.backend import Backend, Event
+from streammerge.plan.devices import LANES, StepShape
+from streammerge.reductions.in_tensors import COUNTS, Answers
+from streammerge.reductions.magnitude import BINS
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What is computed at once."""
+
+    index: int
+    """Its number in the piece."""
+    begin: int
+    """First element in the piece."""
+    numel: int
+    """Elements."""
+    inputs: tuple[Tensor | None, ...]
+    """``[numel]`` per model, in the stored type; None where nothing is stored."""
+    out: Tensor
+    """Bytes for the result."""
+
+
+@dataclass(frozen=True, slots=True)
+class Lane:
+    """Buffers of one step."""
+
+    inputs: tuple[Tensor, ...]
+    """``[input_bytes]`` uint8 per model."""
+    out: Tensor
+    """``[output_bytes]`` uint8."""
+    arrived: Event
+    """The inputs have been copied in."""
+    computed: Event
+    """They have been computed; the result is there."""
+    departed: Event
+    """The result has been copied out."""
+
+
+class Ring:
+    """The buffers and streams of one worker on its device."""
+
+    def __init__(self, backend: Backend, shape: StepShape, dtype: torch.dtype, counts: int) -> None:
+        """Allocate everything.
+
+        Args:
+            backend: The device.
+            shape: How much of what.
+            dtype: The compute dtype.
+            counts: Counters per piece, for what is kept.
+        """
+        self._backend = backend
+        self.shape = shape
+        self._copy_in = backend.make_stream()
+        self._compute = backend.make_stream()
+        self._copy_out = backend.make_stream()
+        self._drained = backend.make_event()
+        self._done = backend.make_event()
+        self._lanes = tuple(self._make_lane() for _ in range(LANES))
+        rows = backend.allocate(shape.rows * shape.step_numel * shape.compute_itemsize)
+        self.rows = rows.view(dtype).view(shape.rows, shape.step_numel)
+        self.notes = Returned(backend, shape.steps * shape.notes, dtype)
+        self.counts = Returned(backend, counts, torch.int64)
+        self.answers = self._make_answers(dtype) if shape.searches else ()
+        self.values = tuple(Returned.of(backend, each.values) for each in self.answers)
+        self.counted = tuple(Returned.of(backend, each.counts) for each in self.answers)
+        self.histograms = tuple(Returned.of(backend, each.histogram) for each in self.answers)
+
+    def _make_lane(self) -> Lane:
+        shape, backend = self.shape, self._backend
+        memory = backend.allocate(shape.models * shape.input_bytes).view(shape.models, -1)
+        return Lane(
+            tuple(memory.unbind()),
+            backend.allocate(shape.output_bytes),
+            *(backend.make_event() for _ in range(3)),
+        )
+
+    def _make_answers(self, dtype: torch.dtype) -> tuple[Answers, ...]:
+        borders = self._backend.allocate(4 * (BINS + 1)).view(torch.int32)
+        self.run(lambda: _count_up_(borders))
+        return tuple(self._make_answer(dtype, borders) for _ in range(self.shape.searches))
+
+    def _make_answer(self, dtype: torch.dtype, borders: Tensor) -> Answers:
+        shape = self.shape
+        values = self._backend.allocate((shape.collected + 1) * shape.compute_itemsize)
+        counts = self._backend.allocate(8 * shape.chunk_blocks * COUNTS).view(torch.int64)
+        small = self._backend.allocate(8 * (BINS + 1)).view(torch.int64)
+        rows = counts.view(shape.chunk_blocks, COUNTS)
+        return Answers(rows, values.view(dtype), small[BINS:], small[:BINS], borders)
+
+    def run(self, work: Callable[[], None]) -> None:
+        """Enqueue operations beside those of steps."""
+        self._compute.run(work)
+
+    def clear(self) -> None:
+        """Set all that is added up over a piece to zero; to be run."""
+        self.notes.device.zero_()
+        self.counts.device.zero_()
+        for answers in self.answers:
+            answers.clear_()
+
+    def stream(
+        self,
+        inputs: Sequence[Tensor | None],
+        numel: int,
+        compute: Callable[[Step], None],
+        out: Tensor | None,
+    ) -> None:
+        """Enqueue a piece.
+
+        Args:
+            inputs: ``[numel]`` per model, page-locked.
+            numel: Elements.
+            compute: Called once per step, with its stream current; enqueues operations.
+            out: Bytes that receive the results, page-locked; None where there are none.
+        """
+        itemsize = 0 if out is None else out.numel() // numel
+        for index, begin in enumerate(range(0, numel, self.shape.step_numel)):
+            lane = self._lanes[index % len(self._lanes)]
+            count = min(self.shape.step_numel, numel - begin)
+            self._copy_in.wait(lane.computed)
+            step = Step(
+                index,
+                begin,
+                count,
+                tuple(
+                    None if stored is None else self._bring(stored[begin : begin + count], place)
+                    for stored, place in zip(inputs, lane.inputs, strict=True)
+                ),
+                lane.out[: count * itemsize],
+            )
+            self._copy_in.record(lane.arrived)
+            self._compute.wait(lane.arrived)
+            self._compute.wait(lane.departed)
+            self._compute.run(lambda step=step: compute(step))  # type: ignore[misc]
+            self._compute.record(lane.computed)
+            self._copy_out.wait(lane.computed)
+            if out is not None:
+                self._copy_out.copy(out[begin * itemsize : (begin + count) * itemsize], step.out)
+                self._copy_out.record(lane.departed)
+
+    def _bring(self, stored: Tensor, place: Tensor) -> Tensor:
+        there = place[: stored.numel() * stored.itemsize]
+        self._copy_in.copy(there, stored.view(torch.uint8))
+        return there.view(stored.dtype)
+
+    def fetch(self, *returned: tuple[Returned, int]) -> None:
+        """Copy the first elements of some results to the host, and wait for all that was enqueued.
+
+        Nothing is in flight when this returns.
+        """
+        self._compute.record(self._drained)
+        self._copy_out.wait(self._drained)
+        for each, count in returned:
+            self._copy_out.copy(each.host_bytes(count), each.device_bytes(count))
+        self._copy_out.record(self._done)
+        self._done.synchronize()
+
+    def abandon(self) -> None:
+        """Wait for what is in flight, so that memory can be freed, whatever has happened."""
+        for stream in (self._copy_in, self._compute, self._copy_out):
+            # A device that is lost has nothing in flight, and says so by failing.
+            with contextlib.suppress(RuntimeError):
+                stream.record(self._done)
+                self._done.synchronize()
+
+
+def _count_up_(numbers: Tensor) -> None:
+    torch.arange(numbers.numel(), out=numbers)
+
+
+class Returned:
+    """A result on the device, and the page-locked memory that it is copied to."""
+
+    def __init__(self, backend: Backend, numel: int, dtype: torch.dtype) -> None:
+        """Allocate both."""
+        self._take(backend, backend.allocate(numel * dtype.itemsize).view(dtype))
+
+    @classmethod
+    def of(cls, backend: Backend, device: Tensor) -> Returned:
+        """Give what lies on the device a place on the host."""
+        made = cls.__new__(cls)
+        made._take(backend, device)  # noqa: SLF001 - its own class
+        return made
+
+    def _take(self, backend: Backend, device: Tensor) -> None:
+        self.device = device
+        self._pinned = torch.from_numpy(backend.pin(device.nbytes))
+        self.host = self._pinned.view(device.dtype).view(device.shape)
+
+    def host_bytes(self, count: int) -> Tensor:
+        """Return the first elements on the host, as bytes."""
+        return self._pinned[: count * self.device.itemsize]
+
+    def device_bytes(self, count: int) -> Tensor:
+        """Return the first elements on the device, as bytes."""
+        return self.device.view(-1)[:count].view(torch.uint8)

@@ -1,0 +1,55 @@
+"""The accelerators of one merge, shared by its workers.
+
+All workers take chunks from one queue, so several devices share the work by chunk, each as fast as
+it is. Which device computes a chunk decides no bit of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import numpy as np
+from numpy.typing import NDArray
+
+from streammerge.engine.accelerator import opening
+from streammerge.engine.accelerator.stage import AcceleratorStage
+from streammerge.methods.base import MergeMethod
+from streammerge.plan.types import MergePlan
+
+
+class Accelerators:
+    """The open devices of a plan; none, where it is for the CPU."""
+
+    def __init__(self, plan: MergePlan, method: MergeMethod) -> None:
+        """Open the devices.
+
+        Raises:
+            DeviceError: One is not there.
+            DeviceLostError: One does not answer.
+        """
+        self._plan = plan
+        self._method = method
+        names = () if plan.device is None else plan.device.names
+        self._backends = opening.open_devices(names)
+
+    @property
+    def pin(self) -> Callable[[int], NDArray[np.uint8]] | None:
+        """Gives page-locked memory, which all devices can copy from; None without devices."""
+        return self._backends[0].pin if self._backends else None
+
+    @contextmanager
+    def stage_of(self, worker: int) -> Iterator[AcceleratorStage]:
+        """Give a worker the stage on its device; the calling thread is the worker's."""
+        assert self._plan.device is not None  # noqa: S101 - the caller looked
+        backend = self._backends[worker % len(self._backends)]
+        with backend.on_thread():
+            stage = AcceleratorStage(self._plan, self._method, self._plan.device, backend)
+            try:
+                yield stage
+            finally:
+                stage.close()
+
+    def peak_bytes(self) -> int:
+        """Return the most memory that the process had of any one device."""
+        return max((backend.peak_bytes() for backend in self._backends), default=0)

@@ -1,0 +1,258 @@
+"""How much memory of an accelerator a job takes, and how its chunks are cut there.
+
+A chunk goes through a device in steps of whole blocks, in lanes that take turns: while one step is
+computed, the next one is copied in and the last one out. The parts, in bytes, for each worker:
+
+    lanes       LANES · step · (inputs · widest input + widest output)
+    rows        (sources + base + scratch rows + magnitudes) · step in the compute dtype
+    temporary   what single operations need beside that, per element of a step
+    answers     per source: collected magnitudes, a histogram, counts per block
+    notes       largest magnitudes per step, to tell NaN, infinity and overflows
+
+and once for each device the allocator's slack. The driver's own memory, a few hundred MiB that it
+takes before a first kernel runs, is not in it.
+
+Which tensors go there is decided by the tensor alone, never by how it is cut.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+from streammerge.errors import MemoryBudgetError
+from streammerge.methods.base import MergeMethod
+from streammerge.plan.budgeting import LARGEST_SLOT, Demand, values_limit
+from streammerge.plan.chunking import widest_input
+from streammerge.plan.types import Action, DeviceResources, MergePlan, TensorTask
+from streammerge.reductions import BLOCK, count_blocks
+from streammerge.reductions.in_tensors import COUNTS
+from streammerge.reductions.magnitude import BINS
+from streammerge.units import MIB, format_budget, format_size
+
+LANES = 2
+"""One is computed while the other is copied. The workers of a device add further ones."""
+_TEMPORARY_BYTES = 56
+"""Per element of a step: a random mask, or the places of collected magnitudes, at their peak."""
+_SORT_BYTES = 64 * BLOCK
+"""For one block that is sorted into a histogram: keys, indices, twice each, and the sort's own."""
+_SLACK_BYTES = 96 * MIB
+"""Requests of the allocator are rounded up to 2 and 20 MiB. An estimate, see docs/design.md."""
+_LARGEST_STEP = 16 * BLOCK
+"""4 million elements: an operation on them takes several times longer than to ask for it."""
+HOST_GROWTH_BYTES = 192 * MIB
+"""What a device's kernels and streams take of the process once they are used. An estimate."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepShape:
+    """What a worker holds on its device; all memory there follows from it."""
+
+    models: int
+    """Models that are copied in."""
+    input_itemsize: int
+    """Widest element among them, in bytes."""
+    output_itemsize: int
+    """Widest element of the result, in bytes."""
+    rows: int
+    """Rows in the compute dtype."""
+    compute_itemsize: int
+    """Bytes per element there."""
+    searches: int
+    """Sources whose thresholds are searched on the device; 0 for none."""
+    collected: int
+    """Most magnitudes collected per source and chunk."""
+    chunk_numel: int
+    """Elements in the largest chunk."""
+    step_numel: int
+    """Elements in a step; whole blocks."""
+
+    @property
+    def steps(self) -> int:
+        """Steps in the largest chunk."""
+        return -(-self.chunk_numel // self.step_numel)
+
+    @property
+    def chunk_blocks(self) -> int:
+        """Blocks in the largest chunk."""
+        return count_blocks(self.chunk_numel)
+
+    @property
+    def input_bytes(self) -> int:
+        """Bytes of one model in a lane."""
+        return self.step_numel * self.input_itemsize
+
+    @property
+    def output_bytes(self) -> int:
+        """Bytes of the result in a lane."""
+        return self.step_numel * self.output_itemsize
+
+    @property
+    def notes(self) -> int:
+        """Columns of notes per step: the rows of sources, base and result."""
+        return self.rows
+
+    @property
+    def device_bytes(self) -> int:
+        """Bytes that one worker takes of its device."""
+        lanes = LANES * (self.models * self.input_bytes + self.output_bytes)
+        rows = self.rows * self.step_numel * self.compute_itemsize
+        temporary = _TEMPORARY_BYTES * self.step_numel + (_SORT_BYTES if self.searches else 0)
+        notes = self.steps * self.notes * self.compute_itemsize
+        borders = 4 * (BINS + 1) if self.searches else 0
+        return lanes + rows + temporary + notes + borders + self.searches * self._answer_bytes
+
+    @property
+    def host_bytes(self) -> int:
+        """Bytes of page-locked memory that one worker takes for what comes back."""
+        notes = self.steps * self.notes * self.compute_itemsize
+        # torch rounds page-locked memory up to powers of two.
+        return 2 * (notes + self.searches * self._answer_bytes)
+
+    @property
+    def _answer_bytes(self) -> int:
+        counts = 8 * COUNTS * self.chunk_blocks
+        return (self.collected + 1) * self.compute_itemsize + 8 * BINS + counts + 8
+
+
+def runs_on_device(task: TensorTask, *, has_base: bool) -> bool:
+    """Return whether a tensor is measured and merged on an accelerator, if there is one.
+
+    A tensor of at most a block costs a core less time than it takes to ask a device for some thirty
+    operations. The products of adapters are computed on the CPU, whose bits no other library has.
+    What is copied or converted has no arithmetic.
+    """
+    base_is_here = not has_base or task.inputs[0] is not None
+    return task.action is Action.MERGE and task.numel > BLOCK and not task.changes and base_is_here
+
+
+def shape_step(
+    tasks: Iterable[TensorTask],
+    method: MergeMethod,
+    *,
+    slot_bytes: int,
+    step_numel: int,
+    compute_itemsize: int,
+    has_base: bool,
+    searched_numel: int,
+) -> StepShape | None:
+    """Return what a worker needs on a device; None where no tensor goes there.
+
+    Args:
+        tasks: The plan's tensors.
+        method: The method.
+        slot_bytes: Size of an input buffer, which limits chunks.
+        step_numel: Most elements in a step.
+        compute_itemsize: Bytes per element that is computed with.
+        has_base: Whether the first model is the base.
+        searched_numel: Elements in the largest scope of a statistic; 0 where none is needed.
+    """
+    there = [task for task in tasks if runs_on_device(task, has_base=has_base)]
+    if not there:
+        return None
+    models = len(there[0].inputs)
+    sources = models - has_base
+    largest = max(
+        min(task.numel, slot_bytes // widest_input(task) // BLOCK * BLOCK) for task in there
+    )
+    return StepShape(
+        models=models,
+        input_itemsize=max(widest_input(task) for task in there),
+        output_itemsize=max(task.dtype.itemsize for task in there),
+        rows=sources + 1 + method.scratch_rows + 1,
+        compute_itemsize=compute_itemsize,
+        searches=sources if searched_numel else 0,
+        collected=min(largest, values_limit(searched_numel)) if searched_numel else 0,
+        chunk_numel=largest,
+        step_numel=min(step_numel, -(-largest // BLOCK) * BLOCK),
+    )
+
+
+def add_devices(
+    demand: Demand,
+    tasks: Iterable[TensorTask],
+    method: MergeMethod,
+    *,
+    count: int,
+    has_base: bool,
+) -> Demand:
+    """Return a demand with what the use of ``count`` devices takes of the host."""
+    shape = shape_step(
+        tasks,
+        method,
+        slot_bytes=LARGEST_SLOT,
+        step_numel=BLOCK,
+        compute_itemsize=demand.compute_itemsize,
+        has_base=has_base,
+        searched_numel=demand.statistic_numel if demand.statistic_sources else 0,
+    )
+    return replace(
+        demand,
+        device_worker_bytes=0 if shape is None else shape.host_bytes,
+        device_growth=count * HOST_GROWTH_BYTES,
+    )
+
+
+def plan_step(plan: MergePlan, method: MergeMethod, step_numel: int) -> StepShape | None:
+    """Return the shape of a plan's steps; see :func:`shape_step`."""
+    needs = [method.reduction(method.bind(setting.values)) for setting in plan.settings]
+    merged = [task.numel for task in plan.tasks if task.action is Action.MERGE]
+    scope = sum(merged) if plan.model_scope else max(merged, default=0)
+    return shape_step(
+        plan.tasks,
+        method,
+        slot_bytes=plan.resources.slot_bytes,
+        step_numel=step_numel,
+        compute_itemsize=plan.compute_dtype.itemsize,
+        has_base=plan.has_base,
+        searched_numel=scope if any(needs) else 0,
+    )
+
+
+def choose_device_resources(
+    plan: MergePlan,
+    method: MergeMethod,
+    *,
+    names: Sequence[str],
+    budget: int | None,
+    free: int,
+) -> DeviceResources:
+    """Cut chunks into steps as large as is useful within the memory of the devices.
+
+    Args:
+        plan: The plan, complete but for this.
+        method: Its method.
+        names: The devices.
+        budget: Most bytes on each of them; None takes what is useful.
+        free: Bytes that are free on the fullest of them.
+
+    Raises:
+        MemoryBudgetError: Not even steps of one block fit; names the smallest budget that does.
+    """
+    workers = -(-plan.resources.workers // len(names))
+    allowed = free if budget is None else min(budget, free)
+    least = _peak(plan_step(plan, method, BLOCK), workers)
+    if least > allowed:
+        limit = (
+            f"only {format_size(free)} are free there"
+            if least > free
+            else (f"--device-memory is {format_size(allowed)}")
+        )
+        raise MemoryBudgetError(
+            f"{workers} worker(s) need at least {format_size(least)} of each of "
+            f"{', '.join(names)}, and {limit}; give --device-memory {format_budget(least)} or more, "
+            "fewer --workers, a smaller --memory, which makes chunks smaller, or --device cpu"
+        )
+    step_numel = BLOCK
+    while step_numel < _LARGEST_STEP:
+        shape = plan_step(plan, method, 2 * step_numel)
+        # No step needs to be larger than half a chunk: the other half is copied meanwhile.
+        if shape is None or shape.chunk_numel < 4 * step_numel or _peak(shape, workers) > allowed:
+            break
+        step_numel *= 2
+    peak = _peak(plan_step(plan, method, step_numel), workers)
+    return DeviceResources(tuple(names), step_numel=step_numel, peak=peak, budget=allowed)
+
+
+def _peak(shape: StepShape | None, workers: int) -> int:
+    return 0 if shape is None else workers * shape.device_bytes + _SLACK_BYTES

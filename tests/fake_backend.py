@@ -1,0 +1,297 @@
+"""A device that is none: streams are queues that run as late, or as early, as a real one might.
+
+Nothing that is enqueued runs before it must, unless its stream is *eager*, and then it runs as soon
+as the waits before it allow. Missing waits therefore give wrong bytes: a lane that is filled before
+it was computed, computed before it was filled, or computed into before it was copied out.
+
+Memory that was never written holds a pattern; copies from or to memory that is not page-locked,
+operations that would make the host wait, and more memory than there is are errors.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from streammerge.engine.accelerator.backend import Failure
+
+COPY_IN, COMPUTE, COPY_OUT = range(3)
+"""Streams of a worker, in the order in which it makes them."""
+WAITING = {"_local_scalar_dense", "nonzero", "masked_select", "bincount", "_unique2", "unique_dim"}
+"""Operations whose result's size, or whose value, the host would have to wait for."""
+
+
+_PINNED: dict[int, int] = {}
+"""Page-locked memory: addresses, from and to."""
+
+
+class FakeOutOfMemoryError(RuntimeError):
+    """The device is full."""
+
+
+class FakeLostError(RuntimeError):
+    """The device is gone."""
+
+
+class FakeEvent:
+    """A point in the work of a stream."""
+
+    def __init__(self, backend: FakeBackend) -> None:
+        self.backend = backend
+        self.stream: FakeStream | None = None
+        self.recorded = 0
+        self.done = 0
+
+    def synchronize(self) -> None:
+        self.backend.check_lost()
+        self.backend.log.append(("synchronize", -1))
+        if self.stream is not None:
+            self.stream.run_until(self, self.recorded)
+
+
+@dataclass
+class Operation:
+    """Something in a queue."""
+
+    kind: str
+    work: Callable[[], None] | None = None
+    event: FakeEvent | None = None
+    version: int = 0
+
+
+class FakeStream:
+    """A queue of operations."""
+
+    def __init__(self, backend: FakeBackend, kind: int) -> None:
+        self.backend = backend
+        self.kind = kind
+        self.queue: deque[Operation] = deque()
+
+    def run(self, work: Callable[[], None]) -> None:
+        self._enqueue(Operation("run", work))
+
+    def copy(self, target: Tensor, source: Tensor) -> None:
+        self.backend.check_copy(target, source)
+        self._enqueue(Operation("copy", lambda: target.copy_(source)))
+
+    def record(self, event: FakeEvent) -> None:
+        event.stream = self
+        event.recorded += 1
+        self._enqueue(Operation("record", None, event, event.recorded))
+
+    def wait(self, event: FakeEvent) -> None:
+        if (self.kind, event.stream and event.stream.kind) in self.backend.ignored_waits:
+            return
+        self._enqueue(Operation("wait", None, event, event.recorded))
+
+    def _enqueue(self, operation: Operation) -> None:
+        self.backend.check_lost()
+        self.queue.append(operation)
+        for stream in self.backend.streams_of_thread():
+            while stream.kind in self.backend.eager and stream.queue and not stream.blocked:
+                stream.step()
+
+    @property
+    def blocked(self) -> bool:
+        first = self.queue[0]
+        return first.kind == "wait" and first.event.done < first.version
+
+    def step(self) -> None:
+        """Run the first operation, and before it what it waits for."""
+        operation = self.queue.popleft()
+        if operation.kind == "wait":
+            if operation.event.done < operation.version:
+                operation.event.stream.run_until(operation.event, operation.version)
+            return
+        if operation.kind == "record":
+            operation.event.done = operation.version
+            return
+        self.backend.log.append((operation.kind, self.kind))
+        with self.backend.watching():
+            operation.work()
+
+    def run_until(self, event: FakeEvent, version: int) -> None:
+        while event.done < version:
+            assert self.queue, "waits for an event that nobody will record"
+            self.step()
+
+
+@dataclass
+class FakeBackend:
+    """One device."""
+
+    name: str = "cuda:0"
+    eager: frozenset[int] = frozenset()
+    """Streams that run as soon as they may."""
+    ignored_waits: frozenset[tuple[int, int]] = frozenset()
+    """(who waits, for whom): waits that are left out, to see that it is noticed."""
+    capacity: int = 2**40
+    """Bytes of device memory, beside temporary ones."""
+    lost_after: int | None = None
+    """Runs before the device is lost; None for never."""
+    log: list[tuple[str, int]] = field(default_factory=list)
+    """What has run: kind of operation, kind of stream."""
+    used: int = 0
+    """Bytes allocated now."""
+    peak: int = 0
+    """Most bytes that were allocated."""
+    temporary: int = 0
+    """Most bytes that one enqueued piece of work had beside what is allocated."""
+    refusals: int = 0
+    """Allocations that were refused."""
+    trims: int = 0
+    """How often unused memory was given back."""
+
+    def __post_init__(self) -> None:
+        self._lock = threading.RLock()
+        self._streams: dict[int, list[FakeStream]] = defaultdict(list)
+        self._made: dict[int, int] = defaultdict(int)
+        # Page-locked memory serves all devices, whichever it was asked of.
+        self._pinned = _PINNED
+        self._device: dict[int, int] = {}
+
+    @contextmanager
+    def on_thread(self) -> Iterator[None]:
+        yield
+
+    def make_stream(self) -> FakeStream:
+        thread = threading.get_ident()
+        stream = FakeStream(self, len(self._streams[thread]) % 3)
+        self._streams[thread].append(stream)
+        return stream
+
+    def streams_of_thread(self) -> list[FakeStream]:
+        return self._streams[threading.get_ident()]
+
+    def make_event(self) -> FakeEvent:
+        return FakeEvent(self)
+
+    def allocate(self, nbytes: int) -> Tensor:
+        with self._lock:
+            self.check_lost()
+            if self.used + nbytes > self.capacity:
+                self.refusals += 1
+                raise FakeOutOfMemoryError(f"{nbytes} bytes")
+            self.used += nbytes
+            self.peak = max(self.peak, self.used)
+        memory = np.full(nbytes, 0xA5, dtype=np.uint8)
+        self._register(self._device, memory, lambda: self._free(nbytes))
+        return torch.from_numpy(memory)
+
+    def _free(self, nbytes: int) -> None:
+        with self._lock:
+            self.used -= nbytes
+
+    def pin(self, nbytes: int) -> np.ndarray:
+        memory = np.full(nbytes, 0x5A, dtype=np.uint8)
+        self._register(self._pinned, memory, lambda: None)
+        return memory
+
+    def _register(self, places: dict[int, int], memory: np.ndarray, then: Any) -> None:
+        address = memory.ctypes.data
+        with self._lock:
+            places[address] = address + memory.nbytes
+
+        def forget() -> None:
+            with self._lock:
+                places.pop(address, None)
+            then()
+
+        weakref.finalize(memory, forget)
+
+    def check_copy(self, target: Tensor, source: Tensor) -> None:
+        assert target.dtype == source.dtype == torch.uint8
+        assert target.shape == source.shape
+        if not target.numel():
+            return
+        kinds = {self._kind_of(target), self._kind_of(source)}
+        assert kinds == {"pinned", "device"}, kinds
+
+    def _kind_of(self, tensor: Tensor) -> str:
+        begin, end = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
+        with self._lock:
+            for kind, places in (("pinned", self._pinned), ("device", self._device)):
+                if any(first <= begin and end <= last for first, last in places.items()):
+                    return kind
+        return "pageable"
+
+    def check_lost(self) -> None:
+        runs = sum(kind == "run" for kind, _ in self.log) if self.lost_after is not None else 0
+        if self.lost_after is not None and runs >= self.lost_after:
+            raise FakeLostError("CUDA error: unspecified launch failure")
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        with Watch() as watch:
+            yield
+        with self._lock:
+            self.temporary = max(self.temporary, watch.peak)
+
+    def free_bytes(self) -> int:
+        return self.capacity - self.used
+
+    def trim(self) -> None:
+        self.trims += 1
+
+    def peak_bytes(self) -> int:
+        return self.peak
+
+    def classify(self, error: BaseException) -> Failure:
+        if isinstance(error, FakeOutOfMemoryError):
+            return Failure.OUT_OF_MEMORY
+        return Failure.LOST if isinstance(error, FakeLostError) else Failure.OTHER
+
+
+MakeDevices = Callable[..., dict[str, FakeBackend]]
+"""What the fixture ``devices`` gives: makes devices by name, from options of :class:`FakeBackend`."""
+
+
+class Watch(TorchDispatchMode):
+    """Sees every operation: refuses those that wait, and adds up memory that they allocate."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak = 0
+        self._live: dict[int, tuple[int, int]] = {}
+        """Storages by address: bytes, and tensors that hold them."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._schema.name.split("::")[1]
+        assert name not in WAITING, f"{name} makes the host wait"
+        given = {id(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        known = {
+            leaf.untyped_storage().data_ptr()
+            for leaf in tree_leaves((args, kwargs))
+            if isinstance(leaf, Tensor)
+        } - set(self._live)
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if not isinstance(leaf, Tensor) or id(leaf) in given:
+                continue
+            storage = leaf.untyped_storage()
+            address = storage.data_ptr()
+            if address in known:
+                continue
+            nbytes, holders = self._live.get(address, (storage.nbytes(), 0))
+            self._live[address] = (nbytes, holders + 1)
+            weakref.finalize(leaf, self._let_go, address)
+        self.peak = max(self.peak, sum(nbytes for nbytes, _ in self._live.values()))
+        return result
+
+    def _let_go(self, address: int) -> None:
+        nbytes, holders = self._live[address]
+        if holders == 1:
+            del self._live[address]
+        else:
+            self._live[address] = (nbytes, holders - 1)
