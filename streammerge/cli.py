@@ -139,8 +139,8 @@ def _add_device(parser: argparse.ArgumentParser) -> None:
         "--device",
         default="auto",
         metavar="DEVICE",
-        help="where merges are computed: cpu, cuda:0, cuda:0,cuda:1, or auto, the first CUDA device "
-        "if there is one (default: auto)",
+        help="where merges are computed: cpu, cuda:0, cuda:0,cuda:1, or auto, which is the cpu "
+        "(default: auto)",
     )
 
 

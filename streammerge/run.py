@@ -83,7 +83,7 @@ def plan(
             quarter of what is available.
         workers: Compute threads; None takes one per core, or three per accelerator.
         device: Where tensors are merged: ``"cpu"``, ``"cuda:0"``, several as ``"cuda:0,cuda:1"``,
-            or ``"auto"``, which is the first CUDA device if there is one.
+            or ``"auto"``, which is the CPU.
         device_memory: Most memory of each accelerator; None takes what is useful and free.
 
     Raises:
@@ -93,10 +93,10 @@ def plan(
         MemoryBudgetError: The job does not fit the budget.
     """
     names = choose_devices(device)
-    device_budget = _device_budget(device, device_memory)
+    device_budget = _device_budget(names, device_memory)
     parsed = load_recipe(recipe)
     if is_combination(parsed):
-        if names and device != "auto":
+        if names:
             raise DeviceError(
                 f"device: {device!r}, but adapters are combined on the cpu, in seconds; leave it out"
             )
@@ -386,12 +386,13 @@ def _budget(memory: int | str | None) -> int:
     return budget if limit is None else min(budget, limit)
 
 
-def _device_budget(device: str, device_memory: int | str | None) -> int | None:
+def _device_budget(names: Sequence[str], device_memory: int | str | None) -> int | None:
     if device_memory is None:
         return None
-    if device == "cpu":
+    if not names:
         raise DeviceError(
-            "device_memory: the device is the cpu, which --memory is for; leave it out"
+            "device_memory: the device is the cpu, which --memory is for; leave it out, or name a "
+            "device with --device cuda:0"
         )
     return parse_size(device_memory)
 

@@ -36,7 +36,7 @@ def run(recipe: str, *options: str) -> int:
     ("wanted", "chosen"),
     [
         ("cpu", ()),
-        ("auto", ("cuda:0",)),
+        ("auto", ()),
         ("cuda", ("cuda:0",)),
         ("cuda:1", ("cuda:1",)),
         ("cuda:1,cuda:0", ("cuda:1", "cuda:0")),
@@ -50,8 +50,9 @@ def test_devices_are_chosen_by_name(
     assert choose_devices(wanted) == chosen
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
-def test_auto_is_the_cpu_where_there_is_no_device(recipe: str) -> None:
+def test_without_a_word_the_device_is_the_cpu(recipe: str, devices: MakeDevices) -> None:
+    devices()
+
     planned = streammerge.plan(recipe, memory=MEMORY)
 
     assert isinstance(planned, MergePlan)
@@ -117,9 +118,9 @@ def test_a_device_that_is_full_is_refused(recipe: str, devices: MakeDevices) -> 
 
 
 def test_device_memory_needs_a_device(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(recipe, "--device", "cpu", "--device-memory", "1GiB") == 2
-    assert "DeviceError: device_memory: the device is the cpu" in capsys.readouterr().err
-    assert run(recipe, "--device-memory", "1GiB") == 0
+    for words in (["--device", "cpu"], []):
+        assert run(recipe, *words, "--device-memory", "1GiB") == 2
+        assert "DeviceError: device_memory: the device is the cpu" in capsys.readouterr().err
 
 
 def test_a_plan_says_what_the_device_takes_and_survives_json(

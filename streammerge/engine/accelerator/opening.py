@@ -1,7 +1,7 @@
 """Which devices a merge runs on: from what the user wrote to devices that are open.
 
-``auto`` is the first CUDA device, or the CPU where there is none; ``cpu``; ``cuda`` or ``cuda:N``;
-several, ``cuda:0,cuda:1``, share the work.
+``auto`` is the CPU: exactness comes first, and no device has yet shown that it has the CPU's bits.
+``cpu``; ``cuda`` or ``cuda:N``; several, ``cuda:0,cuda:1``, share the work.
 """
 
 from __future__ import annotations
@@ -24,10 +24,8 @@ def choose_devices(wanted: str) -> tuple[str, ...]:
     Raises:
         DeviceError: It means nothing, or a device that is not there.
     """
-    if wanted == "cpu":
+    if wanted in ("auto", "cpu"):
         return ()
-    if wanted == "auto":
-        return ("cuda:0",) if count_devices() else ()
     indices = [_parse(word, wanted) for word in wanted.split(",")]
     if len(set(indices)) < len(indices):
         raise DeviceError(f"device: {wanted!r} names a device twice; name each once")
