@@ -264,6 +264,91 @@ def test_nan_is_let_through_on_demand(job: Job) -> None:
     assert not merged["layers.1.q_proj.weight"].isnan().any()
 
 
+@pytest.mark.parametrize(
+    ("method", "parameters"),
+    [
+        ("task_arithmetic", {}),
+        ("task_arithmetic", {"rounding": "peft"}),
+        ("linear", {}),
+        ("ties", {"density": 1.0}),
+    ],
+)
+def test_the_manifest_counts_what_adapters_make_not_finite(
+    job: Job, method: str, parameters: dict[str, Any]
+) -> None:
+    adapter = job.copy_of("nan", with_factor(spoiled))
+    recipe = job.recipe(adapter, method=method, parameters=parameters, non_finite="keep")
+
+    manifest = streammerge.merge(recipe, job.root / "out")
+
+    counts = {name: record.not_finite for name, record in manifest.tensors.items()}
+    expected = dict.fromkeys(counts, 0) | {"layers.0.q_proj.weight": WIDTH}
+    assert counts == expected
+
+
+@pytest.mark.parametrize("method", ["task_arithmetic", "linear", "magnitude_prune"])
+def test_finite_factors_whose_product_overflows_are_told_from_bad_ones(
+    job: Job, capsys: pytest.CaptureFixture[str], method: str
+) -> None:
+    huge = job.copy_of("huge", lambda held: {k: v * 1e30 for k, v in held.items()})
+    parameters = {"density": 0.5} if method == "magnitude_prune" else {}
+    path = job.root / "recipe.yaml"
+    path.write_text(yaml.safe_dump(job.recipe(huge, method=method, parameters=parameters)))
+
+    assert main(["merge", str(path), str(job.root / "out"), "--memory", MEMORY]) == FAILED
+
+    printed = capsys.readouterr().err
+    for words in ("layers.0.q_proj.weight", "sources[0]", str(huge), "a product overflows"):
+        assert words in printed
+    assert not (job.root / "out").exists()
+
+
+def test_a_row_for_a_token_that_the_base_lacks_is_refused(
+    job: Job, refuse: Callable[..., str]
+) -> None:
+    """PEFT would not load it either; nothing may be left out silently."""
+    name = "base_model.model.embed_tokens.token_adapter.trainable_tokens_delta"
+    adapter = job.copy_of(
+        "tokens",
+        lambda held: held | {name: torch.ones(2, WIDTH)},
+        trainable_token_indices={"embed_tokens": [3, 50]},
+    )
+
+    refuse(
+        job.recipe(adapter),
+        FAILED,
+        "ShapeMismatchError",
+        adapter,
+        "token 50",
+        f"{TABLE} has 50 rows",
+        "another base",
+    )
+
+
+def test_a_norm_of_zero_is_named_as_such(job: Job, capsys: pytest.CaptureFixture[str]) -> None:
+    path = job.base / "model.safetensors"
+    held = load_file(path)
+    held["layers.0.q_proj.weight"][7] = 0
+    save_file(held, path)
+
+    def normed(tensors: Tensors) -> Tensors:
+        for module in MODULES:
+            tensors[f"base_model.model.{module}.lora_B.weight"][7] = 0
+            tensors[f"base_model.model.{module}.lora_magnitude_vector"] = torch.ones(WIDTH)
+        return tensors
+
+    recipe = job.root / "recipe.yaml"
+    adapter = job.copy_of("dora", normed, use_dora=True)
+    for method in ("task_arithmetic", "linear"):
+        recipe.write_text(yaml.safe_dump(job.recipe(adapter, method=method)))
+
+        assert main(["merge", str(recipe), str(job.root / method), "--memory", MEMORY]) == FAILED
+
+        printed = capsys.readouterr().err
+        for words in ("layers.0.q_proj.weight", "sources[0]", "[7, 0]", "norm of zero"):
+            assert words in printed
+
+
 def test_the_smallest_budget_is_named_and_suffices(job: Job) -> None:
     recipe = job.recipe(job.adapter, job.model, method="ties", parameters={"density": 0.5})
     with pytest.raises(MemoryBudgetError) as refusal:
