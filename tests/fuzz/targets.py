@@ -18,22 +18,26 @@ from types import FrameType
 
 import generators
 
+from streammerge.adapters.changes import Change, ChangeKind
 from streammerge.checkpoint.inspecting import describe
 from streammerge.checkpoint.manifest import MANIFEST_NAME, read_manifest_files
 from streammerge.checkpoint.reading import check_not_quantized, read_checkpoint
 from streammerge.checkpoint.sidecars import write_sidecars
-from streammerge.checkpoint.types import Checkpoint
+from streammerge.checkpoint.types import Checkpoint, TensorEntry
 from streammerge.dtypes import DType
 from streammerge.errors import MAX_LINE_CHARACTERS, StreamMergeError
 from streammerge.methods import discover_methods
 from streammerge.plan.codec import dump_plan, parse_plan
 from streammerge.plan.types import (
     PLAN_VERSION,
+    Action,
     MemoryProjection,
     MergePlan,
     OutputLayout,
     OutputShard,
     Resources,
+    TensorInput,
+    TensorTask,
 )
 from streammerge.recipe.parsing import MAX_PROBLEMS, dump_recipe, parse_recipe
 from streammerge.recipe.resolving import build_resolver
@@ -178,6 +182,24 @@ def _read_plan(content: bytes, directory: Path) -> None:
         assert shard.name not in {"", ".", ".."}
 
 
+def _adapted_task() -> TensorTask:
+    """A tensor that an adapter changes."""
+    factor = TensorEntry("lora_A.weight", DType.BF16, (1, 2), 0, 8)
+    return TensorTask(
+        name="w",
+        shape=(2, 2),
+        numel=4,
+        dtype=DType.BF16,
+        action=Action.MERGE,
+        inputs=(TensorInput(0, 8, DType.BF16), None),
+        setting=0,
+        scope_block=0,
+        shard=0,
+        offset=8,
+        changes=(Change(ChangeKind.NORMED, (factor,), (2, 2), indices=(1,)),),
+    )
+
+
 @cache
 def _sound_plan() -> bytes:
     plan = MergePlan(
@@ -192,7 +214,7 @@ def _sound_plan() -> bytes:
         models=(),
         files=(),
         settings=(),
-        tasks=(),
+        tasks=(_adapted_task(),),
         model_scope=False,
         layout=OutputLayout((OutputShard("model.safetensors", 8, 0, ()),), None),
         resources=Resources(1, 1, 1, 1, 1, 1, 1, 1),
