@@ -272,10 +272,13 @@ class _Aligner:
         (first_label, first), *others = self._labelled(inputs)
         for label, entry in others:
             if entry.shape != first.shape:
+                advice = f"add a rule {{tensors: {name!r}, copy: ...}} to take it from one model"
+                if any(inputs[index] is not None for index in self._adapted):
+                    # A rule could not copy what an adapter brings along and changes as well.
+                    advice = "merge one adapter into the base first, the other one into the result"
                 raise ShapeMismatchError(
                     f"{printable(name)}: shape {list(first.shape)} in {first_label}, "
-                    f"{list(entry.shape)} in {label}; only equal shapes merge, add a rule "
-                    f"{{tensors: {name!r}, copy: ...}} to take it from one model"
+                    f"{list(entry.shape)} in {label}; only equal shapes merge, {advice}"
                 )
         return first
 

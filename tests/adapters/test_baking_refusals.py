@@ -233,7 +233,15 @@ def test_two_new_sizes_of_a_vocabulary_are_refused(job: Job, refuse: Callable[..
 
     one, other = job.copy_of("one", with_rows(52)), job.copy_of("other", with_rows(54))
 
-    refuse(job.recipe(one, other), FAILED, "ShapeMismatchError", TABLE, "[52, 32]", "[50, 32]")
+    refuse(
+        job.recipe(one, other),
+        FAILED,
+        "ShapeMismatchError",
+        TABLE,
+        "[52, 32]",
+        "[50, 32]",
+        "merge one adapter into the base first",
+    )
 
 
 def test_nan_ends_the_merge_and_names_the_element(
