@@ -140,6 +140,8 @@ class FakeBackend:
     """Bytes of device memory, beside temporary ones."""
     lost_after: int | None = None
     """Runs before the device is lost; None for never."""
+    meeting: threading.Barrier | None = None
+    """Where the first run of this device waits for those of others; None for nowhere."""
     log: list[tuple[str, int]] = field(default_factory=list)
     """What has run: kind of operation, kind of stream."""
     used: int = 0
@@ -233,6 +235,9 @@ class FakeBackend:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
+        meeting, self.meeting = self.meeting, None
+        if meeting is not None:
+            meeting.wait(timeout=60)
         with Watch() as watch:
             yield
         with self._lock:
