@@ -31,6 +31,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from streammerge.reductions import BLOCK
+from streammerge.reductions.ranking import select_rank
 from streammerge.reductions.topk import (
     Floats,
     TiePolicy,
@@ -148,24 +149,27 @@ class MagnitudeSearch:
         """Let a sample of magnitudes choose the first question; only speed depends on it.
 
         Args:
-            sample: Magnitudes drawn evenly over the scope; sorted in place.
+            sample: Magnitudes drawn evenly over the scope, run by run; what the room could not
+                hold is ignored.
         """
+        sample = sample[: self._spare.size]
         if self.result is not None or sample.size == 0:
             return
         share = self._k / self._numel
         rank = sample.size * (1 - share)
         slack = _SIGMAS * (sample.size * share * (1 - share)) ** 0.5
         affordable = _ROOM_SHARE * self._room.size / self._numel * sample.size / 2
+        ordered = self._spare[: sample.size]
+        ordered[:] = sample
+        ordered.sort()
         if slack < affordable:
-            slack = max(
-                slack, min(affordable, _SIGMAS * _spread_of_runs(sample, rank, self._spare))
-            )
-        sample.sort()
+            spread = _spread_of_runs(sample, float(ordered[min(int(rank), sample.size - 1)]))
+            slack = max(slack, min(affordable, _SIGMAS * spread))
         low = max(0, int(rank - slack) - 1)
         high = min(sample.size - 1, int(rank + slack) + 1)
-        top = float("inf") if high == sample.size - 1 else float(sample[high])
+        top = float("inf") if high == sample.size - 1 else float(ordered[high])
         self.question = Band(
-            float(sample[low]) if low else 0.0, top, self._crowded(sample, low, high)
+            float(ordered[low]) if low else 0.0, top, self._crowded(ordered, low, high)
         )
         self._clear()
 
@@ -304,13 +308,9 @@ class MagnitudeSearch:
 
     def _conclude_values(self, values: Floats, wanted: int, above: int) -> None:
         """Take the ``wanted``-th largest collected value; ``above`` others are larger."""
-        spare = self._spare[: values.size]
-        spare[:] = values
-        rank = values.size - wanted
-        spare.partition(rank)
-        threshold = spare[rank]
+        threshold = select_rank(values, values.size - wanted, self._spare)
         # The spare has served; its bytes now hold comparisons instead of a new array.
-        chosen = spare.view(np.bool_)[: values.size]
+        chosen = self._spare.view(np.bool_)[: values.size]
         greater = int(np.count_nonzero(np.greater(values, threshold, out=chosen)))
         np.equal(values, threshold, out=chosen)
         blocks, begins = (list(column) for column in zip(*self._segments, strict=True))
@@ -384,22 +384,18 @@ def _count_bins(question: Bins, magnitudes: Floats) -> Counted:
     return Counted(above, None, (), histogram)
 
 
-def _spread_of_runs(sample: Floats, rank: float, spare: Floats) -> float:
-    """Return the standard deviation of a rank in a sample of runs, as the runs themselves show it.
+def _spread_of_runs(sample: Floats, middle: float) -> float:
+    """Return the standard deviation of the rank of ``middle``, as the runs of a sample show it.
 
     Neighbours differ less than others where rows or whole tensors have scales of their own, as in
     the products of adapters; so a run is worth less than its length. Runs are compared with the
-    next ones, since their places are evenly spaced, not random. ``spare`` is overwritten.
+    next ones, since their places are evenly spaced, not random.
     """
     runs = sample[: sample.size // SAMPLE_RUN * SAMPLE_RUN].reshape(-1, SAMPLE_RUN)
     if len(runs) < 2:
         return 0.0
-    ordered = spare[: sample.size]
-    ordered[:] = sample[: ordered.size]
-    place = min(int(rank), ordered.size - 1)
-    ordered.partition(place)
     # One by one: a sample may be large, and there is no room for as many comparisons.
-    steps = np.diff([np.count_nonzero(run > ordered[place]) for run in runs])
+    steps = np.diff([np.count_nonzero(run > middle) for run in runs])
     return float((len(runs) * np.square(steps, dtype=np.float64).mean() / 2) ** 0.5)
 
 
