@@ -77,6 +77,7 @@ class Job:
 def main(arguments: Sequence[str]) -> int:
     """Measure, print and write what the command line asks for and return the exit code."""
     options = _parse(arguments)
+    environment.compile_modules()
     summaries: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory(dir=options.work) as directory:
         for job, with_peft in _jobs(options.methods.split(","), options.layers):

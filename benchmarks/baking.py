@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks import environment
 from benchmarks.compare import add_common_options, describe_session, measure_jobs, results_path
 from benchmarks.contenders import (
     PEFT,
@@ -82,6 +83,7 @@ class Baking:
 def main(arguments: Sequence[str]) -> int:
     """Measure, print and write what the command line asks for and return the exit code."""
     options = parse_arguments(arguments)
+    environment.compile_modules()
     work: Path = options.work.resolve()
     work.mkdir(parents=True, exist_ok=True)
     check_disk(work, options.size, 0)

@@ -57,6 +57,7 @@ JobT = TypeVar("JobT", bound=AnyJob)
 def main(arguments: Sequence[str]) -> int:
     """Run the comparison that the command line asks for and return the exit code."""
     options = parse_arguments(arguments)
+    environment.compile_modules()
     work: Path = options.work.resolve()
     work.mkdir(parents=True, exist_ok=True)
     if needs_environment(options.contenders):

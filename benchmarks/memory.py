@@ -31,6 +31,7 @@ from streammerge.units import parse_size
 def main(arguments: Sequence[str]) -> int:
     """Measure what the command line asks for and return the exit code."""
     options = parse_arguments(arguments)
+    environment.compile_modules()
     work: Path = options.work.resolve()
     work.mkdir(parents=True, exist_ok=True)
     commit, dirty = environment.commit()

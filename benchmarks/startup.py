@@ -34,6 +34,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--runs", type=int, default=10, help="runs of every command")
     parser.add_argument("--results", type=Path, default=RESULTS, help="directory for the results")
     options = parser.parse_args(arguments)
+    environment.compile_modules()
     with tempfile.TemporaryDirectory() as directory:
         commands = prepare_commands(Path(directory))
         seconds = time_commands(commands, runs=options.runs)
