@@ -24,7 +24,7 @@ from streammerge.units import MIB, format_size
 
 _MARKER = ".streammerge-partial"
 """Lies in a directory that an interrupted merge may have left, and that may be thrown away."""
-_OWN_FILES = (JOURNAL_NAME, SNAPSHOT_NAME, f"{SNAPSHOT_NAME}.new", _MARKER)
+OWN_FILES = (JOURNAL_NAME, SNAPSHOT_NAME, f"{SNAPSHOT_NAME}.new", _MARKER)
 """What a merge that was cut off right after it was renamed leaves beside the model."""
 _SIDECAR_ROOM = 64 * MIB
 """Free disk asked for beyond the shards: tokenizer, configuration, manifest."""
@@ -199,7 +199,7 @@ class OutputDirectory:
         # merge under its other name, to be resumed; what cannot be cleared away does no harm.
         with contextlib.suppress(OSError):
             sync_directory(self.out.parent)
-        for name in _OWN_FILES:
+        for name in OWN_FILES:
             with contextlib.suppress(OSError):
                 (self.out / name).unlink()
         if replaced is not None:
@@ -308,7 +308,7 @@ def _check_existing(out: Path, *, overwrite: bool) -> None:
             f"{out}: already holds {len(present)} file(s); give --overwrite to replace an earlier "
             "merge, or choose another place"
         )
-    present = [name for name in present if name not in _OWN_FILES]
+    present = [name for name in present if name not in OWN_FILES]
     written = read_manifest_files(out)
     if written is None:
         raise OutputExistsError(

@@ -12,6 +12,7 @@ from pathlib import Path
 from streammerge.checkpoint.digests import FileDigest, digest_file, digest_shard
 from streammerge.checkpoint.header import read_safetensors_header
 from streammerge.checkpoint.manifest import MANIFEST_NAME, manifest_files, read_manifest
+from streammerge.checkpoint.outputdir import OWN_FILES
 from streammerge.errors import CheckpointError
 
 
@@ -62,7 +63,8 @@ def verify_files(directory: Path, on_file: Callable[[str], None] = lambda _: Non
     damages += (
         Damage(name, "extra", "the manifest does not list it")
         for name in _iter_names(directory)
-        if name not in {MANIFEST_NAME, *listed}
+        # A merge that was killed right after the last rename is complete, but not yet tidied up.
+        if name not in {MANIFEST_NAME, *listed, *OWN_FILES}
     )
     return Verification(len(listed), nbytes, tuple(damages))
 
