@@ -1,8 +1,8 @@
 """The element of a given rank among many numbers, for less than a partition of them takes.
 
 A partition moves every number several times. Here a sorted sample tells between which two values
-the element most likely lies; one sweep counts what is below and picks out what is between, a
-hundredth or so, and only that is partitioned. Where the sample misleads, all is, as ever.
+the element most likely lies; one sweep counts what is below and picks out what is between, a few
+per cent, and only that is partitioned. Where the sample misleads, all is, as ever.
 
 Memory: the caller's spare room, a sample of up to 64 Ki numbers, and one block's comparisons.
 """

@@ -67,6 +67,7 @@ def test_a_sample_that_tells_saves_the_partition(monkeypatch: pytest.MonkeyPatch
         return plainly(values, rank, spare)
 
     monkeypatch.setattr(ranking, "select_rank_plainly", watched)
-    select_rank(values, 2**18, spare)
+    # More than one block, so that what is below and between adds up over them.
+    assert select_rank(values, 2**18, spare) == np.sort(values)[2**18]
     assert len(partitioned) == 1
     assert partitioned[0] < values.size // 10
