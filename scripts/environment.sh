@@ -34,12 +34,12 @@ environment_works() {
 
 # prepare_environment NAME REQUIREMENT...
 # Does nothing when .venv already has these requirements, installed from this place with this
-# pyproject.toml: a stamp in .venv, one for each NAME, says so.
+# pyproject.toml and these sources of the compiled kernels: a stamp in .venv, one for each NAME, says so.
 prepare_environment() {
   local name="$1" stamp="$project_root/.venv/installed-$1" found wanted
   shift
   cd "$project_root"
-  wanted="$(printf '%s\n' "$project_root" "$@" && cat pyproject.toml)"
+  wanted="$(printf '%s\n' "$project_root" "$@" && cat pyproject.toml streammerge/native/*.[ch])"
   if environment_works && [[ -f "$stamp" && "$(cat "$stamp")" == "$wanted" ]]; then
     return
   fi

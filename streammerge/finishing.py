@@ -24,6 +24,7 @@ from streammerge.checkpoint.sidecars import write_sidecars
 from streammerge.engine.pipeline import RunReport
 from streammerge.errors import OutputError
 from streammerge.methods import discover_methods
+from streammerge.native.library import load_kernels
 from streammerge.plan.layout import render_header, render_index
 from streammerge.plan.planning import find_method
 from streammerge.plan.types import MergePlan
@@ -142,6 +143,7 @@ def _manifest(
             projected_device_memory=0 if planned.device is None else planned.device.peak,
             measured_device_memory=report.device_peak_memory,
             resumed=resumed,
+            kernels="plain" if load_kernels() is None else "compiled",
         ),
     )
 

@@ -12,7 +12,8 @@ import dataclasses
 import itertools
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +24,7 @@ from torch import Tensor
 
 import streammerge
 from streammerge.checkpoint.manifest import Manifest
+from streammerge.engine import compiled
 from streammerge.errors import MemoryBudgetError
 from streammerge.plan.chunking import Residence, iter_units
 from streammerge.plan.types import Action, MergePlan
@@ -199,6 +201,14 @@ def residence_of(plan: MergePlan, name: str) -> Residence:
             if any(plan.tasks[piece.task].name == name for piece in chunk.pieces):
                 return unit.residence
     raise KeyError(name)
+
+
+@contextmanager
+def without_kernels() -> Iterator[None]:
+    """Merge with the operations of torch alone, as where there is no compiler."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compiled, "load_kernels", lambda: None)
+        yield
 
 
 def tight_plan(recipe: Any, *, workers: int = 1) -> MergePlan:

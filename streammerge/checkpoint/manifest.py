@@ -83,6 +83,8 @@ class RunRecord:
     """Memory of each accelerator that the plan stated, in bytes; 0 on the CPU."""
     measured_device_memory: int = 0
     """Most memory that the process had of any one of them, in bytes; 0 on the CPU."""
+    kernels: str = "plain"
+    """``compiled`` if blocks on the CPU had compiled kernels at hand; they change no bit."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from streammerge.engine.changing import ChangeWork, PieceSteps
+from streammerge.engine.compiled import open_compiled
 from streammerge.engine.finite import (
     check_finite,
     check_range,
@@ -29,6 +30,7 @@ from streammerge.engine.finite import (
     surely_in_range,
 )
 from streammerge.engine.pieces import Part, PieceInMemory, torch_dtype
+from streammerge.engine.segments import Segment, split_block
 from streammerge.methods.base import MagnitudeTopK, MergeChunk, MergeMethod, Operand, Stack
 from streammerge.methods.parts import trim_, trim_rows_
 from streammerge.plan.types import MergePlan
@@ -127,47 +129,58 @@ class CpuStage:
         self._whole = self._vectors.view(self._n_sources, BLOCK)
         self._full_block = Stack(self._whole, self._whole.unbind())
         self._selected: tuple[PieceInMemory, Tensor | None, Stack] | None = None
+        self._compiled = open_compiled(plan, method, self._magnitudes)
 
     def apply(
         self, piece: PieceInMemory, tops: Sequence[tuple[TopK, ...]], out: Tensor
     ) -> list[Applied]:
         """Merge a piece; see :class:`DeviceStage`."""
-        params = self._params[piece.first.task.setting]
         kept = [[0] * self._n_sources for _ in piece.parts]
         not_finite = 0
-        check = not self._plan.keep_non_finite and not self._method.sums
         for begin in range(0, piece.numel, BLOCK):
             end = min(begin + BLOCK, piece.numel)
-            base, vectors = self._load(piece, begin, end, check=check)
-            segments = _segments(piece, tops, kept, begin, end)
-            if self._plan.model_scope:
-                self._count_kept(segments, vectors)
-            chunk = MergeChunk(
-                base=base,
-                vectors=vectors,
-                scratch=self._scratch[:, : end - begin],
-                trims=_Trims(segments, self._magnitudes, self._masks),
-                masks=_PositionalMasks(self._plan.seed, segments),
-                steps=PieceSteps(self._changes, piece, begin, self._first_source),
-            )
-            in_turn = self._in_turn[piece.first.task.setting]
-            if self._plan.keep_non_finite:
-                not_finite += count_non_finite(piece.inputs, begin, end)
-                if piece.deltas and not in_turn:
-                    not_finite += self._count_from_adapters(piece, vectors)
-            merged = self._method.apply(chunk, params)
-            if self._plan.keep_non_finite:
-                if in_turn:
-                    # The operands are never there by themselves.
-                    not_finite += count_non_finite([merged], 0, end - begin)
-            elif not surely_in_range(merged, piece.first.task.dtype):
-                # A sum tells that something is not finite; only its operands tell what.
-                self._load(piece, begin, end, check=self._method.sums)
-                check_range(merged, piece, begin)
-            out[begin:end].copy_(merged)
+            segments = split_block(piece, tops, kept, begin, end)
+            if self._compiled is None or not self._compiled.merge(piece, segments, begin, out):
+                not_finite += self._merge_plainly(piece, segments, out, begin, end)
+        self._selected = None
         # Values that are not finite are only let through, and counted, in pieces of one part.
         tell = self._method.random or self._plan.model_scope
         return [Applied(not_finite, tuple(counts) if tell else ()) for counts in kept]
+
+    def _merge_plainly(
+        self, piece: PieceInMemory, segments: Sequence[Segment], out: Tensor, begin: int, end: int
+    ) -> int:
+        """Merge one block with the operations of torch; return how many values are not finite."""
+        params = self._params[piece.first.task.setting]
+        in_turn = self._in_turn[piece.first.task.setting]
+        check = not self._plan.keep_non_finite and not self._method.sums
+        base, vectors = self._load(piece, begin, end, check=check)
+        if self._plan.model_scope:
+            self._count_kept(segments, vectors)
+        chunk = MergeChunk(
+            base=base,
+            vectors=vectors,
+            scratch=self._scratch[:, : end - begin],
+            trims=_Trims(segments, self._magnitudes, self._masks),
+            masks=_PositionalMasks(self._plan.seed, segments),
+            steps=PieceSteps(self._changes, piece, begin, self._first_source),
+        )
+        not_finite = 0
+        if self._plan.keep_non_finite:
+            not_finite += count_non_finite(piece.inputs, begin, end)
+            if piece.deltas and not in_turn:
+                not_finite += self._count_from_adapters(piece, vectors)
+        merged = self._method.apply(chunk, params)
+        if self._plan.keep_non_finite:
+            if in_turn:
+                # The operands are never there by themselves.
+                not_finite += count_non_finite([merged], 0, end - begin)
+        elif not surely_in_range(merged, piece.first.task.dtype):
+            # A sum tells that something is not finite; only its operands tell what.
+            self._load(piece, begin, end, check=self._method.sums)
+            check_range(merged, piece, begin)
+        out[begin:end].copy_(merged)
+        return not_finite
 
     def convert(self, piece: PieceInMemory, out: Tensor) -> Applied:
         """Convert the values of a piece; see :class:`DeviceStage`."""
@@ -190,19 +203,42 @@ class CpuStage:
         answers = []
         for begin in range(0, piece.numel, BLOCK):
             end = min(begin + BLOCK, piece.numel)
-            # A tensor is merged right after it is measured, and checked then; a whole model is not.
-            check = self._plan.model_scope and not self._plan.keep_non_finite
-            _, vectors = self._load(piece, begin, end, check=check)
-            magnitudes = self._magnitudes[: end - begin]
-            found: list[Counted | None] = []
-            for row, question in zip(vectors.rows, questions, strict=True):
-                if question is None:
-                    found.append(None)
-                    continue
-                torch.abs(row, out=magnitudes)
-                found.append(answer_block(question, magnitudes.numpy(), self._masks))
-            answers.append(found)
+            found = self._answer_compiled(piece, questions, begin, end)
+            answers.append(found or self._answer_plainly(piece, questions, begin, end))
         return answers
+
+    def _answer_compiled(
+        self, piece: PieceInMemory, questions: Sequence[Question | None], begin: int, end: int
+    ) -> list[Counted | None] | None:
+        """Return the answers of one block, one per source; None if they must be found plainly."""
+        if self._compiled is None:
+            return None
+        found: list[Counted | None] = []
+        for source, question in enumerate(questions):
+            answer = None
+            if question is not None:
+                answer = self._compiled.answer(piece, source, question, begin, end)
+                if answer is None:
+                    return None
+            found.append(answer)
+        return found
+
+    def _answer_plainly(
+        self, piece: PieceInMemory, questions: Sequence[Question | None], begin: int, end: int
+    ) -> list[Counted | None]:
+        """Return the answers of one block, one per source."""
+        # A tensor is merged right after it is measured, and checked then; a whole model is not.
+        check = self._plan.model_scope and not self._plan.keep_non_finite
+        _, vectors = self._load(piece, begin, end, check=check)
+        magnitudes = self._magnitudes[: end - begin]
+        found: list[Counted | None] = []
+        for row, question in zip(vectors.rows, questions, strict=True):
+            if question is None:
+                found.append(None)
+                continue
+            torch.abs(row, out=magnitudes)
+            found.append(answer_block(question, magnitudes.numpy(), self._masks))
+        return found
 
     def select(self, piece: PieceInMemory, need: MagnitudeTopK) -> list[tuple[TopK, ...]]:
         """Find the thresholds of small tensors; see :class:`DeviceStage`."""
@@ -240,7 +276,7 @@ class CpuStage:
         ]
         return sum(count_non_finite([row], 0, row.numel()) for row in changed)
 
-    def _count_kept(self, segments: Sequence[_Segment], vectors: Stack) -> None:
+    def _count_kept(self, segments: Sequence[Segment], vectors: Stack) -> None:
         """Add how many entries of this block each source keeps under a threshold of the model."""
         for source, row in enumerate(vectors.rows):
             for segment in segments:
@@ -326,46 +362,6 @@ class CpuStage:
         return Stack(part, part.unbind())
 
 
-@dataclass(frozen=True, slots=True)
-class _Segment:
-    """What one block holds of one tensor."""
-
-    begin: int
-    """First element in the block."""
-    end: int
-    """End in the block."""
-    part: Part
-    """The part of the piece."""
-    start: int
-    """Flat index in the tensor of the first element."""
-    block: int
-    """Which block of the statistics' scope this is."""
-    tops: tuple[TopK, ...]
-    """One statistic per source, or none."""
-    kept: list[int]
-    """Counts per source, of the whole part."""
-
-
-def _segments(
-    piece: PieceInMemory,
-    tops: Sequence[tuple[TopK, ...]],
-    kept: Sequence[list[int]],
-    begin: int,
-    end: int,
-) -> list[_Segment]:
-    """Return what the block from ``begin`` to ``end`` of a piece holds of each tensor."""
-    if len(piece.parts) == 1:
-        part = piece.first
-        start = part.start + begin
-        block = part.task.scope_block + start // BLOCK
-        return [_Segment(0, end - begin, part, start, block, tops[0], kept[0])]
-    # Several tensors are one block, each of them whole.
-    return [
-        _Segment(begin, end, part, 0, part.task.scope_block, part_tops, counts)
-        for (part, begin, end), part_tops, counts in zip(piece.ranges(), tops, kept, strict=True)
-    ]
-
-
 def _equal_runs(ranges: Sequence[tuple[Part, int, int]]) -> list[tuple[int, int, int]]:
     """Return the runs of neighbours of one size: begin, end and how many tensors they are."""
     runs: list[tuple[int, int, int]] = []
@@ -379,7 +375,7 @@ def _equal_runs(ranges: Sequence[tuple[Part, int, int]]) -> list[tuple[int, int,
 class _Trims:
     """Trims one block."""
 
-    segments: Sequence[_Segment]
+    segments: Sequence[Segment]
     magnitudes: Tensor
     masks: NDArray[np.bool_]
 
@@ -407,7 +403,7 @@ class _PositionalMasks:
     """Draws the masks of one block."""
 
     seed: int
-    segments: Sequence[_Segment]
+    segments: Sequence[Segment]
 
     def drop_(self, row: Tensor, *, source: int, density: float) -> Tensor:
         for segment in self.segments:
@@ -415,7 +411,7 @@ class _PositionalMasks:
             segment.kept[source] += self._drop(values, segment, source, density)
         return row
 
-    def _drop(self, row: Tensor, segment: _Segment, source: int, density: float) -> int:
+    def _drop(self, row: Tensor, segment: Segment, source: int, density: float) -> int:
         """Drop in one tensor; return how many entries are kept."""
         if density >= 1:
             return row.numel()

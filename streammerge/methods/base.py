@@ -146,6 +146,43 @@ class MergeChunk:
         return torch.add(self.base, merged, out=merged)
 
 
+class Kept(StrEnum):
+    """Which entries of the operands a sweep keeps."""
+
+    ALL = "all"
+    LARGEST = "largest"
+    """What the statistics of their scope say."""
+    RANDOM = "random"
+    """By place; what is kept is divided by the density."""
+
+
+class Joined(StrEnum):
+    """How a sweep makes one row of all operands."""
+
+    SUM = "sum"
+    """Weighted, from left to right."""
+    MAJORITY_TOTAL = "majority, total"
+    """The weighted mean of those with the sign of their unweighted sum."""
+    MAJORITY_FREQUENCY = "majority, frequency"
+    """The weighted mean of those with the sign that most have."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sweep:
+    """What :attr:`MergeMethod.apply` does with some parameters, for kernels that do it at once."""
+
+    joined: Joined
+    """How operands become one."""
+    weights: tuple[float, ...]
+    """Factor per source."""
+    kept: Kept = Kept.ALL
+    """What is left out before."""
+    densities: tuple[float, ...] = ()
+    """Keep probability per source, in [0, 1]; for random ones."""
+    divisor: float = 1.0
+    """The result is divided by it; the base, for operands that are task vectors, comes on top."""
+
+
 @dataclass(frozen=True, slots=True)
 class MergeMethod:
     """A merge method, complete: what it is called, asks for, needs and does."""
@@ -183,6 +220,8 @@ class MergeMethod:
     takes_whole: Callable[[Any, int], bool] = lambda _, __: False
     """Whether the result is a source as it stands, given its index, where no other source differs
     from the base."""
+    sweep: Callable[[Any], Sweep | None] = lambda _: None
+    """The same as :attr:`apply` in words that compiled kernels understand; None where they do not."""
     waived: Mapping[Law, str] = field(default_factory=dict)
     """The laws that this method cannot keep, each with the reason."""
 

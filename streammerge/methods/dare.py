@@ -17,16 +17,19 @@ from torch import Tensor
 from streammerge.methods.base import (
     DENSITY,
     WEIGHT,
+    Joined,
+    Kept,
     Law,
     Locality,
     MergeChunk,
     MergeMethod,
     Operand,
     Stack,
+    Sweep,
     parameter,
 )
 from streammerge.methods.parts import SignVote, disjoint_mean, divide_, elect_sign, sum_rows, weigh_
-from streammerge.methods.ties import MAJORITY_SIGN_METHOD
+from streammerge.methods.ties import MAJORITY_SIGN_METHOD, join_majority
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +76,15 @@ def dare_ties(chunk: MergeChunk, params: DareTiesParams) -> Tensor:
     return chunk.base_plus(disjoint_mean(dropped, params.weight, elected, chunk.scratch[1:]))
 
 
+def _sweep_linear(params: DareLinearParams) -> Sweep:
+    return Sweep(Joined.SUM, params.weight, Kept.RANDOM, params.density)
+
+
+def _sweep_ties(params: DareTiesParams) -> Sweep:
+    joined = join_majority(params.majority_sign_method)
+    return Sweep(joined, params.weight, Kept.RANDOM, params.density)
+
+
 METHODS = (
     MergeMethod(
         name="dare_linear",
@@ -84,6 +96,7 @@ METHODS = (
         reduction=lambda _: None,
         apply=dare_linear,
         scratch_rows=1,
+        sweep=_sweep_linear,
         random=True,
         examples=(
             {"density": 0.5},
@@ -103,6 +116,7 @@ METHODS = (
         reduction=lambda _: None,
         apply=dare_ties,
         scratch_rows=3,
+        sweep=_sweep_ties,
         random=True,
         examples=(
             {"density": 0.5},

@@ -11,11 +11,13 @@ from torch import Tensor
 
 from streammerge.methods.base import (
     WEIGHT,
+    Joined,
     Law,
     Locality,
     MergeChunk,
     MergeMethod,
     Operand,
+    Sweep,
     parameter,
 )
 from streammerge.methods.parts import divide_, sum_rows, weigh_
@@ -46,6 +48,11 @@ def linear(chunk: MergeChunk, params: LinearParams) -> Tensor:
     return divide_(merged, sum(params.weight)) if params.normalize else merged
 
 
+def _sweep(params: LinearParams) -> Sweep:
+    divisor = sum(params.weight) if params.normalize else 1.0
+    return Sweep(Joined.SUM, params.weight, divisor=divisor)
+
+
 METHODS = (
     MergeMethod(
         name="linear",
@@ -59,6 +66,7 @@ METHODS = (
         scratch_rows=1,
         keeps_base=lambda params: params.normalize or sum(params.weight) == 1,
         sums=True,
+        sweep=_sweep,
         examples=(
             {},
             {"weight": (0.25, 0.75)},

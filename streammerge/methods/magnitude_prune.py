@@ -16,10 +16,13 @@ from streammerge.methods.base import (
     SCOPE,
     TIE_POLICY,
     WEIGHT,
+    Joined,
+    Kept,
     Locality,
     MergeChunk,
     MergeMethod,
     Operand,
+    Sweep,
     parameter,
     top_k_of,
 )
@@ -59,6 +62,7 @@ METHODS = (
         reduction=top_k_of,
         apply=magnitude_prune,
         scratch_rows=1,
+        sweep=lambda params: Sweep(Joined.SUM, params.weight, Kept.LARGEST),
         examples=(
             {"density": 0.3, "weight": (0.5, 1.0)},
             {"density": (0.1, 0.8)},

@@ -14,10 +14,12 @@ from torch import Tensor
 
 from streammerge.methods.base import (
     WEIGHT,
+    Joined,
     Locality,
     MergeChunk,
     MergeMethod,
     Operand,
+    Sweep,
     parameter,
 )
 from streammerge.methods.parts import sum_rows, weigh_
@@ -83,6 +85,9 @@ METHODS = (
         apply=task_arithmetic,
         scratch_rows=1,
         sums=True,
+        sweep=lambda params: (
+            Sweep(Joined.SUM, params.weight) if params.rounding == Rounding.ONCE else None
+        ),
         in_turn=lambda params: params.rounding == Rounding.PEFT,
         takes_whole=lambda params, source: params.weight[source] == 1,
         examples=({}, {"weight": (0.4, 0.6)}, {"weight": (1.0, -0.5)}),

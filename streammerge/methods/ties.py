@@ -17,11 +17,14 @@ from streammerge.methods.base import (
     SCOPE,
     TIE_POLICY,
     WEIGHT,
+    Joined,
+    Kept,
     Law,
     Locality,
     MergeChunk,
     MergeMethod,
     Operand,
+    Sweep,
     parameter,
     top_k_of,
 )
@@ -63,6 +66,16 @@ def ties(chunk: MergeChunk, params: TiesParams) -> Tensor:
     return chunk.base_plus(merged)
 
 
+def join_majority(majority_sign_method: str) -> Joined:
+    """Return how a sweep joins operands under an elected sign."""
+    total = SignVote(majority_sign_method) is SignVote.TOTAL
+    return Joined.MAJORITY_TOTAL if total else Joined.MAJORITY_FREQUENCY
+
+
+def _sweep(params: TiesParams) -> Sweep:
+    return Sweep(join_majority(params.majority_sign_method), params.weight, Kept.LARGEST)
+
+
 METHODS = (
     MergeMethod(
         name="ties",
@@ -74,6 +87,7 @@ METHODS = (
         reduction=top_k_of,
         apply=ties,
         scratch_rows=3,
+        sweep=_sweep,
         examples=(
             {"density": 0.2},
             {"density": (0.2, 0.7), "weight": (0.6, -0.4)},

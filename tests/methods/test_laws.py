@@ -26,6 +26,7 @@ from models import (
     recut,
     residence_of,
     tight_plan,
+    without_kernels,
     write_model,
     write_shard_in_order,
 )
@@ -196,7 +197,7 @@ def reference(
 def test_output_bytes_depend_on_nothing_but_recipe_and_inputs(
     reference: Reference, models: Models
 ) -> None:
-    """Budgets, buffers, threads, byte sources and sharding change no bit."""
+    """Budgets, buffers, threads, byte sources, sharding and compiled kernels change no bit."""
     case, document = reference.case, reference.document
     base, *sources = reference.stored.plain
     recipe = case.recipe(base, sources, **document)
@@ -228,6 +229,8 @@ def test_output_bytes_depend_on_nothing_but_recipe_and_inputs(
         assert sorted(merged) == sorted(reference.merged)
         for name, tensor in reference.merged.items():
             assert_same_bits(merged[name], tensor, f"{what}: {name}")
+    with without_kernels():
+        assert_same_model(models.merge(tightest)[0], reference.merged)
 
 
 def test_streaming_equals_whole_tensors_in_memory(reference: Reference) -> None:

@@ -1,0 +1,12 @@
+"""Compiled twins of the loops that a merge spends its time in; everything works without them.
+
+    block.h      tiles and element types
+    philox.h     random lanes
+    merge.c      a block of every source to a block of the output, in one sweep
+    measure.c    a block's answer to a question about magnitudes
+    library.py   finds them, and calls them
+
+torch and numpy do one operation at a time on a whole block, some thirty of them per merge, each at
+the speed of the memory. Here a tile of 512 elements goes through all of them in the first-level cache.
+They are compiled when the package is installed, if there is a compiler, and give the same bits.
+"""

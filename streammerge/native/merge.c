@@ -1,0 +1,208 @@
+/* Merges one block in one sweep: what streammerge/methods/parts.py does in thirty. */
+#include "calls.h"
+#include "philox.h"
+
+/* Loads a tile, minus a base, without what is smaller than `floor`; returns the largest magnitude. */
+ALWAYS_INLINE int32_t take_typed(float *restrict row, const void *values, enum dtype dtype,
+                                 int64_t at, const float *restrict base, int64_t count, int32_t floor,
+                                 int64_t *kept) {
+    int32_t largest = 0, chosen = 0;
+    for (int64_t i = 0; i < count; i++) {
+        float value = load(values, dtype, at + i) - base[i];
+        int32_t magnitude = magnitude_of(value);
+        largest = magnitude > largest ? magnitude : largest;
+        chosen += magnitude >= floor;
+        row[i] = magnitude >= floor ? value : 0.0f;
+    }
+    *kept += chosen;
+    return largest;
+}
+
+ALWAYS_INLINE int32_t take(float *row, const void *values, int32_t dtype, int64_t at,
+                           const float *base, int64_t count, int32_t floor, int64_t *kept) {
+    switch (dtype) {
+        case BF16: return take_typed(row, values, BF16, at, base, count, floor, kept);
+        case F16: return take_typed(row, values, F16, at, base, count, floor, kept);
+        default: return take_typed(row, values, F32, at, base, count, floor, kept);
+    }
+}
+
+/* Sets all but the first ties of a tile to zero. */
+static void drop_late_ties(float *row, int64_t count, sm_source *source) {
+    int32_t threshold = magnitude_of(source->threshold);
+    for (int64_t i = 0; i < count; i++) {
+        if (magnitude_of(row[i]) != threshold) continue;
+        if (source->ties > 0) {
+            source->ties--;
+        } else {
+            row[i] = 0.0f;
+            source->kept--;
+        }
+    }
+}
+
+/* Sets entries of a tile to zero by their places, and divides the others by the density. */
+ALWAYS_INLINE void drop_randomly(float *restrict row, int64_t at, int64_t count, sm_source *source) {
+    uint16_t lanes[TILE];
+    uint8_t kept[TILE];
+    int32_t limit = source->upper_limit, chosen = 0, undecided = 0;
+    float density = source->density;
+    draw_lanes(lanes, source->start + at, source->key);
+    for (int64_t i = 0; i < count; i++) {
+        kept[i] = lanes[i] < limit;
+        undecided += lanes[i] == limit;
+    }
+    for (int64_t i = 0; undecided && source->lower_limit && i < count; i++) {
+        if (lanes[i] != limit) continue;
+        int32_t lower = (int32_t)draw_lower_lane(source->start + at + i, source->key);
+        kept[i] = lower < source->lower_limit;
+    }
+    for (int64_t i = 0; i < count; i++) {
+        chosen += kept[i];
+        row[i] = kept[i] ? row[i] / density : 0.0f;
+    }
+    source->kept += chosen;
+}
+
+/* Loads a tile of a source and drops what its kind says; returns the largest magnitude. */
+ALWAYS_INLINE int32_t load_operand(float *restrict row, sm_source *source, int64_t at,
+                                   const float *restrict base, int64_t count) {
+    int32_t floor = 0;
+    int64_t all = 0, *kept = source->keep == KEEP_RANDOM ? &all : &source->kept;
+    if (source->keep == KEEP_LARGEST) {
+        /* Only what is above the threshold, once no tie is left. */
+        floor = magnitude_of(source->threshold) + (source->ties == 0);
+    }
+    int32_t largest = take(row, source->values, source->dtype, at, base, count, floor, kept);
+    if (source->keep == KEEP_RANDOM) {
+        drop_randomly(row, at, count, source);
+    } else if (source->keep == KEEP_LARGEST && source->ties > 0 && source->ties < INT64_MAX) {
+        drop_late_ties(row, count, source);
+    }
+    return largest;
+}
+
+/* Adds weighted rows from left to right, from +0.0: a sum of zeros is never negative. */
+ALWAYS_INLINE void add_rows(float *restrict merged, const float *restrict rows,
+                            const float *restrict weights, int64_t n_rows, int64_t count) {
+    for (int64_t i = 0; i < count; i++) {
+        float sum = rows[i] * weights[0];
+#pragma GCC unroll 4
+        for (int64_t row = 1; row < n_rows; row++) sum += rows[row * ROW + i] * weights[row];
+        merged[i] = sum + 0.0f;
+    }
+}
+
+ALWAYS_INLINE float sign_of(float value) { return (float)((value > 0.0f) - (value < 0.0f)); }
+
+/* Averages the weighted entries whose sign is the majority's, over their number. */
+ALWAYS_INLINE void average_majority(float *restrict merged, const float *restrict rows,
+                                    const float *restrict weights, int64_t n_rows, int64_t count,
+                                    enum combine vote) {
+    for (int64_t i = 0; i < count; i++) {
+        float votes = vote == MAJORITY_TOTAL ? rows[i] : sign_of(rows[i]);
+#pragma GCC unroll 4
+        for (int64_t row = 1; row < n_rows; row++) {
+            float value = rows[row * ROW + i];
+            votes += vote == MAJORITY_TOTAL ? value : sign_of(value);
+        }
+        /* The sum of magnitudes is signed at the end: rounding is symmetric. */
+        uint32_t sign = votes >= 0.0f ? 0 : SIGN_BIT;
+        float sum = 0.0f, agreeing = 0.0f;
+#pragma GCC unroll 4
+        for (int64_t row = 0; row < n_rows; row++) {
+            float value = float_of(bits_of(rows[row * ROW + i]) ^ sign);
+            agreeing += value > 0.0f ? 1.0f : 0.0f;
+            sum += (value > 0.0f ? value : 0.0f) * weights[row];
+        }
+        float average = float_of(bits_of(sum) ^ sign) / (agreeing > 1.0f ? agreeing : 1.0f);
+        merged[i] = average + 0.0f;
+    }
+}
+
+ALWAYS_INLINE void combine(float *restrict merged, const float *restrict rows,
+                           const float *restrict weights, int64_t n_rows, int64_t count, int32_t how) {
+    switch (how) {
+        case SUM: add_rows(merged, rows, weights, n_rows, count); break;
+        case MAJORITY_TOTAL:
+            average_majority(merged, rows, weights, n_rows, count, MAJORITY_TOTAL);
+            break;
+        default: average_majority(merged, rows, weights, n_rows, count, MAJORITY_FREQUENCY);
+    }
+}
+
+/* Divides, adds the base and stores; returns the largest magnitude. */
+ALWAYS_INLINE int32_t store_typed(void *restrict out, enum dtype dtype, int64_t at,
+                                  const float *restrict merged, const float *restrict base,
+                                  int64_t count, float divisor) {
+    int32_t largest = 0;
+    for (int64_t i = 0; i < count; i++) {
+        float value = merged[i];
+        if (divisor != 1.0f) value /= divisor;
+        if (base) value = base[i] + value;
+        int32_t magnitude = magnitude_of(value);
+        largest = magnitude > largest ? magnitude : largest;
+        if (dtype == BF16) {
+            ((uint16_t *)out)[at + i] = bfloat16_of(value);
+        } else if (dtype == F16) {
+            ((uint16_t *)out)[at + i] = half_of(value);
+        } else {
+            ((float *)out)[at + i] = value;
+        }
+    }
+    return largest;
+}
+
+ALWAYS_INLINE int32_t store(const sm_merge *job, int64_t at, const float *merged,
+                            const float *base, int64_t count) {
+    switch (job->out_dtype) {
+        case BF16: return store_typed(job->out, BF16, at, merged, base, count, job->divisor);
+        case F16: return store_typed(job->out, F16, at, merged, base, count, job->divisor);
+        default: return store_typed(job->out, F32, at, merged, base, count, job->divisor);
+    }
+}
+
+/* Merges a block.
+ *
+ * Returns 0 if all operands are finite and the result fits the output type. Otherwise what was
+ * written means nothing: the caller merges the block the plain way, which says what is wrong.
+ */
+FOR_EVERY_CPU
+int32_t sm_merge_block(const sm_merge *job) {
+    float *base = job->scratch, *merged = base + ROW, *rows = merged + ROW;
+    float weights[SOURCES_AT_MOST];
+    int32_t operands = 0, results = 0;
+    for (int64_t i = 0; i < job->n_sources; i++) {
+        weights[i] = job->sources[i].weight;
+        job->sources[i].kept = 0;
+    }
+    memset(base, 0, TILE * sizeof *base);
+    for (int64_t at = 0; at < job->numel; at += TILE) {
+        int64_t count = job->numel - at < TILE ? job->numel - at : TILE;
+        if (job->base) load_tile(base, job->base, job->base_dtype, at, count);
+        for (int64_t i = 0; i < job->n_sources; i++) {
+            int32_t largest = load_operand(rows + i * ROW, &job->sources[i], at, base, count);
+            operands = largest > operands ? largest : operands;
+        }
+        switch (job->n_sources) {
+            /* The usual numbers, for which the loops over sources vanish. */
+            case 1: combine(merged, rows, weights, 1, count, job->combine); break;
+            case 2: combine(merged, rows, weights, 2, count, job->combine); break;
+            case 3: combine(merged, rows, weights, 3, count, job->combine); break;
+            case 4: combine(merged, rows, weights, 4, count, job->combine); break;
+            default: combine(merged, rows, weights, job->n_sources, count, job->combine);
+        }
+        int32_t largest = store(job, at, merged, job->base ? base : 0, count);
+        results = largest > results ? largest : results;
+    }
+    return operands >= INFINITY_BITS || results > magnitude_of(job->limit);
+}
+
+/* Tells the caller whether both mean the same by a call. */
+int32_t sm_size_of(int32_t what) {
+    static const int32_t sizes[] = {
+        sizeof(sm_source), sizeof(sm_merge), sizeof(sm_question), ROW, SOURCES_AT_MOST,
+        CROWDS_AT_MOST,
+    };
+    return sizes[what];
+}

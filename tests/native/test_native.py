@@ -1,0 +1,287 @@
+"""The compiled kernels equal their plain twins, bit for bit; tests/methods has the laws."""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from models import BLOCK, Models, Tensors, assert_same_bits, assert_same_model, without_kernels
+
+import streammerge
+from streammerge.engine.compiled import open_compiled
+from streammerge.engine.device import CpuStage
+from streammerge.engine.pieces import Part, PieceInMemory
+from streammerge.errors import NonFiniteError
+from streammerge.methods import discover_methods
+from streammerge.native import library
+from streammerge.native.library import (
+    Kernels,
+    MergeCall,
+    SourceCall,
+    count_scratch,
+    load_kernels,
+)
+from streammerge.reductions.magnitude import MOST_CROWDS, Band, Bins, Question, answer_block
+
+KERNELS = load_kernels()
+pytestmark = pytest.mark.skipif(KERNELS is None, reason="no compiler was found at installation")
+
+METHODS = discover_methods()
+HALVES = torch.arange(2**16, dtype=torch.int32).to(torch.int16)
+"""Every pattern of 16 bits."""
+TAIL = 1000
+"""Elements beyond a whole number of blocks: neither tiles nor vectors divide them."""
+STORED = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+
+
+def convert(values: torch.Tensor, code: int, out: torch.Tensor, out_code: int) -> bool:
+    """Merge one source alone; returns whether the kernel took it."""
+    assert KERNELS is not None
+    source = SourceCall(values=values.data_ptr(), weight=1.0, dtype=code)
+    scratch = torch.empty(count_scratch(1))
+    call = MergeCall(
+        sources=ctypes.pointer(source),
+        out=out.data_ptr(),
+        scratch=scratch.data_ptr(),
+        numel=values.numel(),
+        divisor=1.0,
+        limit=torch.finfo(out.dtype).max,
+        n_sources=1,
+        out_dtype=out_code,
+    )
+    return KERNELS.merge_block(call)
+
+
+@pytest.mark.parametrize(("dtype", "code"), [(torch.bfloat16, 1), (torch.float16, 2)])
+def test_all_numbers_of_16_bits_are_read_as_torch_reads_them(dtype: torch.dtype, code: int) -> None:
+    every = HALVES.view(dtype)
+    finite = every[every.isfinite()]
+    out = torch.empty(finite.numel())
+
+    assert convert(finite, code, out, 0)
+    assert_same_bits(out, finite.float() + 0.0)
+    for special in every[~every.isfinite()]:
+        assert not convert(special.reshape(1), code, out, 0)
+
+
+@pytest.mark.parametrize(("dtype", "code"), [(torch.bfloat16, 1), (torch.float16, 2)])
+def test_numbers_are_rounded_as_torch_rounds_them(dtype: torch.dtype, code: int) -> None:
+    """Everything that lies in the middle of two numbers, next to it, and at random."""
+    largest = torch.finfo(dtype).max
+    every = HALVES.view(dtype)
+    exact = every[every.isfinite()].float()
+    middle = (exact[:-1].double() + exact[1:].double()).div_(2).float()
+    around = [torch.nextafter(middle, torch.full_like(middle, to)) for to in (-1e30, 1e30)]
+    generator = torch.Generator().manual_seed(0)
+    patterns = torch.randint(-(2**31), 2**31, (2**18,), generator=generator).to(torch.int32)
+    values = torch.cat([exact, middle, *around, patterns.view(torch.float32)])
+    values = values[values.abs() <= largest]
+    out = torch.empty(values.numel(), dtype=dtype)
+
+    assert convert(values, 0, out, code)
+    assert_same_bits(out, (values + 0.0).to(dtype))
+    beyond = torch.tensor([largest]).nextafter(torch.tensor([float("inf")]))
+    assert not convert(beyond, 0, out, code)
+
+
+def draw(sources: int, dtype: torch.dtype, seed: int) -> list[Tensors]:
+    """Return a base and sources: smooth, of few values, with subnormal numbers, with zeros."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {"smooth": BLOCK + TAIL, "few": 5000, "tiny": 3000, "small": 64, "one": 1}
+    models = []
+    for model in range(sources + 1):
+        tensors = {
+            name: torch.randn(numel, generator=generator) * (0.1 if model else 1.0)
+            for name, numel in shapes.items()
+        }
+        tensors["few"] = (tensors["few"] * 8).round() / 8
+        # Subnormal numbers of every type: below 2^-14, 2^-126.
+        tensors["tiny"] *= 2.0**-15 if dtype is torch.float16 else 2.0**-126
+        tensors["few"][::7] = -0.0
+        models.append(tensors)
+    base, *tuned = models
+    tuned = [{name: base[name] + t for name, t in each.items()} for each in tuned]
+    return [{name: t.to(dtype) for name, t in each.items()} for each in (base, *tuned)]
+
+
+def document(method: str, paths: list[Path], **parameters: Any) -> dict[str, Any]:
+    """Return a recipe whose sources differ in what can differ."""
+    known = {spec.name for spec in METHODS[method].parameters}
+    sources: list[dict[str, Any]] = []
+    for index, path in enumerate(paths[1:]):
+        source: dict[str, Any] = {"path": str(path), "weight": (1.0, -0.7, 0.3)[index % 3]}
+        if "density" in known:
+            source["density"] = (0.3, 0.81, 1.0, 0.0, 3e-6)[index % 5]
+        sources.append(source)
+    return {
+        "method": method,
+        "base": str(paths[0]),
+        "sources": sources,
+        "parameters": {key: value for key, value in parameters.items() if key in known},
+    }
+
+
+@pytest.mark.parametrize("sources", [1, 2, 3, 4, 5, 8, 16, 17])
+@pytest.mark.parametrize("method", METHODS)
+def test_any_number_of_sources_gives_the_bits_of_the_plain_way(
+    method: str, sources: int, models: Models
+) -> None:
+    dtype = list(STORED.values())[sources % 3]
+    paths = [models.write(tensors) for tensors in draw(sources, dtype, sources)]
+    recipe = document(method, paths, majority_sign_method="frequency" if sources % 2 else "total")
+    with without_kernels():
+        expected, plain = models.merge(recipe)
+
+    merged, manifest = models.merge(recipe)
+
+    assert_same_model(merged, expected)
+    assert {n: t.density for n, t in manifest.tensors.items()} == {
+        n: t.density for n, t in plain.tensors.items()
+    }
+
+
+@pytest.mark.parametrize("out", STORED.values(), ids=str)
+@pytest.mark.parametrize("scope", ["tensor", "model"])
+@pytest.mark.parametrize("policy", ["exact", "inclusive", "strict"])
+def test_types_may_differ_between_models_and_ties_are_told_apart(
+    out: torch.dtype, scope: str, policy: str, models: Models
+) -> None:
+    drawn = [draw(3, dtype, 4)[index] for index, dtype in enumerate(STORED.values())]
+    paths = [models.write(tensors) for tensors in drawn]
+    recipe = document("ties", paths, scope=scope, tie_policy=policy)
+    recipe["output"] = {"dtype": str(out).removeprefix("torch.")}
+    with without_kernels():
+        expected, plain = models.merge(recipe)
+
+    merged, manifest = models.merge(recipe)
+
+    assert_same_model(merged, expected)
+    assert [t.density for t in manifest.tensors.values()] == [
+        t.density for t in plain.tensors.values()
+    ]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_blocks_in_usual_types_are_not_merged_plainly(
+    method: str, models: Models, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise the tests here would compare the plain way with itself."""
+    paths = [models.write(tensors) for tensors in draw(2, torch.bfloat16, 1)]
+    monkeypatch.setattr(CpuStage, "_merge_plainly", None)
+    monkeypatch.setattr(CpuStage, "_answer_plainly", None)
+
+    models.merge(document(method, paths))
+
+
+def test_what_the_plain_way_refuses_is_refused_in_its_words(models: Models) -> None:
+    base, first, second = draw(2, torch.float16, 2)
+    second["smooth"][BLOCK + 3] = float("nan")
+    paths = [models.write(tensors) for tensors in (base, first, second)]
+    recipe = document("ties", paths)
+    messages = []
+    with pytest.raises(NonFiniteError) as refused:
+        models.merge(recipe)
+    messages.append(str(refused.value))
+    with without_kernels(), pytest.raises(NonFiniteError) as refused:
+        models.merge(recipe)
+    messages.append(str(refused.value))
+
+    assert f"element [{BLOCK + 3}]" in messages[0]
+    assert messages[0] == messages[1]
+
+
+@st.composite
+def questions(draw: st.DrawFn, magnitudes: np.ndarray) -> Question:
+    """Ask about an interval whose ends are values that occur, as a rule."""
+    ends = st.sampled_from([0.0, *np.unique(magnitudes[~np.isnan(magnitudes)]).tolist(), np.inf])
+    low, high = sorted((draw(ends), draw(ends)))
+    if draw(st.booleans()):
+        low_bits, high_bits = (int(np.float32(end).view(np.uint32)) for end in (low, high))
+        return Bins(low_bits, high_bits)
+    inside = [end for end in np.unique(magnitudes).tolist() if low <= end <= high]
+    crowded = (
+        draw(st.lists(st.sampled_from(inside), unique=True, max_size=MOST_CROWDS)) if inside else []
+    )
+    return Band(low, high, tuple(sorted(crowded, reverse=True)))
+
+
+@settings(deadline=None, max_examples=200)
+@given(data=st.data(), seed=st.integers(0, 99), numel=st.integers(1, 2000), spread=st.booleans())
+def test_answers_are_those_of_the_plain_way(
+    data: st.DataObject, seed: int, numel: int, spread: object, one_tensor: Any
+) -> None:
+    plan, method = one_tensor
+    generator = torch.Generator().manual_seed(seed)
+    base, tuned = (torch.randn(numel, generator=generator) for _ in range(2))
+    if not spread:
+        base, tuned = (base * 2).round(), (tuned * 2).round()
+    base, tuned = base.bfloat16(), tuned.bfloat16()
+    piece = PieceInMemory((Part(plan.tasks[0], 0, 0, numel),), (base, tuned), ())
+    magnitudes = (tuned.float() - base.float()).abs().numpy()
+    question = data.draw(questions(magnitudes))
+    blocks = open_compiled(plan, method, torch.empty(BLOCK))
+    assert blocks is not None
+
+    found = blocks.answer(piece, 0, question, 0, numel)
+
+    expected = answer_block(question, magnitudes, np.empty((2, numel), dtype=np.bool_))
+    assert found is not None
+    assert (found.above, found.crowds) == (expected.above, expected.crowds)
+    for mine, plain in ((found.values, expected.values), (found.histogram, expected.histogram)):
+        assert (mine is None) == (plain is None)
+        if mine is not None and plain is not None:
+            np.testing.assert_array_equal(mine, plain)
+
+
+@pytest.fixture(scope="module")
+def one_tensor(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A plan of one source's ``ties``, and the method."""
+    models = Models(tmp_path_factory.mktemp("one"))
+    paths = [models.write({"weight": torch.ones(8).bfloat16()}) for _ in range(2)]
+    return streammerge.plan(document("ties", paths), memory="4GiB"), METHODS["ties"]
+
+
+def test_a_block_with_a_value_that_is_no_number_is_not_answered(one_tensor: Any) -> None:
+    plan, method = one_tensor
+    values = torch.tensor([1.0, float("nan")]).bfloat16()
+    piece = PieceInMemory((Part(plan.tasks[0], 0, 0, 2),), (torch.ones(2).bfloat16(), values), ())
+    blocks = open_compiled(plan, method, torch.empty(BLOCK))
+    assert blocks is not None
+
+    assert blocks.answer(piece, 0, Band(0.0, 1.0), 0, 2) is None
+
+
+def test_kernels_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(library.SWITCH, "0")
+
+    assert load_kernels.__wrapped__() is None
+
+
+def test_a_library_of_other_sources_is_left_alone(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Also one that is no library at all, and none."""
+    monkeypatch.setattr(library, "__file__", str(tmp_path / "library.py"))
+    assert load_kernels.__wrapped__() is None
+
+    here = Path(streammerge.__file__).parent / "native"
+    compiled = next(
+        path for s in library.EXTENSION_SUFFIXES if (path := here / f"_kernels{s}").exists()
+    )
+    copy = tmp_path / compiled.name
+    shutil.copy(compiled, copy)
+    assert isinstance(load_kernels.__wrapped__(), Kernels)
+
+    monkeypatch.setattr(library, "_ROW_NUMEL", 529)
+    assert load_kernels.__wrapped__() is None
+
+    copy.unlink()
+    copy.write_bytes(b"no library")
+    assert load_kernels.__wrapped__() is None
