@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from streammerge.dtypes import DType
@@ -154,11 +155,7 @@ class CompiledBlocks:
         """
         if not self._takes(piece):
             return None
-        model = self._first_source + source
-        call = self._question
-        call.numel = end - begin
-        call.values, call.dtype = self._address(piece, model, begin), self._code_of(piece, model)
-        call.base, call.base_dtype = self._address(piece, 0, begin), self._code_of(piece, 0)
+        call = self._ask(piece, source, begin, end)
         if isinstance(question, Bins):
             answer = self._answer_bins(call, question)
         else:
@@ -171,6 +168,31 @@ class CompiledBlocks:
             crowds = tuple(call.crowds[: call.n_crowded])
             answer = Counted(call.above, self._memory[: call.inside].copy(), crowds, None)
         return answer if call.largest < _INFINITY_BITS else None
+
+    def sample(self, piece: PieceInMemory, begin: int, out: NDArray[np.float32]) -> bool:
+        """Fill ``out``, ``[n_sources, run]``, with magnitudes from the piece's ``begin`` on.
+
+        Returns:
+            Whether the kernels can read the piece.
+        """
+        if not self._takes(piece):
+            return False
+        for source, row in enumerate(out):
+            call = self._ask(piece, source, begin, begin + row.size)
+            # A band that holds every pattern: all are collected, in order.
+            call.low, call.high, call.n_crowded = 0, _MAGNITUDE_BITS, 0
+            call.collected = row.ctypes.data
+            self._kernels.answer_band(call)
+        return True
+
+    def _ask(self, piece: PieceInMemory, source: int, begin: int, end: int) -> QuestionCall:
+        """Prepare a call about a source's task vector."""
+        model = self._first_source + source
+        call = self._question
+        call.numel = end - begin
+        call.values, call.dtype = self._address(piece, model, begin), self._code_of(piece, model)
+        call.base, call.base_dtype = self._address(piece, 0, begin), self._code_of(piece, 0)
+        return call
 
     def _answer_bins(self, call: QuestionCall, question: Bins) -> Counted:
         histogram = np.zeros(BINS, dtype=np.int64)
@@ -255,3 +277,4 @@ def _bits_of(magnitude: float) -> int:
 
 
 _INFINITY_BITS = _bits_of(float("inf"))
+_MAGNITUDE_BITS = 2**31 - 1

@@ -263,6 +263,8 @@ class CpuStage:
     def sample(self, piece: PieceInMemory, start: int, out: NDArray[Any]) -> None:
         """Fill in magnitudes; see :class:`DeviceStage`."""
         begin = start - piece.first.start
+        if self._compiled is not None and self._compiled.sample(piece, begin, out):
+            return
         _, vectors = self._load(piece, begin, begin + out.shape[1], check=False)
         for row, magnitudes in zip(vectors.rows, torch.from_numpy(out), strict=True):
             torch.abs(row, out=magnitudes)

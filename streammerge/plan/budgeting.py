@@ -44,8 +44,6 @@ _BYTES_PER_BLOCK = 24
 """Counts of up to four crowded values, and of the ties of the threshold."""
 _DIRECT_NUMEL = 2 * BLOCK
 """Up to here a search simply collects every magnitude."""
-_RESIDENT_HEADROOM = 1.5
-"""Slots for the largest tensor and half of another, so that the next loads while it is merged."""
 _BASELINE_NOISE = 16 * MIB
 """The same process starts with a few MiB more or less each time; the named budget covers that."""
 
@@ -128,9 +126,11 @@ def choose_resources(
     output_slot_bytes = _output_bytes(demand, slot_bytes)
     slots = (free - output_slots * output_slot_bytes) // slot_bytes
     in_flight = demand.inputs * (readers + workers + _DEPTH)
-    resident = -(-int(demand.resident_nbytes * _RESIDENT_HEADROOM) // slot_bytes)
+    # Those in flight are what the next tensor loads into while the largest is merged. More would
+    # be new pages, which cost more than they save.
+    resident = -(-demand.resident_nbytes // slot_bytes)
     everything = demand.inputs * (-(-demand.input_nbytes // slot_bytes) + 1)
-    slots = min(slots, max(in_flight, resident + in_flight), max(everything, demand.inputs))
+    slots = min(slots, resident + in_flight, max(everything, demand.inputs))
     resources = Resources(
         slot_bytes=slot_bytes,
         slots=slots,
@@ -163,7 +163,7 @@ def records_bytes(tensors: int, blocks: int) -> int:
 def values_limit(numel: int) -> int:
     """Return how many magnitudes a search over ``numel`` elements should be able to collect.
 
-    A band sampled from 2^18 elements is at most 0.8 % wide; three times that is rarely exceeded.
+    A band sampled from 2^16 elements is at most 2 % wide; more than that is rarely in it.
     """
     return min(numel, max(_DIRECT_NUMEL, numel // 40))
 

@@ -59,8 +59,8 @@ _ROOM_SHARE = 0.8
 overflows costs two sweeps, one that misses as well."""
 STATE_ARRAYS = ("values", "segments", "crowds", "histogram")
 """Names of the arrays in the state of a search."""
-SAMPLE_RUN = BLOCK // 64
-"""Consecutive elements per sampled run: a few pages of a shard, read in one request, and never
+SAMPLE_RUN = BLOCK // 256
+"""Consecutive elements per sampled run: about a page of a shard, read in one request, and never
 across the border of a block."""
 
 

@@ -258,6 +258,21 @@ def test_a_block_with_a_value_that_is_no_number_is_not_answered(one_tensor: Any)
     assert blocks.answer(piece, 0, Band(0.0, 1.0), 0, 2) is None
 
 
+def test_samples_are_the_magnitudes_in_order(one_tensor: Any) -> None:
+    plan, method = one_tensor
+    generator = torch.Generator().manual_seed(5)
+    base, tuned = (torch.randn(3000, generator=generator).bfloat16() for _ in range(2))
+    tuned[[7, 900]] = torch.tensor([float("nan"), float("-inf")]).bfloat16()
+    piece = PieceInMemory((Part(plan.tasks[0], 0, 0, 3000),), (base, tuned), ())
+    blocks = open_compiled(plan, method, torch.empty(BLOCK))
+    assert blocks is not None
+    found = np.empty((1, 1024), dtype=np.float32)
+
+    assert blocks.sample(piece, 500, found)
+    expected = (tuned.float() - base.float()).abs()[500:1524].numpy()
+    np.testing.assert_array_equal(found[0], expected)
+
+
 def test_kernels_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(library.SWITCH, "0")
 
