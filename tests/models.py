@@ -24,7 +24,7 @@ from torch import Tensor
 
 import streammerge
 from streammerge.checkpoint.manifest import Manifest
-from streammerge.engine import compiled
+from streammerge.engine.compiled import opening
 from streammerge.errors import MemoryBudgetError
 from streammerge.plan.chunking import Residence, iter_units
 from streammerge.plan.types import Action, MergePlan
@@ -207,7 +207,7 @@ def residence_of(plan: MergePlan, name: str) -> Residence:
 def without_kernels() -> Iterator[None]:
     """Merge with the operations of torch alone, as where there is no compiler."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compiled, "load_kernels", lambda: None)
+        patch.setattr(opening, "load_kernels", lambda: None)
         yield
 
 

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from streammerge.engine.changing import ChangeWork, PieceSteps
-from streammerge.engine.compiled import open_compiled
+from streammerge.engine.compiled.opening import open_compiled
 from streammerge.engine.finite import (
     check_finite,
     check_range,
@@ -30,7 +30,7 @@ from streammerge.engine.finite import (
     surely_in_range,
 )
 from streammerge.engine.pieces import Part, PieceInMemory, torch_dtype
-from streammerge.engine.segments import Segment, split_block
+from streammerge.engine.segments import Block, Segment, split_piece
 from streammerge.methods.base import MagnitudeTopK, MergeChunk, MergeMethod, Operand, Stack
 from streammerge.methods.parts import trim_, trim_rows_
 from streammerge.plan.types import MergePlan
@@ -136,21 +136,18 @@ class CpuStage:
     ) -> list[Applied]:
         """Merge a piece; see :class:`DeviceStage`."""
         kept = [[0] * self._n_sources for _ in piece.parts]
-        not_finite = 0
-        for begin in range(0, piece.numel, BLOCK):
-            end = min(begin + BLOCK, piece.numel)
-            segments = split_block(piece, tops, kept, begin, end)
-            if self._compiled is None or not self._compiled.merge(piece, segments, begin, out):
-                not_finite += self._merge_plainly(piece, segments, out, begin, end)
+        blocks = split_piece(piece, tops, kept)
+        if self._compiled is not None:
+            blocks = self._compiled.merging.merge(piece, blocks, out)
+        not_finite = sum(self._merge_plainly(piece, block, out) for block in blocks)
         self._selected = None
         # Values that are not finite are only let through, and counted, in pieces of one part.
         tell = self._method.random or self._plan.model_scope
         return [Applied(not_finite, tuple(counts) if tell else ()) for counts in kept]
 
-    def _merge_plainly(
-        self, piece: PieceInMemory, segments: Sequence[Segment], out: Tensor, begin: int, end: int
-    ) -> int:
+    def _merge_plainly(self, piece: PieceInMemory, block: Block, out: Tensor) -> int:
         """Merge one block with the operations of torch; return how many values are not finite."""
+        begin, end, segments = block.begin, block.end, block.segments
         params = self._params[piece.first.task.setting]
         in_turn = self._in_turn[piece.first.task.setting]
         check = not self._plan.keep_non_finite and not self._method.sums
@@ -200,28 +197,14 @@ class CpuStage:
         self, piece: PieceInMemory, questions: Sequence[Question | None]
     ) -> list[list[Counted | None]]:
         """Answer questions about a piece; see :class:`DeviceStage`."""
-        answers = []
-        for begin in range(0, piece.numel, BLOCK):
-            end = min(begin + BLOCK, piece.numel)
-            found = self._answer_compiled(piece, questions, begin, end)
-            answers.append(found or self._answer_plainly(piece, questions, begin, end))
-        return answers
-
-    def _answer_compiled(
-        self, piece: PieceInMemory, questions: Sequence[Question | None], begin: int, end: int
-    ) -> list[Counted | None] | None:
-        """Return the answers of one block, one per source; None if they must be found plainly."""
-        if self._compiled is None:
-            return None
-        found: list[Counted | None] = []
-        for source, question in enumerate(questions):
-            answer = None
-            if question is not None:
-                answer = self._compiled.answer(piece, source, question, begin, end)
-                if answer is None:
-                    return None
-            found.append(answer)
-        return found
+        begins = range(0, piece.numel, BLOCK)
+        answers: list[list[Counted | None] | None] = [None] * len(begins)
+        if self._compiled is not None:
+            answers = self._compiled.measuring.answer(piece, questions)
+        return [
+            found or self._answer_plainly(piece, questions, begin, min(begin + BLOCK, piece.numel))
+            for begin, found in zip(begins, answers, strict=True)
+        ]
 
     def _answer_plainly(
         self, piece: PieceInMemory, questions: Sequence[Question | None], begin: int, end: int
@@ -242,6 +225,10 @@ class CpuStage:
 
     def select(self, piece: PieceInMemory, need: MagnitudeTopK) -> list[tuple[TopK, ...]]:
         """Find the thresholds of small tensors; see :class:`DeviceStage`."""
+        if self._compiled is not None:
+            selected = self._compiled.measuring.select(piece, need)
+            if selected is not None:
+                return selected
         base, vectors = self._load(piece, 0, piece.numel, check=False)
         magnitudes = self._magnitudes[: piece.numel]
         runs = _equal_runs(list(piece.ranges()))
@@ -263,7 +250,7 @@ class CpuStage:
     def sample(self, piece: PieceInMemory, start: int, out: NDArray[Any]) -> None:
         """Fill in magnitudes; see :class:`DeviceStage`."""
         begin = start - piece.first.start
-        if self._compiled is not None and self._compiled.sample(piece, begin, out):
+        if self._compiled is not None and self._compiled.measuring.sample(piece, begin, out):
             return
         _, vectors = self._load(piece, begin, begin + out.shape[1], check=False)
         for row, magnitudes in zip(vectors.rows, torch.from_numpy(out), strict=True):

@@ -35,29 +35,43 @@ class Segment:
             self.kept[source] += count
 
 
-def split_block(
-    piece: PieceInMemory,
-    tops: Sequence[tuple[TopK, ...]],
-    kept: Sequence[list[int]],
-    begin: int,
-    end: int,
-) -> list[Segment]:
-    """Return what the block from ``begin`` to ``end`` of a piece holds of each tensor.
+@dataclass(frozen=True, slots=True)
+class Block:
+    """A block of a piece."""
+
+    begin: int
+    """First element in the piece."""
+    end: int
+    """End in the piece."""
+    segments: tuple[Segment, ...]
+    """What it holds of each tensor."""
+
+
+def split_piece(
+    piece: PieceInMemory, tops: Sequence[tuple[TopK, ...]], kept: Sequence[list[int]]
+) -> list[Block]:
+    """Return the blocks of a piece.
 
     Args:
         piece: The piece.
         tops: One statistic per source, or none, for each of its parts.
         kept: Counts per source for each of its parts.
-        begin: First element of the block in the piece.
-        end: Its end.
     """
-    if len(piece.parts) == 1:
-        part = piece.first
+    if len(piece.parts) > 1:
+        # Several tensors are one block, each of them whole.
+        segments = tuple(
+            Segment(begin, end, part, 0, part.task.scope_block, part_tops, counts)
+            for (part, begin, end), part_tops, counts in zip(
+                piece.ranges(), tops, kept, strict=True
+            )
+        )
+        return [Block(0, piece.numel, segments)]
+    part = piece.first
+    blocks = []
+    for begin in range(0, piece.numel, BLOCK):
+        end = min(begin + BLOCK, piece.numel)
         start = part.start + begin
-        block = part.task.scope_block + start // BLOCK
-        return [Segment(0, end - begin, part, start, block, tops[0], kept[0])]
-    # Several tensors are one block, each of them whole.
-    return [
-        Segment(begin, end, part, 0, part.task.scope_block, part_tops, counts)
-        for (part, begin, end), part_tops, counts in zip(piece.ranges(), tops, kept, strict=True)
-    ]
+        scope_block = part.task.scope_block + start // BLOCK
+        segment = Segment(0, end - begin, part, start, scope_block, tops[0], kept[0])
+        blocks.append(Block(begin, end, (segment,)))
+    return blocks

@@ -1,9 +1,11 @@
 """Compiled twins of the loops that a merge spends its time in; everything works without them.
 
     block.h      tiles and element types
+    calls.h      what a call says
     philox.h     random lanes
     merge.c      a block of every source to a block of the output, in one sweep
     measure.c    a block's answer to a question about magnitudes
+    select.c     the threshold of a tensor that is all here
     library.py   finds them, and calls them
 
 torch and numpy do one operation at a time on a whole block, some thirty of them per merge, each at

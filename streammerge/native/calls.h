@@ -28,7 +28,6 @@ typedef struct {
     sm_source *sources;
     const void *base;  /* [numel]; null where operands are the values themselves */
     void *out;         /* [numel] */
-    float *scratch;    /* [(n_sources + 2) * ROW] */
     int64_t numel;
     float divisor;     /* of the sum; 1 for none */
     float limit;       /* largest magnitude that fits the output type */
@@ -36,12 +35,12 @@ typedef struct {
     int32_t base_dtype;
     int32_t out_dtype;
     int32_t combine;
+    int32_t refused;   /* set: an operand is not finite, or a result does not fit the output type */
 } sm_merge;
 
 typedef struct {
     const void *values;       /* [numel] */
     const void *base;         /* [numel] */
-    float *collected;         /* [>= numel]; for a band */
     int64_t *histogram;       /* for bins */
     int64_t numel;
     int64_t above;            /* set: how many magnitudes lie above the interval; NaN does */
@@ -56,5 +55,17 @@ typedef struct {
     int32_t base_dtype;
     int32_t largest;          /* set: the largest bit pattern */
 } sm_question;
+
+typedef struct {
+    const void *values;  /* [numel] */
+    const void *base;    /* [numel] */
+    int64_t numel;
+    int64_t k;           /* in [1, numel] */
+    int64_t greater;     /* set: how many magnitudes are larger than the k-th largest */
+    int64_t equal;       /* set: how many are as large */
+    float threshold;     /* set: the k-th largest magnitude; NaN ranks above infinity */
+    int32_t dtype;
+    int32_t base_dtype;
+} sm_selection;
 
 #endif

@@ -13,6 +13,9 @@ from enum import IntEnum
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
 from streammerge.dtypes import DType
 
 SWITCH = "STREAMMERGE_NATIVE"
@@ -30,7 +33,7 @@ _ROW_NUMEL = 528
 
 
 class Keep(IntEnum):
-    """What is kept of a source; ``enum keep`` of merge.c."""
+    """What is kept of a source; ``enum keep`` of calls.h."""
 
     ALL = 0
     LARGEST = 1
@@ -38,7 +41,7 @@ class Keep(IntEnum):
 
 
 class Combine(IntEnum):
-    """How the sources become one; ``enum combine`` of merge.c."""
+    """How the sources become one; ``enum combine`` of calls.h."""
 
     SUM = 0
     MAJORITY_TOTAL = 1
@@ -46,7 +49,7 @@ class Combine(IntEnum):
 
 
 class SourceCall(ctypes.Structure):
-    """``sm_source`` of merge.c."""
+    """``sm_source`` of calls.h."""
 
     _fields_ = (
         ("values", ctypes.c_void_p),
@@ -65,13 +68,12 @@ class SourceCall(ctypes.Structure):
 
 
 class MergeCall(ctypes.Structure):
-    """``sm_merge`` of merge.c."""
+    """``sm_merge`` of calls.h."""
 
     _fields_ = (
         ("sources", ctypes.POINTER(SourceCall)),
         ("base", ctypes.c_void_p),
         ("out", ctypes.c_void_p),
-        ("scratch", ctypes.c_void_p),
         ("numel", ctypes.c_int64),
         ("divisor", ctypes.c_float),
         ("limit", ctypes.c_float),
@@ -79,16 +81,16 @@ class MergeCall(ctypes.Structure):
         ("base_dtype", ctypes.c_int32),
         ("out_dtype", ctypes.c_int32),
         ("combine", ctypes.c_int32),
+        ("refused", ctypes.c_int32),
     )
 
 
 class QuestionCall(ctypes.Structure):
-    """``sm_question`` of measure.c."""
+    """``sm_question`` of calls.h."""
 
     _fields_ = (
         ("values", ctypes.c_void_p),
         ("base", ctypes.c_void_p),
-        ("collected", ctypes.c_void_p),
         ("histogram", ctypes.c_void_p),
         ("numel", ctypes.c_int64),
         ("above", ctypes.c_int64),
@@ -105,46 +107,113 @@ class QuestionCall(ctypes.Structure):
     )
 
 
+class SelectionCall(ctypes.Structure):
+    """``sm_selection`` of calls.h."""
+
+    _fields_ = (
+        ("values", ctypes.c_void_p),
+        ("base", ctypes.c_void_p),
+        ("numel", ctypes.c_int64),
+        ("k", ctypes.c_int64),
+        ("greater", ctypes.c_int64),
+        ("equal", ctypes.c_int64),
+        ("threshold", ctypes.c_float),
+        ("dtype", ctypes.c_int32),
+        ("base_dtype", ctypes.c_int32),
+    )
+
+
 def count_scratch(n_sources: int) -> int:
-    """Return how many float32 numbers :attr:`MergeCall.scratch` must hold."""
+    """Return how many float32 numbers :meth:`Kernels.merge_blocks` needs."""
     return (n_sources + 2) * _ROW_NUMEL
 
 
 class Kernels:
-    """The compiled functions; the interpreter is free for others while one runs."""
+    """The compiled functions; the interpreter is free for others while one runs.
+
+    Each takes an array of calls: to get the interpreter back takes longer than some of them.
+    """
 
     def __init__(self, path: Path) -> None:
         """Load them.
 
         Raises:
-            OSError: The file is no library for this system.
+            OSError: The file is no library for this system, or one of other sources.
             AttributeError: It has other functions.
         """
         library = ctypes.CDLL(str(path))
-        calls = (SourceCall, MergeCall, QuestionCall)
+        calls = (SourceCall, MergeCall, QuestionCall, SelectionCall)
         sizes = [*map(ctypes.sizeof, calls), _ROW_NUMEL, SOURCES_AT_MOST, CROWDS_AT_MOST]
         if sizes != [library.sm_size_of(index) for index in range(len(sizes))]:
             raise OSError(f"{path} was compiled from other sources")
-        self._merge_block = library.sm_merge_block
-        self._merge_block.argtypes = (ctypes.POINTER(MergeCall),)
-        self._merge_block.restype = ctypes.c_int32
-        self._answer_band = library.sm_answer_band
+        numbers = (ctypes.c_int32, ctypes.c_void_p)
+        self._merge_blocks = library.sm_merge_blocks
+        self._merge_blocks.argtypes = (ctypes.POINTER(MergeCall), *numbers)
+        self._answer_bands = library.sm_answer_bands
+        self._answer_bands.argtypes = (ctypes.POINTER(QuestionCall), *numbers, ctypes.c_int64)
         self._answer_bins = library.sm_answer_bins
-        for answer in (self._answer_band, self._answer_bins):
-            answer.argtypes = (ctypes.POINTER(QuestionCall),)
-            answer.restype = None
+        self._answer_bins.argtypes = (ctypes.POINTER(QuestionCall), ctypes.c_int32)
+        self._answer_bins.restype = None
+        self._select = library.sm_select
+        self._select.argtypes = (ctypes.POINTER(SelectionCall), *numbers)
+        self._select.restype = None
 
-    def merge_block(self, call: MergeCall) -> bool:
-        """Merge a block; return whether all is finite and fits. If not, the output means nothing."""
-        return self._merge_block(call) == 0  # type: ignore[no-any-return]
+    def merge_blocks(self, calls: ctypes.Array[MergeCall], count: int, scratch: int) -> int:
+        """Merge blocks and return how many were refused; what those wrote means nothing.
 
-    def answer_band(self, call: QuestionCall) -> None:
-        """Count what lies above a band and what is crowded in it; collect the rest."""
-        self._answer_band(call)
+        Args:
+            calls: The blocks.
+            count: How many there are.
+            scratch: Address of :func:`count_scratch` numbers.
+        """
+        return int(self._merge_blocks(calls, count, scratch))
 
-    def answer_bins(self, call: QuestionCall) -> None:
-        """Add to the histogram of an interval."""
-        self._answer_bins(call)
+    def answer_bands(
+        self,
+        calls: ctypes.Array[QuestionCall],
+        first: int,
+        count: int,
+        collected: NDArray[np.float32],
+    ) -> int:
+        """Count what lies above bands and what is crowded in them; collect the rest.
+
+        Args:
+            calls: The questions.
+            first: The first one that is asked.
+            count: How many are.
+            collected: Receives what is collected, question by question.
+
+        Returns:
+            How many were answered before there was no room left.
+        """
+        return int(
+            self._answer_bands(_from(calls, first), count, collected.ctypes.data, collected.size)
+        )
+
+    def answer_bins(self, calls: ctypes.Array[QuestionCall], first: int, count: int) -> None:
+        """Add to the histograms of intervals.
+
+        Args:
+            calls: The questions.
+            first: The first one that is asked.
+            count: How many are.
+        """
+        self._answer_bins(_from(calls, first), count)
+
+    def select(self, calls: ctypes.Array[SelectionCall], count: int, patterns: int) -> None:
+        """Find the k-th largest magnitudes.
+
+        Args:
+            calls: The scopes.
+            count: How many there are.
+            patterns: Address of as many 32-bit numbers as the longest has.
+        """
+        self._select(calls, count, patterns)
+
+
+def _from(calls: ctypes.Array[QuestionCall], first: int) -> ctypes._Pointer[QuestionCall]:
+    """Return a pointer to one of the calls."""
+    return ctypes.pointer(calls[first])
 
 
 @functools.cache

@@ -21,24 +21,28 @@ ALWAYS_INLINE int load_magnitudes(int32_t *restrict row, sm_question *asked, int
     return count - above - below;
 }
 
-/* Counts the magnitudes above a band and those that are crowded, and collects the others inside. */
-FOR_EVERY_CPU
-void sm_answer_band(sm_question *asked) {
+/* Counts the magnitudes above a band and those that are crowded, and collects the others inside.
+ *
+ * Returns how many were collected; -1 if there may not be room for all.
+ */
+ALWAYS_INLINE int64_t answer_band(sm_question *asked, float *collected, int64_t room) {
     int32_t row[TILE], low = asked->low, high = asked->high;
     uint8_t wanted[TILE + 8];
-    asked->above = asked->inside = asked->largest = 0;
+    int64_t inside = 0;
+    asked->above = asked->largest = 0;
     memset(asked->crowds, 0, sizeof asked->crowds);
     for (int64_t at = 0; at < asked->numel; at += TILE) {
         int64_t count = asked->numel - at < TILE ? asked->numel - at : TILE;
-        int left = load_magnitudes(row, asked, at, count);
+        int64_t left = load_magnitudes(row, asked, at, count);
         for (int64_t crowd = 0; crowd < asked->n_crowded; crowd++) {
             int32_t value = asked->crowded[crowd];
-            int found = 0;
+            int32_t found = 0;
             for (int64_t i = 0; i < count; i++) found += row[i] == value;
             asked->crowds[crowd] += found;
             left -= found;
         }
         if (left == 0) continue;
+        if (inside + count > room) return -1;
         memset(wanted, 0, sizeof wanted);
         for (int64_t i = 0; i < count; i++) wanted[i] = (row[i] >= low) & (row[i] <= high);
         for (int64_t crowd = 0; crowd < asked->n_crowded; crowd++) {
@@ -52,22 +56,43 @@ void sm_answer_band(sm_question *asked) {
             if (any == 0) continue;
             for (int64_t k = i; k < i + 8 && k < count; k++) {
                 /* Written in any case, to be overwritten by the next one: no branch to guess. */
-                asked->collected[asked->inside] = float_of((uint32_t)row[k]);
-                asked->inside += wanted[k];
+                collected[inside] = float_of((uint32_t)row[k]);
+                inside += wanted[k];
             }
         }
     }
+    return inside;
 }
 
-/* Adds the magnitudes inside an interval to a histogram of their bit patterns. */
+/* Answers questions about bands, one after the other, and collects into one room.
+ *
+ * Returns how many were answered before the room was too small; it is enough for the first one if
+ * it holds as many numbers as that has.
+ */
 FOR_EVERY_CPU
-void sm_answer_bins(sm_question *asked) {
-    int32_t row[TILE], low = asked->low, high = asked->high;
-    asked->above = asked->largest = 0;
-    for (int64_t at = 0; at < asked->numel; at += TILE) {
-        int64_t count = asked->numel - at < TILE ? asked->numel - at : TILE;
-        if (load_magnitudes(row, asked, at, count) == 0) continue;
-        for (int64_t i = 0; i < count; i++)
-            if (row[i] >= low && row[i] <= high) asked->histogram[(row[i] - low) >> asked->shift]++;
+int32_t sm_answer_bands(sm_question *asked, int32_t count, float *collected, int64_t room) {
+    for (int32_t i = 0; i < count; i++) {
+        asked[i].inside = answer_band(&asked[i], collected, room);
+        if (asked[i].inside < 0) return i;
+        collected += asked[i].inside;
+        room -= asked[i].inside;
+    }
+    return count;
+}
+
+/* Adds the magnitudes inside intervals to histograms of their bit patterns. */
+FOR_EVERY_CPU
+void sm_answer_bins(sm_question *asked, int32_t count) {
+    int32_t row[TILE];
+    for (int32_t i = 0; i < count; i++, asked++) {
+        int32_t low = asked->low, high = asked->high;
+        asked->above = asked->largest = 0;
+        for (int64_t at = 0; at < asked->numel; at += TILE) {
+            int64_t in_tile = asked->numel - at < TILE ? asked->numel - at : TILE;
+            if (load_magnitudes(row, asked, at, in_tile) == 0) continue;
+            for (int64_t k = 0; k < in_tile; k++)
+                if (row[k] >= low && row[k] <= high)
+                    asked->histogram[(row[k] - low) >> asked->shift]++;
+        }
     }
 }

@@ -28,8 +28,14 @@ ALWAYS_INLINE int32_t take(float *row, const void *values, int32_t dtype, int64_
 }
 
 /* Sets all but the first ties of a tile to zero. */
-static void drop_late_ties(float *row, int64_t count, sm_source *source) {
-    int32_t threshold = magnitude_of(source->threshold);
+ALWAYS_INLINE void drop_late_ties(float *restrict row, int64_t count, sm_source *source) {
+    int32_t threshold = magnitude_of(source->threshold), ties = 0;
+    for (int64_t i = 0; i < count; i++) ties += magnitude_of(row[i]) == threshold;
+    if (ties <= source->ties) {
+        source->ties -= ties;
+        return;
+    }
+    /* One tile of a block at most: no tie is left after it. */
     for (int64_t i = 0; i < count; i++) {
         if (magnitude_of(row[i]) != threshold) continue;
         if (source->ties > 0) {
@@ -162,14 +168,9 @@ ALWAYS_INLINE int32_t store(const sm_merge *job, int64_t at, const float *merged
     }
 }
 
-/* Merges a block.
- *
- * Returns 0 if all operands are finite and the result fits the output type. Otherwise what was
- * written means nothing: the caller merges the block the plain way, which says what is wrong.
- */
-FOR_EVERY_CPU
-int32_t sm_merge_block(const sm_merge *job) {
-    float *base = job->scratch, *merged = base + ROW, *rows = merged + ROW;
+/* Merges a block; returns whether all operands are finite and the result fits the output type. */
+ALWAYS_INLINE int32_t merge_block(const sm_merge *job, float *scratch) {
+    float *base = scratch, *merged = base + ROW, *rows = merged + ROW;
     float weights[SOURCES_AT_MOST];
     int32_t operands = 0, results = 0;
     for (int64_t i = 0; i < job->n_sources; i++) {
@@ -195,14 +196,29 @@ int32_t sm_merge_block(const sm_merge *job) {
         int32_t largest = store(job, at, merged, job->base ? base : 0, count);
         results = largest > results ? largest : results;
     }
-    return operands >= INFINITY_BITS || results > magnitude_of(job->limit);
+    return operands < INFINITY_BITS && results <= magnitude_of(job->limit);
+}
+
+/* Merges blocks; returns how many it refuses.
+ *
+ * What was written for those means nothing: the caller merges them plainly, and learns what is wrong.
+ * `scratch` has (sources + 2) * ROW numbers.
+ */
+FOR_EVERY_CPU
+int32_t sm_merge_blocks(sm_merge *jobs, int32_t count, float *scratch) {
+    int32_t refused = 0;
+    for (int32_t i = 0; i < count; i++) {
+        jobs[i].refused = !merge_block(&jobs[i], scratch);
+        refused += jobs[i].refused;
+    }
+    return refused;
 }
 
 /* Tells the caller whether both mean the same by a call. */
 int32_t sm_size_of(int32_t what) {
     static const int32_t sizes[] = {
-        sizeof(sm_source), sizeof(sm_merge), sizeof(sm_question), ROW, SOURCES_AT_MOST,
-        CROWDS_AT_MOST,
+        sizeof(sm_source), sizeof(sm_merge), sizeof(sm_question), sizeof(sm_selection),
+        ROW,               SOURCES_AT_MOST,  CROWDS_AT_MOST,
     };
     return sizes[what];
 }

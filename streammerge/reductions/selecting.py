@@ -50,12 +50,10 @@ def select_block(magnitudes: Floats, density: float, tie_policy: TiePolicy) -> T
         density: Fraction kept, in [0, 1].
         tie_policy: Which ties are kept.
     """
-    numel = magnitudes.size
-    k = kept_count(density, numel)
-    if density >= 1 or numel == 0:
-        return keep_everything(numel)
-    if k == 0:
-        return keep_nothing(numel)
+    settled = settled_without_values(magnitudes.size, density)
+    if settled is not None:
+        return settled
+    k = kept_count(density, magnitudes.size)
     return _statistic(_guess_kth(magnitudes, k), magnitudes, k, tie_policy)
 
 
@@ -81,12 +79,22 @@ def select_rows(
     return [_statistic(at, row, k, tie_policy) for at, row in zip(found, magnitudes, strict=True)]
 
 
-def _statistic(guessed: Found | None, magnitudes: Floats, k: int, tie_policy: TiePolicy) -> TopK:
-    """Return the statistic of a scope whose threshold was guessed, or was not."""
-    numel = magnitudes.size
-    found = guessed or _kth_by_partition(magnitudes, k)
-    if found is None:
-        return TopK(float("inf"), numel, int(np.count_nonzero(np.isnan(magnitudes))), 0, 0, -1, 0)
+def settled_without_values(numel: int, density: float) -> TopK | None:
+    """Return the statistic of a scope if it keeps everything or nothing; None if values decide."""
+    if density >= 1 or numel == 0:
+        return keep_everything(numel)
+    return keep_nothing(numel) if kept_count(density, numel) == 0 else None
+
+
+def statistic_of_block(found: Found, numel: int, k: int, tie_policy: TiePolicy) -> TopK:
+    """Return the statistic of a scope that is one block, whose k-th largest magnitude is known.
+
+    Args:
+        found: The threshold, a number, and how many are greater and equal.
+        numel: Elements in the scope.
+        k: Elements that are kept.
+        tie_policy: Which ties are.
+    """
     threshold, greater, equal = found
     kept = ties_kept(tie_policy, k - greater, equal)
     # Where the last kept tie lies, as place_ties tells it; here in the only block there is.
@@ -95,6 +103,15 @@ def _statistic(guessed: Found | None, magnitudes: Floats, k: int, tie_policy: Ti
     if kept == equal:
         return TopK(threshold, numel, greater, equal, kept, 1, 0)
     return TopK(threshold, numel, greater, equal, kept, 0, kept)
+
+
+def _statistic(guessed: Found | None, magnitudes: Floats, k: int, tie_policy: TiePolicy) -> TopK:
+    """Return the statistic of a scope whose threshold was guessed, or was not."""
+    numel = magnitudes.size
+    found = guessed or _kth_by_partition(magnitudes, k)
+    if found is None:
+        return TopK(float("inf"), numel, int(np.count_nonzero(np.isnan(magnitudes))), 0, 0, -1, 0)
+    return statistic_of_block(found, numel, k, tie_policy)
 
 
 def _kth_by_partition(magnitudes: Floats, k: int) -> Found | None:

@@ -15,11 +15,12 @@ from hypothesis import strategies as st
 from models import BLOCK, Models, Tensors, assert_same_bits, assert_same_model, without_kernels
 
 import streammerge
-from streammerge.engine.compiled import open_compiled
+from streammerge.engine.compiled.opening import open_compiled
 from streammerge.engine.device import CpuStage
 from streammerge.engine.pieces import Part, PieceInMemory
 from streammerge.errors import NonFiniteError
 from streammerge.methods import discover_methods
+from streammerge.methods.base import MagnitudeTopK, Scope
 from streammerge.native import library
 from streammerge.native.library import (
     Kernels,
@@ -29,6 +30,8 @@ from streammerge.native.library import (
     load_kernels,
 )
 from streammerge.reductions.magnitude import MOST_CROWDS, Band, Bins, Question, answer_block
+from streammerge.reductions.selecting import select_block
+from streammerge.reductions.topk import TiePolicy
 
 KERNELS = load_kernels()
 pytestmark = pytest.mark.skipif(KERNELS is None, reason="no compiler was found at installation")
@@ -46,17 +49,17 @@ def convert(values: torch.Tensor, code: int, out: torch.Tensor, out_code: int) -
     assert KERNELS is not None
     source = SourceCall(values=values.data_ptr(), weight=1.0, dtype=code)
     scratch = torch.empty(count_scratch(1))
-    call = MergeCall(
+    calls = (MergeCall * 1)()
+    calls[0] = MergeCall(
         sources=ctypes.pointer(source),
         out=out.data_ptr(),
-        scratch=scratch.data_ptr(),
         numel=values.numel(),
         divisor=1.0,
         limit=torch.finfo(out.dtype).max,
         n_sources=1,
         out_dtype=out_code,
     )
-    return KERNELS.merge_block(call)
+    return KERNELS.merge_blocks(calls, 1, scratch.data_ptr()) == 0
 
 
 @pytest.mark.parametrize(("dtype", "code"), [(torch.bfloat16, 1), (torch.float16, 2)])
@@ -197,6 +200,12 @@ def test_what_the_plain_way_refuses_is_refused_in_its_words(models: Models) -> N
     assert messages[0] == messages[1]
 
 
+def only(found: Any) -> Any:
+    """Return the only one of several."""
+    assert len(found) == 1
+    return found[0]
+
+
 @st.composite
 def questions(draw: st.DrawFn, magnitudes: np.ndarray) -> Question:
     """Ask about an interval whose ends are values that occur, as a rule."""
@@ -226,10 +235,10 @@ def test_answers_are_those_of_the_plain_way(
     piece = PieceInMemory((Part(plan.tasks[0], 0, 0, numel),), (base, tuned), ())
     magnitudes = (tuned.float() - base.float()).abs().numpy()
     question = data.draw(questions(magnitudes))
-    blocks = open_compiled(plan, method, torch.empty(BLOCK))
-    assert blocks is not None
+    compiled = open_compiled(plan, method, torch.empty(BLOCK))
+    assert compiled is not None
 
-    found = blocks.answer(piece, 0, question, 0, numel)
+    found = only(only(compiled.measuring.answer(piece, [question])))
 
     expected = answer_block(question, magnitudes, np.empty((2, numel), dtype=np.bool_))
     assert found is not None
@@ -248,14 +257,104 @@ def one_tensor(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return streammerge.plan(document("ties", paths), memory="4GiB"), METHODS["ties"]
 
 
+@pytest.mark.parametrize("spread", [True, False])
+@pytest.mark.parametrize("sources", [1, 3])
+def test_what_bands_collect_from_many_blocks_is_told_apart(
+    sources: int, spread: object, models: Models
+) -> None:
+    """Also where the room is too small for what all of them collect."""
+    drawn = draw(sources, torch.bfloat16, 3)
+    numel = 5 * BLOCK + TAIL
+    flat = [torch.cat([model["smooth"]] * 5)[:numel] for model in drawn]
+    if not spread:
+        flat = [(each * 4).round() for each in flat]
+    paths = [models.write({"weight": each}) for each in flat]
+    plan = streammerge.plan(document("ties", paths), memory="4GiB")
+    piece = PieceInMemory((Part(plan.tasks[0], 0, 0, numel),), tuple(flat), ())
+    compiled = open_compiled(plan, METHODS["ties"], torch.empty(BLOCK))
+    assert compiled is not None
+    asked = [Band(0.01, 0.3), Bins(0, 2**31 - 1), Band(0.0, float("inf"))][:sources]
+
+    found = compiled.measuring.answer(piece, asked)
+
+    assert len(found) == 6
+    for block, row in enumerate(found):
+        assert row is not None
+        part = slice(block * BLOCK, (block + 1) * BLOCK)
+        for source, (question, mine) in enumerate(zip(asked, row, strict=True)):
+            magnitudes = (flat[1 + source][part].float() - flat[0][part].float()).abs().numpy()
+            plain = answer_block(question, magnitudes, np.empty((2, BLOCK), dtype=np.bool_))
+            assert mine is not None
+            assert mine.above == plain.above
+            if mine.values is not None:
+                np.testing.assert_array_equal(mine.values, plain.values)
+            else:
+                np.testing.assert_array_equal(mine.histogram, plain.histogram)
+
+
+@settings(deadline=None, max_examples=300)
+@given(
+    sizes=st.lists(st.integers(0, 3000), min_size=1, max_size=70),
+    seed=st.integers(0, 99),
+    density=st.one_of(st.floats(0, 1), st.sampled_from([0.0, 1e-4, 0.5, 1.0])),
+    policy=st.sampled_from(TiePolicy),
+    spread=st.booleans(),
+)
+def test_thresholds_of_small_tensors_are_those_of_the_plain_way(
+    *,
+    sizes: list[int],
+    seed: int,
+    density: float,
+    policy: TiePolicy,
+    spread: object,
+    one_tensor: Any,
+) -> None:
+    plan, method = one_tensor
+    generator = torch.Generator().manual_seed(seed)
+    numel = sum(sizes)
+    base, tuned = (torch.randn(numel, generator=generator).float() for _ in range(2))
+    if not spread:
+        base, tuned = (base * 2).round(), (tuned * 2).round()
+    if seed % 5 == 0:
+        tuned[::11] = float("inf")
+    parts = tuple(Part(plan.tasks[0], 0, 0, size) for size in sizes)
+    piece = PieceInMemory(parts, (base, tuned), ())
+    compiled = open_compiled(plan, method, torch.empty(BLOCK))
+    assert compiled is not None
+
+    found = compiled.measuring.select(piece, MagnitudeTopK((density,), policy, Scope.TENSOR))
+
+    magnitudes = (tuned - base).abs().numpy()
+    expected = [
+        (select_block(magnitudes[begin:end], density, policy),) for _, begin, end in piece.ranges()
+    ]
+    if found is None:
+        assert any(top.threshold == float("inf") and top.greater for (top,) in expected) or any(
+            top.threshold == float("inf") and top.equal for (top,) in expected
+        )
+    else:
+        assert found == expected
+
+
+def test_a_threshold_that_is_no_number_is_not_told(one_tensor: Any) -> None:
+    plan, method = one_tensor
+    values = torch.tensor([1.0, float("nan")]).bfloat16()
+    piece = PieceInMemory((Part(plan.tasks[0], 0, 0, 2),), (torch.ones(2).bfloat16(), values), ())
+    compiled = open_compiled(plan, method, torch.empty(BLOCK))
+    assert compiled is not None
+
+    need = MagnitudeTopK((0.5,), TiePolicy.EXACT, Scope.TENSOR)
+    assert compiled.measuring.select(piece, need) is None
+
+
 def test_a_block_with_a_value_that_is_no_number_is_not_answered(one_tensor: Any) -> None:
     plan, method = one_tensor
     values = torch.tensor([1.0, float("nan")]).bfloat16()
     piece = PieceInMemory((Part(plan.tasks[0], 0, 0, 2),), (torch.ones(2).bfloat16(), values), ())
-    blocks = open_compiled(plan, method, torch.empty(BLOCK))
-    assert blocks is not None
+    compiled = open_compiled(plan, method, torch.empty(BLOCK))
+    assert compiled is not None
 
-    assert blocks.answer(piece, 0, Band(0.0, 1.0), 0, 2) is None
+    assert compiled.measuring.answer(piece, [Band(0.0, 1.0)]) == [None]
 
 
 def test_samples_are_the_magnitudes_in_order(one_tensor: Any) -> None:
@@ -264,11 +363,11 @@ def test_samples_are_the_magnitudes_in_order(one_tensor: Any) -> None:
     base, tuned = (torch.randn(3000, generator=generator).bfloat16() for _ in range(2))
     tuned[[7, 900]] = torch.tensor([float("nan"), float("-inf")]).bfloat16()
     piece = PieceInMemory((Part(plan.tasks[0], 0, 0, 3000),), (base, tuned), ())
-    blocks = open_compiled(plan, method, torch.empty(BLOCK))
-    assert blocks is not None
+    compiled = open_compiled(plan, method, torch.empty(BLOCK))
+    assert compiled is not None
     found = np.empty((1, 1024), dtype=np.float32)
 
-    assert blocks.sample(piece, 500, found)
+    assert compiled.measuring.sample(piece, 500, found)
     expected = (tuned.float() - base.float()).abs()[500:1524].numpy()
     np.testing.assert_array_equal(found[0], expected)
 
