@@ -165,13 +165,13 @@ def floor_contender() -> Contender[AnyJob]:
     """Return the one that reads and writes as many bytes as a job does, and computes nothing."""
 
     def command(job: AnyJob, description: Path, out: Path) -> list[str]:  # noqa: ARG001 - nothing to describe
-        files = [str(file) for model in job.inputs for file in sorted(model.glob("*.safetensors"))]
+        models = [sorted(model.glob("*.safetensors")) for model in job.inputs]
         return [
             *[sys.executable, "-m", "benchmarks.floor", str(out)],
             *["--sweeps", str(job.sweeps)],
             *["--write-nbytes", str(job.nbytes_to_write)],
             *["--files", str(-(-job.nbytes_to_write // job.max_shard_nbytes))],
-            *["--read", *files],
+            *[part for files in models for part in ("--read", *map(str, files))],
         ]
 
     return Contender(FLOOR, command, lambda _: True)

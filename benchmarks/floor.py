@@ -1,8 +1,9 @@
 """The raw I/O floor: reads all inputs and writes as many bytes as a merge would, computing nothing.
 
-    python -m benchmarks.floor OUT --read FILE... --write-nbytes N --files F --sweeps S
+    python -m benchmarks.floor OUT --read FILE... [--read FILE...] --write-nbytes N --files F --sweeps S
 
-Four threads read 8 MiB at a time with ``preadv`` and drop what they have read; one thread writes
+Four threads read 8 MiB at a time with ``preadv``, of one model after the other as a merge does, and
+drop what they have read: one model at a time would be slower by a fifth. One thread writes
 preallocated files, and another one syncs and drops them every 64 MiB, so that writing never waits
 for a sync that has only begun. Writing starts with the last sweep of reading, as it must in a merge
 that needs a statistic of the whole model; earlier sweeps leave their pages in the cache.
@@ -20,9 +21,13 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from itertools import chain, zip_longest
 from mmap import mmap
 from pathlib import Path
 from threading import Lock
+
+_Request = tuple[int, int, int]
+"""File descriptor, offset and bytes."""
 
 READERS = 4
 REQUEST_NBYTES = 8 * 2**20
@@ -48,12 +53,12 @@ class Floor:
 
 
 def run_floor(
-    inputs: Sequence[Path], out: Path, *, write_nbytes: int, files: int, sweeps: int
+    models: Sequence[Sequence[Path]], out: Path, *, write_nbytes: int, files: int, sweeps: int
 ) -> Floor:
     """Read all inputs, write a directory of as many bytes as asked for, and say what it took.
 
     Args:
-        inputs: Files to read.
+        models: Files to read, of each model.
         out: Directory to make.
         write_nbytes: Bytes to write.
         files: Number of files they are spread over.
@@ -63,11 +68,11 @@ def run_floor(
     started = time.perf_counter()
     read_nbytes = 0
     for _ in range(sweeps - 1):
-        read_nbytes += _read_all(inputs, drop=False)
+        read_nbytes += _read_all(models, drop=False)
     write_started = time.perf_counter()
     with ThreadPoolExecutor(1) as pool:
         writing: Future[float] = pool.submit(_write_all, out, write_nbytes, files)
-        read_nbytes += _read_all(inputs, drop=True)
+        read_nbytes += _read_all(models, drop=True)
         read_ended = time.perf_counter()
         write_ended = writing.result()
     return Floor(
@@ -79,10 +84,10 @@ def run_floor(
     )
 
 
-def _read_all(inputs: Sequence[Path], *, drop: bool) -> int:
+def _read_all(models: Sequence[Sequence[Path]], *, drop: bool) -> int:
     """Read every file once, in parallel, and return the number of bytes."""
-    descriptors = [os.open(path, os.O_RDONLY) for path in inputs]
-    requests = _iter_requests(descriptors)
+    opened = [[os.open(path, os.O_RDONLY) for path in files] for files in models]
+    requests = _in_turn([_iter_requests(descriptors) for descriptors in opened])
     lock = Lock()
 
     def read_until_done() -> int:
@@ -109,11 +114,17 @@ def _read_all(inputs: Sequence[Path], *, drop: bool) -> int:
             readers = [pool.submit(read_until_done) for _ in range(READERS)]
             return sum(reader.result() for reader in readers)
     finally:
-        for descriptor in descriptors:
+        for descriptor in chain.from_iterable(opened):
             os.close(descriptor)
 
 
-def _iter_requests(descriptors: Sequence[int]) -> Iterator[tuple[int, int, int]]:
+def _in_turn(models: Sequence[Iterator[_Request]]) -> Iterator[_Request]:
+    """Yield a request of every model, then the next one of every model, until all are through."""
+    for requests in zip_longest(*models):
+        yield from (request for request in requests if request is not None)
+
+
+def _iter_requests(descriptors: Sequence[int]) -> Iterator[_Request]:
     """Yield (descriptor, offset, bytes) for every part of every file, in file order."""
     for descriptor in descriptors:
         size = os.fstat(descriptor).st_size
@@ -165,7 +176,7 @@ def main(arguments: Sequence[str]) -> int:
     """Run the floor that the command line asks for and print what it took, as JSON."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
     parser.add_argument("out", type=Path)
-    parser.add_argument("--read", type=Path, nargs="*", default=[])
+    parser.add_argument("--read", type=Path, nargs="*", action="append", default=[])
     parser.add_argument("--write-nbytes", type=int, default=0)
     parser.add_argument("--files", type=int, default=1)
     parser.add_argument("--sweeps", type=int, default=1)

@@ -174,7 +174,9 @@ def test_the_floor_reads_and_writes_every_byte(tmp_path):
     inputs[0].write_bytes(bytes(9 * 2**20 + 1))
     inputs[1].write_bytes(bytes(5))
 
-    floor = run_floor(inputs, tmp_path / "out", write_nbytes=3_000_001, files=2, sweeps=2)
+    floor = run_floor(
+        [inputs[:1], inputs[1:]], tmp_path / "out", write_nbytes=3_000_001, files=2, sweeps=2
+    )
 
     assert floor.read_nbytes == 2 * (9 * 2**20 + 6)
     assert sum(path.stat().st_size for path in (tmp_path / "out").iterdir()) == 3_000_001
