@@ -126,14 +126,62 @@ ALWAYS_INLINE void average_majority(float *restrict merged, const float *restric
     }
 }
 
+/* The same two for any number of rows, row by row: a loop over rows inside one over columns is not
+ * turned into vectors unless their number is known. */
+ALWAYS_INLINE void add_many_rows(float *restrict merged, const float *restrict rows,
+                                 const float *restrict weights, int64_t n_rows, int64_t count) {
+    for (int64_t i = 0; i < count; i++) merged[i] = rows[i] * weights[0];
+    for (int64_t row = 1; row < n_rows; row++)
+        for (int64_t i = 0; i < count; i++) merged[i] += rows[row * ROW + i] * weights[row];
+    for (int64_t i = 0; i < count; i++) merged[i] += 0.0f;
+}
+
+ALWAYS_INLINE void average_majority_of_many(float *restrict merged, const float *restrict rows,
+                                            const float *restrict weights, int64_t n_rows,
+                                            int64_t count, enum combine vote) {
+    float votes[TILE], agreeing[TILE];
+    for (int64_t i = 0; i < count; i++) votes[i] = agreeing[i] = merged[i] = 0.0f;
+    for (int64_t row = 0; row < n_rows; row++)
+        for (int64_t i = 0; i < count; i++) {
+            float value = rows[row * ROW + i];
+            votes[i] += vote == MAJORITY_TOTAL ? value : sign_of(value);
+        }
+    for (int64_t row = 0; row < n_rows; row++)
+        for (int64_t i = 0; i < count; i++) {
+            uint32_t sign = votes[i] >= 0.0f ? 0 : SIGN_BIT;
+            float value = float_of(bits_of(rows[row * ROW + i]) ^ sign);
+            agreeing[i] += value > 0.0f ? 1.0f : 0.0f;
+            merged[i] += (value > 0.0f ? value : 0.0f) * weights[row];
+        }
+    for (int64_t i = 0; i < count; i++) {
+        uint32_t sign = votes[i] >= 0.0f ? 0 : SIGN_BIT;
+        float average = float_of(bits_of(merged[i]) ^ sign);
+        merged[i] = average / (agreeing[i] > 1.0f ? agreeing[i] : 1.0f) + 0.0f;
+    }
+}
+
 ALWAYS_INLINE void combine(float *restrict merged, const float *restrict rows,
-                           const float *restrict weights, int64_t n_rows, int64_t count, int32_t how) {
+                           const float *restrict weights, int64_t n_rows, int64_t count,
+                           int32_t how) {
     switch (how) {
         case SUM: add_rows(merged, rows, weights, n_rows, count); break;
         case MAJORITY_TOTAL:
             average_majority(merged, rows, weights, n_rows, count, MAJORITY_TOTAL);
             break;
         default: average_majority(merged, rows, weights, n_rows, count, MAJORITY_FREQUENCY);
+    }
+}
+
+ALWAYS_INLINE void combine_many(float *restrict merged, const float *restrict rows,
+                                const float *restrict weights, int64_t n_rows, int64_t count,
+                                int32_t how) {
+    switch (how) {
+        case SUM: add_many_rows(merged, rows, weights, n_rows, count); break;
+        case MAJORITY_TOTAL:
+            average_majority_of_many(merged, rows, weights, n_rows, count, MAJORITY_TOTAL);
+            break;
+        default:
+            average_majority_of_many(merged, rows, weights, n_rows, count, MAJORITY_FREQUENCY);
     }
 }
 
@@ -191,7 +239,7 @@ ALWAYS_INLINE int32_t merge_block(const sm_merge *job, float *scratch) {
             case 2: combine(merged, rows, weights, 2, count, job->combine); break;
             case 3: combine(merged, rows, weights, 3, count, job->combine); break;
             case 4: combine(merged, rows, weights, 4, count, job->combine); break;
-            default: combine(merged, rows, weights, job->n_sources, count, job->combine);
+            default: combine_many(merged, rows, weights, job->n_sources, count, job->combine);
         }
         int32_t largest = store(job, at, merged, job->base ? base : 0, count);
         results = largest > results ? largest : results;
