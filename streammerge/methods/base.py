@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from streammerge.native.words import Combine, Keep
 from streammerge.recipe.types import ParameterKind, ParameterSpec
 from streammerge.reductions.topk import TiePolicy
 
@@ -146,37 +147,16 @@ class MergeChunk:
         return torch.add(self.base, merged, out=merged)
 
 
-class Kept(StrEnum):
-    """Which entries of the operands a sweep keeps."""
-
-    ALL = "all"
-    LARGEST = "largest"
-    """What the statistics of their scope say."""
-    RANDOM = "random"
-    """By place; what is kept is divided by the density."""
-
-
-class Joined(StrEnum):
-    """How a sweep makes one row of all operands."""
-
-    SUM = "sum"
-    """Weighted, from left to right."""
-    MAJORITY_TOTAL = "majority, total"
-    """The weighted mean of those with the sign of their unweighted sum."""
-    MAJORITY_FREQUENCY = "majority, frequency"
-    """The weighted mean of those with the sign that most have."""
-
-
 @dataclass(frozen=True, slots=True)
 class Sweep:
     """What :attr:`MergeMethod.apply` does with some parameters, for kernels that do it at once."""
 
-    joined: Joined
+    combine: Combine
     """How operands become one."""
     weights: tuple[float, ...]
     """Factor per source."""
-    kept: Kept = Kept.ALL
-    """What is left out before."""
+    keep: Keep = Keep.ALL
+    """What is kept of each before."""
     densities: tuple[float, ...] = ()
     """Keep probability per source, in [0, 1]; for random ones."""
     divisor: float = 1.0

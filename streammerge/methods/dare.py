@@ -17,8 +17,6 @@ from torch import Tensor
 from streammerge.methods.base import (
     DENSITY,
     WEIGHT,
-    Joined,
-    Kept,
     Law,
     Locality,
     MergeChunk,
@@ -29,7 +27,8 @@ from streammerge.methods.base import (
     parameter,
 )
 from streammerge.methods.parts import SignVote, disjoint_mean, divide_, elect_sign, sum_rows, weigh_
-from streammerge.methods.ties import MAJORITY_SIGN_METHOD, join_majority
+from streammerge.methods.ties import MAJORITY_SIGN_METHOD, combine_majority
+from streammerge.native.words import Combine, Keep
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,12 +76,12 @@ def dare_ties(chunk: MergeChunk, params: DareTiesParams) -> Tensor:
 
 
 def _sweep_linear(params: DareLinearParams) -> Sweep:
-    return Sweep(Joined.SUM, params.weight, Kept.RANDOM, params.density)
+    return Sweep(Combine.SUM, params.weight, Keep.RANDOM, params.density)
 
 
 def _sweep_ties(params: DareTiesParams) -> Sweep:
-    joined = join_majority(params.majority_sign_method)
-    return Sweep(joined, params.weight, Kept.RANDOM, params.density)
+    combine = combine_majority(params.majority_sign_method)
+    return Sweep(combine, params.weight, Keep.RANDOM, params.density)
 
 
 METHODS = (

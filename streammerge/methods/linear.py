@@ -11,7 +11,6 @@ from torch import Tensor
 
 from streammerge.methods.base import (
     WEIGHT,
-    Joined,
     Law,
     Locality,
     MergeChunk,
@@ -21,6 +20,7 @@ from streammerge.methods.base import (
     parameter,
 )
 from streammerge.methods.parts import divide_, sum_rows, weigh_
+from streammerge.native.words import Combine
 from streammerge.recipe.types import ParameterKind, ParameterSpec
 
 NORMALIZE = ParameterSpec(
@@ -50,7 +50,7 @@ def linear(chunk: MergeChunk, params: LinearParams) -> Tensor:
 
 def _sweep(params: LinearParams) -> Sweep:
     divisor = sum(params.weight) if params.normalize else 1.0
-    return Sweep(Joined.SUM, params.weight, divisor=divisor)
+    return Sweep(Combine.SUM, params.weight, divisor=divisor)
 
 
 METHODS = (

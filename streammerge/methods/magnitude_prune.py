@@ -16,8 +16,6 @@ from streammerge.methods.base import (
     SCOPE,
     TIE_POLICY,
     WEIGHT,
-    Joined,
-    Kept,
     Locality,
     MergeChunk,
     MergeMethod,
@@ -27,6 +25,7 @@ from streammerge.methods.base import (
     top_k_of,
 )
 from streammerge.methods.parts import sum_rows, weigh_
+from streammerge.native.words import Combine, Keep
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +61,7 @@ METHODS = (
         reduction=top_k_of,
         apply=magnitude_prune,
         scratch_rows=1,
-        sweep=lambda params: Sweep(Joined.SUM, params.weight, Kept.LARGEST),
+        sweep=lambda params: Sweep(Combine.SUM, params.weight, Keep.LARGEST),
         examples=(
             {"density": 0.3, "weight": (0.5, 1.0)},
             {"density": (0.1, 0.8)},

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from streammerge.methods.base import (
     WEIGHT,
-    Joined,
     Locality,
     MergeChunk,
     MergeMethod,
@@ -23,6 +22,7 @@ from streammerge.methods.base import (
     parameter,
 )
 from streammerge.methods.parts import sum_rows, weigh_
+from streammerge.native.words import Combine
 from streammerge.recipe.types import ParameterKind, ParameterSpec
 
 
@@ -86,7 +86,7 @@ METHODS = (
         scratch_rows=1,
         sums=True,
         sweep=lambda params: (
-            Sweep(Joined.SUM, params.weight) if params.rounding == Rounding.ONCE else None
+            Sweep(Combine.SUM, params.weight) if params.rounding == Rounding.ONCE else None
         ),
         in_turn=lambda params: params.rounding == Rounding.PEFT,
         takes_whole=lambda params, source: params.weight[source] == 1,

@@ -17,8 +17,6 @@ from streammerge.methods.base import (
     SCOPE,
     TIE_POLICY,
     WEIGHT,
-    Joined,
-    Kept,
     Law,
     Locality,
     MergeChunk,
@@ -29,6 +27,7 @@ from streammerge.methods.base import (
     top_k_of,
 )
 from streammerge.methods.parts import SignVote, disjoint_mean, elect_sign
+from streammerge.native.words import Combine, Keep
 from streammerge.recipe.types import ParameterKind, ParameterSpec
 
 MAJORITY_SIGN_METHOD = ParameterSpec(
@@ -66,14 +65,14 @@ def ties(chunk: MergeChunk, params: TiesParams) -> Tensor:
     return chunk.base_plus(merged)
 
 
-def join_majority(majority_sign_method: str) -> Joined:
-    """Return how a sweep joins operands under an elected sign."""
+def combine_majority(majority_sign_method: str) -> Combine:
+    """Return how a sweep combines operands under an elected sign."""
     total = SignVote(majority_sign_method) is SignVote.TOTAL
-    return Joined.MAJORITY_TOTAL if total else Joined.MAJORITY_FREQUENCY
+    return Combine.MAJORITY_TOTAL if total else Combine.MAJORITY_FREQUENCY
 
 
 def _sweep(params: TiesParams) -> Sweep:
-    return Sweep(join_majority(params.majority_sign_method), params.weight, Kept.LARGEST)
+    return Sweep(combine_majority(params.majority_sign_method), params.weight, Keep.LARGEST)
 
 
 METHODS = (

@@ -6,7 +6,8 @@
     merge.c      a block of every source to a block of the output, in one sweep
     measure.c    a block's answer to a question about magnitudes
     select.c     the threshold of a tensor that is all here
-    library.py   finds them, and calls them
+    words.py     what a method may ask for
+    library.py   finds the kernels, and calls them
 
 torch and numpy do one operation at a time on a whole block, some thirty of them per merge, each at
 the speed of the memory. Here a tile of 512 elements goes through all of them in the first-level cache.

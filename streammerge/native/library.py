@@ -9,7 +9,6 @@ import ctypes
 import functools
 import os
 from collections.abc import Mapping
-from enum import IntEnum
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
@@ -30,22 +29,6 @@ DTYPE_CODES: Mapping[DType, int] = {DType.F32: 0, DType.BF16: 1, DType.F16: 2}
 """The element types that the kernels read and write."""
 _ROW_NUMEL = 528
 """``ROW`` of block.h."""
-
-
-class Keep(IntEnum):
-    """What is kept of a source; ``enum keep`` of calls.h."""
-
-    ALL = 0
-    LARGEST = 1
-    RANDOM = 2
-
-
-class Combine(IntEnum):
-    """How the sources become one; ``enum combine`` of calls.h."""
-
-    SUM = 0
-    MAJORITY_TOTAL = 1
-    MAJORITY_FREQUENCY = 2
 
 
 class SourceCall(ctypes.Structure):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from streammerge.engine.compiled.operands import CALLS, StoredOperand, find_operands, in_batches
 from streammerge.engine.pieces import PieceInMemory
-from streammerge.methods.base import MagnitudeTopK
+from streammerge.methods.base import MagnitudeTopK, MergeMethod, Operand
 from streammerge.native.library import CROWDS_AT_MOST, Kernels, QuestionCall, SelectionCall
 from streammerge.reductions import BLOCK
 from streammerge.reductions.magnitude import BINS, MOST_CROWDS, Band, Bins, Counted, Question
@@ -29,14 +29,16 @@ _INFINITY = float("inf")
 class CompiledMeasuring:
     """Measures task vectors for one worker."""
 
-    def __init__(self, kernels: Kernels, memory: Tensor) -> None:
+    def __init__(self, kernels: Kernels, method: MergeMethod, memory: Tensor) -> None:
         """Prepare the calls.
 
         Args:
             kernels: The compiled functions.
+            method: The plan's method; only task vectors can be measured.
             memory: ``[BLOCK]`` float32, scratch.
         """
         self._kernels = kernels
+        self._subtracts = method.operand is Operand.TASK_VECTORS
         self._memory = memory.numpy()
         self._questions = (QuestionCall * CALLS)()
         self._selections = (SelectionCall * CALLS)()
@@ -51,7 +53,7 @@ class CompiledMeasuring:
             is not finite.
         """
         ranges = [(i, min(i + BLOCK, piece.numel)) for i in range(0, piece.numel, BLOCK)]
-        operands = find_operands(piece, 0)
+        operands = self._find_operands(piece)
         if operands is None:
             return [None] * len(ranges)
         base, *sources = operands
@@ -74,6 +76,10 @@ class CompiledMeasuring:
                 else:
                     row[source] = answer
         return found
+
+    def _find_operands(self, piece: PieceInMemory) -> list[StoredOperand] | None:
+        """Return the base and the sources; None if there is no base, or the kernels cannot read."""
+        return find_operands(piece, 0) if self._subtracts else None
 
     def _answer_batch(self, questions: Sequence[Question]) -> list[Counted | None]:
         """Answer what has been asked; None for a block in which a value is not finite."""
@@ -115,7 +121,7 @@ class CompiledMeasuring:
         Returns:
             Whether the kernels can read the piece.
         """
-        operands = find_operands(piece, 0)
+        operands = self._find_operands(piece)
         if operands is None or out.size > self._memory.size:
             return False
         base, *sources = operands
@@ -136,33 +142,32 @@ class CompiledMeasuring:
         Returns:
             None where the kernels cannot read a tensor, or a threshold is not finite.
         """
-        operands = find_operands(piece, 0)
+        operands = self._find_operands(piece)
         if operands is None:
             return None
         base, *sources = operands
-        found: list[list[TopK]] = [[] for _ in piece.parts]
-        jobs = []
-        for index, (_, begin, end) in enumerate(piece.ranges()):
-            for source, density in zip(sources, need.densities, strict=True):
-                settled = settled_without_values(end - begin, density)
-                if settled is None:
-                    jobs.append((index, len(found[index]), source, density, begin, end))
-                # Replaced below where values decide.
-                found[index].append(settled or _UNKNOWN)
+        found = [
+            [settled_without_values(end - begin, density) for density in need.densities]
+            for _, begin, end in piece.ranges()
+        ]
+        jobs = [
+            (part, source, begin, end)
+            for part, (_, begin, end) in enumerate(piece.ranges())
+            for source in range(len(sources))
+            if found[part][source] is None
+        ]
         for batch in in_batches(jobs):
-            for call, (_, _, source, density, begin, end) in zip(
-                self._selections, batch, strict=False
-            ):
-                _ask(call, base, source, begin, end)
-                call.k = kept_count(density, end - begin)
+            for call, (_, source, begin, end) in zip(self._selections, batch, strict=False):
+                _ask(call, base, sources[source], begin, end)
+                call.k = kept_count(need.densities[source], end - begin)
             self._kernels.select(self._selections, len(batch), self._memory.ctypes.data)
-            for call, (index, number, *_) in zip(self._selections, batch, strict=False):
+            for call, (part, source, *_) in zip(self._selections, batch, strict=False):
                 if not call.threshold < _INFINITY:
                     return None
-                found[index][number] = statistic_of_block(
+                found[part][source] = statistic_of_block(
                     (call.threshold, call.greater, call.equal), call.numel, call.k, need.tie_policy
                 )
-        return [tuple(tops) for tops in found]
+        return [tuple(top for top in tops if top is not None) for tops in found]
 
 
 def _ask(
@@ -195,4 +200,3 @@ def _bits_of(magnitude: float) -> int:
 
 
 _INFINITY_BITS = _bits_of(_INFINITY)
-_UNKNOWN = TopK(_INFINITY, 0, 0, 0, 0, -1, 0)

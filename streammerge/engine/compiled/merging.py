@@ -14,17 +14,16 @@ from streammerge.engine.compiled.operands import CALLS, StoredOperand, find_oper
 from streammerge.engine.finite import LARGEST
 from streammerge.engine.pieces import PieceInMemory
 from streammerge.engine.segments import Block, Segment
-from streammerge.methods.base import Joined, Kept, MergeMethod, Operand, Sweep
+from streammerge.methods.base import MergeMethod, Operand, Sweep
 from streammerge.methods.parts import ADD_LEFT_TO_RIGHT
 from streammerge.native.library import (
     ALL_TIES,
     DTYPE_CODES,
-    Combine,
-    Keep,
     Kernels,
     MergeCall,
     SourceCall,
 )
+from streammerge.native.words import Keep
 from streammerge.plan.types import MergePlan
 from streammerge.reductions.topk import TopK
 from streammerge.rng import keep_limit, stream_key
@@ -32,11 +31,6 @@ from streammerge.rng import keep_limit, stream_key
 VECTOR_COLUMNS = 64
 """torch.sum adds more rows than a few from left to right in the columns that it takes by whole
 vectors, several at a time; this is a multiple of all of them."""
-_COMBINE = {
-    Joined.SUM: Combine.SUM,
-    Joined.MAJORITY_TOTAL: Combine.MAJORITY_TOTAL,
-    Joined.MAJORITY_FREQUENCY: Combine.MAJORITY_FREQUENCY,
-}
 
 
 class CompiledMerging:
@@ -120,7 +114,7 @@ class CompiledMerging:
         call.out_dtype, call.limit = DTYPE_CODES[dtype], LARGEST[dtype]
         call.divisor = sweep.divisor
         call.n_sources = self._n_sources
-        call.combine = _COMBINE[sweep.joined]
+        call.combine = sweep.combine
         if self._subtracts:
             base, *operands = operands
             call.base, call.base_dtype = base.at(at), base.code
@@ -128,9 +122,9 @@ class CompiledMerging:
             source = self._sources[index * self._n_sources + number]
             source.values, source.dtype = operand.at(at), operand.code
             source.weight = weight
-            if sweep.kept is Kept.LARGEST:
+            if sweep.keep is Keep.LARGEST:
                 _keep_largest(source, segment.tops[number], segment.block)
-            elif sweep.kept is Kept.RANDOM:
+            elif sweep.keep is Keep.RANDOM:
                 key = stream_key(self._seed, number, segment.part.task.name)
                 _keep_randomly(source, sweep.densities[number], key, segment.start)
 

@@ -16,6 +16,8 @@ from streammerge.native.library import SOURCES_AT_MOST, count_scratch, load_kern
 from streammerge.plan.types import MergePlan
 from streammerge.reductions import BLOCK
 
+assert count_scratch(SOURCES_AT_MOST) <= BLOCK  # noqa: S101 - a row of scratch memory must do
+
 
 @dataclass(frozen=True, slots=True)
 class Compiled:
@@ -39,12 +41,12 @@ def open_compiled(plan: MergePlan, method: MergeMethod, memory: Tensor) -> Compi
     count = len(plan.models) - plan.has_base
     if kernels is None or plan.keep_non_finite or plan.compute_dtype is not DType.F32:
         return None
-    if not 0 < count <= SOURCES_AT_MOST or count_scratch(count) > memory.numel():
+    if not 0 < count <= SOURCES_AT_MOST:
         return None
     if count > ADD_LEFT_TO_RIGHT and not _torch_adds_left_to_right(count):
         return None
     return Compiled(
-        CompiledMerging(kernels, plan, method, memory), CompiledMeasuring(kernels, memory)
+        CompiledMerging(kernels, plan, method, memory), CompiledMeasuring(kernels, method, memory)
     )
 
 
