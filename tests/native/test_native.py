@@ -372,6 +372,18 @@ def test_samples_are_the_magnitudes_in_order(one_tensor: Any) -> None:
     np.testing.assert_array_equal(found[0], expected)
 
 
+def test_values_without_a_base_are_not_taken_for_task_vectors(models: Models) -> None:
+    paths = [models.write({"weight": torch.ones(8).bfloat16()}) for _ in range(2)]
+    recipe = {"method": "linear", "sources": [{"path": str(path)} for path in paths]}
+    plan = streammerge.plan(recipe, memory="4GiB")
+    piece = PieceInMemory((Part(plan.tasks[0], 0, 0, 8),), (torch.ones(8), torch.ones(8)), ())
+    compiled = open_compiled(plan, METHODS["linear"], torch.empty(BLOCK))
+    assert compiled is not None
+
+    assert compiled.measuring.answer(piece, [Band(0.0, 1.0), None]) == [None]
+    assert not compiled.measuring.sample(piece, 0, np.empty((2, 8), dtype=np.float32))
+
+
 def test_kernels_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(library.SWITCH, "0")
 
