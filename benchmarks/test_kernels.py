@@ -18,8 +18,10 @@ import torch
 from safetensors.torch import save_file
 
 import streammerge
-from streammerge.engine.device import CpuStage
-from streammerge.engine.pieces import Part, PieceInMemory
+from streammerge.dtypes import DType
+from streammerge.engine.compiled.opening import open_cpu_stage
+from streammerge.engine.device import DeviceStage
+from streammerge.engine.pieces import Part, PieceInMemory, Stored
 from streammerge.methods import discover_methods
 from streammerge.methods.base import MagnitudeTopK, MergeMethod, Scope
 from streammerge.plan.types import MergePlan
@@ -92,13 +94,18 @@ def plan_of(method: MergeMethod, files: Sequence[Path]) -> MergePlan:
     return streammerge.plan(recipe, memory="4GiB", workers=1)
 
 
+def stored(tensor: torch.Tensor) -> Stored:
+    """Return a tensor in bfloat16 as a piece holds it."""
+    return Stored(tensor.view(torch.uint8).numpy(), DType.BF16)
+
+
 def piece_of(plan: MergePlan, models: Sequence[torch.Tensor]) -> PieceInMemory:
     """Return the whole tensor as one piece."""
-    inputs = tuple(models[-len(plan.models) :])
+    inputs = tuple(stored(model) for model in models[-len(plan.models) :])
     return PieceInMemory((Part(plan.tasks[0], 0, 0, NUMEL),), inputs)
 
 
-def find_tops(stage: CpuStage, piece: PieceInMemory, need: MagnitudeTopK) -> tuple[TopK, ...]:
+def find_tops(stage: DeviceStage, piece: PieceInMemory, need: MagnitudeTopK) -> tuple[TopK, ...]:
     """Return every source's threshold, found as the engine finds it: sample, sweep, conclude."""
     rooms = np.empty((len(need.densities) + 1, ROOM_NUMEL), dtype=np.float32)
     searches = [
@@ -145,12 +152,12 @@ def test_apply(
     method = discover_methods()[name]
     plan = plan_of(method, files)
     piece = piece_of(plan, models)
-    stage = CpuStage(plan, method)
+    stage = open_cpu_stage(plan, method)
     need = method.reduction(method.bind(plan.settings[0].values))
     tops = () if need is None else find_tops(stage, piece, need)
     out = torch.empty(NUMEL, dtype=torch.bfloat16)
 
-    benchmark(stage.apply, piece, [tops], out)
+    benchmark(stage.apply, piece, [tops], stored(out))
 
     report_rate(benchmark)
 
@@ -164,7 +171,7 @@ def test_measure(
     """Pass 1: one sweep over the piece with each kind of question, for all sources."""
     method = discover_methods()["ties"]
     plan = plan_of(method, files)
-    stage = CpuStage(plan, method)
+    stage = open_cpu_stage(plan, method)
 
     benchmark(stage.measure, piece_of(plan, models), [question] * SOURCES)
 
@@ -176,7 +183,7 @@ def test_threshold(benchmark: Benchmark, models: list[torch.Tensor], files: list
     method = discover_methods()["ties"]
     plan = plan_of(method, files)
     piece = piece_of(plan, models)
-    stage = CpuStage(plan, method)
+    stage = open_cpu_stage(plan, method)
     need = MagnitudeTopK((0.2,) * SOURCES, TiePolicy.EXACT, Scope.TENSOR)
 
     tops = benchmark(find_tops, stage, piece, need)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import safetensors
-import torch
 
 from streammerge.checkpoint.digests import FileDigest, digest_file, tree_digest
 from streammerge.checkpoint.manifest import (
@@ -23,6 +22,7 @@ from streammerge.checkpoint.outputfile import write_durably
 from streammerge.checkpoint.sidecars import write_sidecars
 from streammerge.engine.pipeline import RunReport
 from streammerge.errors import OutputError
+from streammerge.lazily import torch_version
 from streammerge.methods import discover_methods
 from streammerge.native.library import load_kernels
 from streammerge.plan.layout import render_header, render_index
@@ -127,7 +127,7 @@ def _manifest(
         copied_from_base=planned.copied_from_base,
         tensors=_tensor_records(planned, report),
         run=RunRecord(
-            versions=collect_versions(torch.__version__),
+            versions=collect_versions(torch_version()),
             device="cpu" if planned.device is None else ",".join(planned.device.names),
             seconds=round(report.seconds, 3),
             seconds_by_stage=report.seconds_by_stage,

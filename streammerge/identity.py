@@ -5,9 +5,8 @@ from __future__ import annotations
 import hashlib
 from typing import Any
 
-import torch
-
 from streammerge.checkpoint.manifest import digest_recipe
+from streammerge.lazily import torch_version
 from streammerge.plan.types import MergePlan
 from streammerge.version import VERSION
 
@@ -40,5 +39,5 @@ def identify(planned: MergePlan) -> dict[str, Any]:
             for file in planned.files
         },
         # Another build may round differently.
-        "versions": {"streammerge": VERSION, "torch": torch.__version__},
+        "versions": {"streammerge": VERSION, "torch": torch_version()},
     }

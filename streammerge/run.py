@@ -16,7 +16,6 @@ from streammerge.adapters.planning import plan_combination
 from streammerge.adapters.plans import CombinationPlan
 from streammerge.adapters.reading import is_adapter, read_adapter
 from streammerge.adapters.recipes import is_combination, methods_for
-from streammerge.adapters.running import run_combination
 from streammerge.adapters.types import Adapter
 from streammerge.checkpoint.bytesource import (
     ByteSource,
@@ -43,6 +42,7 @@ from streammerge.engine.resuming import Recovered, scope_found
 from streammerge.errors import CheckpointError, DeviceError, OutputError, RecipeError
 from streammerge.finishing import check_shards, companion_directory, write_companions
 from streammerge.identity import identify
+from streammerge.lazily import load_torch
 from streammerge.methods import discover_methods
 from streammerge.plan.layout import render_header
 from streammerge.plan.planning import Machine, find_method, plan_merge, takes_in_turn
@@ -112,7 +112,7 @@ def plan(
     free = min((each.free_bytes() for each in opening.open_devices(names)), default=0)
     machine = Machine(
         budget=_budget(memory),
-        baseline=resident_memory(),
+        baseline=_baseline,
         workers=_workers(workers, devices=len(names)),
         readers=_READERS,
         writers=_WRITERS,
@@ -177,6 +177,8 @@ def merge(
     if overwrite and resume:
         raise ValueError("resume continues an unfinished merge, overwrite discards it; choose one")
     if isinstance(planned, CombinationPlan):
+        from streammerge.adapters.running import run_combination  # noqa: PLC0415 - loads torch
+
         with _naming_errors(Path(out)):
             return run_combination(
                 planned,
@@ -314,7 +316,9 @@ def _plan_combination(recipe: Recipe, memory: int | str | None) -> CombinationPl
     for index, source in enumerate(recipe.sources):
         with _naming_source(f"sources[{index}]"):
             adapters.append(_read_adapter(source, f"sources[{index}]"))
-    return plan_combination(recipe, adapters, budget=_budget(memory), baseline=resident_memory())
+    return plan_combination(
+        recipe, adapters, budget=_budget(memory), baseline=_baseline(torch=True)
+    )
 
 
 def _report_bytes(
@@ -384,6 +388,13 @@ def _budget(memory: int | str | None) -> int:
     budget = parse_size(memory)
     limit = cgroup_limit()
     return budget if limit is None else min(budget, limit)
+
+
+def _baseline(*, torch: bool) -> int:
+    """Return the memory of the process as it is, and has torch loaded if it will need it."""
+    if torch:
+        load_torch()
+    return resident_memory()
 
 
 def _device_budget(names: Sequence[str], device_memory: int | str | None) -> int | None:

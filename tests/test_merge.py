@@ -626,7 +626,9 @@ def least_plan(recipe: Any) -> MergePlan:
         for path in (parsed.base, *(s.path for s in parsed.sources))
     ]
     for budget in range(MIB, 500 * MIB, MIB // 4):
-        machine = Machine(budget=budget, baseline=0, workers=1, readers=2, writers=1)
+        machine = Machine(
+            budget=budget, baseline=lambda *, torch: 0, workers=1, readers=2, writers=1
+        )
         try:
             return plan_merge(parsed, base, sources, machine)
         except MemoryBudgetError:

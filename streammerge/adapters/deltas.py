@@ -14,12 +14,14 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from streammerge.adapters.changes import WHOLE_NORM_NUMEL, Change, ChangeKind
+from streammerge.lazily import torch
 from streammerge.reductions import BLOCK
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 LEAST_ROWS = 16
 """Rows multiplied at once, if the matrix has so many. Measured with MKL: from 8 rows on, a part of

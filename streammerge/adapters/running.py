@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import safetensors
-import torch
 
 from streammerge.adapters.combinations import COMBINATIONS
 from streammerge.adapters.config import CONFIG_NAME
@@ -33,6 +32,7 @@ from streammerge.checkpoint.modelcard import render_model_card
 from streammerge.checkpoint.outputdir import OutputDirectory
 from streammerge.checkpoint.outputfile import OutputFile, write_durably
 from streammerge.errors import OutputError
+from streammerge.lazily import torch_version
 from streammerge.version import VERSION
 
 OnBytes = Callable[[int, float], None]
@@ -91,7 +91,7 @@ def _identify(plan: CombinationPlan) -> dict[str, Any]:
     return {
         "recipe": digest_recipe(plan.recipe),
         "inputs": {str(file.path): file.header_digest for file in plan.files},
-        "versions": {"streammerge": VERSION, "torch": torch.__version__},
+        "versions": {"streammerge": VERSION, "torch": torch_version()},
     }
 
 
@@ -197,7 +197,7 @@ def _manifest(plan: CombinationPlan, meter: _Meter, files: dict[str, FileDigest]
         copied_from_base=(),
         tensors=_tensor_records(plan),
         run=RunRecord(
-            versions=collect_versions(torch.__version__),
+            versions=collect_versions(torch_version()),
             device="cpu",
             seconds=round(meter.seconds, 3),
             seconds_by_stage={},

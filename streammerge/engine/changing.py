@@ -8,14 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from streammerge.adapters.deltas import WORK_NUMEL, Delta
 from streammerge.engine.pieces import PieceInMemory, torch_dtype
+from streammerge.lazily import torch
 from streammerge.plan.types import MergePlan
 from streammerge.reductions import BLOCK
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class ChangeWork:

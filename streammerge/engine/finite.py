@@ -1,17 +1,17 @@
-"""NaN and infinity: found with one sum per block, and named when they are there."""
+"""NaN, infinity and overflow, once a cheap look at a block has shown that there is some: what, where."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from typing import Never
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
 from streammerge.dtypes import DType
 from streammerge.engine.pieces import PieceInMemory
 from streammerge.errors import NonFiniteError, printable
 from streammerge.plan.types import MergePlan
+from streammerge.reductions.topk import Floats
 
 LARGEST = {
     DType.F16: 65504.0,
@@ -24,13 +24,10 @@ LARGEST = {
 """Largest finite magnitude per output type."""
 
 
-def check_finite(
-    vector: Tensor, piece: PieceInMemory, begin: int, plan: MergePlan, model: int
-) -> None:
-    """Raise if a block holds NaN or infinity.
-
-    A sum of squares is finite only if every term is, so one cheap reduction acquits almost every
-    block; only a suspect is searched.
+def refuse_operand(
+    vector: Floats, piece: PieceInMemory, begin: int, plan: MergePlan, model: int
+) -> Never:
+    """Raise the error about an operand that is not finite.
 
     Args:
         vector: ``[m]`` the block in the compute dtype, base already subtracted.
@@ -42,21 +39,19 @@ def check_finite(
     Raises:
         NonFiniteError: With tensor, model, element and value.
     """
-    if math.isfinite(float(torch.dot(vector, vector))) or bool(torch.isfinite(vector).all()):
-        return
     for index, stored in enumerate(piece.inputs):
         if stored is None:
             continue
-        wide = stored[begin : begin + vector.numel()].to(torch.float64)
-        bad = torch.isfinite(wide).logical_not_().nonzero()
-        if bad.numel():
-            element = int(bad[0])
-            name, place = _place(piece, begin + element)
+        wide = stored.widen(begin, begin + vector.size)
+        bad = _first(~np.isfinite(wide))
+        if bad is not None:
+            name, place = _place(piece, begin + bad)
             raise NonFiniteError(
-                f"{name}: {plan.label(index)} holds {float(wide[element])} at {place}; "
+                f"{name}: {plan.label(index)} holds {float(wide[bad])} at {place}; "
                 "repair the input, or set `non_finite: keep` to let such values through"
             )
-    element = int(torch.isfinite(vector).logical_not_().nonzero()[0])
+    element = _first(~np.isfinite(vector))
+    assert element is not None  # noqa: S101 - the caller saw one
     name, place = _place(piece, begin + element)
     if piece.deltas and piece.deltas[model]:
         raise NonFiniteError(
@@ -69,20 +64,22 @@ def check_finite(
     )
 
 
-def check_range(merged: Tensor, piece: PieceInMemory, begin: int) -> None:
+def check_range(merged: Floats, piece: PieceInMemory, begin: int) -> None:
     """Raise if a merged block does not fit the range of its output type.
+
+    Args:
+        merged: ``[m]`` the block in the compute dtype.
+        piece: The piece.
+        begin: First element of the block in the piece.
 
     Raises:
         NonFiniteError: With tensor, element, value and the type's largest.
     """
     dtype = piece.first.task.dtype
     limit = LARGEST[dtype]
-    if surely_in_range(merged, dtype):
+    element = _first(~(np.abs(merged) <= limit))
+    if element is None:
         return
-    beyond = (merged.abs() <= limit).logical_not_().nonzero()
-    if beyond.numel() == 0:
-        return
-    element = int(beyond[0])
     name, place = _place(piece, begin + element)
     raise NonFiniteError(
         f"{name}: the merged value {float(merged[element]):g} at {place} exceeds {limit:g}, the "
@@ -90,22 +87,9 @@ def check_range(merged: Tensor, piece: PieceInMemory, begin: int) -> None:
     )
 
 
-def surely_in_range(merged: Tensor, dtype: DType) -> bool:
-    """Return whether one cheap reduction shows that a block is finite and fits a type.
-
-    No term of a sum of squares exceeds the sum; almost every block is acquitted by it.
-    """
-    limit = LARGEST[dtype]
-    return float(torch.dot(merged, merged)) <= min(limit * limit, LARGEST[DType.F32])
-
-
-def count_non_finite(inputs: Sequence[Tensor | None], begin: int, end: int) -> int:
-    """Return how many values of a block, in all models, are NaN or infinite."""
-    return sum(
-        end - begin - int(torch.isfinite(stored[begin:end].to(torch.float64)).sum())
-        for stored in inputs
-        if stored is not None
-    )
+def _first(chosen: NDArray[np.bool_]) -> int | None:
+    """Return the index of the first element that is set."""
+    return int(np.argmax(chosen)) if chosen.any() else None
 
 
 def _place(piece: PieceInMemory, element: int) -> tuple[str, str]:

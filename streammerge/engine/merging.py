@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
-import torch
+import numpy as np
 
 from streammerge.engine.buffers import Slot, SlotPool
 from streammerge.engine.device import Applied, DeviceStage
 from streammerge.engine.loading import LoadedChunk
-from streammerge.engine.pieces import Part, PieceInMemory, torch_dtype
+from streammerge.engine.pieces import Part, PieceInMemory, Stored
 from streammerge.engine.progress import Progress
 from streammerge.engine.queues import Outstanding, WorkQueue
 from streammerge.engine.writing import Claim, Extent, WriteJob
@@ -77,7 +77,7 @@ class ChunkMerger:
                     slots = self._outputs.acquire(1)
             nbytes = piece.numel * task.dtype.itemsize
             memory = slots[0].memory[cursor : cursor + nbytes]
-            out = torch.from_numpy(memory).view(torch_dtype(task.dtype))
+            out = Stored(memory, task.dtype)
             if task.action is Action.CONVERT:
                 tops, applied = [()], [stage.convert(piece, out)]
             else:
@@ -99,18 +99,18 @@ class ChunkMerger:
 
     def _copy(self, piece: PieceInMemory) -> Extent:
         task = piece.first.task
-        present = [(model, t) for model, t in enumerate(piece.inputs) if t is not None]
-        (first_model, first), *others = [(model, t.view(torch.uint8)) for model, t in present]
+        present = [(model, each) for model, each in enumerate(piece.inputs) if each is not None]
+        (first_model, first), *others = present
         for model, other in others:
-            if not torch.equal(first, other):
-                byte = int((first != other).nonzero()[0])
+            if not np.array_equal(first.memory, other.memory):
+                byte = int(np.argmax(first.memory != other.memory))
                 element = piece.first.start + byte // task.dtype.itemsize
                 raise CheckpointError(
                     f"{printable(task.name)}: {task.dtype} values are only copied, but "
                     f"{self._plan.label(first_model)} and {self._plan.label(model)} differ at flat "
                     f"element {element}; add a rule {{tensors: {task.name!r}, copy: ...}}"
                 )
-        return next(_extents(piece, first.numpy().data, [_COPIED], [()]))
+        return next(_extents(piece, first.memory.data, [_COPIED], [()]))
 
 
 _COPIED = Applied(not_finite=0, kept=())

@@ -7,19 +7,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from streammerge.adapters.deltas import Delta
 from streammerge.dtypes import DType
+from streammerge.lazily import torch
 from streammerge.methods.parts import ADD_LEFT_TO_RIGHT
 from streammerge.plan.chunking import Chunk, ModelRead
 from streammerge.plan.types import Action, MergePlan, TensorTask
 from streammerge.reductions import BLOCK
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,14 +39,44 @@ class Part:
 
 
 @dataclass(frozen=True, slots=True)
+class Stored:
+    """Values as a file holds them, on the host."""
+
+    memory: NDArray[np.uint8]
+    """``[numel * itemsize]``; a view of a slot."""
+    dtype: DType
+    """Their element type."""
+
+    def tensor(self) -> Tensor:
+        """Return them as a tensor, ``[numel]``, of the same memory."""
+        return torch.from_numpy(self.memory).view(torch_dtype(self.dtype))
+
+    def widen(self, begin: int, end: int) -> NDArray[np.float64]:
+        """Return some of the values, which are floats, in float64."""
+        size = self.dtype.itemsize
+        raw = self.memory[begin * size : end * size]
+        if self.dtype is DType.BF16:
+            # The upper half of a float32.
+            return (raw.view("<u2").astype("<u4") << 16).view("<f4").astype(np.float64)
+        if self.dtype in _NUMPY:
+            return raw.view(_NUMPY[self.dtype]).astype(np.float64)
+        wide: NDArray[np.float64] = self.tensor()[begin:end].to(torch.float64).numpy()
+        return wide
+
+
+_NUMPY = {DType.F16: "<f2", DType.F32: "<f4", DType.F64: "<f8"}
+"""The float types that numpy has."""
+
+
+@dataclass(frozen=True, slots=True)
 class PieceInMemory:
     """A range of one tensor, or several whole tensors that together are at most one block."""
 
     parts: tuple[Part, ...]
     """The tensors, in the order in which they lie in memory; all of one setting and one type."""
-    inputs: tuple[Tensor | None, ...]
-    """``[numel]`` per model, in the stored dtype, on the host; None where nothing is stored: the
-    model takes no part, or is an adapter, to which the base's values belong."""
+    inputs: tuple[Stored | None, ...]
+    """``[numel]`` per model; None where nothing is stored: the model takes no part, or is an adapter,
+    to which the base's values belong."""
     deltas: tuple[tuple[Delta, ...], ...] = ()
     """What adapters do to the tensor, per model; empty where none does anything."""
 
@@ -154,14 +186,14 @@ class _ChunkView:
             for piece in self._pieces[begin:end]
         )
         numel = sum(part.numel for part in parts)
-        inputs: list[Tensor | None] = []
+        inputs: list[Stored | None] = []
         for model, entry in enumerate(parts[0].task.inputs):
             if entry is None:
                 inputs.append(None)
                 continue
             place = self._places[model][begin]
             raw = self._slots[model][place : place + numel * entry.dtype.itemsize]
-            inputs.append(torch.from_numpy(raw).view(torch_dtype(entry.dtype)))
+            inputs.append(Stored(raw, entry.dtype))
         deltas = self._deltas_of(parts[0].task_index, len(inputs))
         return PieceInMemory(parts, tuple(inputs), deltas)
 

@@ -17,12 +17,11 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import torch
-
 from streammerge.checkpoint.bytesource import ByteSource
 from streammerge.engine.accelerator.sharing import Accelerators
 from streammerge.engine.buffers import Allowance, SlotPool
-from streammerge.engine.device import CpuStage, DeviceStage
+from streammerge.engine.compiled.opening import open_cpu_stage, takes_torch
+from streammerge.engine.device import DeviceStage
 from streammerge.engine.loading import Loader
 from streammerge.engine.memory import PeakMemory
 from streammerge.engine.merging import ChunkMerger
@@ -35,6 +34,7 @@ from streammerge.engine.scheduling import OnScope, Schedule, Shop, Work
 from streammerge.engine.shelf import FactorShelf
 from streammerge.engine.writing import Output, WriteJob, run_writer
 from streammerge.errors import OutOfMemoryError, StageError, StreamMergeError
+from streammerge.lazily import torch
 from streammerge.methods.base import MergeMethod
 from streammerge.plan.chunking import iter_units
 from streammerge.plan.sweeps import Needs
@@ -103,6 +103,8 @@ def run_pipeline(
         snapshot=snapshot,
         keep_cached=keep_cached,
     )
+    if not takes_torch(plan):
+        return running.run(on_progress)
     threads_before = torch.get_num_threads()
     try:
         return running.run(on_progress)
@@ -127,6 +129,7 @@ class _Running:
         keep_cached: bool,
     ) -> None:
         resources = plan.resources
+        self._takes_torch = takes_torch(plan)
         self._accelerators = Accelerators(plan, method)
         needs = Needs(plan, method)
         units = partial(iter_units, plan, must_look=needs.must_look)
@@ -246,15 +249,12 @@ class _Running:
             self._monitor.fail(_named(error))
 
     def _read(self) -> None:
-        torch.set_num_threads(1)
-        with torch.inference_mode():
+        with self._one_torch_thread():
             self._loader.run()
         self._outstanding.end()
 
     def _compute(self, worker: int) -> None:
-        # Blocks are small: one thread per block and several blocks at once beats the reverse.
-        torch.set_num_threads(1)
-        with torch.inference_mode(), self._stage_of(worker) as stage:
+        with self._one_torch_thread(), self._stage_of(worker) as stage:
             while True:
                 with self._progress.spending(Stage.WORKER_IDLE):
                     work = self._work.take()
@@ -264,9 +264,22 @@ class _Running:
                     work(stage)
 
     @contextmanager
+    def _one_torch_thread(self) -> Iterator[None]:
+        """Let torch compute on the calling thread alone, if it computes at all.
+
+        Blocks are small: one thread per block and several blocks at once beats the reverse.
+        """
+        if not self._takes_torch:
+            yield
+            return
+        torch.set_num_threads(1)
+        with torch.inference_mode():
+            yield
+
+    @contextmanager
     def _stage_of(self, worker: int) -> Iterator[DeviceStage]:
         if self._plan.device is None:
-            yield CpuStage(self._plan, self._method)
+            yield open_cpu_stage(self._plan, self._method)
         else:
             with self._accelerators.stage_of(worker) as stage:
                 yield stage

@@ -14,9 +14,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from streammerge.adapters.changes import Change, ChangeKind
 from streammerge.adapters.deltas import WORK_NUMEL, Delta
@@ -27,9 +25,13 @@ from streammerge.engine.monitor import Monitor
 from streammerge.engine.pieces import torch_dtype
 from streammerge.engine.progress import Progress, Stage
 from streammerge.errors import NonFiniteError, printable
+from streammerge.lazily import torch
 from streammerge.plan.factors import FactorKey, NormKey, changed_input, factor_needs, norm_key
 from streammerge.plan.types import MergePlan, TensorTask
 from streammerge.units import MIB
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _READ_BYTES = 1 * MIB
 """Read and converted at once."""
@@ -77,7 +79,6 @@ class FactorShelf:
         self._free = plan.resources.factor_bytes
         self._entries: OrderedDict[FactorKey | NormKey, _Entry] = OrderedDict()
         self._returned = monitor.condition()
-        self._dtype = torch_dtype(plan.compute_dtype)
 
     def take(self, tasks: Iterable[int]) -> HeldFactors:
         """Wait for room for what some tensors need, and hold it.
@@ -155,12 +156,14 @@ class FactorShelf:
             # What an adapter brings along has the base's type once PEFT has loaded it.
             return rows.copy_(rows.to(torch_dtype(task.dtype))) if self._in_turn else rows
 
-        work = torch.empty(WORK_NUMEL, dtype=self._dtype)
+        work = torch.empty(WORK_NUMEL, dtype=torch_dtype(self._plan.compute_dtype))
         return Delta(change, _values(held, change)).norms(read_rows, work)
 
     def _read(self, stored: TensorEntry) -> Tensor:
         """Return a stored tensor in the compute dtype."""
-        out = torch.from_numpy(allocate(stored.numel * self._dtype.itemsize)).view(self._dtype)
+        dtype = self._plan.compute_dtype
+        memory = allocate(stored.numel * dtype.itemsize)
+        out = torch.from_numpy(memory).view(torch_dtype(dtype))
         step = _READ_BYTES // stored.dtype.itemsize
         raw = bytearray(min(step, stored.numel) * stored.dtype.itemsize)
         for begin in range(0, stored.numel, step):

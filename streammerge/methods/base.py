@@ -9,14 +9,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import Field, dataclass, field, fields
 from enum import StrEnum
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-import torch
-from torch import Tensor
-
+from streammerge.lazily import torch
 from streammerge.native.words import Combine, Keep
 from streammerge.recipe.types import ParameterKind, ParameterSpec
 from streammerge.reductions.topk import TiePolicy
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Operand(StrEnum):

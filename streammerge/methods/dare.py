@@ -11,8 +11,7 @@ there and gives NaN, drops everything here.
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from streammerge.methods.base import (
     DENSITY,
@@ -29,6 +28,9 @@ from streammerge.methods.base import (
 from streammerge.methods.parts import SignVote, disjoint_mean, divide_, elect_sign, sum_rows, weigh_
 from streammerge.methods.ties import MAJORITY_SIGN_METHOD, combine_majority
 from streammerge.native.words import Combine, Keep
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)

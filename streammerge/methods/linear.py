@@ -6,8 +6,7 @@ Source: Wortsman et al. 2022, "Model soups", arXiv:2203.05482, with weights.
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from streammerge.methods.base import (
     WEIGHT,
@@ -22,6 +21,9 @@ from streammerge.methods.base import (
 from streammerge.methods.parts import divide_, sum_rows, weigh_
 from streammerge.native.words import Combine
 from streammerge.recipe.types import ParameterKind, ParameterSpec
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 NORMALIZE = ParameterSpec(
     name="normalize",

@@ -8,8 +8,7 @@ Differs from PEFT: ties at the threshold follow ``tie_policy``; the scope may be
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from streammerge.methods.base import (
     DENSITY,
@@ -26,6 +25,9 @@ from streammerge.methods.base import (
 )
 from streammerge.methods.parts import sum_rows, weigh_
 from streammerge.native.words import Combine, Keep
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,9 +13,9 @@ Memory: about 32 bytes per element while a mask is drawn.
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
+from streammerge.lazily import torch
 from streammerge.rng import (
     LANES_PER_COUNTER,
     PHILOX_KEY_STEPS,
@@ -23,6 +23,9 @@ from streammerge.rng import (
     PHILOX_ROUNDS,
     keep_limit,
 )
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _LOW_HALF = 2**32 - 1
 _LANE = 2**16 - 1

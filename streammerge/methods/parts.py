@@ -8,14 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from enum import StrEnum
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
+from streammerge.lazily import torch
 from streammerge.methods.base import Stack
 from streammerge.reductions.topk import TopK
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 ADD_LEFT_TO_RIGHT = 4
 """Up to this many rows, torch.sum over dimension 0 adds from left to right, in every column; so

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from streammerge.methods.base import (
     WEIGHT,
@@ -24,6 +23,9 @@ from streammerge.methods.base import (
 from streammerge.methods.parts import sum_rows, weigh_
 from streammerge.native.words import Combine
 from streammerge.recipe.types import ParameterKind, ParameterSpec
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Rounding(StrEnum):

@@ -9,8 +9,7 @@ Differs from the paper: trims per tensor unless ``scope: model``; a zero sum ele
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from streammerge.methods.base import (
     DENSITY,
@@ -29,6 +28,9 @@ from streammerge.methods.base import (
 from streammerge.methods.parts import SignVote, disjoint_mean, elect_sign
 from streammerge.native.words import Combine, Keep
 from streammerge.recipe.types import ParameterKind, ParameterSpec
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MAJORITY_SIGN_METHOD = ParameterSpec(
     name="majority_sign_method",

@@ -142,7 +142,7 @@ class Kernels:
         self._select.restype = None
 
     def merge_blocks(self, calls: ctypes.Array[MergeCall], count: int, scratch: int) -> int:
-        """Merge blocks and return how many were refused; what those wrote means nothing.
+        """Merge blocks and return how many were refused; what those wrote is not to be used.
 
         Args:
             calls: The blocks.

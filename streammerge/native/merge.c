@@ -235,7 +235,7 @@ ALWAYS_INLINE int32_t merge_block(const sm_merge *job, float *scratch) {
 
 /* Merges blocks; returns how many it refuses.
  *
- * What was written for those means nothing: the caller merges them plainly, and learns what is wrong.
+ * What was written for those is not to be used: the caller looks for what is wrong.
  * `scratch` has (sources + 2) * ROW numbers.
  */
 FOR_EVERY_CPU

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Protocol
 
 from streammerge.adapters.adapted import AdaptedModel, all_untied, untie
 from streammerge.adapters.changes import DELTA_ROWS, Change, ChangeKind
@@ -19,6 +20,7 @@ from streammerge.plan.budgeting import Demand, choose_resources
 from streammerge.plan.chunking import widest_input
 from streammerge.plan.devices import add_devices, choose_device_resources
 from streammerge.plan.factors import factors_nbytes, stored_nbytes
+from streammerge.plan.kernels import needs_torch
 from streammerge.plan.layout import plan_layout
 from streammerge.plan.sweeps import Needs, bytes_beyond_once
 from streammerge.plan.types import (
@@ -37,14 +39,22 @@ from streammerge.recipe.types import ComputeDType, NonFinitePolicy, Recipe
 from streammerge.reductions import count_blocks
 
 
+class Baseline(Protocol):
+    """Tells the memory of the process before work starts."""
+
+    def __call__(self, *, torch: bool) -> int:
+        """Return it in bytes, given whether the work will need torch."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Machine:
     """What the plan may use."""
 
     budget: int
     """Most private memory the process may have, in bytes."""
-    baseline: int
-    """Private memory of the process before work starts, in bytes."""
+    baseline: Baseline
+    """Private memory of the process before work starts."""
     workers: int
     """Compute threads."""
     readers: int
@@ -115,7 +125,18 @@ def plan_merge(
     layout, places = plan_layout(alignment.tensors, recipe.output.max_shard_bytes)
     files, file_index = _files(checkpoints)
     tasks = _tasks(alignment.tensors, places, file_index, model_scope=model_scope)
-    demand = _demand(recipe, method, tasks, alignment.settings, model_scope=model_scope)
+    torch = bool(machine.devices) or needs_torch(
+        method,
+        alignment.settings,
+        tasks,
+        n_sources=len(sources),
+        has_base=base is not None,
+        compute_dtype=_compute_dtype(recipe),
+        keep_non_finite=recipe.non_finite is NonFinitePolicy.KEEP,
+    )
+    demand = _demand(
+        recipe, method, tasks, alignment.settings, model_scope=model_scope, torch=torch
+    )
     if machine.devices:
         demand = add_devices(
             demand, tasks, method, count=len(machine.devices), has_base=base is not None
@@ -123,7 +144,7 @@ def plan_merge(
     resources, memory = choose_resources(
         demand,
         budget=machine.budget,
-        baseline=machine.baseline,
+        baseline=machine.baseline(torch=torch),
         workers=machine.workers,
         readers=machine.readers,
         writers=machine.writers,
@@ -153,6 +174,7 @@ def plan_merge(
         copied_from_base=alignment.copied_from_base,
         config=_config(checkpoints, alignment.tensors),
         untied=tuple(all_untied(checkpoints)),
+        needs_torch=torch,
     )
     beyond = bytes_beyond_once(plan, Needs(plan, method))
     plan = replace(plan, bytes_to_read=plan.input_nbytes + beyond)
@@ -368,6 +390,7 @@ def _demand(
     settings: Sequence[Setting],
     *,
     model_scope: bool,
+    torch: bool,
 ) -> Demand:
     merged = [task for task in tasks if task.action is Action.MERGE]
     needs = any(method.reduction(method.bind(setting.values)) for setting in settings)
@@ -380,9 +403,7 @@ def _demand(
         inputs=max(1, len(_models_read(tasks))),
         input_itemsize=max(widest.values(), default=1),
         output_ratio=max((task.dtype.itemsize / widest[id(task)] for task in merged), default=0.0),
-        # Sources, base, the method's scratch, and one row of magnitudes for the reduction; for
-        # changes, a product and one more row.
-        compute_rows=n_sources + 1 + method.scratch_rows + 1 + (DELTA_ROWS if changed else 0),
+        compute_rows=_compute_rows(method, n_sources, torch=torch, changed=bool(changed)),
         compute_itemsize=itemsize,
         statistic_sources=n_sources if needs else 0,
         statistic_numel=sum(numels) if model_scope else max(numels),
@@ -395,6 +416,17 @@ def _demand(
         factors_largest=max((factors_nbytes(task, itemsize) for task in changed), default=0),
         factors_nbytes=sum(factors_nbytes(task, itemsize) for task in changed),
     )
+
+
+def _compute_rows(method: MergeMethod, n_sources: int, *, torch: bool, changed: bool) -> int:
+    """Return how many blocks a worker keeps in the compute dtype."""
+    kernels = 1
+    if not torch:
+        return kernels
+    # Sources, base, the method's scratch, and one row of magnitudes for the reduction; for changes,
+    # a product and one more row.
+    plain = n_sources + 1 + method.scratch_rows + 1
+    return kernels + plain + (DELTA_ROWS if changed else 0)
 
 
 def _models_read(tasks: Sequence[TensorTask]) -> set[int]:

@@ -171,7 +171,7 @@ class MemoryProjection:
     """The peak of private memory, part by part, in bytes."""
 
     baseline: int
-    """The process before work starts, interpreter and torch and plan included."""
+    """The process before work starts: interpreter, plan, and torch if it is needed."""
     growth: int
     """Thread stacks, allocator slack and small objects that come with the work."""
     inputs: int
@@ -251,6 +251,8 @@ class MergePlan:
     """Tensors that the base shares with another one and the result does not."""
     device: DeviceResources | None = None
     """Where tensors are measured and merged; None for the CPU."""
+    needs_torch: bool = True
+    """Whether anything is measured or merged with torch; compiled kernels do what is usual."""
 
     @property
     def bytes_to_write(self) -> int:

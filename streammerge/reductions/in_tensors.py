@@ -15,15 +15,18 @@ Memory: about 48 bytes per element while an answer is counted, and what :class:`
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
+from streammerge.lazily import torch
 from streammerge.reductions import BLOCK, count_blocks
 from streammerge.reductions.magnitude import BINS, MOST_CROWDS, Band, Bins, Counted, Question
 from streammerge.reductions.topk import Floats
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 COUNTS = 2 + MOST_CROWDS
 """Counters per block and source: magnitudes that are not above, that lie inside, and the crowds."""

@@ -12,11 +12,11 @@ Memory: a copy of the scopes.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch import Tensor
 
+from streammerge.lazily import torch
 from streammerge.reductions.topk import (
     Floats,
     TiePolicy,
@@ -26,6 +26,9 @@ from streammerge.reductions.topk import (
     kept_count,
     ties_kept,
 )
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _GUESS_SAMPLE = 512
 """Elements of a tensor of one block that its threshold is guessed from."""

@@ -25,6 +25,7 @@ import streammerge
 from streammerge import finishing, run
 from streammerge.checkpoint.bytesource import ByteSource, PreadSource
 from streammerge.checkpoint.outputfile import OutputFile
+from streammerge.engine.compiled import opening
 from streammerge.engine.progress import ProgressEvent
 from streammerge.errors import (
     CheckpointError,
@@ -35,6 +36,7 @@ from streammerge.errors import (
     TruncatedShardError,
 )
 from streammerge.methods.base import MergeMethod
+from streammerge.native.library import Kernels, load_kernels
 from streammerge.plan.chunking import Residence, iter_units
 from streammerge.plan.sweeps import Needs
 from streammerge.plan.types import MergePlan
@@ -123,10 +125,11 @@ def apply_with(monkeypatch: pytest.MonkeyPatch, apply: Callable[..., Tensor]) ->
     find = run.find_method
 
     def find_faulty(name: str) -> MergeMethod:
-        # Without words for the kernels, which would not call it.
-        return replace(find(name), apply=apply, sweep=lambda _: None)
+        return replace(find(name), apply=apply)
 
     monkeypatch.setattr(run, "find_method", find_faulty)
+    # They would not call it.
+    monkeypatch.setattr(opening, "load_kernels", lambda: None)
 
 
 def test_the_plans_here_cover_every_way_to_hold_a_tensor(base: Path, source: Path) -> None:
@@ -279,6 +282,19 @@ def test_a_failing_method_ends_the_merge(
         streammerge.merge(plan, out)
 
 
+@pytest.mark.skipif(load_kernels() is None, reason="no compiler was found at installation")
+def test_a_failing_kernel_ends_the_merge(
+    plan: MergePlan, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def merge_blocks(*_: object) -> int:
+        raise FloatingPointError("in a worker")
+
+    monkeypatch.setattr(Kernels, "merge_blocks", merge_blocks)
+
+    with pytest.raises(StageError, match="FloatingPointError: in a worker"):
+        streammerge.merge(plan, out)
+
+
 def test_a_method_that_fails_late_ends_the_merge(
     plan: MergePlan, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -306,7 +322,7 @@ def test_a_worker_that_finds_no_memory_ends_the_merge(
         def __init__(self, *_: object) -> None:
             raise MemoryError
 
-    monkeypatch.setattr("streammerge.engine.pipeline.CpuStage", NoMemory)
+    monkeypatch.setattr("streammerge.engine.pipeline.open_cpu_stage", NoMemory)
 
     with pytest.raises(OutOfMemoryError, match="the system refused memory"):
         streammerge.merge(plan, out)

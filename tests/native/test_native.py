@@ -15,12 +15,14 @@ from hypothesis import strategies as st
 from models import BLOCK, Models, Tensors, assert_same_bits, assert_same_model, without_kernels
 
 import streammerge
-from streammerge.engine.compiled.opening import open_compiled
-from streammerge.engine.device import CpuStage
-from streammerge.engine.pieces import Part, PieceInMemory
+from streammerge.dtypes import DType
+from streammerge.engine.compiled.measuring import CompiledMeasuring
+from streammerge.engine.compiled.opening import torch_adds_left_to_right
+from streammerge.engine.pieces import Part, PieceInMemory, Stored
+from streammerge.engine.plain import PlainStage
 from streammerge.errors import NonFiniteError
 from streammerge.methods import discover_methods
-from streammerge.methods.base import MagnitudeTopK, Scope
+from streammerge.methods.base import MagnitudeTopK, MergeMethod, Scope
 from streammerge.native import library
 from streammerge.native.library import (
     Kernels,
@@ -29,6 +31,7 @@ from streammerge.native.library import (
     count_scratch,
     load_kernels,
 )
+from streammerge.plan.types import MergePlan
 from streammerge.reductions.magnitude import MOST_CROWDS, Band, Bins, Question, answer_block
 from streammerge.reductions.selecting import select_block
 from streammerge.reductions.topk import TiePolicy
@@ -177,8 +180,7 @@ def test_blocks_in_usual_types_are_not_merged_plainly(
 ) -> None:
     """Otherwise the tests here would compare the plain way with itself."""
     paths = [models.write(tensors) for tensors in draw(2, torch.bfloat16, 1)]
-    monkeypatch.setattr(CpuStage, "_merge_plainly", None)
-    monkeypatch.setattr(CpuStage, "_answer_plainly", None)
+    monkeypatch.setattr(PlainStage, "__init__", None)
 
     models.merge(document(method, paths))
 
@@ -198,6 +200,18 @@ def test_what_the_plain_way_refuses_is_refused_in_its_words(models: Models) -> N
 
     assert f"element [{BLOCK + 3}]" in messages[0]
     assert messages[0] == messages[1]
+
+
+def measuring_of(plan: MergePlan, method: MergeMethod) -> CompiledMeasuring:
+    """Return what measures for one worker."""
+    assert KERNELS is not None
+    return CompiledMeasuring(KERNELS, plan, method, np.empty(BLOCK, dtype=np.float32))
+
+
+def stored(tensor: torch.Tensor) -> Stored:
+    """Return a tensor as a piece holds it."""
+    names = {dtype: name for name, dtype in STORED.items()}
+    return Stored(tensor.view(torch.uint8).numpy(), DType(names[tensor.dtype]))
 
 
 def only(found: Any) -> Any:
@@ -232,13 +246,12 @@ def test_answers_are_those_of_the_plain_way(
     if not spread:
         base, tuned = (base * 2).round(), (tuned * 2).round()
     base, tuned = base.bfloat16(), tuned.bfloat16()
-    piece = PieceInMemory((Part(plan.tasks[0], 0, 0, numel),), (base, tuned), ())
+    piece = PieceInMemory((Part(plan.tasks[0], 0, 0, numel),), (stored(base), stored(tuned)), ())
     magnitudes = (tuned.float() - base.float()).abs().numpy()
     question = data.draw(questions(magnitudes))
-    compiled = open_compiled(plan, method, torch.empty(BLOCK))
-    assert compiled is not None
+    measuring = measuring_of(plan, method)
 
-    found = only(only(compiled.measuring.answer(piece, [question])))
+    found = only(only(measuring.answer(piece, [question])))
 
     expected = answer_block(question, magnitudes, np.empty((2, numel), dtype=np.bool_))
     assert found is not None
@@ -270,16 +283,15 @@ def test_what_bands_collect_from_many_blocks_is_told_apart(
         flat = [(each * 4).round() for each in flat]
     paths = [models.write({"weight": each}) for each in flat]
     plan = streammerge.plan(document("ties", paths), memory="4GiB")
-    piece = PieceInMemory((Part(plan.tasks[0], 0, 0, numel),), tuple(flat), ())
-    compiled = open_compiled(plan, METHODS["ties"], torch.empty(BLOCK))
-    assert compiled is not None
+    piece = PieceInMemory((Part(plan.tasks[0], 0, 0, numel),), tuple(map(stored, flat)), ())
+    measuring = measuring_of(plan, METHODS["ties"])
     asked = [Band(0.01, 0.3), Bins(0, 2**31 - 1), Band(0.0, float("inf"))][:sources]
 
-    found = compiled.measuring.answer(piece, asked)
+    found = measuring.answer(piece, asked)
 
+    assert found is not None
     assert len(found) == 6
     for block, row in enumerate(found):
-        assert row is not None
         part = slice(block * BLOCK, (block + 1) * BLOCK)
         for source, (question, mine) in enumerate(zip(asked, row, strict=True)):
             magnitudes = (flat[1 + source][part].float() - flat[0][part].float()).abs().numpy()
@@ -318,11 +330,13 @@ def test_thresholds_of_small_tensors_are_those_of_the_plain_way(
     if seed % 5 == 0:
         tuned[::11] = float("inf")
     parts = tuple(Part(plan.tasks[0], 0, 0, size) for size in sizes)
-    piece = PieceInMemory(parts, (base, tuned), ())
-    compiled = open_compiled(plan, method, torch.empty(BLOCK))
-    assert compiled is not None
+    piece = PieceInMemory(parts, (stored(base), stored(tuned)), ())
+    measuring = measuring_of(plan, method)
 
-    found = compiled.measuring.select(piece, MagnitudeTopK((density,), policy, Scope.TENSOR))
+    try:
+        found = measuring.select(piece, MagnitudeTopK((density,), policy, Scope.TENSOR))
+    except NonFiniteError:
+        found = None
 
     magnitudes = (tuned - base).abs().numpy()
     expected = [
@@ -336,25 +350,29 @@ def test_thresholds_of_small_tensors_are_those_of_the_plain_way(
         assert found == expected
 
 
-def test_a_threshold_that_is_no_number_is_not_told(one_tensor: Any) -> None:
+def test_a_threshold_that_is_no_number_is_an_error(one_tensor: Any) -> None:
     plan, method = one_tensor
     values = torch.tensor([1.0, float("nan")]).bfloat16()
-    piece = PieceInMemory((Part(plan.tasks[0], 0, 0, 2),), (torch.ones(2).bfloat16(), values), ())
-    compiled = open_compiled(plan, method, torch.empty(BLOCK))
-    assert compiled is not None
+    piece = PieceInMemory(
+        (Part(plan.tasks[0], 0, 0, 2),), tuple(map(stored, (torch.ones(2).bfloat16(), values)))
+    )
+    measuring = measuring_of(plan, method)
 
     need = MagnitudeTopK((0.5,), TiePolicy.EXACT, Scope.TENSOR)
-    assert compiled.measuring.select(piece, need) is None
+    with pytest.raises(NonFiniteError, match=r"sources\[0\] .* holds nan at element \[1\]"):
+        measuring.select(piece, need)
 
 
-def test_a_block_with_a_value_that_is_no_number_is_not_answered(one_tensor: Any) -> None:
+def test_a_question_about_a_value_that_is_no_number_is_an_error(one_tensor: Any) -> None:
     plan, method = one_tensor
     values = torch.tensor([1.0, float("nan")]).bfloat16()
-    piece = PieceInMemory((Part(plan.tasks[0], 0, 0, 2),), (torch.ones(2).bfloat16(), values), ())
-    compiled = open_compiled(plan, method, torch.empty(BLOCK))
-    assert compiled is not None
+    piece = PieceInMemory(
+        (Part(plan.tasks[0], 0, 0, 2),), tuple(map(stored, (torch.ones(2).bfloat16(), values)))
+    )
+    measuring = measuring_of(plan, method)
 
-    assert compiled.measuring.answer(piece, [Band(0.0, 1.0)]) == [None]
+    with pytest.raises(NonFiniteError, match=r"sources\[0\] .* holds nan at element \[1\]"):
+        measuring.answer(piece, [Band(0.0, 1.0)])
 
 
 def test_samples_are_the_magnitudes_in_order(one_tensor: Any) -> None:
@@ -362,12 +380,11 @@ def test_samples_are_the_magnitudes_in_order(one_tensor: Any) -> None:
     generator = torch.Generator().manual_seed(5)
     base, tuned = (torch.randn(3000, generator=generator).bfloat16() for _ in range(2))
     tuned[[7, 900]] = torch.tensor([float("nan"), float("-inf")]).bfloat16()
-    piece = PieceInMemory((Part(plan.tasks[0], 0, 0, 3000),), (base, tuned), ())
-    compiled = open_compiled(plan, method, torch.empty(BLOCK))
-    assert compiled is not None
+    piece = PieceInMemory((Part(plan.tasks[0], 0, 0, 3000),), (stored(base), stored(tuned)), ())
+    measuring = measuring_of(plan, method)
     found = np.empty((1, 1024), dtype=np.float32)
 
-    assert compiled.measuring.sample(piece, 500, found)
+    assert measuring.sample(piece, 500, found)
     expected = (tuned.float() - base.float()).abs()[500:1524].numpy()
     np.testing.assert_array_equal(found[0], expected)
 
@@ -376,12 +393,17 @@ def test_values_without_a_base_are_not_taken_for_task_vectors(models: Models) ->
     paths = [models.write({"weight": torch.ones(8).bfloat16()}) for _ in range(2)]
     recipe = {"method": "linear", "sources": [{"path": str(path)} for path in paths]}
     plan = streammerge.plan(recipe, memory="4GiB")
-    piece = PieceInMemory((Part(plan.tasks[0], 0, 0, 8),), (torch.ones(8), torch.ones(8)), ())
-    compiled = open_compiled(plan, METHODS["linear"], torch.empty(BLOCK))
-    assert compiled is not None
+    piece = PieceInMemory((Part(plan.tasks[0], 0, 0, 8),), (stored(torch.ones(8)),) * 2)
+    measuring = measuring_of(plan, METHODS["linear"])
 
-    assert compiled.measuring.answer(piece, [Band(0.0, 1.0), None]) == [None]
-    assert not compiled.measuring.sample(piece, 0, np.empty((2, 8), dtype=np.float32))
+    assert measuring.answer(piece, [Band(0.0, 1.0), None]) is None
+    assert not measuring.sample(piece, 0, np.empty((2, 8), dtype=np.float32))
+
+
+@pytest.mark.parametrize("rows", range(5, library.SOURCES_AT_MOST + 1))
+def test_this_torch_adds_rows_as_the_kernels_do(rows: int) -> None:
+    """Plans rely on it for the versions that they know."""
+    assert torch_adds_left_to_right(rows)
 
 
 def test_kernels_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:

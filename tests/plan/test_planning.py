@@ -32,7 +32,9 @@ from streammerge.recipe.types import Recipe
 from streammerge.reductions import BLOCK, count_blocks
 from streammerge.units import GIB, KIB, MIB
 
-MACHINE = Machine(budget=4 * GIB, baseline=200 * MIB, workers=3, readers=4, writers=2)
+MACHINE = Machine(
+    budget=4 * GIB, baseline=lambda *, torch: 200 * MIB, workers=3, readers=4, writers=2
+)
 METHODS = {name: method.parameters for name, method in discover_methods().items()}
 
 Tensors = dict[str, tuple[DType, tuple[int, ...]]]

@@ -13,15 +13,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from streammerge.engine.accelerator.ring import Returned, Ring, Step
 from streammerge.engine.device import Applied
 from streammerge.engine.finite import LARGEST
-from streammerge.engine.pieces import PieceInMemory, torch_dtype
+from streammerge.engine.pieces import PieceInMemory, Stored, torch_dtype
+from streammerge.lazily import torch
 from streammerge.methods.base import MergeChunk, MergeMethod, Operand, Stack
 from streammerge.methods.masks import draw_keep_mask
 from streammerge.methods.parts import trim_unseen_
@@ -31,6 +31,9 @@ from streammerge.reductions.in_tensors import COUNTS, counted_blocks, values_ins
 from streammerge.reductions.magnitude import BINS, Bins, Counted, Question
 from streammerge.reductions.topk import TopK
 from streammerge.rng import stream_key
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Suspicion(Exception):  # noqa: N818 - no error yet: the CPU's stage finds out what it is
@@ -51,7 +54,7 @@ class DeviceComputing:
         self._subtracts = method.operand is Operand.TASK_VECTORS
         self._tells = method.random or plan.model_scope
 
-    def merge(self, piece: PieceInMemory, tops: tuple[TopK, ...], out: Tensor) -> Applied:
+    def merge(self, piece: PieceInMemory, tops: tuple[TopK, ...], out: Stored) -> Applied:
         """Merge a piece of one part; see :meth:`streammerge.engine.device.DeviceStage.apply`.
 
         Raises:
@@ -60,7 +63,7 @@ class DeviceComputing:
         ring = self._ring
         ring.run(ring.clear)
         merge = partial(self._merge_step, piece, tops, torch_dtype(piece.first.task.dtype))
-        ring.stream(piece.inputs, piece.numel, merge, out.view(torch.uint8))
+        ring.stream(_tensors(piece), piece.numel, merge, torch.from_numpy(out.memory))
         checked = not self._plan.keep_non_finite
         self._fetch(piece, [(ring.counts, self._n_sources + 1)], checked=checked)
         *kept, not_finite = ring.counts.host.tolist()
@@ -82,7 +85,7 @@ class DeviceComputing:
         checked = self._plan.model_scope and not self._plan.keep_non_finite
         ring.run(ring.clear)
         measure = partial(self._measure_step, questions, checked=checked)
-        ring.stream(piece.inputs, piece.numel, measure, None)
+        ring.stream(_tensors(piece), piece.numel, measure, None)
         blocks = count_blocks(piece.numel)
         self._fetch(
             piece,
@@ -239,6 +242,10 @@ class _Place:
         inner = sorted(border for border in borders if 0 < border < self.step.numel)
         for begin, end in pairwise([0, *inner, self.step.numel]):
             yield begin, end, first + begin // BLOCK
+
+
+def _tensors(piece: PieceInMemory) -> list[Tensor | None]:
+    return [None if stored is None else stored.tensor() for stored in piece.inputs]
 
 
 def _count_non_finite(inputs: Sequence[Tensor | None], found: Tensor) -> None:

@@ -11,15 +11,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from streammerge.engine.accelerator.backend import Failure, lost
 from streammerge.errors import OutOfMemoryError
+from streammerge.lazily import torch
 from streammerge.units import format_size
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _LOST = ("CUDA error", "CUDA driver error", "device-side assert")
 """How torch's messages about a device that has failed begin, in a RuntimeError or a kind of it."""

@@ -9,11 +9,10 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-import torch
-
 from streammerge.engine.accelerator.backend import Backend, lost
 from streammerge.engine.accelerator.cuda import CudaBackend
 from streammerge.errors import DeviceError
+from streammerge.lazily import torch
 
 _CUDA = re.compile(r"cuda(?::([0-9]{1,4}))?\Z")
 

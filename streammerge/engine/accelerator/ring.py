@@ -18,14 +18,16 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from streammerge.engine.accelerator.backend import Backend, Event
+from streammerge.lazily import torch
 from streammerge.plan.devices import LANES, StepShape
 from streammerge.reductions.in_tensors import COUNTS, Answers
 from streammerge.reductions.magnitude import BINS
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)

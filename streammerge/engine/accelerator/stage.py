@@ -13,13 +13,13 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from numpy.typing import NDArray
-from torch import Tensor
 
 from streammerge.engine.accelerator.backend import Backend, Failure, lost
 from streammerge.engine.accelerator.computing import DeviceComputing, Suspicion
 from streammerge.engine.accelerator.ring import Ring
-from streammerge.engine.device import Applied, CpuStage
-from streammerge.engine.pieces import PieceInMemory, torch_dtype
+from streammerge.engine.compiled.opening import open_cpu_stage
+from streammerge.engine.device import Applied
+from streammerge.engine.pieces import PieceInMemory, Stored, torch_dtype
 from streammerge.errors import MemoryBudgetError, NonFiniteError, printable
 from streammerge.methods.base import MagnitudeTopK, MergeMethod
 from streammerge.plan.devices import plan_step, runs_on_device
@@ -46,14 +46,14 @@ class AcceleratorStage:
         self._plan = plan
         self._method = method
         self._backend = backend
-        self._host = CpuStage(plan, method)
+        self._host = open_cpu_stage(plan, method)
         self._step_numel = resources.step_numel
         self._retried = False
         self._ring: Ring | None = None
         self._computing: DeviceComputing | None = None
 
     def apply(
-        self, piece: PieceInMemory, tops: Sequence[tuple[TopK, ...]], out: Tensor
+        self, piece: PieceInMemory, tops: Sequence[tuple[TopK, ...]], out: Stored
     ) -> list[Applied]:
         """Merge a piece."""
         if not self._takes(piece):
@@ -64,7 +64,7 @@ class AcceleratorStage:
             self._host.apply(piece, tops, out)
             raise _unnamed(piece) from None
 
-    def convert(self, piece: PieceInMemory, out: Tensor) -> Applied:
+    def convert(self, piece: PieceInMemory, out: Stored) -> Applied:
         """Convert a piece."""
         return self._host.convert(piece, out)
 

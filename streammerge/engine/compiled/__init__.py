@@ -1,10 +1,12 @@
-"""What a CPU stage leaves to the compiled kernels: blocks in usual types that turn out to be finite.
+"""The compiled way of a CPU stage, for tensors in usual types.
 
-    opening.py     whether they can serve a plan
+    opening.py     whether kernels can serve a plan
+    stage.py       the stage of one worker
     operands.py    pieces as the kernels see them: addresses and types
     merging.py     blocks of a piece to blocks of the output
     measuring.py   samples, answers to questions, thresholds of small tensors
+    refusing.py    what is wrong with a block that the kernels refuse
 
-Each says what it left undone. That is done the plain way, which gives the same bits, and names what
-is wrong where something is.
+The kernels refuse a block in which an operand is not finite, or a result does not fit its type, and
+nothing else: that is an error.
 """

@@ -6,15 +6,17 @@ Memory: 20 KiB of calls, and rows of the stage's scratch memory.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Never
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
 from streammerge.engine.compiled.operands import CALLS, StoredOperand, find_operands, in_batches
+from streammerge.engine.compiled.refusing import refuse_operands
 from streammerge.engine.pieces import PieceInMemory
 from streammerge.methods.base import MagnitudeTopK, MergeMethod, Operand
 from streammerge.native.library import CROWDS_AT_MOST, Kernels, QuestionCall, SelectionCall
+from streammerge.plan.types import MergePlan
 from streammerge.reductions import BLOCK
 from streammerge.reductions.magnitude import BINS, MOST_CROWDS, Band, Bins, Counted, Question
 from streammerge.reductions.selecting import settled_without_values, statistic_of_block
@@ -29,35 +31,41 @@ _INFINITY = float("inf")
 class CompiledMeasuring:
     """Measures task vectors for one worker."""
 
-    def __init__(self, kernels: Kernels, method: MergeMethod, memory: Tensor) -> None:
+    def __init__(
+        self, kernels: Kernels, plan: MergePlan, method: MergeMethod, memory: NDArray[np.float32]
+    ) -> None:
         """Prepare the calls.
 
         Args:
             kernels: The compiled functions.
-            method: The plan's method; only task vectors can be measured.
-            memory: ``[BLOCK]`` float32, scratch.
+            plan: The plan.
+            method: Its method; only task vectors can be measured.
+            memory: ``[BLOCK]``, scratch.
         """
         self._kernels = kernels
         self._subtracts = method.operand is Operand.TASK_VECTORS
-        self._memory = memory.numpy()
+        self._plan = plan
+        self._memory = memory
         self._questions = (QuestionCall * CALLS)()
         self._selections = (SelectionCall * CALLS)()
 
     def answer(
         self, piece: PieceInMemory, questions: Sequence[Question | None]
-    ) -> list[list[Counted | None] | None]:
+    ) -> list[list[Counted | None]] | None:
         """Answer every source's question for each block of a piece.
 
         Returns:
-            ``[blocks][sources]``; None for blocks that the kernels cannot read, or in which a value
-            is not finite.
+            ``[blocks][sources]``; None if the kernels cannot read the piece.
+
+        Raises:
+            NonFiniteError: A value is not finite.
         """
-        ranges = [(i, min(i + BLOCK, piece.numel)) for i in range(0, piece.numel, BLOCK)]
         operands = self._find_operands(piece)
         if operands is None:
-            return [None] * len(ranges)
+            return None
         base, *sources = operands
-        found: list[list[Counted | None] | None] = [[None] * len(questions) for _ in ranges]
+        ranges = [(i, min(i + BLOCK, piece.numel)) for i in range(0, piece.numel, BLOCK)]
+        found: list[list[Counted | None]] = [[None] * len(questions) for _ in ranges]
         asked = [
             (block, source, question)
             for block in range(len(ranges))
@@ -70,12 +78,18 @@ class CompiledMeasuring:
                 _ask_about(self._questions[index], question)
             answers = self._answer_batch([question for *_, question in batch])
             for (block, source, _), answer in zip(batch, answers, strict=True):
-                row = found[block]
-                if row is None or answer is None:
-                    found[block] = None
-                else:
-                    row[source] = answer
+                if answer is None:
+                    self._refuse(piece, *ranges[block])
+                found[block][source] = answer
         return found
+
+    def _refuse(self, piece: PieceInMemory, begin: int, end: int) -> Never:
+        """Raise the error about an operand that is not finite.
+
+        A merge would raise it as well; a sweep over a model need not wait for that.
+        """
+        refuse_operands(piece, begin, end, self._plan, subtracts=True)
+        raise AssertionError("the kernels refuse what is finite")
 
     def _find_operands(self, piece: PieceInMemory) -> list[StoredOperand] | None:
         """Return the base and the sources; None if there is no base, or the kernels cannot read."""
@@ -140,7 +154,10 @@ class CompiledMeasuring:
         """Return the statistics of whole tensors that fill at most a block: parts, then sources.
 
         Returns:
-            None where the kernels cannot read a tensor, or a threshold is not finite.
+            None where the kernels cannot read a tensor.
+
+        Raises:
+            NonFiniteError: A threshold is not finite.
         """
         operands = self._find_operands(piece)
         if operands is None:
@@ -163,7 +180,7 @@ class CompiledMeasuring:
             self._kernels.select(self._selections, len(batch), self._memory.ctypes.data)
             for call, (part, source, *_) in zip(self._selections, batch, strict=False):
                 if not call.threshold < _INFINITY:
-                    return None
+                    self._refuse(piece, 0, piece.numel)
                 found[part][source] = statistic_of_block(
                     (call.threshold, call.greater, call.equal), call.numel, call.k, need.tie_policy
                 )

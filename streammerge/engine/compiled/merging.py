@@ -7,37 +7,32 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Never
 
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
+from streammerge.dtypes import DType
 from streammerge.engine.compiled.operands import CALLS, StoredOperand, find_operands, in_batches
-from streammerge.engine.finite import LARGEST
-from streammerge.engine.pieces import PieceInMemory
+from streammerge.engine.compiled.refusing import refuse_operands
+from streammerge.engine.finite import LARGEST, check_range
+from streammerge.engine.pieces import PieceInMemory, Stored
 from streammerge.engine.segments import Block, Segment
 from streammerge.methods.base import MergeMethod, Operand, Sweep
-from streammerge.methods.parts import ADD_LEFT_TO_RIGHT
-from streammerge.native.library import (
-    ALL_TIES,
-    DTYPE_CODES,
-    Kernels,
-    MergeCall,
-    SourceCall,
-)
+from streammerge.native.library import ALL_TIES, DTYPE_CODES, Kernels, MergeCall, SourceCall
 from streammerge.native.words import Keep
+from streammerge.plan.kernels import VECTOR_COLUMNS, any_length, first_operand
 from streammerge.plan.types import MergePlan
 from streammerge.reductions.topk import TopK
 from streammerge.rng import keep_limit, stream_key
-
-VECTOR_COLUMNS = 64
-"""torch.sum adds more rows than a few from left to right in the columns that it takes by whole
-vectors, several at a time; this is a multiple of all of them."""
 
 
 class CompiledMerging:
     """Merges blocks for one worker."""
 
     def __init__(
-        self, kernels: Kernels, plan: MergePlan, method: MergeMethod, memory: Tensor
+        self, kernels: Kernels, plan: MergePlan, method: MergeMethod, memory: NDArray[np.float32]
     ) -> None:
         """Prepare the calls.
 
@@ -45,24 +40,23 @@ class CompiledMerging:
             kernels: The compiled functions.
             plan: The plan.
             method: Its method.
-            memory: ``[BLOCK]`` float32, scratch.
+            memory: ``[BLOCK]``, scratch.
         """
         self._kernels = kernels
-        self._seed = plan.seed
+        self._plan = plan
         self._subtracts = method.operand is Operand.TASK_VECTORS
-        self._first = 0 if self._subtracts else int(plan.has_base)
+        self._first = first_operand(method, has_base=plan.has_base)
         self._counts = method.random or plan.model_scope
         self._sweeps = [method.sweep(method.bind(setting.values)) for setting in plan.settings]
-        self._memory = memory
+        self._scratch = memory.ctypes.data
         self._n_sources = len(plan.models) - plan.has_base
-        self._any_length = self._n_sources <= ADD_LEFT_TO_RIGHT
-        self._sources = (SourceCall * (CALLS * self._n_sources))()
         self._calls = (MergeCall * CALLS)()
-        for index, call in enumerate(self._calls):
-            own = ctypes.byref(self._sources, index * self._n_sources * ctypes.sizeof(SourceCall))
-            call.sources = ctypes.cast(own, ctypes.POINTER(SourceCall))
+        self._sources = [(SourceCall * self._n_sources)() for _ in range(CALLS)]
+        for call, sources in zip(self._calls, self._sources, strict=True):
+            call.sources = ctypes.cast(sources, ctypes.POINTER(SourceCall))
+            call.n_sources = self._n_sources
 
-    def merge(self, piece: PieceInMemory, blocks: Sequence[Block], out: Tensor) -> list[Block]:
+    def merge(self, piece: PieceInMemory, blocks: Sequence[Block], out: Stored) -> Sequence[Block]:
         """Merge blocks of a piece, as far as the kernels can.
 
         Args:
@@ -72,68 +66,85 @@ class CompiledMerging:
 
         Returns:
             The blocks that are left.
+
+        Raises:
+            NonFiniteError: An operand is not finite, or a result does not fit the output type.
         """
         sweep = self._sweeps[piece.first.task.setting]
         operands = find_operands(piece, self._first)
-        if sweep is None or operands is None or piece.first.task.dtype not in DTYPE_CODES:
-            return list(blocks)
+        if sweep is None or operands is None or out.dtype not in DTYPE_CODES:
+            return blocks
+        left = [block for block in blocks if not self._takes(block)]
         jobs = [
-            (block, segment)
+            _Job(block.begin + segment.begin, block.begin + segment.end, segment)
             for block in blocks
-            if self._any_length or (block.end - block.begin) % VECTOR_COLUMNS == 0
+            if self._takes(block)
             for segment in block.segments
         ]
-        refused = {block.begin for block in blocks} - {block.begin for block, _ in jobs}
-        kept: list[list[int]] = []
+        target = StoredOperand.of(out)
         for batch in in_batches(jobs):
-            for index, (block, segment) in enumerate(batch):
-                at = block.begin + segment.begin
-                self._calls[index].out = out.data_ptr() + at * out.itemsize
-                self._ask(index, sweep, operands, segment, at)
-            if self._kernels.merge_blocks(self._calls, len(batch), self._memory.data_ptr()):
-                calls = zip(self._calls, batch, strict=False)
-                refused |= {block.begin for call, (block, _) in calls if call.refused}
-            kept += self._read_kept(len(batch))
-        for (block, segment), counts in zip(jobs, kept, strict=self._counts):
-            if block.begin not in refused:
-                segment.add_kept(counts)
-        return [block for block in blocks if block.begin in refused]
+            for index, job in enumerate(batch):
+                self._ask(index, sweep, operands, job)
+                call = self._calls[index]
+                call.out, call.out_dtype = target.at(job.begin), target.code
+                call.limit = LARGEST[out.dtype]
+            if self._kernels.merge_blocks(self._calls, len(batch), self._scratch):
+                refused = next(
+                    job for call, job in zip(self._calls, batch, strict=False) if call.refused
+                )
+                self._refuse(piece, sweep, operands, refused)
+            if self._counts:
+                for sources, job in zip(self._sources, batch, strict=False):
+                    job.segment.add_kept([source.kept for source in sources])
+        return left
 
-    def _ask(
-        self,
-        index: int,
-        sweep: Sweep,
-        operands: Sequence[StoredOperand],
-        segment: Segment,
-        at: int,
-    ) -> None:
-        """Prepare the call for one tensor's part of a block, from element ``at`` of the piece on."""
-        call = self._calls[index]
-        dtype = segment.part.task.dtype
-        call.numel = segment.end - segment.begin
-        call.out_dtype, call.limit = DTYPE_CODES[dtype], LARGEST[dtype]
+    def _takes(self, block: Block) -> bool:
+        """Return whether the kernels add the rows of a block as torch.sum does."""
+        return any_length(self._n_sources) or (block.end - block.begin) % VECTOR_COLUMNS == 0
+
+    def _refuse(
+        self, piece: PieceInMemory, sweep: Sweep, operands: Sequence[StoredOperand], job: _Job
+    ) -> Never:
+        """Raise the error about an operand, or about a result, which is computed once more."""
+        refuse_operands(piece, job.begin, job.end, self._plan, subtracts=self._subtracts)
+        merged = np.empty(job.end - job.begin, dtype=np.float32)
+        self._ask(0, sweep, operands, job)
+        call = self._calls[0]
+        call.out, call.out_dtype = merged.ctypes.data, DTYPE_CODES[DType.F32]
+        self._kernels.merge_blocks(self._calls, 1, self._scratch)
+        check_range(merged, piece, job.begin)
+        raise AssertionError("the kernels refuse what is finite and fits")
+
+    def _ask(self, index: int, sweep: Sweep, operands: Sequence[StoredOperand], job: _Job) -> None:
+        """Prepare the call for one tensor's part of a block, but for where the result goes."""
+        call, segment = self._calls[index], job.segment
+        call.numel = job.end - job.begin
         call.divisor = sweep.divisor
-        call.n_sources = self._n_sources
         call.combine = sweep.combine
         if self._subtracts:
             base, *operands = operands
-            call.base, call.base_dtype = base.at(at), base.code
+            call.base, call.base_dtype = base.at(job.begin), base.code
         for number, (operand, weight) in enumerate(zip(operands, sweep.weights, strict=True)):
-            source = self._sources[index * self._n_sources + number]
-            source.values, source.dtype = operand.at(at), operand.code
+            source = self._sources[index][number]
+            source.values, source.dtype = operand.at(job.begin), operand.code
             source.weight = weight
             if sweep.keep is Keep.LARGEST:
                 _keep_largest(source, segment.tops[number], segment.block)
             elif sweep.keep is Keep.RANDOM:
-                key = stream_key(self._seed, number, segment.part.task.name)
+                key = stream_key(self._plan.seed, number, segment.part.task.name)
                 _keep_randomly(source, sweep.densities[number], key, segment.start)
 
-    def _read_kept(self, count: int) -> list[list[int]]:
-        """Return what each source of the first calls kept, where it is to be counted."""
-        if not self._counts:
-            return []
-        n = self._n_sources
-        return [[source.kept for source in self._sources[i * n : i * n + n]] for i in range(count)]
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """One tensor's part of a block."""
+
+    begin: int
+    """First element in the piece."""
+    end: int
+    """End in the piece."""
+    segment: Segment
+    """What it is of the tensor."""
 
 
 def _keep_largest(source: SourceCall, top: TopK, block: int) -> None:

@@ -1,57 +1,52 @@
-"""Whether the compiled kernels can serve a plan."""
+"""The stage of a worker on the CPU: with the compiled kernels where they can serve."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-import torch
-from torch import Tensor
-
-from streammerge.dtypes import DType
-from streammerge.engine.compiled.measuring import CompiledMeasuring
-from streammerge.engine.compiled.merging import VECTOR_COLUMNS, CompiledMerging
+from streammerge.engine.compiled.stage import CompiledStage
+from streammerge.engine.device import DeviceStage
+from streammerge.engine.plain import PlainStage
+from streammerge.lazily import torch
 from streammerge.methods.base import MergeMethod
 from streammerge.methods.parts import ADD_LEFT_TO_RIGHT
 from streammerge.native.library import SOURCES_AT_MOST, count_scratch, load_kernels
+from streammerge.plan.kernels import VECTOR_COLUMNS, kernels_serve, sums_are_known
 from streammerge.plan.types import MergePlan
 from streammerge.reductions import BLOCK
 
 assert count_scratch(SOURCES_AT_MOST) <= BLOCK  # noqa: S101 - a row of scratch memory must do
 
 
-@dataclass(frozen=True, slots=True)
-class Compiled:
-    """The compiled way for one worker."""
-
-    merging: CompiledMerging
-    """For pass 2."""
-    measuring: CompiledMeasuring
-    """For pass 1."""
+def takes_torch(plan: MergePlan) -> bool:
+    """Return whether workers and readers need torch."""
+    # A plan may come from a machine where the kernels were compiled.
+    return plan.needs_torch or load_kernels() is None
 
 
-def open_compiled(plan: MergePlan, method: MergeMethod, memory: Tensor) -> Compiled | None:
-    """Return the compiled way for a plan; None where there is none.
+def open_cpu_stage(plan: MergePlan, method: MergeMethod) -> DeviceStage:
+    """Return the stage of one worker.
 
     Args:
         plan: The plan.
         method: Its method.
-        memory: ``[BLOCK]`` in the compute dtype, scratch of one worker.
     """
     kernels = load_kernels()
     count = len(plan.models) - plan.has_base
-    if kernels is None or plan.keep_non_finite or plan.compute_dtype is not DType.F32:
-        return None
-    if not 0 < count <= SOURCES_AT_MOST:
-        return None
-    if count > ADD_LEFT_TO_RIGHT and not _torch_adds_left_to_right(count):
-        return None
-    return Compiled(
-        CompiledMerging(kernels, plan, method, memory), CompiledMeasuring(kernels, method, memory)
+    serve = kernels_serve(
+        count, compute_dtype=plan.compute_dtype, keep_non_finite=plan.keep_non_finite
     )
+    if kernels is None or not serve or not _add_alike(count):
+        return PlainStage(plan, method)
+    plain = PlainStage(plan, method) if plan.needs_torch else None
+    return CompiledStage(kernels, plan, method, plain)
 
 
-def _torch_adds_left_to_right(rows: int) -> bool:
-    """Return whether this torch adds so many rows as the kernels do, in columns taken as vectors."""
+def _add_alike(rows: int) -> bool:
+    """Return whether torch adds so many rows as the kernels do, in columns taken as vectors."""
+    return rows <= ADD_LEFT_TO_RIGHT or sums_are_known() or torch_adds_left_to_right(rows)
+
+
+def torch_adds_left_to_right(rows: int) -> bool:
+    """Let torch add so many rows, and return whether it does so from left to right."""
     columns = 2 * VECTOR_COLUMNS
     generator = torch.Generator().manual_seed(0)
     values = torch.randn(rows, columns, generator=generator)

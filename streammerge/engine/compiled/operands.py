@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-import torch
-from torch import Tensor
-
-from streammerge.engine.pieces import PieceInMemory, torch_dtype
+from streammerge.engine.pieces import PieceInMemory, Stored
 from streammerge.native.library import DTYPE_CODES
 
 Job = TypeVar("Job")
 
 CALLS = 64
 """Most calls that the kernels are given at once."""
-_CODES: Mapping[torch.dtype, int] = {
-    torch_dtype(dtype): code for dtype, code in DTYPE_CODES.items()
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,9 +27,9 @@ class StoredOperand:
     """The kernels' number of its type."""
 
     @classmethod
-    def of(cls, stored: Tensor) -> StoredOperand:
-        """Return where a tensor lies, whose type the kernels can read."""
-        return cls(stored.data_ptr(), stored.itemsize, _CODES[stored.dtype])
+    def of(cls, stored: Stored) -> StoredOperand:
+        """Return where values lie, whose type the kernels know."""
+        return cls(stored.memory.ctypes.data, stored.dtype.itemsize, DTYPE_CODES[stored.dtype])
 
     def at(self, element: int) -> int:
         """Return the address of an element of the piece."""
@@ -45,7 +39,7 @@ class StoredOperand:
 def find_operands(piece: PieceInMemory, first: int) -> list[StoredOperand] | None:
     """Return a piece's inputs from model ``first`` on; None if the kernels cannot read them all."""
     inputs = piece.inputs[first:]
-    if any(stored is None or stored.dtype not in _CODES for stored in inputs):
+    if any(stored is None or stored.dtype not in DTYPE_CODES for stored in inputs):
         return None
     if any(piece.deltas):
         return None

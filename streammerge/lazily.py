@@ -1,0 +1,43 @@
+"""torch, imported when something is first taken from it.
+
+Importing torch takes a second and 200 MiB, and most merges never need it: compiled kernels do all
+that there is to do in the usual types. So modules take torch from here, and name its types only
+where they are checked::
+
+    from streammerge.lazily import torch
+
+    if TYPE_CHECKING:
+        from torch import Tensor
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.metadata
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch as torch  # noqa: PLC0414 - so a type checker lets others take it from here
+else:
+
+    class _Lazily:
+        """Stands for torch; what is taken from it is taken from torch, and kept."""
+
+        def __getattr__(self, name: str) -> Any:
+            value = getattr(importlib.import_module("torch"), name)
+            setattr(self, name, value)
+            return value
+
+    torch = _Lazily()
+
+
+def load_torch() -> None:
+    """Import torch now, so that what it takes of memory can be seen."""
+    importlib.import_module("torch")
+
+
+@functools.cache
+def torch_version() -> str:
+    """Return the version of the torch that is installed, which need not be loaded."""
+    return importlib.metadata.version("torch")

@@ -1,0 +1,86 @@
+"""Which tensors the compiled kernels can merge; torch merges the others, and takes memory for it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from streammerge.dtypes import DType
+from streammerge.lazily import torch_version
+from streammerge.methods.base import MergeMethod, Operand
+from streammerge.methods.parts import ADD_LEFT_TO_RIGHT
+from streammerge.native.library import DTYPE_CODES, SOURCES_AT_MOST, load_kernels
+from streammerge.plan.types import Action, Setting, TensorTask
+
+VECTOR_COLUMNS = 64
+"""torch.sum adds more rows than a few from left to right in the columns that it takes by whole
+vectors, several at a time; this is a multiple of all of them."""
+_KNOWN_SUMS = ((2, 4), (2, 13))
+"""The first and the last version of torch whose sum over rows is known to be the one described."""
+
+
+def needs_torch(
+    method: MergeMethod,
+    settings: Sequence[Setting],
+    tasks: Sequence[TensorTask],
+    *,
+    n_sources: int,
+    has_base: bool,
+    compute_dtype: DType,
+    keep_non_finite: bool,
+) -> bool:
+    """Return whether the kernels leave something of a merge undone.
+
+    Args:
+        method: The method.
+        settings: Its parameters.
+        tasks: All tensors.
+        n_sources: Number of sources.
+        has_base: Whether the first input of a task is the base's.
+        compute_dtype: F32 or F64.
+        keep_non_finite: Whether NaN and infinity are let through.
+    """
+    if load_kernels() is None or not kernels_serve(
+        n_sources, compute_dtype=compute_dtype, keep_non_finite=keep_non_finite
+    ):
+        return True
+    if n_sources > ADD_LEFT_TO_RIGHT and not sums_are_known():
+        return True
+    if any(method.sweep(method.bind(setting.values)) is None for setting in settings):
+        return True
+    first = first_operand(method, has_base=has_base)
+    return not all(_kernels_take(task, first, n_sources) for task in tasks)
+
+
+def kernels_serve(n_sources: int, *, compute_dtype: DType, keep_non_finite: bool) -> bool:
+    """Return whether there is anything in such a merge that the kernels can do."""
+    return 0 < n_sources <= SOURCES_AT_MOST and compute_dtype is DType.F32 and not keep_non_finite
+
+
+def first_operand(method: MergeMethod, *, has_base: bool) -> int:
+    """Return the first model that the kernels read: the base, or the first source."""
+    return 0 if method.operand is Operand.TASK_VECTORS else int(has_base)
+
+
+def any_length(n_sources: int) -> bool:
+    """Return whether kernels add so many rows as torch.sum does, however long they are."""
+    return n_sources <= ADD_LEFT_TO_RIGHT
+
+
+def sums_are_known() -> bool:
+    """Return whether the installed torch is known to add rows in the order that kernels do."""
+    major, minor, *_ = torch_version().split(".")
+    first, last = _KNOWN_SUMS
+    return first <= (int(major), int(minor)) <= last
+
+
+def _kernels_take(task: TensorTask, first: int, n_sources: int) -> bool:
+    match task.action:
+        case Action.MERGE:
+            stored = [entry.dtype if entry else None for entry in task.inputs]
+            fits = any_length(n_sources) or task.numel % VECTOR_COLUMNS == 0
+            types = {task.dtype, *stored[first:]}
+            return fits and not task.changes and types <= DTYPE_CODES.keys()
+        case Action.CONVERT:
+            return False
+        case Action.COPY | Action.COPY_IF_EQUAL:
+            return True

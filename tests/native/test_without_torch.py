@@ -1,0 +1,182 @@
+"""What kernels do alone, without torch in the process: results, conversions, and errors by name."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from models import (
+    BLOCK,
+    MEMORY,
+    Models,
+    Tensors,
+    assert_same_model,
+    load_model,
+    recipe_of,
+    without_kernels,
+)
+
+import streammerge
+from streammerge.errors import NonFiniteError
+from streammerge.methods import discover_methods
+from streammerge.native.library import load_kernels
+from streammerge.plan import kernels
+
+pytestmark = pytest.mark.skipif(
+    load_kernels() is None, reason="no compiler was found at installation"
+)
+METHODS = discover_methods()
+RUNNER = """
+import sys
+import streammerge as sm
+sm.merge(sys.argv[1], sys.argv[2], memory="256MiB")
+print("torch" in sys.modules)
+"""
+HUGE = 3e38
+SCOPES = ("tensor", "model")
+
+
+def draw(sources: int, dtype: torch.dtype = torch.bfloat16) -> list[Tensors]:
+    """Return a base and sources of a large tensor and several small ones."""
+    generator = torch.Generator().manual_seed(sources)
+    shapes = {"large": (BLOCK + 64,), "copied": (192,), **{f"small{i}": (64,) for i in range(5)}}
+    return [
+        {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes.items()}
+        for _ in range(sources + 1)
+    ]
+
+
+@pytest.mark.parametrize("sources", [2, 5])
+@pytest.mark.parametrize("method", METHODS)
+def test_usual_merges_do_not_load_torch(method: str, sources: int, models: Models) -> None:
+    known = {spec.name for spec in METHODS[method].parameters}
+    base, *paths = [models.write(tensors) for tensors in draw(sources)]
+    recipe = recipe_of(
+        method,
+        base,
+        paths,
+        parameters={"density": 0.3} if "density" in known else {},
+        rules=[{"tensors": "copied", "copy": "base"}],
+        output={"dtype": "float32"},
+    )
+    file = models.root / "recipe.yaml"
+    file.write_text(yaml.safe_dump(recipe))
+    out = models.new_output()
+
+    done = subprocess.run(
+        [sys.executable, "-c", RUNNER, str(file), str(out)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+    assert not done.stderr
+    assert done.stdout == "False\n"
+    with without_kernels():
+        expected, _ = models.merge(recipe)
+    assert_same_model(load_model(out), expected)
+
+
+def planned(models: Models, drawn: list[Tensors], method: str = "linear", **keys: Any) -> bool:
+    """Return whether a plan needs torch."""
+    base, *paths = [models.write(tensors) for tensors in drawn]
+    return streammerge.plan(recipe_of(method, base, paths, **keys), memory=MEMORY).needs_torch
+
+
+def test_a_plan_says_what_kernels_leave_to_torch(
+    models: Models, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    odd = [{"a": torch.ones(65)} for _ in range(6)]
+    doubles = [{"a": torch.ones(64).double()} for _ in range(3)]
+    integers = [tensors | {"ids": torch.arange(3)} for tensors in draw(2)]
+
+    assert not planned(models, draw(2))
+    assert not planned(models, draw(16))
+    assert not planned(models, odd[:5])
+    assert not planned(models, integers)
+    assert planned(models, draw(17))
+    assert planned(models, odd)
+    assert planned(models, doubles)
+    assert planned(models, draw(2), compute_dtype="float64")
+    assert planned(models, draw(2), non_finite="keep")
+    assert planned(models, draw(2), output={"dtype": "float64"})
+    monkeypatch.setattr(kernels, "torch_version", lambda: "3.0.1+cpu")
+    assert not planned(models, draw(2))
+    assert planned(models, draw(5))
+    monkeypatch.setattr(kernels, "load_kernels", lambda: None)
+    assert planned(models, draw(2))
+
+
+def _value(source: int, tensor: str, element: int, value: float) -> Callable[[list[Tensors]], Any]:
+    """Return what sets one element of one model."""
+
+    def spoil(drawn: list[Tensors]) -> None:
+        drawn[source][tensor][element] = value
+
+    return spoil
+
+
+def _far_apart(drawn: list[Tensors]) -> None:
+    drawn[0]["large"][5], drawn[2]["large"][5] = HUGE, -HUGE
+
+
+FAULTS = {
+    "nan": (_value(1, "large", BLOCK + 3, float("nan")), r"sources\[0\] .* nan at element \["),
+    "infinity in the base": (_value(0, "large", 7, float("-inf")), r"base .* holds -inf at"),
+    "in one of several small ones": (
+        _value(2, "small3", 9, float("inf")),
+        r"small3: sources\[1\] .* holds inf at element \[9\]",
+    ),
+    "too far from the base": (_far_apart, r"large: the difference to the base overflows at"),
+    "too large a result": (
+        lambda drawn: [tensors["small1"].fill_(2e5) for tensors in drawn],
+        r"small1: the merged value 2\S+ at element \[0\] exceeds 65504",
+    ),
+}
+
+
+CASES = [
+    pytest.param(method, scope, fault, id=f"{method}-{scope}-{fault}")
+    for method in METHODS
+    for scope in SCOPES
+    for fault in FAULTS
+    if (scope == "tensor" or "scope" in {spec.name for spec in METHODS[method].parameters})
+    # Values without a base are merged whatever the base holds.
+    and (method, fault) != ("linear", "infinity in the base")
+]
+
+
+@pytest.mark.parametrize("sources", [2, 5])
+@pytest.mark.parametrize(("method", "scope", "fault"), CASES)
+def test_what_is_wrong_is_named_in_the_words_of_the_plain_way(
+    method: str, scope: str, fault: str, sources: int, models: Models
+) -> None:
+    spoil, message = FAULTS[fault]
+    known = {spec.name for spec in METHODS[method].parameters}
+    given = {"scope": scope, "density": 0.5}
+    parameters = {name: value for name, value in given.items() if name in known}
+    drawn = draw(sources, torch.float32)
+    spoil(drawn)
+    base, *paths = [models.write(tensors) for tensors in drawn]
+    recipe = recipe_of(
+        method,
+        base,
+        paths,
+        parameters=parameters,
+        rules=[{"tensors": "copied", "copy": "base"}],
+        output={"dtype": "float16"},
+    )
+    if fault == "too far from the base" and method == "linear":
+        message = r"the merged value|overflows"
+    with without_kernels(), pytest.raises(NonFiniteError) as plain:
+        models.merge(recipe)
+
+    with pytest.raises(NonFiniteError, match=message) as refused:
+        models.merge(recipe)
+
+    assert str(refused.value) == str(plain.value)
