@@ -17,6 +17,7 @@ import yaml
 from safetensors.torch import save_file
 
 from streammerge.methods import discover_methods
+from streammerge.native.library import SWITCH, load_kernels
 from streammerge.units import MIB
 
 CGROUP_V1 = Path("/sys/fs/cgroup/memory")
@@ -73,9 +74,12 @@ def write_recipe(models: Path, path: Path, method: str, parameters: dict[str, ob
     return path
 
 
-def run_merge(recipe: Path, out: Path, memory: str, preexec=None) -> dict[str, int]:
+def run_merge(
+    recipe: Path, out: Path, memory: str, preexec=None, *, kernels: bool = True
+) -> dict[str, int]:
     finished = subprocess.run(
         [sys.executable, "-c", RUNNER, str(recipe), str(out), memory],
+        env=os.environ | ({} if kernels else {SWITCH: "0"}),
         capture_output=True,
         text=True,
         check=False,
@@ -92,11 +96,14 @@ CASES = [
 ]
 
 
+@pytest.mark.parametrize("kernels", [True, False], ids=["compiled", "plain"])
 @pytest.mark.parametrize(("method", "example"), CASES)
-def test_measured_peak_stays_within_the_plan(models, tmp_path, method, example):
+def test_measured_peak_stays_within_the_plan(models, tmp_path, method, example, kernels):
     recipe = write_recipe(models, tmp_path / "recipe.yaml", method, example)
 
-    measured = run_merge(recipe, tmp_path / "out", "420MiB")
+    # Torch alone takes 185 MiB.
+    memory = "230MiB" if kernels and load_kernels() is not None else "420MiB"
+    measured = run_merge(recipe, tmp_path / "out", memory, kernels=kernels)
 
     assert measured["planned"] <= measured["budget"]
     assert measured["peak"] <= measured["planned"]
@@ -119,13 +126,19 @@ def limited_group() -> Iterator[Callable[[int], Callable[[], None]]]:
 
 
 @pytest.mark.cgroup
-def test_a_merge_runs_in_a_cgroup_as_small_as_its_budget(models, tmp_path, limited_group):
+@pytest.mark.parametrize(("kernels", "mib"), [(True, 210), (False, 400)])
+def test_a_merge_runs_in_a_cgroup_as_small_as_its_budget(
+    models, tmp_path, limited_group, kernels, mib
+):
+    if kernels and load_kernels() is None:
+        pytest.skip("no compiler was found at installation")
     recipe = write_recipe(models, tmp_path / "recipe.yaml", "ties", {"density": 0.2})
 
-    measured = run_merge(recipe, tmp_path / "small", "400MiB", preexec=limited_group(400 * MIB))
+    limit = limited_group(mib * MIB)
+    measured = run_merge(recipe, tmp_path / "small", f"{mib}MiB", limit, kernels=kernels)
     run_merge(recipe, tmp_path / "large", "4GiB")
 
-    assert measured["peak"] <= 400 * MIB
+    assert measured["peak"] <= mib * MIB
     small, large = (tmp_path / name / "model.safetensors" for name in ("small", "large"))
     assert filecmp.cmp(small, large, shallow=False)
 
