@@ -58,7 +58,9 @@ def _parser() -> argparse.ArgumentParser:
     _add_resources(merge)
     anew = merge.add_mutually_exclusive_group()
     anew.add_argument(
-        "--resume", action="store_true", help="continue where an interrupted merge stopped, if any"
+        "--resume",
+        action="store_true",
+        help="continue where an interrupted merge stopped, if any; done if it is complete",
     )
     anew.add_argument(
         "--overwrite", action="store_true", help="replace an earlier or unfinished merge in OUT"

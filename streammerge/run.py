@@ -24,6 +24,7 @@ from streammerge.checkpoint.bytesource import (
     check_unchanged,
     choose_byte_source,
 )
+from streammerge.checkpoint.finished import find_finished
 from streammerge.checkpoint.journal import Entry, ScopeFound
 from streammerge.checkpoint.manifest import Manifest
 from streammerge.checkpoint.outputdir import OutputDirectory
@@ -42,7 +43,7 @@ from streammerge.engine.resuming import Recovered, scope_found
 from streammerge.errors import CheckpointError, DeviceError, OutputError, RecipeError
 from streammerge.finishing import check_shards, companion_directory, write_companions
 from streammerge.identity import identify
-from streammerge.lazily import load_torch
+from streammerge.lazily import load_torch, torch_version
 from streammerge.methods import discover_methods
 from streammerge.plan.layout import render_header
 from streammerge.plan.planning import Machine, find_method, plan_merge, takes_in_turn
@@ -151,7 +152,8 @@ def merge(
         device_memory: As for :func:`plan`.
         overwrite: Whether an earlier merge in ``out``, or an unfinished one beside it, may be
             replaced.
-        resume: Whether to continue an unfinished merge, if there is one.
+        resume: Whether to continue an unfinished merge, if there is one; if this very merge is
+            complete already, nothing is left to do.
         byte_source: How input files are read.
         on_progress: Told several times per second how far the work is.
 
@@ -176,6 +178,15 @@ def merge(
         )
     if overwrite and resume:
         raise ValueError("resume continues an unfinished merge, overwrite discards it; choose one")
+    if resume:
+        finished = find_finished(
+            Path(out),
+            recipe=planned.recipe,
+            inputs=planned.files,
+            torch_version=torch_version(),
+        )
+        if finished is not None:
+            return finished
     if isinstance(planned, CombinationPlan):
         from streammerge.adapters.running import run_combination  # noqa: PLC0415 - loads torch
 

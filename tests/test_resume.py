@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -521,6 +522,7 @@ def kill_and_resume(job: list[str], tmp_path: Path, rounds: int, number: int) ->
             assert out.exists() or process.returncode != 0, said
             if out.exists():
                 # What has its final name is complete, even if the end came right after the rename.
+                subprocess.run(job, check=True)
                 break
             assert process.returncode in {-number, 130}, said
             killed += 1
@@ -568,6 +570,73 @@ def test_a_merge_killed_right_after_its_last_rename_is_complete(
     assert not verify_files(tmp_path / "out").damages
     streammerge.merge(plan, tmp_path / "out", overwrite=True)
     assert not (tmp_path / "out" / JOURNAL_NAME).exists()
+
+
+@pytest.mark.parametrize("tidied", [False, True])
+def test_a_complete_merge_needs_no_more_than_to_be_found(
+    tidied: bool,  # noqa: FBT001
+    plan: MergePlan,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """For scripts that give ``--resume`` until a merge is done; whenever it was killed."""
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        if not tidied:
+            patch.setattr(outputdir, "OWN_FILES", ())
+        expected = streammerge.merge(plan, out)
+    before = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
+
+    manifest = streammerge.merge(plan, out, resume=True)
+
+    assert manifest == expected
+    after = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
+    assert after.items() <= before.items()
+    assert set(after) == {*expected.files, MANIFEST_NAME}
+    assert not (tmp_path / "out.partial").exists()
+
+
+def _edit_recipe(out: Path, plan: MergePlan) -> MergePlan:
+    return replace(plan, recipe=f"{plan.recipe}# other\n")
+
+
+def _touch_an_input(out: Path, plan: MergePlan) -> MergePlan:
+    first, *others = plan.files
+    return replace(plan, files=(replace(first, mtime_ns=first.mtime_ns + 1), *others))
+
+
+def _shorten_a_shard(out: Path, plan: MergePlan) -> MergePlan:
+    os.truncate(out / plan.layout.shards[0].name, 100)
+    return plan
+
+
+def _remove_a_file(out: Path, plan: MergePlan) -> MergePlan:
+    (out / "README.md").unlink()
+    return plan
+
+
+def _spoil_the_manifest(out: Path, plan: MergePlan) -> MergePlan:
+    text = (out / MANIFEST_NAME).read_text()
+    (out / MANIFEST_NAME).write_text(text.replace('"method"', '"methud"', 1))
+    return plan
+
+
+@pytest.mark.parametrize(
+    "change",
+    [_edit_recipe, _touch_an_input, _shorten_a_shard, _remove_a_file, _spoil_the_manifest],
+)
+def test_another_merge_in_the_same_place_is_not_taken_for_this_one(
+    change: Callable[[Path, MergePlan], MergePlan], inputs: tuple[Path, list[Path]], tmp_path: Path
+) -> None:
+    base, sources = inputs
+    plan = streammerge.plan(recipe_of("task_arithmetic", base, sources), memory=MEMORY)
+    assert isinstance(plan, MergePlan)
+    out = tmp_path / "out"
+    streammerge.merge(plan, out)
+    changed = change(out, plan)
+
+    with pytest.raises(OutputExistsError, match="give --overwrite"):
+        streammerge.merge(changed, out, resume=True)
 
 
 def test_progress_of_a_resumed_merge_counts_what_is_left(

@@ -247,6 +247,18 @@ def test_inputs_and_foreign_outputs_are_never_overwritten(lora: Path, tmp_path: 
     streammerge.merge(recipe, tmp_path / "out", memory=MEMORY, overwrite=True)
 
 
+def test_a_complete_combination_is_found_by_resume(lora: Path, tmp_path: Path):
+    recipe = recipe_for("cat", [lora])
+    expected = streammerge.merge(recipe, tmp_path / "out", memory=MEMORY)
+    written = (tmp_path / "out" / "adapter_model.safetensors").stat().st_mtime_ns
+
+    assert streammerge.merge(recipe, tmp_path / "out", memory=MEMORY, resume=True) == expected
+    assert (tmp_path / "out" / "adapter_model.safetensors").stat().st_mtime_ns == written
+    other = recipe_for("svd", [lora], parameters={"svd_rank": 1})
+    with pytest.raises(OutputExistsError, match="--overwrite"):
+        streammerge.merge(other, tmp_path / "out", memory=MEMORY, resume=True)
+
+
 def test_the_command_line_combines_and_plans(
     lora: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
