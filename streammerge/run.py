@@ -8,8 +8,6 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from streammerge.adapters.adapted import AdaptedModel, adapt
 from streammerge.adapters.components import choose_component
 from streammerge.adapters.planning import plan_combination
@@ -34,33 +32,28 @@ from streammerge.checkpoint.sidecars import plan_sidecars
 from streammerge.checkpoint.snapshot import SNAPSHOT_NAME
 from streammerge.checkpoint.types import Checkpoint
 from streammerge.comparing import ComparedFile, Comparison, Sample, compare_results
-from streammerge.engine.accelerator import opening
 from streammerge.engine.accelerator.opening import choose_devices
-from streammerge.engine.memory import cgroup_limit, default_budget, resident_memory
+from streammerge.engine.memory import resident_memory
 from streammerge.engine.pipeline import RunReport, run_pipeline
 from streammerge.engine.progress import OnProgress, ProgressEvent
 from streammerge.engine.resuming import Recovered, scope_found
 from streammerge.errors import CheckpointError, DeviceError, OutputError, RecipeError
 from streammerge.finishing import check_shards, companion_directory, write_companions
 from streammerge.identity import identify
-from streammerge.lazily import load_torch, torch_version
+from streammerge.lazily import torch_version
+from streammerge.machine import (
+    choose_budget,
+    choose_device_budget,
+    describe_machine,
+    fits_page_cache,
+    measure_baseline,
+)
 from streammerge.methods import discover_methods
 from streammerge.plan.layout import render_header
-from streammerge.plan.planning import Machine, find_method, plan_merge, takes_in_turn
+from streammerge.plan.planning import find_method, plan_merge, takes_in_turn
 from streammerge.plan.types import MergePlan
 from streammerge.recipe.parsing import MAX_TEXT_BYTES, load_document, recipe_from_mapping
 from streammerge.recipe.types import Recipe, Source
-from streammerge.units import parse_size
-
-_READERS = 4
-"""Four to eight concurrent requests of some MiB saturate the disks of common machines."""
-_WRITERS = 2
-"""One waits for the disk while the other hands over pages."""
-_MOST_WORKERS = 16
-"""Beyond this many compute threads the interpreter lock is the limit, not the arithmetic."""
-
-_WORKERS_PER_DEVICE = 3
-"""One whose chunk is copied to the device, one computed, one copied back; more only take memory."""
 
 RecipeLike = str | os.PathLike[str] | Mapping[str, Any] | Recipe
 """A recipe file, its parsed document, or a parsed recipe."""
@@ -94,7 +87,7 @@ def plan(
         MemoryBudgetError: The job does not fit the budget.
     """
     names = choose_devices(device)
-    device_budget = _device_budget(names, device_memory)
+    device_budget = choose_device_budget(names, device_memory)
     parsed = load_recipe(recipe)
     if is_combination(parsed):
         if names:
@@ -109,17 +102,8 @@ def plan(
         _read_source(source, f"sources[{index}]", base, shares_ties=shares_ties)
         for index, source in enumerate(parsed.sources)
     ]
-    # Opened before memory is looked at, for the driver takes some that no plan can foresee.
-    free = min((each.free_bytes() for each in opening.open_devices(names)), default=0)
-    machine = Machine(
-        budget=_budget(memory),
-        baseline=_baseline,
-        workers=_workers(workers, devices=len(names)),
-        readers=_READERS,
-        writers=_WRITERS,
-        devices=names,
-        device_free=free,
-        device_budget=device_budget,
+    machine = describe_machine(
+        memory=memory, workers=workers, devices=names, device_budget=device_budget
     )
     return plan_merge(parsed, base, sources, machine)
 
@@ -274,7 +258,7 @@ def verify_against(
             recovered=Recovered(planned, (), wanted=sample.has),
             on_scope=lambda *_: None,
             snapshot=None,
-            keep_cached=_fits_page_cache(planned),
+            keep_cached=fits_page_cache(planned),
             on_progress=on_progress or (lambda _: None),
         )
         check_unchanged(planned.files, sources)
@@ -328,7 +312,7 @@ def _plan_combination(recipe: Recipe, memory: int | str | None) -> CombinationPl
         with _naming_source(f"sources[{index}]"):
             adapters.append(_read_adapter(source, f"sources[{index}]"))
     return plan_combination(
-        recipe, adapters, budget=_budget(memory), baseline=_baseline(torch=True)
+        recipe, adapters, budget=choose_budget(memory), baseline=measure_baseline(torch=True)
     )
 
 
@@ -393,45 +377,6 @@ def _naming_source(label: str) -> Iterator[None]:
         raise
 
 
-def _budget(memory: int | str | None) -> int:
-    if memory is None:
-        return default_budget()
-    budget = parse_size(memory)
-    limit = cgroup_limit()
-    return budget if limit is None else min(budget, limit)
-
-
-def _baseline(*, torch: bool) -> int:
-    """Return the memory of the process as it is, and has torch loaded if it will need it."""
-    if torch:
-        load_torch()
-    return resident_memory()
-
-
-def _device_budget(names: Sequence[str], device_memory: int | str | None) -> int | None:
-    if device_memory is None:
-        return None
-    if not names:
-        raise DeviceError(
-            "device_memory: the device is the cpu, which --memory is for; leave it out, or name a "
-            "device with --device cuda:0"
-        )
-    return parse_size(device_memory)
-
-
-def _workers(workers: int | None, *, devices: int) -> int:
-    if workers is None and devices:
-        return _WORKERS_PER_DEVICE * devices
-    if workers is None:
-        available = (
-            len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        )
-        return min(available or 1, _MOST_WORKERS)
-    if workers < 1:
-        raise ValueError(f"workers must be at least 1, got {workers}")
-    return workers
-
-
 def _open_sources(planned: MergePlan, kind: ByteSourceKind, stack: ExitStack) -> list[ByteSource]:
     """Open every input file, and check that it is still what was planned."""
     allow_open_files(len(planned.files) + len(planned.layout.shards))
@@ -468,7 +413,7 @@ def _write_shards(
             recovered=Recovered(planned, usable, wanted=None),
             on_scope=lambda task, tops: output.journal.append([scope_found(task, tops)]),
             snapshot=output.partial / SNAPSHOT_NAME,
-            keep_cached=_fits_page_cache(planned),
+            keep_cached=fits_page_cache(planned),
             on_progress=on_progress,
         )
         while shards:
@@ -492,11 +437,3 @@ def _usable_entries(planned: MergePlan, output: OutputDirectory) -> list[Entry]:
         for entry in output.entries
         if isinstance(entry, ScopeFound) or planned.tasks[entry.task].shard not in gone
     ]
-
-
-def _fits_page_cache(planned: MergePlan) -> bool:
-    """Return whether a second sweep would find all inputs in memory without crowding others out."""
-    limit = cgroup_limit()
-    available = psutil.virtual_memory().available
-    room = available if limit is None else min(available, limit - planned.memory.peak)
-    return planned.input_nbytes < room // 2

@@ -1,0 +1,113 @@
+"""What a plan may use of this machine: memory, threads, devices."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+import psutil
+
+from streammerge.engine.accelerator import opening
+from streammerge.engine.memory import cgroup_limit, default_budget, resident_memory
+from streammerge.errors import DeviceError
+from streammerge.lazily import load_torch
+from streammerge.plan.planning import Machine
+from streammerge.plan.types import MergePlan
+from streammerge.units import parse_size
+
+_READERS = 4
+"""Four to eight concurrent requests of some MiB saturate the disks of common machines."""
+_WRITERS = 2
+"""One waits for the disk while the other hands over pages."""
+_MOST_WORKERS = 16
+"""Beyond this many compute threads the interpreter lock is the limit, not the arithmetic."""
+
+_WORKERS_PER_DEVICE = 3
+"""One whose chunk is copied to the device, one computed, one copied back; more only take memory."""
+
+
+def describe_machine(
+    *,
+    memory: int | str | None,
+    workers: int | None,
+    devices: Sequence[str],
+    device_budget: int | None,
+) -> Machine:
+    """Return what a plan may use.
+
+    Args:
+        memory: Most private memory, in bytes or as ``"2GiB"``; None for a share of what is available.
+        workers: Compute threads; None for one per core, or some per device.
+        devices: Names of accelerators.
+        device_budget: What :func:`choose_device_budget` returned.
+
+    Raises:
+        DeviceError: A device is not there.
+        DeviceLostError: One does not answer.
+        ValueError: There are fewer workers than one.
+    """
+    # Opened before memory is looked at, for the driver takes some that no plan can foresee.
+    free = min((each.free_bytes() for each in opening.open_devices(devices)), default=0)
+    return Machine(
+        budget=choose_budget(memory),
+        baseline=measure_baseline,
+        workers=_choose_workers(workers, devices=len(devices)),
+        readers=_READERS,
+        writers=_WRITERS,
+        devices=tuple(devices),
+        device_free=free,
+        device_budget=device_budget,
+    )
+
+
+def choose_budget(memory: int | str | None) -> int:
+    """Return the most private memory that a merge may have, in bytes; None for a share."""
+    if memory is None:
+        return default_budget()
+    budget = parse_size(memory)
+    limit = cgroup_limit()
+    return budget if limit is None else min(budget, limit)
+
+
+def measure_baseline(*, torch: bool) -> int:
+    """Return the memory of the process as it is, and has torch loaded if it will need it."""
+    if torch:
+        load_torch()
+    return resident_memory()
+
+
+def choose_device_budget(names: Sequence[str], device_memory: int | str | None) -> int | None:
+    """Return the most memory that a merge may have of each device, in bytes; None for what is useful.
+
+    Raises:
+        DeviceError: There are no devices to give any.
+    """
+    if device_memory is None:
+        return None
+    if not names:
+        raise DeviceError(
+            "device_memory: the device is the cpu, which --memory is for; leave it out, or name a "
+            "device with --device cuda:0"
+        )
+    return parse_size(device_memory)
+
+
+def _choose_workers(workers: int | None, *, devices: int) -> int:
+    if workers is None and devices:
+        return _WORKERS_PER_DEVICE * devices
+    if workers is None:
+        available = (
+            len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        )
+        return min(available or 1, _MOST_WORKERS)
+    if workers < 1:
+        raise ValueError(f"workers must be at least 1, got {workers}")
+    return workers
+
+
+def fits_page_cache(planned: MergePlan) -> bool:
+    """Return whether a second sweep would find all inputs in memory without crowding others out."""
+    limit = cgroup_limit()
+    available = psutil.virtual_memory().available
+    room = available if limit is None else min(available, limit - planned.memory.peak)
+    return planned.input_nbytes < room // 2
