@@ -13,9 +13,9 @@ _SHOWN_SETTINGS = 5
 
 def render_plan(plan: MergePlan) -> str:
     """Return the plan in about twenty lines."""
-    rows: list[tuple[str, str]] = [
-        ("method", f"{plan.method} ({plan.semantics} semantics), computed in {plan.compute_dtype}")
-    ]
+    by = "with torch" if plan.needs_torch else "by compiled kernels"
+    how = f"({plan.semantics} semantics), computed in {plan.compute_dtype} {by}"
+    rows: list[tuple[str, str]] = [("method", f"{plan.method} {how}")]
     rows += [(model.label, model.path) for model in plan.models]
     rows += _tensor_rows(plan)
     rows += _setting_rows(plan)
