@@ -40,4 +40,8 @@ def load_torch() -> None:
 @functools.cache
 def torch_version() -> str:
     """Return the version of the torch that is installed, which need not be loaded."""
-    return importlib.metadata.version("torch")
+    try:
+        return importlib.metadata.version("torch")
+    except importlib.metadata.PackageNotFoundError:
+        # On the path, but installed by something that leaves no record.
+        return str(torch.__version__)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import torch
 from models import Models, recipe_of
 
 import streammerge
+from streammerge import lazily
 from streammerge.cli import main
 from streammerge.plan.chunking import iter_units
 
@@ -74,6 +76,19 @@ def test_importing_the_package_does_not_wait_for_torch() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
 
     assert done.stdout == "False\n"
+
+
+def test_the_version_of_torch_is_found_without_a_record_of_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    recorded = lazily.torch_version()
+    assert recorded.partition("+")[0] == torch.__version__.partition("+")[0]
+
+    def find_nothing(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", find_nothing)
+    assert lazily.torch_version.__wrapped__() == torch.__version__
 
 
 def write_header_only(directory: Path, count: int) -> Path:

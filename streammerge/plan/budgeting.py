@@ -4,7 +4,8 @@ The parts, in bytes, for ``n`` inputs, ``w`` workers and slots of ``s`` bytes:
 
     inputs      slots · s                one slot per input of every chunk in flight
     outputs     output slots · s'        a merged chunk until it is written
-    scratch     w · (n + base + scratch rows + 3) · block in the compute dtype, masks, random words
+    scratch     w · rows · block in the compute dtype: one for the kernels, and where torch computes one
+                for each input and for each scratch row of the method, and one more; masks, random words
     statistics  top-k searches of the tensors in flight
     factors     adapters' tensors, in the compute dtype, of the tensors in flight
     growth      thread stacks, allocator slack, small objects, what is known of finished tensors
@@ -21,7 +22,7 @@ from streammerge.reductions import BLOCK
 from streammerge.units import MIB, format_budget, format_size
 
 GROWTH_BYTES = 40 * MIB
-"""Measured on Linux with torch 2.13: starting the threads and touching the first kernels adds 15 to
+"""Measured on Linux with torch 2.13: starting the threads and touching its first kernels adds 15 to
 25 MiB of private memory; twice that leaves room for other builds."""
 _RECORD_BYTES = 1024
 """What the engine knows of a finished tensor until the manifest is written; measured: 600 to 900."""
