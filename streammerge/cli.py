@@ -13,12 +13,17 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from streammerge.errors import RecipeError, StreamMergeError
 from streammerge.signals import stopping_signals
 from streammerge.units import format_size, parse_size
 from streammerge.version import VERSION
+
+if TYPE_CHECKING:
+    from streammerge.adapters.plans import CombinationPlan
+    from streammerge.checkpoint.manifest import Manifest
+    from streammerge.plan.types import MergePlan
 
 _INTERRUPTED = 130
 
@@ -172,21 +177,38 @@ def _count(text: str) -> int:
 def _merge(options: argparse.Namespace) -> int:
     from streammerge.checkpoint.bytesource import ByteSourceKind
     from streammerge.display import show_progress
-    from streammerge.run import merge
+    from streammerge.run import find_complete, merge
 
+    planned = _plan_of(options)
+    complete = find_complete(planned, options.out) if options.resume else None
+    if complete is not None:
+        _say_complete(options, complete)
+        return 0
     with show_progress(quiet=options.quiet, as_json=options.json) as on_progress:
         manifest = merge(
-            options.recipe,
+            planned,
             options.out,
-            memory=options.memory,
-            workers=options.workers,
-            device=options.device,
-            device_memory=options.device_memory,
             overwrite=options.overwrite,
             resume=options.resume,
             byte_source=ByteSourceKind(options.byte_source),
             on_progress=on_progress,
         )
+    _say_done(options, manifest)
+    return 0
+
+
+def _say_complete(options: argparse.Namespace, manifest: Manifest) -> None:
+    """Tell that nothing was left to do."""
+    tensors = len(manifest.tensors)
+    if options.json:
+        event = {"event": "complete", "out": str(options.out), "tensors": tensors}
+        print(json.dumps(event))
+    elif not options.quiet:
+        print(f"{options.out}: is complete already, with {tensors} tensors", file=sys.stderr)
+
+
+def _say_done(options: argparse.Namespace, manifest: Manifest) -> None:
+    """Tell what the merge took."""
     run = manifest.run
     if options.json:
         print(
@@ -211,21 +233,25 @@ def _merge(options: argparse.Namespace) -> int:
             f"{format_size(run.measured_memory)} of {format_size(run.memory_budget)}",
             file=sys.stderr,
         )
-    return 0
 
 
-def _plan(options: argparse.Namespace) -> int:
-    from streammerge.plan.codec import dump_plan
-    from streammerge.plan.types import MergePlan
+def _plan_of(options: argparse.Namespace) -> MergePlan | CombinationPlan:
     from streammerge.run import plan
 
-    planned = plan(
+    return plan(
         options.recipe,
         memory=options.memory,
         workers=options.workers,
         device=options.device,
         device_memory=options.device_memory,
     )
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from streammerge.plan.codec import dump_plan
+    from streammerge.plan.types import MergePlan
+
+    planned = _plan_of(options)
     if options.json:
         if isinstance(planned, MergePlan):
             print(dump_plan(planned))

@@ -133,6 +133,10 @@ class StageError(StreamMergeError):
     """A part of the engine failed in a way that nobody foresaw; the cause is attached."""
 
 
+class DependencyError(StreamMergeError):
+    """A library that the work needs cannot be imported."""
+
+
 class OutputExistsError(OutputError):
     """Something is already at the place of the output."""
 

@@ -24,7 +24,7 @@ from streammerge.engine.pipeline import RunReport
 from streammerge.errors import OutputError
 from streammerge.lazily import torch_version
 from streammerge.methods import discover_methods
-from streammerge.native.library import load_kernels
+from streammerge.plan.kernels import kernels_serve
 from streammerge.plan.layout import render_header, render_index
 from streammerge.plan.planning import find_method
 from streammerge.plan.types import MergePlan
@@ -58,9 +58,16 @@ def check_shards(planned: MergePlan, directory: Path) -> None:
 
 
 def write_companions(
-    planned: MergePlan, directory: Path, report: RunReport, *, resumed: bool
+    planned: MergePlan, directory: Path, report: RunReport, *, identity: str, resumed: bool
 ) -> Manifest:
     """Write everything beside the shards; the manifest last.
+
+    Args:
+        planned: The plan.
+        directory: Where the shards are.
+        report: What running the plan came to.
+        identity: Digest of what decided every byte.
+        resumed: Whether an interrupted run had begun it.
 
     Raises:
         CheckpointError: A file beside the inputs cannot be read.
@@ -90,7 +97,8 @@ def write_companions(
         write_durably(directory / name, [content])
     files = {name: digest_file(directory / name) for name in (*names, *texts)}
     files |= _digest_shards(planned, report)
-    manifest = _manifest(planned, report, dict(sorted(files.items())), resumed=resumed)
+    run = _run_record(planned, report, identity=identity, resumed=resumed)
+    manifest = _manifest(planned, report, dict(sorted(files.items())), run)
     write_manifest(manifest, directory)
     return manifest
 
@@ -112,9 +120,8 @@ def _digest_shards(planned: MergePlan, report: RunReport) -> dict[str, FileDiges
 
 
 def _manifest(
-    planned: MergePlan, report: RunReport, files: dict[str, FileDigest], *, resumed: bool
+    planned: MergePlan, report: RunReport, files: dict[str, FileDigest], run: RunRecord
 ) -> Manifest:
-    resources = planned.resources
     return Manifest(
         version=MANIFEST_VERSION,
         method=planned.method,
@@ -126,25 +133,33 @@ def _manifest(
         dropped=planned.dropped,
         copied_from_base=planned.copied_from_base,
         tensors=_tensor_records(planned, report),
-        run=RunRecord(
-            versions=collect_versions(torch_version()),
-            device="cpu" if planned.device is None else ",".join(planned.device.names),
-            seconds=round(report.seconds, 3),
-            seconds_by_stage=report.seconds_by_stage,
-            bytes_by_stage=report.bytes_by_stage,
-            threads={
-                "readers": resources.readers,
-                "workers": resources.workers,
-                "writers": resources.writers,
-            },
-            projected_memory=planned.memory.peak,
-            measured_memory=report.peak_memory,
-            memory_budget=planned.memory.budget,
-            projected_device_memory=0 if planned.device is None else planned.device.peak,
-            measured_device_memory=report.device_peak_memory,
-            resumed=resumed,
-            kernels="plain" if load_kernels() is None else "compiled",
-        ),
+        run=run,
+    )
+
+
+def _run_record(
+    planned: MergePlan, report: RunReport, *, identity: str, resumed: bool
+) -> RunRecord:
+    resources = planned.resources
+    return RunRecord(
+        versions=collect_versions(torch_version()),
+        device="cpu" if planned.device is None else ",".join(planned.device.names),
+        seconds=round(report.seconds, 3),
+        seconds_by_stage=report.seconds_by_stage,
+        bytes_by_stage=report.bytes_by_stage,
+        threads={
+            "readers": resources.readers,
+            "workers": resources.workers,
+            "writers": resources.writers,
+        },
+        projected_memory=planned.memory.peak,
+        measured_memory=report.peak_memory,
+        memory_budget=planned.memory.budget,
+        projected_device_memory=0 if planned.device is None else planned.device.peak,
+        measured_device_memory=report.device_peak_memory,
+        resumed=resumed,
+        kernels="compiled" if kernels_serve(planned) else "plain",
+        identity=identity,
     )
 
 

@@ -1,22 +1,48 @@
-"""What must not change for a merge to go on where another one stopped."""
+"""What must not change for a merge to go on where another one stopped, or to be found complete."""
 
 from __future__ import annotations
 
-import hashlib
 from typing import Any
 
-from streammerge.checkpoint.manifest import digest_recipe
+from streammerge.adapters.plans import CombinationPlan
+from streammerge.checkpoint.manifest import digest_recipe, digest_text
 from streammerge.lazily import torch_version
 from streammerge.plan.types import MergePlan
 from streammerge.version import VERSION
 
 
-def identify(planned: MergePlan) -> dict[str, Any]:
+def identify(planned: MergePlan | CombinationPlan) -> dict[str, Any]:
     """Return what decides every byte of a merge's output, as JSON.
 
     How the work is cut, and with how much memory and how many threads it runs, is not part of it.
     """
-    work = (
+    return {
+        "recipe": digest_recipe(planned.recipe),
+        "work": digest_text(repr(_work(planned))),
+        "inputs": {
+            str(
+                file.path
+            ): f"{file.nbytes} bytes of {file.mtime_ns} ns, header {file.header_digest}"
+            for file in planned.files
+        },
+        # Another build may round differently.
+        "versions": {"streammerge": VERSION, "torch": torch_version()},
+    }
+
+
+def _work(planned: MergePlan | CombinationPlan) -> tuple[Any, ...]:
+    if isinstance(planned, CombinationPlan):
+        return (
+            planned.method,
+            planned.semantics,
+            planned.seed,
+            planned.compute_dtype,
+            planned.tasks,
+            planned.file_name,
+            planned.header,
+            planned.config,
+        )
+    return (
         planned.version,
         planned.method,
         planned.semantics,
@@ -29,15 +55,3 @@ def identify(planned: MergePlan) -> dict[str, Any]:
         planned.tasks,
         planned.layout,
     )
-    return {
-        "recipe": digest_recipe(planned.recipe),
-        "work": hashlib.blake2b(repr(work).encode(), digest_size=16).hexdigest(),
-        "inputs": {
-            str(
-                file.path
-            ): f"{file.nbytes} bytes of {file.mtime_ns} ns, header {file.header_digest}"
-            for file in planned.files
-        },
-        # Another build may round differently.
-        "versions": {"streammerge": VERSION, "torch": torch_version()},
-    }

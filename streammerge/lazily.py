@@ -15,7 +15,10 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.metadata
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
+
+from streammerge.errors import DependencyError
 
 if TYPE_CHECKING:
     import torch as torch  # noqa: PLC0414 - so a type checker lets others take it from here
@@ -25,7 +28,7 @@ else:
         """Stands for torch; what is taken from it is taken from torch, and kept."""
 
         def __getattr__(self, name: str) -> Any:
-            value = getattr(importlib.import_module("torch"), name)
+            value = getattr(_import_torch(), name)
             setattr(self, name, value)
             return value
 
@@ -33,8 +36,21 @@ else:
 
 
 def load_torch() -> None:
-    """Import torch now, so that what it takes of memory can be seen."""
-    importlib.import_module("torch")
+    """Import torch now, so that what it takes of memory can be seen.
+
+    Raises:
+        DependencyError: It cannot be imported.
+    """
+    _import_torch()
+
+
+def _import_torch() -> ModuleType:
+    try:
+        return importlib.import_module("torch")
+    except (ImportError, OSError) as error:
+        raise DependencyError(
+            f"this merge needs torch, which cannot be imported: {error}; install it again"
+        ) from error
 
 
 @functools.cache

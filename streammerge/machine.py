@@ -10,7 +10,7 @@ import psutil
 from streammerge.engine.accelerator import opening
 from streammerge.engine.memory import cgroup_limit, default_budget, resident_memory
 from streammerge.errors import DeviceError
-from streammerge.lazily import load_torch
+from streammerge.lazily import load_torch, torch_version
 from streammerge.plan.planning import Machine
 from streammerge.plan.types import MergePlan
 from streammerge.units import parse_size
@@ -70,7 +70,9 @@ def choose_budget(memory: int | str | None) -> int:
 
 
 def measure_baseline(*, torch: bool) -> int:
-    """Return the memory of the process as it is, and has torch loaded if it will need it."""
+    """Return the resident memory of the process, once it has torch if it will need it."""
+    # Asked now, because it takes torch itself to answer where there is no record of it.
+    torch_version()
     if torch:
         load_torch()
     return resident_memory()

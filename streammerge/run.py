@@ -24,7 +24,7 @@ from streammerge.checkpoint.bytesource import (
 )
 from streammerge.checkpoint.finished import find_finished
 from streammerge.checkpoint.journal import Entry, ScopeFound
-from streammerge.checkpoint.manifest import Manifest
+from streammerge.checkpoint.manifest import MANIFEST_NAME, Manifest, digest_identity
 from streammerge.checkpoint.outputdir import OutputDirectory
 from streammerge.checkpoint.outputfile import OutputFile
 from streammerge.checkpoint.reading import check_not_quantized, read_checkpoint
@@ -40,7 +40,6 @@ from streammerge.engine.resuming import Recovered, scope_found
 from streammerge.errors import CheckpointError, DeviceError, OutputError, RecipeError
 from streammerge.finishing import check_shards, companion_directory, write_companions
 from streammerge.identity import identify
-from streammerge.lazily import torch_version
 from streammerge.machine import (
     choose_budget,
     choose_device_budget,
@@ -162,15 +161,10 @@ def merge(
         )
     if overwrite and resume:
         raise ValueError("resume continues an unfinished merge, overwrite discards it; choose one")
-    if resume:
-        finished = find_finished(
-            Path(out),
-            recipe=planned.recipe,
-            inputs=planned.files,
-            torch_version=torch_version(),
-        )
-        if finished is not None:
-            return finished
+    finished = find_complete(planned, out) if resume else None
+    if finished is not None:
+        return finished
+    identity = identify(planned)
     if isinstance(planned, CombinationPlan):
         from streammerge.adapters.running import run_combination  # noqa: PLC0415 - loads torch
 
@@ -178,6 +172,7 @@ def merge(
             return run_combination(
                 planned,
                 Path(out),
+                identity=identity,
                 overwrite=overwrite,
                 resume=resume,
                 opener=choose_byte_source(byte_source),
@@ -192,7 +187,7 @@ def merge(
             *(file.path for file in planned.files),
         ],
         nbytes=planned.bytes_to_write,
-        identity=identify(planned),
+        identity=identity,
         overwrite=overwrite,
         resume=resume,
     )
@@ -203,9 +198,41 @@ def merge(
         report = _write_shards(planned, output, sources, on_progress or (lambda _: None))
         check_unchanged(planned.files, sources)
         check_shards(planned, output.partial)
-        manifest = write_companions(planned, output.partial, report, resumed=bool(output.entries))
+        manifest = write_companions(
+            planned,
+            output.partial,
+            report,
+            identity=digest_identity(identity),
+            resumed=bool(output.entries),
+        )
         output.publish()
     return manifest
+
+
+def find_complete(
+    planned: MergePlan | CombinationPlan, out: str | os.PathLike[str]
+) -> Manifest | None:
+    """Return the manifest in ``out`` if that is the complete result of this very merge; else None.
+
+    That is what a merge leaves that was killed after its last rename, for ``resume`` to find.
+    """
+    # Who asks from the beginning, as scripts do, need not wait for what identifies 50,000 tensors.
+    # Unlike pathlib, this has an answer for any name.
+    if not os.path.isfile(os.path.join(out, MANIFEST_NAME)):  # noqa: PTH113, PTH118
+        return None
+    if isinstance(planned, CombinationPlan):
+        shards = {planned.file_name: planned.bytes_to_write}
+        companions: tuple[Path, ...] = ()
+    else:
+        shards = {shard.name: shard.nbytes for shard in planned.layout.shards}
+        companions = plan_sidecars(companion_directory(planned))
+    return find_finished(
+        Path(out),
+        identity=digest_identity(identify(planned)),
+        shards=shards,
+        inputs=planned.files,
+        companions=companions,
+    )
 
 
 def verify_against(

@@ -24,8 +24,8 @@ from torch import Tensor
 
 import streammerge
 from streammerge.checkpoint.manifest import Manifest
-from streammerge.engine.compiled import opening
 from streammerge.errors import MemoryBudgetError
+from streammerge.plan import kernels
 from streammerge.plan.chunking import Residence, iter_units
 from streammerge.plan.types import Action, MergePlan
 from streammerge.reductions import BLOCK
@@ -207,7 +207,7 @@ def residence_of(plan: MergePlan, name: str) -> Residence:
 def without_kernels() -> Iterator[None]:
     """Merge with the operations of torch alone, as where there is no compiler."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(opening, "load_kernels", lambda: None)
+        patch.setattr(kernels, "load_kernels", lambda: None)
         yield
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import re
@@ -37,7 +38,7 @@ from streammerge.engine import scheduling
 from streammerge.engine.progress import ProgressEvent
 from streammerge.engine.resuming import Recovered
 from streammerge.engine.statistics import ScopeStatistics
-from streammerge.errors import OutputExistsError, ResumeError
+from streammerge.errors import OutputError, OutputExistsError, ResumeError
 from streammerge.plan.chunking import Piece
 from streammerge.plan.types import MergePlan
 from streammerge.reductions import BLOCK
@@ -562,7 +563,7 @@ def test_a_merge_killed_right_after_its_last_rename_is_complete(
 ) -> None:
     with monkeypatch.context() as patch:
         # Nothing is cleared away, as if the process had ended there.
-        patch.setattr(outputdir, "OWN_FILES", ())
+        patch.setattr(outputdir, "clear_away", lambda *_: None)
         streammerge.merge(plan, tmp_path / "out")
 
     assert (tmp_path / "out" / JOURNAL_NAME).exists()
@@ -583,7 +584,7 @@ def test_a_complete_merge_needs_no_more_than_to_be_found(
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
         if not tidied:
-            patch.setattr(outputdir, "OWN_FILES", ())
+            patch.setattr(outputdir, "clear_away", lambda *_: None)
         expected = streammerge.merge(plan, out)
     before = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
 
@@ -601,8 +602,16 @@ def _edit_recipe(out: Path, plan: MergePlan) -> MergePlan:
 
 
 def _touch_an_input(out: Path, plan: MergePlan) -> MergePlan:
-    first, *others = plan.files
-    return replace(plan, files=(replace(first, mtime_ns=first.mtime_ns + 1), *others))
+    os.utime(plan.files[1].path, ns=(0, plan.files[1].mtime_ns + 1))
+    return plan
+
+
+def _write_a_companion(out: Path, plan: MergePlan) -> MergePlan:
+    later = (out / MANIFEST_NAME).stat().st_mtime_ns + 1
+    config = Path(plan.models[0].path) / "config.json"
+    config.write_text("{}")
+    os.utime(config, ns=(later, later))
+    return plan
 
 
 def _shorten_a_shard(out: Path, plan: MergePlan) -> MergePlan:
@@ -621,10 +630,32 @@ def _spoil_the_manifest(out: Path, plan: MergePlan) -> MergePlan:
     return plan
 
 
-@pytest.mark.parametrize(
-    "change",
-    [_edit_recipe, _touch_an_input, _shorten_a_shard, _remove_a_file, _spoil_the_manifest],
-)
+def _list_no_file(out: Path, plan: MergePlan) -> MergePlan:
+    document = json.loads((out / MANIFEST_NAME).read_text())
+    (out / MANIFEST_NAME).write_text(json.dumps(document | {"files": {}}))
+    return plan
+
+
+def _list_a_file_of_no_name(out: Path, plan: MergePlan) -> MergePlan:
+    document = json.loads((out / MANIFEST_NAME).read_text())
+    document["files"]["\0"] = document["files"]["README.md"]
+    (out / MANIFEST_NAME).write_text(json.dumps(document))
+    return plan
+
+
+CHANGES = [
+    _edit_recipe,
+    _touch_an_input,
+    _write_a_companion,
+    _shorten_a_shard,
+    _remove_a_file,
+    _spoil_the_manifest,
+    _list_no_file,
+    _list_a_file_of_no_name,
+]
+
+
+@pytest.mark.parametrize("change", CHANGES)
 def test_another_merge_in_the_same_place_is_not_taken_for_this_one(
     change: Callable[[Path, MergePlan], MergePlan], inputs: tuple[Path, list[Path]], tmp_path: Path
 ) -> None:
@@ -637,6 +668,70 @@ def test_another_merge_in_the_same_place_is_not_taken_for_this_one(
 
     with pytest.raises(OutputExistsError, match="give --overwrite"):
         streammerge.merge(changed, out, resume=True)
+
+
+def test_what_a_complete_merge_replaced_is_cleared_away(
+    plan: MergePlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed after its last rename, and before the earlier merge was gone."""
+    out, replaced = tmp_path / "out", tmp_path / "out.replaced"
+    streammerge.merge(plan, out)
+    with monkeypatch.context() as patch:
+        patch.setattr(outputdir, "clear_away", lambda *_: None)
+        streammerge.merge(plan, out, overwrite=True)
+    assert replaced.exists()
+
+    streammerge.merge(plan, out, resume=True)
+
+    assert not replaced.exists()
+    assert not (out / JOURNAL_NAME).exists()
+
+
+@pytest.mark.parametrize("place", ["", ".", "/", "..", "x" * 255])
+def test_places_that_no_merge_can_be_in_are_refused_by_resume_as_well(
+    place: str, inputs: tuple[Path, list[Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, sources = inputs
+    plan = streammerge.plan(recipe_of("linear", base, sources), memory=MEMORY)
+    (tmp_path / "here" / "inner").mkdir(parents=True)
+    (tmp_path / "here" / "file").touch()
+    monkeypatch.chdir(tmp_path / "here" / ("inner" if place == ".." else ""))
+
+    with pytest.raises(OutputError):
+        streammerge.merge(plan, place, resume=True)
+    assert (tmp_path / "here" / "file").exists()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="links need no rights there")
+def test_a_link_to_a_complete_merge_is_not_followed(plan: MergePlan, tmp_path: Path) -> None:
+    streammerge.merge(plan, tmp_path / "out")
+    (tmp_path / "link").symlink_to("out")
+
+    with pytest.raises(OutputExistsError, match="not a directory"):
+        streammerge.merge(plan, tmp_path / "link", resume=True)
+
+
+@pytest.mark.parametrize("options", [[], ["--json"], ["--quiet"]])
+def test_the_command_line_says_that_a_merge_is_complete(
+    options: list[str],
+    recipe: dict[str, Any],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path, out = tmp_path / "recipe.yaml", tmp_path / "out"
+    path.write_text(yaml.safe_dump(recipe))
+    command = ["merge", str(path), str(out), "--resume", *options]
+    assert main(command) == 0
+    capsys.readouterr()
+
+    assert main(command) == 0
+
+    said = capsys.readouterr()
+    if "--json" in options:
+        event = {"event": "complete", "out": str(out), "tensors": 33}
+        assert json.loads(said.out) == event
+    else:
+        assert said.err == ("" if options else f"{out}: is complete already, with 33 tensors\n")
 
 
 def test_progress_of_a_resumed_merge_counts_what_is_left(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from streammerge.checkpoint.manifest import (
     RunRecord,
     TensorRecord,
     collect_versions,
+    digest_identity,
     digest_recipe,
     write_manifest,
 )
@@ -43,6 +44,7 @@ def run_combination(
     plan: CombinationPlan,
     out: Path,
     *,
+    identity: Mapping[str, Any],
     overwrite: bool,
     resume: bool,
     opener: OpenByteSource,
@@ -54,6 +56,7 @@ def run_combination(
     Args:
         plan: What :func:`~streammerge.adapters.planning.plan_combination` returned.
         out: The directory to make.
+        identity: What decides every byte of the result, as JSON.
         overwrite: Whether an earlier merge in ``out`` may be replaced.
         resume: Whether the command was told to continue; there is never anything to go on from,
             because an interrupted combination leaves nothing, so it starts anew.
@@ -68,7 +71,7 @@ def run_combination(
         out,
         inputs=[adapter.path for adapter in plan.adapters],
         nbytes=plan.bytes_to_write,
-        identity=_identify(plan),
+        identity=identity,
         overwrite=overwrite,
         resume=resume,
     )
@@ -81,18 +84,9 @@ def run_combination(
         _write_tensors(plan, sources, partial / plan.file_name, meter)
         check_unchanged(plan.files, sources)
         _check_file(plan, partial / plan.file_name)
-        manifest = _write_companions(plan, partial, meter)
+        manifest = _write_companions(plan, partial, meter, digest_identity(identity))
         directory.publish()
     return manifest
-
-
-def _identify(plan: CombinationPlan) -> dict[str, Any]:
-    """Return what decides every byte of the result, as JSON."""
-    return {
-        "recipe": digest_recipe(plan.recipe),
-        "inputs": {str(file.path): file.header_digest for file in plan.files},
-        "versions": {"streammerge": VERSION, "torch": torch_version()},
-    }
 
 
 class _Meter:
@@ -151,7 +145,9 @@ def _check_file(plan: CombinationPlan, path: Path) -> None:
         )
 
 
-def _write_companions(plan: CombinationPlan, directory: Path, meter: _Meter) -> Manifest:
+def _write_companions(
+    plan: CombinationPlan, directory: Path, meter: _Meter, identity: str
+) -> Manifest:
     """Write everything beside the tensors; the manifest last."""
     combination = COMBINATIONS[plan.method]
     texts = {RECIPE_NAME: plan.recipe.encode()}
@@ -174,7 +170,7 @@ def _write_companions(plan: CombinationPlan, directory: Path, meter: _Meter) -> 
     for name, content in texts.items():
         write_durably(directory / name, [content])
     files = {name: digest_file(directory / name) for name in sorted([plan.file_name, *texts])}
-    manifest = _manifest(plan, meter, files)
+    manifest = _manifest(plan, meter, files, identity)
     write_manifest(manifest, directory)
     return manifest
 
@@ -184,7 +180,9 @@ def _base_rows(plan: CombinationPlan) -> list[tuple[str, str]]:
     return [("base", base)] if isinstance(base, str) else []
 
 
-def _manifest(plan: CombinationPlan, meter: _Meter, files: dict[str, FileDigest]) -> Manifest:
+def _manifest(
+    plan: CombinationPlan, meter: _Meter, files: dict[str, FileDigest], identity: str
+) -> Manifest:
     return Manifest(
         version=MANIFEST_VERSION,
         method=plan.method,
@@ -207,6 +205,7 @@ def _manifest(plan: CombinationPlan, meter: _Meter, files: dict[str, FileDigest]
             measured_memory=meter.peak,
             memory_budget=plan.budget,
             resumed=False,
+            identity=identity,
         ),
     )
 

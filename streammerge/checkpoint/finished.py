@@ -1,69 +1,75 @@
-"""Whether a merge is complete already: what ``--resume`` finds after an end right after the last rename."""
+"""Whether a merge is complete already: what ``--resume`` finds when the end came after the last rename."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 
-from streammerge.checkpoint.journal import JOURNAL_NAME
-from streammerge.checkpoint.manifest import (
-    MANIFEST_NAME,
-    MANIFEST_VERSION,
-    Manifest,
-    digest_recipe,
-    read_manifest,
-)
-from streammerge.checkpoint.outputdir import OWN_FILES
+from streammerge.checkpoint.journal import JOURNAL_NAME, read_journal
+from streammerge.checkpoint.manifest import MANIFEST_NAME, MANIFEST_VERSION, Manifest, read_manifest
+from streammerge.checkpoint.outputdir import clear_away
 from streammerge.checkpoint.types import ShardFile
-from streammerge.errors import CheckpointError
-from streammerge.version import VERSION
+from streammerge.errors import CheckpointError, OutputError
 
 
 def find_finished(
-    out: Path, *, recipe: str, inputs: Sequence[ShardFile], torch_version: str
+    out: Path,
+    *,
+    identity: str,
+    shards: Mapping[str, int],
+    inputs: Sequence[ShardFile],
+    companions: Sequence[Path],
 ) -> Manifest | None:
     """Return the manifest of a directory that is the complete result of this very merge.
 
-    What the merge may have left beside the model is cleared away. A directory is another merge's, or
-    not complete, if recipe, inputs or versions differ, or a file that the manifest lists is missing or
-    of another size; :mod:`streammerge.checkpoint.verifying` looks at their bytes.
+    It is, if the manifest has the identity of this merge, no input and no file that was copied has
+    changed since, and every file is there with its size. :mod:`streammerge.checkpoint.verifying`
+    looks at their bytes. What the merge has left is then cleared away.
 
     Args:
         out: The directory.
-        recipe: The recipe in canonical YAML.
-        inputs: The input files as they are now.
-        torch_version: Of the torch that is installed.
+        identity: Digest of what decides every byte of the result.
+        shards: Sizes of the files with tensors, by name.
+        inputs: The input files as they were planned.
+        companions: Files that the merge copies.
 
     Returns:
-        None if it is not, or if there is unfinished work beside it.
+        None if it is not, if that cannot be told, or if there is unfinished work beside it.
     """
+    out = Path(os.path.abspath(out))  # noqa: PTH100 - resolve() would follow a link at OUT
+    if not out.name:
+        return None
     unfinished = out.with_name(f"{out.name}.partial") / JOURNAL_NAME
-    if unfinished.exists() or not (out / MANIFEST_NAME).is_file():
-        return None
     try:
+        if out.is_symlink() or unfinished.exists() or not (out / MANIFEST_NAME).is_file():
+            return None
         manifest = TypeAdapter(Manifest).validate_python(read_manifest(out))
-    except (CheckpointError, ValidationError):
+        if manifest.version != MANIFEST_VERSION or manifest.run.identity != identity:
+            return None
+        if _has_changed(out, inputs, companions) or not _is_whole(out, manifest, shards):
+            return None
+        journal = read_journal(out / JOURNAL_NAME)
+    except (CheckpointError, OutputError, OSError, ValueError):
+        # Names in a manifest may be no names of files, and then Python raises a ValueError.
         return None
-    versions = manifest.run.versions
-    same = (
-        manifest.version == MANIFEST_VERSION
-        and manifest.recipe_digest == digest_recipe(recipe)
-        and manifest.inputs == tuple(inputs)
-        and (versions.get("streammerge"), versions.get("torch")) == (VERSION, torch_version)
-    )
-    if not same or not all(_has_size(out / n, f.nbytes) for n, f in manifest.files.items()):
-        return None
-    for name in OWN_FILES:
-        with contextlib.suppress(OSError):
-            (out / name).unlink()
+    replaced = journal is not None and bool(journal.identity.get("overwrite"))
+    clear_away(out, out.with_name(f"{out.name}.replaced") if replaced else None)
     return manifest
 
 
-def _has_size(path: Path, nbytes: int) -> bool:
-    try:
-        return path.stat().st_size == nbytes
-    except OSError:
-        return False
+def _has_changed(out: Path, inputs: Sequence[ShardFile], companions: Sequence[Path]) -> bool:
+    statuses = [(file, file.path.stat()) for file in inputs]
+    if any((s.st_size, s.st_mtime_ns) != (file.nbytes, file.mtime_ns) for file, s in statuses):
+        return True
+    finished = (out / MANIFEST_NAME).stat().st_mtime_ns
+    return any(companion.stat().st_mtime_ns > finished for companion in companions)
+
+
+def _is_whole(out: Path, manifest: Manifest, shards: Mapping[str, int]) -> bool:
+    listed = {name: file.nbytes for name, file in manifest.files.items()}
+    return shards.items() <= listed.items() and all(
+        (out / name).stat().st_size == nbytes for name, nbytes in listed.items()
+    )

@@ -69,7 +69,7 @@ class Found:
     """What a journal holds."""
 
     identity: dict[str, Any]
-    """What the merge was; see :func:`streammerge.resuming.identify`."""
+    """What the merge was; see :func:`streammerge.identity.identify`."""
     entries: tuple[Entry, ...]
     """In the order in which they were written."""
     nbytes: int

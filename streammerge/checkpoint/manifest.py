@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import platform
+from collections.abc import Mapping
 from dataclasses import dataclass, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,8 @@ class RunRecord:
     """Most memory that the process had of any one of them, in bytes; 0 on the CPU."""
     kernels: str = "plain"
     """``compiled`` if blocks on the CPU had compiled kernels at hand; they change no bit."""
+    identity: str = ""
+    """BLAKE2b-128 of what decided every byte: recipe, work, inputs and versions; in hex."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +121,17 @@ class Manifest:
 def digest_recipe(recipe: str) -> str:
     """Return the BLAKE2b-128 of a recipe in canonical YAML, in hex."""
     return hashlib.blake2b(recipe.encode(), digest_size=16).hexdigest()
+
+
+def digest_text(text: str) -> str:
+    """Return the BLAKE2b-128 of a text, in hex; names of files in it need not be Unicode."""
+    raw = text.encode(errors="backslashreplace")
+    return hashlib.blake2b(raw, digest_size=16).hexdigest()
+
+
+def digest_identity(identity: Mapping[str, Any]) -> str:
+    """Return the digest of what decides every byte of a merge's output."""
+    return digest_text(json.dumps(identity, sort_keys=True))
 
 
 def collect_versions(torch_version: str) -> dict[str, str]:

@@ -24,7 +24,7 @@ from streammerge.units import MIB, format_size
 
 _MARKER = ".streammerge-partial"
 """Lies in a directory that an interrupted merge may have left, and that may be thrown away."""
-OWN_FILES = (JOURNAL_NAME, SNAPSHOT_NAME, f"{SNAPSHOT_NAME}.new", _MARKER)
+OWN_FILES = (SNAPSHOT_NAME, f"{SNAPSHOT_NAME}.new", _MARKER, JOURNAL_NAME)
 """What a merge that was cut off right after it was renamed leaves beside the model."""
 _SIDECAR_ROOM = 64 * MIB
 """Free disk asked for beyond the shards: tokenizer, configuration, manifest."""
@@ -195,15 +195,7 @@ class OutputDirectory:
                 with contextlib.suppress(OSError):
                     replaced.rename(self.out)
             raise OutputError(f"{self.out}: cannot be put in place: {error.strerror}") from error
-        # The merge is complete and in place. A rename that a power cut undoes leaves the complete
-        # merge under its other name, to be resumed; what cannot be cleared away does no harm.
-        with contextlib.suppress(OSError):
-            sync_directory(self.out.parent)
-        for name in OWN_FILES:
-            with contextlib.suppress(OSError):
-                (self.out / name).unlink()
-        if replaced is not None:
-            shutil.rmtree(replaced, ignore_errors=True)
+        clear_away(self.out, replaced)
 
     def _unlock(self) -> None:
         if self._journal is not None:
@@ -245,6 +237,26 @@ class OutputDirectory:
     def _has_work(self, found: Found) -> bool:
         """Return whether a journal, or what lies beside it, spares a later run some work."""
         return bool(found.entries) or (self.partial / SNAPSHOT_NAME).exists()
+
+
+def clear_away(out: Path, replaced: Path | None) -> None:
+    """Remove what a merge that is complete and in place has left; what cannot be does no harm.
+
+    Its journal goes last: while it is there, a merge that is found complete clears away the rest.
+
+    Args:
+        out: The directory.
+        replaced: The earlier merge whose place it has taken; None without one.
+    """
+    with contextlib.suppress(OSError):
+        # A rename that a power cut undoes leaves the complete merge under its other name, to be
+        # resumed, which needs the journal.
+        sync_directory(out.parent)
+    if replaced is not None:
+        shutil.rmtree(replaced, ignore_errors=True)
+    for name in OWN_FILES:
+        with contextlib.suppress(OSError):
+            (out / name).unlink()
 
 
 def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:

@@ -1,6 +1,6 @@
 """What a stage works on: a part of one tensor, or small neighbours side by side, in every input.
 
-Memory: views of slots, nothing of its own.
+Memory: views of slots; values in float64 for those who have to name what is wrong.
 """
 
 from __future__ import annotations
@@ -55,11 +55,12 @@ class Stored:
         """Return some of the values, which are floats, in float64."""
         size = self.dtype.itemsize
         raw = self.memory[begin * size : end * size]
-        if self.dtype is DType.BF16:
-            # The upper half of a float32.
-            return (raw.view("<u2").astype("<u4") << 16).view("<f4").astype(np.float64)
-        if self.dtype in _NUMPY:
-            return raw.view(_NUMPY[self.dtype]).astype(np.float64)
+        with np.errstate(all="ignore"):
+            if self.dtype is DType.BF16:
+                # The upper half of a float32.
+                return (raw.view("<u2").astype("<u4") << 16).view("<f4").astype(np.float64)
+            if self.dtype in _NUMPY:
+                return raw.view(_NUMPY[self.dtype]).astype(np.float64)
         wide: NDArray[np.float64] = self.tensor()[begin:end].to(torch.float64).numpy()
         return wide
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from streammerge.checkpoint.bytesource import ByteSource
 from streammerge.engine.accelerator.sharing import Accelerators
 from streammerge.engine.buffers import Allowance, SlotPool
-from streammerge.engine.compiled.opening import open_cpu_stage, takes_torch
+from streammerge.engine.compiled.opening import open_cpu_stage
 from streammerge.engine.device import DeviceStage
 from streammerge.engine.loading import Loader
 from streammerge.engine.memory import PeakMemory
@@ -37,6 +37,7 @@ from streammerge.errors import OutOfMemoryError, StageError, StreamMergeError
 from streammerge.lazily import torch
 from streammerge.methods.base import MergeMethod
 from streammerge.plan.chunking import iter_units
+from streammerge.plan.kernels import takes_torch
 from streammerge.plan.sweeps import Needs
 from streammerge.plan.types import MergePlan
 

@@ -9,7 +9,7 @@ The parts, in bytes, for ``n`` inputs, ``w`` workers and slots of ``s`` bytes:
     statistics  top-k searches of the tensors in flight
     factors     adapters' tensors, in the compute dtype, of the tensors in flight
     growth      thread stacks, allocator slack, small objects, what is known of finished tensors
-    baseline    the process as it stands: interpreter, torch, headers, this plan
+    baseline    the process as it stands: interpreter, headers, this plan, torch where it is needed
 """
 
 from __future__ import annotations

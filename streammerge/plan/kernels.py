@@ -9,7 +9,7 @@ from streammerge.lazily import torch_version
 from streammerge.methods.base import MergeMethod, Operand
 from streammerge.methods.parts import ADD_LEFT_TO_RIGHT
 from streammerge.native.library import DTYPE_CODES, SOURCES_AT_MOST, load_kernels
-from streammerge.plan.types import Action, Setting, TensorTask
+from streammerge.plan.types import Action, MergePlan, Setting, TensorTask
 
 VECTOR_COLUMNS = 64
 """torch.sum adds more rows than a few from left to right in the columns that it takes by whole
@@ -39,11 +39,9 @@ def needs_torch(
         compute_dtype: F32 or F64.
         keep_non_finite: Whether NaN and infinity are let through.
     """
-    if load_kernels() is None or not kernels_serve(
-        n_sources, compute_dtype=compute_dtype, keep_non_finite=keep_non_finite
-    ):
+    if not _serve(n_sources, compute_dtype, keep_non_finite=keep_non_finite):
         return True
-    if n_sources > ADD_LEFT_TO_RIGHT and not sums_are_known():
+    if not sums_are_known(n_sources):
         return True
     if any(method.sweep(method.bind(setting.values)) is None for setting in settings):
         return True
@@ -51,9 +49,21 @@ def needs_torch(
     return not all(_kernels_take(task, first, n_sources) for task in tasks)
 
 
-def kernels_serve(n_sources: int, *, compute_dtype: DType, keep_non_finite: bool) -> bool:
-    """Return whether there is anything in such a merge that the kernels can do."""
-    return 0 < n_sources <= SOURCES_AT_MOST and compute_dtype is DType.F32 and not keep_non_finite
+def takes_torch(plan: MergePlan) -> bool:
+    """Return whether this process needs torch to run a plan, which another one may have made."""
+    n_sources = len(plan.models) - plan.has_base
+    return plan.needs_torch or not kernels_serve(plan) or not sums_are_known(n_sources)
+
+
+def kernels_serve(plan: MergePlan) -> bool:
+    """Return whether there are kernels here, and anything in a plan that they can do."""
+    n_sources = len(plan.models) - plan.has_base
+    return _serve(n_sources, plan.compute_dtype, keep_non_finite=plan.keep_non_finite)
+
+
+def _serve(n_sources: int, compute_dtype: DType, *, keep_non_finite: bool) -> bool:
+    there = load_kernels() is not None and 0 < n_sources <= SOURCES_AT_MOST
+    return there and compute_dtype is DType.F32 and not keep_non_finite
 
 
 def first_operand(method: MergeMethod, *, has_base: bool) -> int:
@@ -66,8 +76,10 @@ def any_length(n_sources: int) -> bool:
     return n_sources <= ADD_LEFT_TO_RIGHT
 
 
-def sums_are_known() -> bool:
-    """Return whether the installed torch is known to add rows in the order that kernels do."""
+def sums_are_known(n_sources: int) -> bool:
+    """Return whether the installed torch is known to add so many rows in the order of the kernels."""
+    if n_sources <= ADD_LEFT_TO_RIGHT:
+        return True
     major, minor, *_ = torch_version().split(".")
     first, last = _KNOWN_SUMS
     return first <= (int(major), int(minor)) <= last

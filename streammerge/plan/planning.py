@@ -40,10 +40,10 @@ from streammerge.reductions import count_blocks
 
 
 class Baseline(Protocol):
-    """Tells the memory of the process before work starts."""
+    """Tells the resident memory of the process before work starts."""
 
     def __call__(self, *, torch: bool) -> int:
-        """Return it in bytes, given whether the work will need torch."""
+        """Return it in bytes; with torch loaded, if the work will need it."""
         ...
 
 
@@ -54,7 +54,7 @@ class Machine:
     budget: int
     """Most private memory the process may have, in bytes."""
     baseline: Baseline
-    """Private memory of the process before work starts."""
+    """Resident memory of the process before work starts."""
     workers: int
     """Compute threads."""
     readers: int

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 from streammerge.errors import printable
+from streammerge.plan.kernels import kernels_serve
 from streammerge.plan.types import Action, DeviceResources, MergePlan
 from streammerge.units import format_size
 
@@ -13,7 +14,9 @@ _SHOWN_SETTINGS = 5
 
 def render_plan(plan: MergePlan) -> str:
     """Return the plan in about twenty lines."""
-    by = "with torch" if plan.needs_torch else "by compiled kernels"
+    by = "by torch"
+    if kernels_serve(plan) and plan.device is None:
+        by = "by compiled kernels and torch" if plan.needs_torch else "by compiled kernels"
     how = f"({plan.semantics} semantics), computed in {plan.compute_dtype} {by}"
     rows: list[tuple[str, str]] = [("method", f"{plan.method} {how}")]
     rows += [(model.label, model.path) for model in plan.models]

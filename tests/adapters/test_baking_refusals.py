@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 import streammerge
 from streammerge.checkpoint import outputfile
 from streammerge.cli import main
-from streammerge.errors import MemoryBudgetError
+from streammerge.errors import MemoryBudgetError, OutputExistsError
 from tests.adapters.tiny import Tensors
 
 FAILED, USAGE, DOES_NOT_FIT = 1, 2, 3
@@ -397,6 +397,19 @@ def test_an_interrupted_merge_is_resumed_to_the_same_bytes(
     streammerge.merge(recipe, job.root / "out", resume=True)
 
     assert (job.root / "out" / "model.safetensors").read_bytes() == expected
+
+
+def test_an_adapter_with_another_scaling_makes_another_merge(job: Job) -> None:
+    """Its tensors do not tell; what is complete with the old one is not what is asked for now."""
+    recipe, out = job.recipe(job.adapter), job.root / "out"
+    manifest = streammerge.merge(recipe, out)
+    assert streammerge.merge(recipe, out, resume=True) == manifest
+    config = json.loads((job.adapter / "adapter_config.json").read_text())
+    config["lora_alpha"] *= 2
+    (job.adapter / "adapter_config.json").write_text(json.dumps(config))
+
+    with pytest.raises(OutputExistsError, match="--overwrite"):
+        streammerge.merge(recipe, out, resume=True)
 
 
 def test_a_vocabulary_that_an_adapter_resized_is_taken_and_said(job: Job) -> None:

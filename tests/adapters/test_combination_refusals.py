@@ -257,6 +257,12 @@ def test_a_complete_combination_is_found_by_resume(lora: Path, tmp_path: Path):
     other = recipe_for("svd", [lora], parameters={"svd_rank": 1})
     with pytest.raises(OutputExistsError, match="--overwrite"):
         streammerge.merge(other, tmp_path / "out", memory=MEMORY, resume=True)
+    # What its tensors mean, without which they are the same.
+    config = json.loads((lora / "adapter_config.json").read_text())
+    config["lora_alpha"] *= 2
+    (lora / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(OutputExistsError, match="--overwrite"):
+        streammerge.merge(recipe, tmp_path / "out", memory=MEMORY, resume=True)
 
 
 def test_the_command_line_combines_and_plans(

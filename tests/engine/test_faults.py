@@ -25,7 +25,6 @@ import streammerge
 from streammerge import finishing, run
 from streammerge.checkpoint.bytesource import ByteSource, PreadSource
 from streammerge.checkpoint.outputfile import OutputFile
-from streammerge.engine.compiled import opening
 from streammerge.engine.progress import ProgressEvent
 from streammerge.errors import (
     CheckpointError,
@@ -37,6 +36,7 @@ from streammerge.errors import (
 )
 from streammerge.methods.base import MergeMethod
 from streammerge.native.library import Kernels, load_kernels
+from streammerge.plan import kernels
 from streammerge.plan.chunking import Residence, iter_units
 from streammerge.plan.sweeps import Needs
 from streammerge.plan.types import MergePlan
@@ -129,7 +129,7 @@ def apply_with(monkeypatch: pytest.MonkeyPatch, apply: Callable[..., Tensor]) ->
 
     monkeypatch.setattr(run, "find_method", find_faulty)
     # They would not call it.
-    monkeypatch.setattr(opening, "load_kernels", lambda: None)
+    monkeypatch.setattr(kernels, "load_kernels", lambda: None)
 
 
 def test_the_plans_here_cover_every_way_to_hold_a_tensor(base: Path, source: Path) -> None:

@@ -1,6 +1,6 @@
 """The compiled way of a CPU stage, for tensors in usual types.
 
-    opening.py     whether kernels can serve a plan
+    opening.py     the stage of a worker on the CPU: this one, or the plain one
     stage.py       the stage of one worker
     operands.py    pieces as the kernels see them: addresses and types
     merging.py     blocks of a piece to blocks of the output

@@ -106,7 +106,9 @@ class CompiledMerging:
         self, piece: PieceInMemory, sweep: Sweep, operands: Sequence[StoredOperand], job: _Job
     ) -> Never:
         """Raise the error about an operand, or about a result, which is computed once more."""
-        refuse_operands(piece, job.begin, job.end, self._plan, subtracts=self._subtracts)
+        # As the plain way does: of several tensors side by side, all operands are looked at first.
+        begin, end = (0, piece.numel) if len(piece.parts) > 1 else (job.begin, job.end)
+        refuse_operands(piece, begin, end, self._plan, subtracts=self._subtracts)
         merged = np.empty(job.end - job.begin, dtype=np.float32)
         self._ask(0, sweep, operands, job)
         call = self._calls[0]

@@ -7,19 +7,12 @@ from streammerge.engine.device import DeviceStage
 from streammerge.engine.plain import PlainStage
 from streammerge.lazily import torch
 from streammerge.methods.base import MergeMethod
-from streammerge.methods.parts import ADD_LEFT_TO_RIGHT
 from streammerge.native.library import SOURCES_AT_MOST, count_scratch, load_kernels
 from streammerge.plan.kernels import VECTOR_COLUMNS, kernels_serve, sums_are_known
 from streammerge.plan.types import MergePlan
 from streammerge.reductions import BLOCK
 
 assert count_scratch(SOURCES_AT_MOST) <= BLOCK  # noqa: S101 - a row of scratch memory must do
-
-
-def takes_torch(plan: MergePlan) -> bool:
-    """Return whether workers and readers need torch."""
-    # A plan may come from a machine where the kernels were compiled.
-    return plan.needs_torch or load_kernels() is None
 
 
 def open_cpu_stage(plan: MergePlan, method: MergeMethod) -> DeviceStage:
@@ -29,20 +22,12 @@ def open_cpu_stage(plan: MergePlan, method: MergeMethod) -> DeviceStage:
         plan: The plan.
         method: Its method.
     """
-    kernels = load_kernels()
+    kernels = load_kernels() if kernels_serve(plan) else None
     count = len(plan.models) - plan.has_base
-    serve = kernels_serve(
-        count, compute_dtype=plan.compute_dtype, keep_non_finite=plan.keep_non_finite
-    )
-    if kernels is None or not serve or not _add_alike(count):
+    if kernels is None or not (sums_are_known(count) or torch_adds_left_to_right(count)):
         return PlainStage(plan, method)
     plain = PlainStage(plan, method) if plan.needs_torch else None
     return CompiledStage(kernels, plan, method, plain)
-
-
-def _add_alike(rows: int) -> bool:
-    """Return whether torch adds so many rows as the kernels do, in columns taken as vectors."""
-    return rows <= ADD_LEFT_TO_RIGHT or sums_are_known() or torch_adds_left_to_right(rows)
 
 
 def torch_adds_left_to_right(rows: int) -> bool:
