@@ -63,6 +63,9 @@ def recognise_naming(names: Iterable[str]) -> Naming | None:
     for name in names:
         if name.startswith(PEFT_PREFIX):
             return Naming.PEFT
+        # Every name below has one of these; models of 50,000 tensors come through here.
+        if "lora" not in name and ".ia3_l" not in name:
+            continue
         if re.match(r"lora_(unet|te\d?|transformer)_", name) or name.endswith(_KOHYA_ENDINGS):
             return Naming.KOHYA
         if found is None and (_MARKS.search(name) or _DIFFUSERS_OLD.search(name)):
