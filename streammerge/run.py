@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,39 +16,29 @@ from streammerge.adapters.reading import is_adapter, read_adapter
 from streammerge.adapters.recipes import is_combination, methods_for
 from streammerge.adapters.types import Adapter
 from streammerge.checkpoint.bytesource import (
-    ByteSource,
     ByteSourceKind,
-    allow_open_files,
-    check_unchanged,
     choose_byte_source,
 )
 from streammerge.checkpoint.finished import find_finished
-from streammerge.checkpoint.journal import Entry, ScopeFound
 from streammerge.checkpoint.manifest import MANIFEST_NAME, Manifest, digest_identity
-from streammerge.checkpoint.outputdir import OutputDirectory
-from streammerge.checkpoint.outputfile import OutputFile
 from streammerge.checkpoint.reading import check_not_quantized, read_checkpoint
 from streammerge.checkpoint.sidecars import plan_sidecars
-from streammerge.checkpoint.snapshot import SNAPSHOT_NAME
 from streammerge.checkpoint.types import Checkpoint
-from streammerge.comparing import ComparedFile, Comparison, Sample, compare_results
+from streammerge.comparing import Comparison, Sample
 from streammerge.engine.accelerator.opening import choose_devices
-from streammerge.engine.memory import resident_memory
-from streammerge.engine.pipeline import RunReport, run_pipeline
-from streammerge.engine.progress import OnProgress, ProgressEvent
-from streammerge.engine.resuming import Recovered, scope_found
-from streammerge.errors import CheckpointError, DeviceError, OutputError, RecipeError
-from streammerge.finishing import check_shards, companion_directory, write_companions
+from streammerge.engine.progress import OnProgress
+from streammerge.engine.shelter import run_sheltered
+from streammerge.errors import CheckpointError, DeviceError, RecipeError
+from streammerge.finishing import companion_directory
 from streammerge.identity import identify
 from streammerge.machine import (
     choose_budget,
     choose_device_budget,
     describe_machine,
-    fits_page_cache,
     measure_baseline,
 )
+from streammerge.merging import MergeJob, SampleJob
 from streammerge.methods import discover_methods
-from streammerge.plan.layout import render_header
 from streammerge.plan.planning import find_method, plan_merge, takes_in_turn
 from streammerge.plan.types import MergePlan
 from streammerge.recipe.parsing import MAX_TEXT_BYTES, load_document, recipe_from_mapping
@@ -164,49 +154,14 @@ def merge(
     finished = find_complete(planned, out) if resume else None
     if finished is not None:
         return finished
-    identity = identify(planned)
-    if isinstance(planned, CombinationPlan):
-        from streammerge.adapters.running import run_combination  # noqa: PLC0415 - loads torch
-
-        with _naming_errors(Path(out)):
-            return run_combination(
-                planned,
-                Path(out),
-                identity=identity,
-                overwrite=overwrite,
-                resume=resume,
-                opener=choose_byte_source(byte_source),
-                measure_memory=resident_memory,
-                on_bytes=_report_bytes(planned, on_progress),
-            )
-    plan_sidecars(companion_directory(planned))
-    output = OutputDirectory(
+    job = MergeJob(
+        planned,
         Path(out),
-        inputs=[
-            *(Path(model.path) for model in planned.models),
-            *(file.path for file in planned.files),
-        ],
-        nbytes=planned.bytes_to_write,
-        identity=identity,
         overwrite=overwrite,
         resume=resume,
+        opener=choose_byte_source(byte_source),
     )
-    with ExitStack() as stack:
-        sources = _open_sources(planned, byte_source, stack)
-        stack.enter_context(output)
-        stack.enter_context(_naming_errors(output.partial))
-        report = _write_shards(planned, output, sources, on_progress or (lambda _: None))
-        check_unchanged(planned.files, sources)
-        check_shards(planned, output.partial)
-        manifest = write_companions(
-            planned,
-            output.partial,
-            report,
-            identity=digest_identity(identity),
-            resumed=bool(output.entries),
-        )
-        output.publish()
-    return manifest
+    return run_sheltered(job.run, on_progress or (lambda _: None))
 
 
 def find_complete(
@@ -268,38 +223,13 @@ def verify_against(
             "the recipe combines adapters, which takes seconds; combine them again into another "
             "directory and compare the files"
         )
-    sample = Sample(planned, fraction=fraction, seed=seed)
-    with ExitStack() as stack:
-        sources = _open_sources(planned, ByteSourceKind.PREAD, stack)
-        outputs = [
-            stack.enter_context(
-                ComparedFile(Path(out) / shard.name, shard.nbytes, render_header(planned, index))
-            )
-            for index, shard in enumerate(planned.layout.shards)
-        ]
-        report = run_pipeline(
-            planned,
-            find_method(planned.method),
-            sources,
-            outputs,
-            recovered=Recovered(planned, (), wanted=sample.has),
-            on_scope=lambda *_: None,
-            snapshot=None,
-            keep_cached=fits_page_cache(planned),
-            on_progress=on_progress or (lambda _: None),
-        )
-        check_unchanged(planned.files, sources)
-    return compare_results(planned, report, outputs)
-
-
-@contextmanager
-def _naming_errors(directory: Path) -> Iterator[None]:
-    """Give a name to what the system refuses where nothing more precise is known."""
-    try:
-        yield
-    except OSError as error:
-        where = error.filename or directory
-        raise OutputError(f"{where}: {error.strerror or error}") from error
+    job = SampleJob(
+        planned,
+        Path(out),
+        sample=Sample(planned, fraction=fraction, seed=seed),
+        opener=choose_byte_source(ByteSourceKind.PREAD),
+    )
+    return run_sheltered(job.run, on_progress or (lambda _: None))
 
 
 def load_recipe(recipe: RecipeLike) -> Recipe:
@@ -341,20 +271,6 @@ def _plan_combination(recipe: Recipe, memory: int | str | None) -> CombinationPl
     return plan_combination(
         recipe, adapters, budget=choose_budget(memory), baseline=measure_baseline(torch=True)
     )
-
-
-def _report_bytes(
-    planned: CombinationPlan, on_progress: OnProgress | None
-) -> Callable[[int, float], None]:
-    total = planned.bytes_to_read + planned.bytes_to_write
-
-    def report(done: int, seconds: float) -> None:
-        if on_progress is not None:
-            rate = done / seconds if seconds > 0 else 0.0
-            left = (total - done) / rate if rate > 0 else float("inf")
-            on_progress(ProgressEvent("merge", done, max(total, done), seconds, rate, left))
-
-    return report
 
 
 def _read_source(
@@ -402,65 +318,3 @@ def _naming_source(label: str) -> Iterator[None]:
     except CheckpointError as error:
         error.add_note(f"while reading {label} of the recipe")
         raise
-
-
-def _open_sources(planned: MergePlan, kind: ByteSourceKind, stack: ExitStack) -> list[ByteSource]:
-    """Open every input file, and check that it is still what was planned."""
-    allow_open_files(len(planned.files) + len(planned.layout.shards))
-    opener = choose_byte_source(kind)
-    sources = [stack.enter_context(opener(file.path)) for file in planned.files]
-    check_unchanged(planned.files, sources)
-    return sources
-
-
-def _write_shards(
-    planned: MergePlan,
-    output: OutputDirectory,
-    sources: Sequence[ByteSource],
-    on_progress: OnProgress,
-) -> RunReport:
-    """Do what is left to do of the shards."""
-    shards: list[OutputFile] = []
-    usable = _usable_entries(planned, output)
-    try:
-        for index, shard in enumerate(planned.layout.shards):
-            opened = OutputFile(
-                output.partial / shard.name,
-                shard.nbytes,
-                resumed=output.continues,
-                on_durable=output.journal.append,
-            )
-            shards.append(opened)
-            opened.write_at(0, memoryview(render_header(planned, index)))
-        report = run_pipeline(
-            planned,
-            find_method(planned.method),
-            sources,
-            shards,
-            recovered=Recovered(planned, usable, wanted=None),
-            on_scope=lambda task, tops: output.journal.append([scope_found(task, tops)]),
-            snapshot=output.partial / SNAPSHOT_NAME,
-            keep_cached=fits_page_cache(planned),
-            on_progress=on_progress,
-        )
-        while shards:
-            shards.pop(0).close()
-    finally:
-        # Whatever is left here is left because something failed.
-        for each in shards:
-            each.abandon()
-    return report
-
-
-def _usable_entries(planned: MergePlan, output: OutputDirectory) -> list[Entry]:
-    """Return the journal's entries but for those about a shard that is not there as it was."""
-    gone = set()
-    for index, shard in enumerate(planned.layout.shards):
-        path = output.partial / shard.name
-        if not path.is_file() or path.stat().st_size != shard.nbytes:
-            gone.add(index)
-    return [
-        entry
-        for entry in output.entries
-        if isinstance(entry, ScopeFound) or planned.tasks[entry.task].shard not in gone
-    ]

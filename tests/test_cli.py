@@ -16,7 +16,7 @@ import yaml
 from models import MEMORY, Models, load_model, recipe_of
 
 import streammerge
-from streammerge import display, run
+from streammerge import display, merging, run
 from streammerge.adapters.combinations import COMBINATIONS
 from streammerge.checkpoint.manifest import MANIFEST_NAME, RECIPE_NAME, read_manifest_files
 from streammerge.cli import main
@@ -225,13 +225,13 @@ def test_the_earlier_merge_is_there_until_the_new_one_is_whole(
     merge(recipe, out)
     before = files_of(out)
     seen: list[dict[str, bytes]] = []
-    check = run.check_shards
+    check = merging.check_shards
 
     def look(*arguments: Any) -> None:
         seen.append(files_of(out))
         check(*arguments)
 
-    monkeypatch.setattr(run, "check_shards", look)
+    monkeypatch.setattr(merging, "check_shards", look)
 
     assert merge(recipe, out, "--overwrite") == 0
     assert seen == [before]
@@ -268,7 +268,7 @@ def test_an_interrupt_at_any_step_can_be_resumed(
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(run, step, interrupt)
+    monkeypatch.setattr(merging, step, interrupt)
 
     assert merge(recipe, out) == 130
     done = step in {"check_shards", "write_companions"}

@@ -20,7 +20,7 @@ from oracles import apply_to_whole_tensors
 from torch import Tensor
 
 import streammerge
-from streammerge import run
+from streammerge import merging
 from streammerge.checkpoint import outputfile
 from streammerge.cli import main
 from streammerge.errors import DiskSpaceError
@@ -292,7 +292,7 @@ def test_a_full_disk_ends_the_merge_and_loses_nothing(
             return count
 
     with monkeypatch.context() as patch:
-        patch.setattr(run, "OutputFile", FullDisk)
+        patch.setattr(merging, "OutputFile", FullDisk)
         with pytest.raises(DiskSpaceError, match="the disk is full"):
             streammerge.merge(cut, tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -22,7 +22,7 @@ from models import MEMORY, Models, recipe_of
 from torch import Tensor
 
 import streammerge
-from streammerge import finishing, run
+from streammerge import finishing, merging, run
 from streammerge.checkpoint.bytesource import ByteSource, PreadSource
 from streammerge.checkpoint.outputfile import OutputFile
 from streammerge.engine.progress import ProgressEvent
@@ -122,12 +122,12 @@ def open_with(monkeypatch: pytest.MonkeyPatch, source: type[ByteSource]) -> None
 
 
 def apply_with(monkeypatch: pytest.MonkeyPatch, apply: Callable[..., Tensor]) -> None:
-    find = run.find_method
+    find = merging.find_method
 
     def find_faulty(name: str) -> MergeMethod:
         return replace(find(name), apply=apply)
 
-    monkeypatch.setattr(run, "find_method", find_faulty)
+    monkeypatch.setattr(merging, "find_method", find_faulty)
     # They would not call it.
     monkeypatch.setattr(kernels, "load_kernels", lambda: None)
 
@@ -138,7 +138,7 @@ def test_the_plans_here_cover_every_way_to_hold_a_tensor(base: Path, source: Pat
 
     def residences(slots: int) -> set[Residence]:
         cut = with_small_slots(planned, slots)
-        needs = Needs(cut, run.find_method(cut.method))
+        needs = Needs(cut, merging.find_method(cut.method))
         units = iter_units(cut, must_look=needs.must_look)
         return {unit.residence for unit in units}
 
@@ -299,7 +299,7 @@ def test_a_method_that_fails_late_ends_the_merge(
     plan: MergePlan, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """When slots, statistics and write queue are in full use."""
-    apply = run.find_method(plan.method).apply
+    apply = merging.find_method(plan.method).apply
     calls = iter(range(10**6))
 
     def fail_late(*arguments: Any) -> Tensor:
@@ -345,7 +345,7 @@ def full_disk(
             written.append(count if offset else 0)
             return count
 
-    monkeypatch.setattr(run, "OutputFile", FullDisk)
+    monkeypatch.setattr(merging, "OutputFile", FullDisk)
     return written
 
 
@@ -377,7 +377,7 @@ def test_short_writes_are_no_fault(
         def _write_some(self, offset: int, buffer: memoryview) -> int:
             return super()._write_some(offset, buffer[:5000])
 
-    monkeypatch.setattr(run, "OutputFile", Dribble)
+    monkeypatch.setattr(merging, "OutputFile", Dribble)
 
     merged, _ = models.merge(plan)
 
@@ -426,7 +426,7 @@ def test_a_shard_that_does_not_open_is_not_published(
     plan: MergePlan, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The safetensors library has the last word."""
-    monkeypatch.setattr(run, "render_header", lambda *_: b"\xff" * 8)
+    monkeypatch.setattr(merging, "render_header", lambda *_: b"\xff" * 8)
 
     with pytest.raises(OutputError, match="does not open"):
         streammerge.merge(plan, out)

@@ -1,0 +1,232 @@
+"""One merge, from open inputs to the directory in its place; nothing in here is ever interrupted.
+
+It runs on a thread of its own (:mod:`streammerge.engine.shelter`), which owns every file and lock.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from streammerge.adapters.plans import CombinationPlan
+from streammerge.checkpoint.bytesource import (
+    ByteSource,
+    OpenByteSource,
+    allow_open_files,
+    check_unchanged,
+)
+from streammerge.checkpoint.journal import Entry, ScopeFound
+from streammerge.checkpoint.manifest import Manifest, digest_identity
+from streammerge.checkpoint.outputdir import OutputDirectory
+from streammerge.checkpoint.outputfile import OutputFile
+from streammerge.checkpoint.sidecars import plan_sidecars
+from streammerge.checkpoint.snapshot import SNAPSHOT_NAME
+from streammerge.comparing import ComparedFile, Comparison, Sample, compare_results
+from streammerge.engine.memory import resident_memory
+from streammerge.engine.pipeline import RunReport, run_pipeline
+from streammerge.engine.progress import OnProgress, ProgressEvent
+from streammerge.engine.resuming import Recovered, scope_found
+from streammerge.errors import OutputError
+from streammerge.finishing import check_shards, companion_directory, write_companions
+from streammerge.identity import identify
+from streammerge.machine import fits_page_cache
+from streammerge.plan.layout import render_header
+from streammerge.plan.planning import find_method
+from streammerge.plan.types import MergePlan
+
+
+@dataclass(frozen=True, slots=True)
+class MergeJob:
+    """A plan, and the place for its result."""
+
+    planned: MergePlan | CombinationPlan
+    """What to do."""
+    out: Path
+    """The directory to make."""
+    overwrite: bool
+    """Whether an earlier merge there, or an unfinished one beside it, may be replaced."""
+    resume: bool
+    """Whether to continue an unfinished merge, if there is one."""
+    opener: OpenByteSource
+    """Opens an input file."""
+
+    def run(self, on_progress: OnProgress) -> Manifest:
+        """Do it; ``out`` exists when this returns and not before.
+
+        Raises:
+            StreamMergeError: ``out`` is then as it was before.
+        """
+        if isinstance(self.planned, CombinationPlan):
+            return self._combine(self.planned, on_progress)
+        return self._merge(self.planned, on_progress)
+
+    def _combine(self, planned: CombinationPlan, on_progress: OnProgress) -> Manifest:
+        from streammerge.adapters.running import run_combination  # noqa: PLC0415 - loads torch
+
+        with _naming_errors(self.out):
+            return run_combination(
+                planned,
+                self.out,
+                identity=identify(planned),
+                overwrite=self.overwrite,
+                resume=self.resume,
+                opener=self.opener,
+                measure_memory=resident_memory,
+                on_bytes=_report_bytes(planned, on_progress),
+            )
+
+    def _merge(self, planned: MergePlan, on_progress: OnProgress) -> Manifest:
+        identity = identify(planned)
+        plan_sidecars(companion_directory(planned))
+        output = OutputDirectory(
+            self.out,
+            inputs=[
+                *(Path(model.path) for model in planned.models),
+                *(file.path for file in planned.files),
+            ],
+            nbytes=planned.bytes_to_write,
+            identity=identity,
+            overwrite=self.overwrite,
+            resume=self.resume,
+        )
+        with ExitStack() as stack:
+            sources = _open_sources(planned, self.opener, stack)
+            stack.enter_context(output)
+            stack.enter_context(_naming_errors(output.partial))
+            report = _write_shards(planned, output, sources, on_progress)
+            check_unchanged(planned.files, sources)
+            check_shards(planned, output.partial)
+            manifest = write_companions(
+                planned,
+                output.partial,
+                report,
+                identity=digest_identity(identity),
+                resumed=bool(output.entries),
+            )
+            output.publish()
+        return manifest
+
+
+@dataclass(frozen=True, slots=True)
+class SampleJob:
+    """A part of a plan that is merged again, and the directory that should hold its result."""
+
+    planned: MergePlan
+    """What the directory should be the result of."""
+    out: Path
+    """The directory."""
+    sample: Sample
+    """The part."""
+    opener: OpenByteSource
+    """Opens an input file."""
+
+    def run(self, on_progress: OnProgress) -> Comparison:
+        """Merge it again and compare, bit by bit."""
+        planned = self.planned
+        with ExitStack() as stack:
+            sources = _open_sources(planned, self.opener, stack)
+            outputs = [
+                stack.enter_context(
+                    ComparedFile(self.out / shard.name, shard.nbytes, render_header(planned, index))
+                )
+                for index, shard in enumerate(planned.layout.shards)
+            ]
+            report = run_pipeline(
+                planned,
+                find_method(planned.method),
+                sources,
+                outputs,
+                recovered=Recovered(planned, (), wanted=self.sample.has),
+                on_scope=lambda *_: None,
+                snapshot=None,
+                keep_cached=fits_page_cache(planned),
+                on_progress=on_progress,
+            )
+            check_unchanged(planned.files, sources)
+        return compare_results(planned, report, outputs)
+
+
+@contextmanager
+def _naming_errors(directory: Path) -> Iterator[None]:
+    """Give a name to what the system refuses where nothing more precise is known."""
+    try:
+        yield
+    except OSError as error:
+        where = error.filename or directory
+        raise OutputError(f"{where}: {error.strerror or error}") from error
+
+
+def _report_bytes(
+    planned: CombinationPlan, on_progress: OnProgress
+) -> Callable[[int, float], None]:
+    total = planned.bytes_to_read + planned.bytes_to_write
+
+    def report(done: int, seconds: float) -> None:
+        rate = done / seconds if seconds > 0 else 0.0
+        left = (total - done) / rate if rate > 0 else float("inf")
+        on_progress(ProgressEvent("merge", done, max(total, done), seconds, rate, left))
+
+    return report
+
+
+def _open_sources(planned: MergePlan, opener: OpenByteSource, stack: ExitStack) -> list[ByteSource]:
+    """Open every input file, and check that it is still what was planned."""
+    allow_open_files(len(planned.files) + len(planned.layout.shards))
+    sources = [stack.enter_context(opener(file.path)) for file in planned.files]
+    check_unchanged(planned.files, sources)
+    return sources
+
+
+def _write_shards(
+    planned: MergePlan,
+    output: OutputDirectory,
+    sources: Sequence[ByteSource],
+    on_progress: OnProgress,
+) -> RunReport:
+    """Do what is left to do of the shards."""
+    shards: list[OutputFile] = []
+    usable = _usable_entries(planned, output)
+    try:
+        for index, shard in enumerate(planned.layout.shards):
+            opened = OutputFile(
+                output.partial / shard.name,
+                shard.nbytes,
+                resumed=output.continues,
+                on_durable=output.journal.append,
+            )
+            shards.append(opened)
+            opened.write_at(0, memoryview(render_header(planned, index)))
+        report = run_pipeline(
+            planned,
+            find_method(planned.method),
+            sources,
+            shards,
+            recovered=Recovered(planned, usable, wanted=None),
+            on_scope=lambda task, tops: output.journal.append([scope_found(task, tops)]),
+            snapshot=output.partial / SNAPSHOT_NAME,
+            keep_cached=fits_page_cache(planned),
+            on_progress=on_progress,
+        )
+        while shards:
+            shards.pop(0).close()
+    finally:
+        # Whatever is left here is left because something failed.
+        for each in shards:
+            each.abandon()
+    return report
+
+
+def _usable_entries(planned: MergePlan, output: OutputDirectory) -> list[Entry]:
+    """Return the journal's entries but for those about a shard that is not there as it was."""
+    gone = set()
+    for index, shard in enumerate(planned.layout.shards):
+        path = output.partial / shard.name
+        if not path.is_file() or path.stat().st_size != shard.nbytes:
+            gone.add(index)
+    return [
+        entry
+        for entry in output.entries
+        if isinstance(entry, ScopeFound) or planned.tasks[entry.task].shard not in gone
+    ]
