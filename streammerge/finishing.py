@@ -58,7 +58,13 @@ def check_shards(planned: MergePlan, directory: Path) -> None:
 
 
 def write_companions(
-    planned: MergePlan, directory: Path, report: RunReport, *, identity: str, resumed: bool
+    planned: MergePlan,
+    directory: Path,
+    report: RunReport,
+    *,
+    identity: str,
+    resumed: bool,
+    damaged: int,
 ) -> Manifest:
     """Write everything beside the shards; the manifest last.
 
@@ -68,6 +74,7 @@ def write_companions(
         report: What running the plan came to.
         identity: Digest of what decided every byte.
         resumed: Whether an interrupted run had begun it.
+        damaged: Pieces of that run that had changed meanwhile.
 
     Raises:
         CheckpointError: A file beside the inputs cannot be read.
@@ -97,7 +104,7 @@ def write_companions(
         write_durably(directory / name, [content])
     files = {name: digest_file(directory / name) for name in (*names, *texts)}
     files |= _digest_shards(planned, report)
-    run = _run_record(planned, report, identity=identity, resumed=resumed)
+    run = _run_record(planned, report, identity=identity, resumed=resumed, damaged=damaged)
     manifest = _manifest(planned, report, dict(sorted(files.items())), run)
     write_manifest(manifest, directory)
     return manifest
@@ -138,7 +145,7 @@ def _manifest(
 
 
 def _run_record(
-    planned: MergePlan, report: RunReport, *, identity: str, resumed: bool
+    planned: MergePlan, report: RunReport, *, identity: str, resumed: bool, damaged: int
 ) -> RunRecord:
     resources = planned.resources
     return RunRecord(
@@ -158,6 +165,7 @@ def _run_record(
         projected_device_memory=0 if planned.device is None else planned.device.peak,
         measured_device_memory=report.device_peak_memory,
         resumed=resumed,
+        damaged=damaged,
         kernels="compiled" if kernels_serve(planned) else "plain",
         identity=identity,
     )

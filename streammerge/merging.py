@@ -17,7 +17,6 @@ from streammerge.checkpoint.bytesource import (
     allow_open_files,
     check_unchanged,
 )
-from streammerge.checkpoint.journal import Entry, ScopeFound
 from streammerge.checkpoint.manifest import Manifest, digest_identity
 from streammerge.checkpoint.outputdir import OutputDirectory
 from streammerge.checkpoint.outputfile import OutputFile
@@ -27,6 +26,7 @@ from streammerge.comparing import ComparedFile, Comparison, Sample, compare_resu
 from streammerge.engine.memory import resident_memory
 from streammerge.engine.pipeline import RunReport, run_pipeline
 from streammerge.engine.progress import OnProgress, ProgressEvent
+from streammerge.engine.rechecking import check_entries, keep_sound
 from streammerge.engine.resuming import Recovered, scope_found
 from streammerge.errors import OutputError
 from streammerge.finishing import check_shards, companion_directory, write_companions
@@ -95,7 +95,7 @@ class MergeJob:
             sources = _open_sources(planned, self.opener, stack)
             stack.enter_context(output)
             stack.enter_context(_naming_errors(output.partial))
-            report = _write_shards(planned, output, sources, on_progress)
+            report, damaged = _write_shards(planned, output, sources, on_progress)
             check_unchanged(planned.files, sources)
             check_shards(planned, output.partial)
             manifest = write_companions(
@@ -104,6 +104,7 @@ class MergeJob:
                 report,
                 identity=digest_identity(identity),
                 resumed=bool(output.entries),
+                damaged=damaged,
             )
             output.publish()
         return manifest
@@ -184,10 +185,10 @@ def _write_shards(
     output: OutputDirectory,
     sources: Sequence[ByteSource],
     on_progress: OnProgress,
-) -> RunReport:
-    """Do what is left to do of the shards."""
+) -> tuple[RunReport, int]:
+    """Do what is left to do of the shards; also return how many pieces were damaged meanwhile."""
     shards: list[OutputFile] = []
-    usable = _usable_entries(planned, output)
+    check_entries(planned, output.entries)
     try:
         for index, shard in enumerate(planned.layout.shards):
             opened = OutputFile(
@@ -198,12 +199,13 @@ def _write_shards(
             )
             shards.append(opened)
             opened.write_at(0, memoryview(render_header(planned, index)))
+        kept, damaged = keep_sound(planned, output.entries, shards, on_progress)
         report = run_pipeline(
             planned,
             find_method(planned.method),
             sources,
             shards,
-            recovered=Recovered(planned, usable, wanted=None),
+            recovered=Recovered(planned, kept, wanted=None),
             on_scope=lambda task, tops: output.journal.append([scope_found(task, tops)]),
             snapshot=output.partial / SNAPSHOT_NAME,
             keep_cached=fits_page_cache(planned),
@@ -215,18 +217,4 @@ def _write_shards(
         # Whatever is left here is left because something failed.
         for each in shards:
             each.abandon()
-    return report
-
-
-def _usable_entries(planned: MergePlan, output: OutputDirectory) -> list[Entry]:
-    """Return the journal's entries but for those about a shard that is not there as it was."""
-    gone = set()
-    for index, shard in enumerate(planned.layout.shards):
-        path = output.partial / shard.name
-        if not path.is_file() or path.stat().st_size != shard.nbytes:
-            gone.add(index)
-    return [
-        entry
-        for entry in output.entries
-        if isinstance(entry, ScopeFound) or planned.tasks[entry.task].shard not in gone
-    ]
+    return report, damaged

@@ -16,22 +16,24 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from models import MEMORY, Models, recipe_of
 
 import streammerge
-from streammerge.checkpoint import outputdir, outputfile
+from streammerge.checkpoint import journal, outputdir, outputfile
 from streammerge.checkpoint.journal import (
     JOURNAL_NAME,
     Journal,
     PieceDone,
     ScopeFound,
+    parse_entries,
     read_journal,
 )
 from streammerge.checkpoint.manifest import MANIFEST_NAME
-from streammerge.checkpoint.snapshot import SNAPSHOT_NAME
+from streammerge.checkpoint.snapshot import SNAPSHOT_NAME, load_snapshot, save_snapshot
 from streammerge.checkpoint.verifying import verify_files
 from streammerge.cli import main
 from streammerge.engine import scheduling
@@ -163,7 +165,7 @@ def test_only_what_is_not_in_the_journal_is_read_again(
     interrupt_after(plan, tmp_path / "out", 8)
     found = read_journal(tmp_path / "out.partial" / JOURNAL_NAME)
     assert found is not None
-    done = [entry for entry in found.entries if isinstance(entry, PieceDone)]
+    done = [entry for entry in parse_entries(found, tmp_path) if isinstance(entry, PieceDone)]
     assert done
 
     manifest = streammerge.merge(plan, tmp_path / "out", resume=True)
@@ -415,7 +417,7 @@ def test_a_journal_gives_back_what_was_written(tmp_path: Path) -> None:
     found = read_journal(tmp_path / "j")
 
     assert found is not None
-    assert (found.identity, found.entries) == ({"recipe": "x"}, (PIECE, scope))
+    assert (found.identity, parse_entries(found, tmp_path)) == ({"recipe": "x"}, (PIECE, scope))
     assert found.nbytes == (tmp_path / "j").stat().st_size
 
 
@@ -433,7 +435,7 @@ def test_a_journal_that_ends_anywhere_holds_its_whole_lines(cut: int, tmp_path: 
     lines = data[:cut].count(b"\n")
     assert (found is None) == (lines == 0)
     if found is not None:
-        assert len(found.entries) == lines - 1
+        assert len(found.lines) == lines - 1
         assert data[: found.nbytes].endswith(b"\n")
 
 
@@ -449,7 +451,7 @@ def test_an_altered_line_ends_the_journal(tmp_path: Path) -> None:
     found = read_journal(tmp_path / "j")
 
     assert found is not None
-    assert found.entries == ()
+    assert found.lines == ()
 
 
 def test_there_is_no_journal_in_an_empty_place(tmp_path: Path) -> None:
@@ -528,7 +530,7 @@ def kill_and_resume(job: list[str], tmp_path: Path, rounds: int, number: int) ->
             assert process.returncode in {-number, 130}, said
             killed += 1
             found = read_journal(tmp_path / "out.partial" / JOURNAL_NAME)
-            resumable += found is not None and bool(found.entries)
+            resumable += found is not None and bool(found.lines)
             if chance.random() < 0.5:
                 subprocess.run(job, check=True)
                 break
@@ -744,3 +746,129 @@ def test_progress_of_a_resumed_merge_counts_what_is_left(
 
     assert events[-1].bytes_done == sum(manifest.run.bytes_by_stage.values())
     assert whole
+
+
+# -- what happens to an unfinished merge between its end and the resume
+
+
+def begun_lines(plan: MergePlan, out: Path) -> list[bytes]:
+    """Interrupt a merge and return its journal's lines without their checksums."""
+    interrupt_after(plan, out, 8)
+    found = read_journal(out.with_name("out.partial") / JOURNAL_NAME)
+    assert found is not None
+    return list(found.lines)
+
+
+def rewrite(out: Path, identity: dict[str, Any], lines: list[bytes]) -> None:
+    """Write a journal whose checksums all agree."""
+    path = out.with_name("out.partial") / JOURNAL_NAME
+    path.unlink()
+    texts = [json.dumps(identity).encode(), *lines]
+    path.write_bytes(b"".join(b"%b %b\n" % (journal._checksum(text), text) for text in texts))
+
+
+@pytest.mark.parametrize("recipe", ["ties"], indirect=True)
+def test_bytes_that_were_damaged_meanwhile_are_made_again(
+    plan: MergePlan, whole: dict[str, bytes], tmp_path: Path
+) -> None:
+    lines = begun_lines(plan, tmp_path / "out")
+    piece = next(json.loads(each) for each in lines if b"PieceDone" in each)
+    task = plan.tasks[piece["task"]]
+    shard = tmp_path / "out.partial" / plan.layout.shards[task.shard].name
+    with shard.open("r+b") as stream:
+        stream.seek(task.offset + piece["start"] * task.dtype.itemsize)
+        stream.write(b"\x00\x01")
+    events: list[ProgressEvent] = []
+
+    manifest = streammerge.merge(plan, tmp_path / "out", resume=True, on_progress=events.append)
+
+    assert bytes_of(tmp_path / "out") == whole
+    assert manifest.run.damaged == 1
+    assert manifest.run.resumed
+    assert events[0].activity == "check"
+
+
+@pytest.mark.parametrize("recipe", ["ties"], indirect=True)
+@pytest.mark.parametrize("change", ["longer", "shorter", "gone", "empty"])
+def test_shards_of_another_length_are_made_whole(
+    change: str, plan: MergePlan, whole: dict[str, bytes], tmp_path: Path
+) -> None:
+    begun_lines(plan, tmp_path / "out")
+    shard = tmp_path / "out.partial" / plan.layout.shards[0].name
+    if change == "gone":
+        shard.unlink()
+    else:
+        size = {"longer": shard.stat().st_size + 999, "shorter": 100_000, "empty": 0}[change]
+        os.truncate(shard, size)
+
+    streammerge.merge(plan, tmp_path / "out", resume=True)
+
+    assert bytes_of(tmp_path / "out") == whole
+
+
+ODD_LINES: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "no object": lambda _: [1, 2],
+    "a number": lambda _: 7,
+    "deep": lambda _: None,
+    "no kind": lambda piece: piece | {"entry": "Other"},
+    "a kind of another type": lambda piece: piece | {"entry": ["PieceDone"]},
+    "a field more": lambda piece: piece | {"rank": 8},
+    "a field less": lambda piece: {k: v for k, v in piece.items() if k != "kept"},
+    "a task that is text": lambda piece: piece | {"task": "0"},
+    "a task that is true": lambda piece: piece | {"task": True},
+    "a task beyond the plan": lambda piece: piece | {"task": 10_000},
+    "a piece of no task": lambda piece: piece | {"task": -1},
+    "a start inside a leaf": lambda piece: piece | {"start": 5},
+    "a negative start": lambda piece: piece | {"start": -BLOCK},
+    "a range beyond the tensor": lambda piece: piece | {"numel": 1 << 40},
+    "a count that is no number": lambda piece: piece | {"numel": None},
+    "short leaves": lambda piece: piece | {"leaves": piece["leaves"][:-64]},
+    "leaves cut inside": lambda piece: piece | {"leaves": piece["leaves"][:-1]},
+    "leaves that are not hex": lambda piece: piece | {"leaves": "x" * len(piece["leaves"])},
+    "counts of too few sources": lambda piece: piece | {"tensor_kept": [1]},
+    "thresholds that are text": lambda piece: piece | {"thresholds": ["a", "b"]},
+}
+
+
+@pytest.mark.parametrize("recipe", ["ties"], indirect=True)
+@pytest.mark.parametrize("case", ODD_LINES)
+def test_a_line_that_no_version_like_this_writes_is_refused_by_name(
+    case: str, plan: MergePlan, tmp_path: Path
+) -> None:
+    lines = begun_lines(plan, tmp_path / "out")
+    found = read_journal(tmp_path / "out.partial" / JOURNAL_NAME)
+    assert found is not None
+    piece = next(json.loads(each) for each in lines if b"PieceDone" in each)
+    odd = b"[" * 100_000 if case == "deep" else json.dumps(ODD_LINES[case](piece)).encode()
+    rewrite(tmp_path / "out", found.identity, [odd, *lines])
+
+    with pytest.raises(ResumeError, match=r"journal.*--overwrite"):
+        streammerge.merge(plan, tmp_path / "out", resume=True)
+
+    assert (tmp_path / "out.partial").is_dir()
+    streammerge.merge(plan, tmp_path / "out", overwrite=True)
+
+
+@pytest.mark.parametrize("recipe", ["ties"], indirect=True)
+def test_versions_are_compared_before_entries_are_read(plan: MergePlan, tmp_path: Path) -> None:
+    begun_lines(plan, tmp_path / "out")
+    found = read_journal(tmp_path / "out.partial" / JOURNAL_NAME)
+    assert found is not None
+    versions = found.identity["versions"] | {"streammerge": "99.0"}
+    rewrite(tmp_path / "out", found.identity | {"versions": versions}, [b'{"entry": "Later"}'])
+
+    with pytest.raises(ResumeError, match=r"versions streammerge was 99\.0"):
+        streammerge.merge(plan, tmp_path / "out", resume=True)
+
+
+def test_a_snapshot_with_a_flipped_bit_is_not_used(tmp_path: Path) -> None:
+    path = tmp_path / SNAPSHOT_NAME
+    save_snapshot(path, {"a": 1}, {"counts": np.arange(100)})
+    assert load_snapshot(path) is not None
+    whole = path.read_bytes()
+
+    for byte in range(0, len(whole), 5):
+        flipped = bytearray(whole)
+        flipped[byte] ^= 1
+        path.write_bytes(flipped)
+        assert load_snapshot(path) is None, byte

@@ -16,15 +16,19 @@ import hashlib
 import json
 import os
 import threading
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from streammerge.errors import DiskSpaceError, OutputError
+from streammerge.checkpoint.digests import DIGEST_BYTES
+from streammerge.checkpoint.ownfiles import open_own, read_own
+from streammerge.errors import DiskSpaceError, OutputError, ResumeError
+from streammerge.reductions.topk import TopK
 
 JOURNAL_NAME = ".streammerge-journal"
 _CHECKSUM_BYTES = 8
+_TOP_FIELDS = len(fields(TopK))
 _ENCODER = json.JSONEncoder(separators=(",", ":"))
 """Kept, because json.dumps makes a new one for every line."""
 
@@ -70,8 +74,8 @@ class Found:
 
     identity: dict[str, Any]
     """What the merge was; see :func:`streammerge.identity.identify`."""
-    entries: tuple[Entry, ...]
-    """In the order in which they were written."""
+    lines: tuple[bytes, ...]
+    """Its entries as they were written, in their order; :func:`parse_entries` reads them."""
     nbytes: int
     """Where the last whole line ends."""
 
@@ -91,9 +95,8 @@ class Journal:
         """
         self._path = path
         self._lock = threading.Lock()
-        flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0)
         try:
-            self._fd = os.open(path, flags, 0o666)
+            self._fd = open_own(path, os.O_RDWR | os.O_CREAT)
             os.ftruncate(self._fd, keep_nbytes)
             os.lseek(self._fd, keep_nbytes, os.SEEK_SET)
         except OSError as error:
@@ -151,30 +154,46 @@ def read_journal(path: Path) -> Found | None:
         None when there is no journal, or not even its first line is whole.
 
     Raises:
-        OutputError: The system refuses to read it.
+        ResumeError: Its first line is whole, but no identity.
+        OutputError: The system refuses to read it, or another file is linked there.
     """
     try:
-        data = path.read_bytes()
+        data = read_own(path)
     except FileNotFoundError:
         return None
     except OSError as error:
         raise _journal_error(path, error) from error
     identity: dict[str, Any] | None = None
-    entries: list[Entry] = []
+    lines: list[bytes] = []
     end = 0
     while (line_end := data.find(b"\n", end)) >= 0:
-        document = _parse_line(data[end:line_end])
-        if document is None:
+        text = _checked(data[end:line_end])
+        if text is None:
             break
         if identity is None:
-            identity = document
+            identity = _parse(text, where=f"{path}: line 1")
         else:
-            entry = _as_entry(document)
-            if entry is None:
-                break
-            entries.append(entry)
+            lines.append(text)
         end = line_end + 1
-    return None if identity is None else Found(identity, tuple(entries), end)
+    return None if identity is None else Found(identity, tuple(lines), end)
+
+
+def parse_entries(found: Found, path: Path) -> tuple[Entry, ...]:
+    """Return the entries of a journal whose identity was found to be that of this merge.
+
+    Only then: another version may write entries of other kinds.
+
+    Args:
+        found: What :func:`read_journal` returned.
+        path: The journal, for messages.
+
+    Raises:
+        ResumeError: A line is whole, and no entry of this version.
+    """
+    return tuple(
+        _as_entry(_parse(text, where=f"{path}: line {number}"), where=f"{path}: line {number}")
+        for number, text in enumerate(found.lines, start=2)
+    )
 
 
 def _line(document: dict[str, Any]) -> bytes:
@@ -186,12 +205,20 @@ def _checksum(text: bytes) -> bytes:
     return hashlib.blake2b(text, digest_size=_CHECKSUM_BYTES).hexdigest().encode()
 
 
-def _parse_line(line: bytes) -> dict[str, Any] | None:
+def _checked(line: bytes) -> bytes | None:
+    """Return the text of a line if its checksum agrees."""
     checksum, _, text = line.partition(b" ")
-    if checksum != _checksum(text):
-        return None
-    document = json.loads(text)
-    return document if isinstance(document, dict) else None
+    return text if checksum == _checksum(text) else None
+
+
+def _parse(text: bytes, *, where: str) -> dict[str, Any]:
+    try:
+        document = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise _odd_line(where, f"is no JSON: {error}") from error
+    if not isinstance(document, dict):
+        raise _odd_line(where, f"is {type(document).__name__}, not an object")
+    return document
 
 
 def _as_document(entry: Entry) -> dict[str, Any]:
@@ -201,16 +228,79 @@ def _as_document(entry: Entry) -> dict[str, Any]:
     }
 
 
-def _as_entry(document: dict[str, Any]) -> Entry | None:
-    kind = document.pop("entry", None)
-    values = {key: _as_tuples(value) for key, value in document.items()}
-    if kind == PieceDone.__name__:
-        return PieceDone(**values)
-    return ScopeFound(**values) if kind == ScopeFound.__name__ else None
+def _as_entry(document: dict[str, Any], *, where: str) -> Entry:
+    """Return the entry that a line holds, every field of its type."""
+    kind = _KINDS.get(str(document.pop("entry", None)))
+    if kind is None:
+        raise _odd_line(where, "is an entry of no known kind")
+    if document.keys() != set(kind.__slots__):
+        raise _odd_line(where, f"has the fields {', '.join(sorted(document))}")
+    values = {name: _as_tuples(value) for name, value in document.items()}
+    for name, value in values.items():
+        if not _CHECKS[name](value):
+            raise _odd_line(where, f"{name} cannot be {value!r}")
+    return kind(**values)
 
 
 def _as_tuples(value: Any) -> Any:
     return tuple(_as_tuples(each) for each in value) if isinstance(value, list) else value
+
+
+def _is_count(value: Any) -> bool:
+    # Not isinstance: True is an int.
+    return type(value) is int and value >= 0
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in {int, float}
+
+
+def _is_index(value: Any) -> bool:
+    """Return whether it is a whole number from -1, which stands for none, or all."""
+    return type(value) is int and value >= -1
+
+
+def _are(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: type(value) is tuple and all(map(check, value))
+
+
+def _are_leaves(value: Any) -> bool:
+    return (
+        type(value) is str
+        and len(value) % (2 * DIGEST_BYTES) == 0
+        and not value.strip("0123456789abcdef")
+    )
+
+
+def _is_top(value: Any) -> bool:
+    """Return whether these are the fields of one source's statistics."""
+    return (
+        type(value) is tuple
+        and len(value) == _TOP_FIELDS
+        and _is_number(value[0])
+        and all(map(_is_index, value[1:]))
+    )
+
+
+_KINDS: dict[str, type[Entry]] = {each.__name__: each for each in (PieceDone, ScopeFound)}
+_CHECKS: dict[str, Callable[[Any], bool]] = {
+    "task": _is_index,
+    "start": _is_count,
+    "numel": _is_count,
+    "leaves": _are_leaves,
+    "kept": _are(_is_count),
+    "not_finite": _is_count,
+    "tensor_kept": _are(_is_count),
+    "thresholds": _are(_is_number),
+    "tops": _are(_is_top),
+}
+"""What the value of a field must be."""
+
+
+def _odd_line(where: str, what: str) -> ResumeError:
+    return ResumeError(
+        f"{where}: {what}, which this version does not write; give --overwrite to start anew"
+    )
 
 
 def _journal_error(path: Path, error: OSError) -> OutputError | DiskSpaceError:

@@ -7,13 +7,20 @@ import importlib
 import os
 from pathlib import Path
 
+from streammerge.checkpoint.ownfiles import open_own
+
 
 class FileLock:
     """An exclusive lock on a file; the file may stay, only a live holder counts."""
 
     def __init__(self, path: Path) -> None:
-        """Open or create the file, without locking it."""
-        self._fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        """Open or create the file, without locking it.
+
+        Raises:
+            OutputError: Another file is linked there.
+            OSError: The system refuses.
+        """
+        self._fd = open_own(path, os.O_RDWR | os.O_CREAT)
 
     def acquire(self) -> bool:
         """Take the lock if nobody has it; return whether it was taken.

@@ -80,6 +80,8 @@ class RunRecord:
     """What the user allowed, in bytes."""
     resumed: bool
     """Whether an interrupted run had begun it; seconds and bytes are then those of the last run."""
+    damaged: int = 0
+    """Pieces of that run whose bytes had changed when it was resumed; they were made again."""
     projected_device_memory: int = 0
     """Memory of each accelerator that the plan stated, in bytes; 0 on the CPU."""
     measured_device_memory: int = 0

@@ -14,7 +14,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from streammerge.checkpoint.journal import JOURNAL_NAME, Entry, Found, Journal, read_journal
+from streammerge.checkpoint.journal import (
+    JOURNAL_NAME,
+    Entry,
+    Found,
+    Journal,
+    parse_entries,
+    read_journal,
+)
 from streammerge.checkpoint.locking import FileLock
 from streammerge.checkpoint.manifest import MANIFEST_NAME, read_manifest_files
 from streammerge.checkpoint.outputfile import sync_directory
@@ -72,6 +79,7 @@ class OutputDirectory:
         self.partial = self.out.with_name(self.out.name + ".partial")
         self.entries: tuple[Entry, ...] = ()
         self._replaced = self.out.with_name(self.out.name + ".replaced")
+        self._found_entries: tuple[Entry, ...] = ()
         self._identity = dict(identity)
         self._published = False
         self._continues = False
@@ -89,8 +97,11 @@ class OutputDirectory:
 
     def _find_unfinished(self, *, overwrite: bool, resume: bool) -> Found | None:
         """Return the unfinished merge that is to be continued, if there is one."""
-        found = read_journal(self.partial / JOURNAL_NAME)
-        if found is None or overwrite:
+        if overwrite:
+            return None
+        journal = self.partial / JOURNAL_NAME
+        found = read_journal(journal)
+        if found is None:
             return None
         if not resume:
             if not self._has_work(found):
@@ -105,6 +116,7 @@ class OutputDirectory:
                 f"{self.partial}: the unfinished merge is another one: {'; '.join(differences)}; "
                 "make it as it was, or give --overwrite to start anew"
             )
+        self._found_entries = parse_entries(found, journal)
         return found
 
     def _check_replaced(self) -> None:
@@ -165,7 +177,7 @@ class OutputDirectory:
         # Asked again: until it was locked, another merge may have worked here.
         if self._found is not None and self._found == read_journal(journal):
             self._journal = Journal(journal, keep_nbytes=self._found.nbytes)
-            self.entries = self._found.entries
+            self.entries = self._found_entries
             self._continues = True
             return
         _clear(self.partial)
@@ -236,7 +248,7 @@ class OutputDirectory:
 
     def _has_work(self, found: Found) -> bool:
         """Return whether a journal, or what lies beside it, spares a later run some work."""
-        return bool(found.entries) or (self.partial / SNAPSHOT_NAME).exists()
+        return bool(found.lines) or (self.partial / SNAPSHOT_NAME).exists()
 
 
 def clear_away(out: Path, replaced: Path | None) -> None:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from streammerge.checkpoint.journal import PieceDone
+from streammerge.checkpoint.ownfiles import NEW_NAME, create_own, open_own
 from streammerge.errors import DiskSpaceError, OutputError
 from streammerge.units import MIB, format_size
 
@@ -48,7 +49,7 @@ class OutputFile:
 
         Raises:
             DiskSpaceError: The disk has no room for it.
-            OutputError: The system refuses.
+            OutputError: The system refuses, or another file is linked there.
         """
         self._path = path
         self._nbytes = nbytes
@@ -57,9 +58,8 @@ class OutputFile:
         self._written: list[PieceDone] = []
         self._on_durable = on_durable
         exclusive = 0 if resumed else os.O_EXCL
-        flags = os.O_RDWR | os.O_CREAT | exclusive | getattr(os, "O_BINARY", 0)
         try:
-            self._fd = os.open(path, flags, 0o666)
+            self._fd = open_own(path, os.O_RDWR | os.O_CREAT | exclusive)
         except OSError as error:
             raise OutputError(f"{path}: cannot be created: {error.strerror}") from error
         try:
@@ -100,6 +100,31 @@ class OutputFile:
         except OSError as error:
             raise _write_error(self._path, offset + done, len(buffer) - done, error) from error
 
+    def read_into(self, offset: int, buffer: memoryview) -> bool:
+        """Fill ``buffer`` with what an earlier run wrote at ``offset``; return whether there is so much.
+
+        Raises:
+            OutputError: The system refuses.
+        """
+        done = 0
+        try:
+            while done < len(buffer):
+                count = self._read_some(offset + done, buffer[done:])
+                if not count:
+                    return False
+                done += count
+        except OSError as error:
+            raise OutputError(
+                f"{self._path}: reading byte {offset + done} failed: {error.strerror}"
+            ) from error
+        return True
+
+    def forget_cached(self) -> None:
+        """Tell the system that what was read will not be read again; it may know no such advice."""
+        if hasattr(os, "posix_fadvise"):
+            with contextlib.suppress(OSError):
+                os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_DONTNEED)
+
     def close(self) -> None:
         """Make everything durable and close.
 
@@ -133,6 +158,9 @@ class OutputFile:
         self._on_durable(written)
 
     def _preallocate(self) -> None:
+        if os.fstat(self._fd).st_size > self._nbytes:
+            # Something was added to what an earlier run left.
+            os.ftruncate(self._fd, self._nbytes)
         if hasattr(os, "posix_fallocate") and self._nbytes:
             try:
                 os.posix_fallocate(self._fd, 0, self._nbytes)
@@ -150,6 +178,15 @@ class OutputFile:
         with self._lock:
             os.lseek(self._fd, offset, os.SEEK_SET)
             return os.write(self._fd, buffer)
+
+    def _read_some(self, offset: int, buffer: memoryview) -> int:
+        if hasattr(os, "preadv"):
+            return os.preadv(self._fd, [buffer], offset)
+        with self._lock:
+            os.lseek(self._fd, offset, os.SEEK_SET)
+            part = os.read(self._fd, len(buffer))
+        buffer[: len(part)] = part
+        return len(part)
 
     def _sync(self) -> None:
         getattr(os, "fdatasync", os.fsync)(self._fd)
@@ -170,20 +207,24 @@ def sync_directory(path: Path) -> None:
 
 
 def write_durably(path: Path, pieces: Iterable[bytes]) -> None:
-    """Write a file from front to back and wait until it is on the disk.
+    """Write a file from front to back, wait until it is on the disk, and give it its name.
+
+    Whatever had the name before is replaced, not written to: it may be a link to another file.
 
     Raises:
         DiskSpaceError: The disk is full.
         OutputError: The system refuses.
     """
     written = 0
+    new = path.with_name(NEW_NAME)
     try:
-        with path.open("wb") as stream:
+        with os.fdopen(create_own(new), "wb") as stream:
             for piece in pieces:
                 stream.write(piece)
                 written += len(piece)
             stream.flush()
             os.fsync(stream.fileno())
+        new.replace(path)
     except OSError as error:
         if error.errno in _DISK_FULL:
             raise _write_error(path, written, 0, error) from error

@@ -1,5 +1,7 @@
 """Arrays on disk that are replaced as a whole: the state of a long sweep, saved now and then.
 
+    <length of the head> <head: JSON> <arrays, as numpy writes them> <SHA-256 of all that>
+
 Memory: nothing is copied while saving; loading returns new arrays.
 """
 
@@ -7,19 +9,22 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
+from streammerge.checkpoint.ownfiles import create_own, open_own
 from streammerge.errors import DiskSpaceError, OutputError
 
 SNAPSHOT_NAME = ".streammerge-statistics"
 _MAX_HEAD_BYTES = 1 << 20
+_STEP = 1 << 20
 
 
 def save_snapshot(path: Path, facts: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> None:
@@ -32,10 +37,12 @@ def save_snapshot(path: Path, facts: Mapping[str, Any], arrays: Mapping[str, NDA
     new = path.with_name(path.name + ".new")
     head = json.dumps({"facts": facts, "arrays": list(arrays)}).encode()
     try:
-        with new.open("wb") as stream:
-            stream.write(len(head).to_bytes(8, "little") + head)
+        with os.fdopen(create_own(new), "wb") as stream:
+            digesting = _Digesting(stream)
+            digesting.write(len(head).to_bytes(8, "little") + head)
             for array in arrays.values():
-                np.lib.format.write_array(stream, array, allow_pickle=False)
+                np.lib.format.write_array(digesting, array, allow_pickle=False)
+            stream.write(digesting.digest())
             stream.flush()
             os.fsync(stream.fileno())
         new.replace(path)
@@ -49,8 +56,12 @@ def save_snapshot(path: Path, facts: Mapping[str, Any], arrays: Mapping[str, NDA
 
 def load_snapshot(path: Path) -> tuple[dict[str, Any], dict[str, NDArray[Any]]] | None:
     """Return the facts and arrays of a file; None when it is not there or not whole."""
-    unusable = contextlib.suppress(OSError, ValueError, KeyError, TypeError, EOFError)
-    with unusable, path.open("rb") as stream:
+    unusable = contextlib.suppress(
+        OSError, OutputError, ValueError, KeyError, TypeError, EOFError, RecursionError
+    )
+    with unusable, os.fdopen(open_own(path, os.O_RDONLY), "rb") as stream:
+        if not _is_sound(stream):
+            return None
         nbytes = int.from_bytes(stream.read(8), "little")
         if nbytes > _MAX_HEAD_BYTES:
             return None
@@ -61,6 +72,33 @@ def load_snapshot(path: Path) -> tuple[dict[str, Any], dict[str, NDArray[Any]]] 
         }
         return dict(head["facts"]), arrays
     return None
+
+
+class _Digesting:
+    """Writes to a file what numpy writes, and digests it on the way."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream = stream
+        self._digest = hashlib.sha256()
+
+    def write(self, data: bytes) -> int:
+        self._digest.update(data)
+        return self._stream.write(data)
+
+    def digest(self) -> bytes:
+        return self._digest.digest()
+
+
+def _is_sound(stream: BinaryIO) -> bool:
+    """Return whether a file ends with the digest of what comes before; leave it at its beginning."""
+    digest = hashlib.sha256()
+    left = os.fstat(stream.fileno()).st_size - digest.digest_size
+    while left > 0 and (part := stream.read(min(left, _STEP))):
+        digest.update(part)
+        left -= len(part)
+    sound = stream.read() == digest.digest()
+    stream.seek(0)
+    return sound
 
 
 def discard_snapshot(path: Path) -> None:

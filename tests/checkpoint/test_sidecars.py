@@ -520,6 +520,12 @@ def test_a_full_disk_is_told_from_a_failing_input(
         stream = plain_open(path, mode)
         return Failing(stream) if path.parent == failing else stream
 
+    def open_descriptor(descriptor: int, mode: str) -> object:
+        stream = plain_fdopen(descriptor, mode)
+        return Failing(stream) if failing == out else stream
+
+    plain_fdopen = os.fdopen
     monkeypatch.setattr(sidecars.Path, "open", open_path)
+    monkeypatch.setattr(os, "fdopen", open_descriptor)
     with pytest.raises(error_type, match=r"merges\.txt"):
         write_sidecars(model, out, dtype=None)

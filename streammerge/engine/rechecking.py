@@ -1,0 +1,189 @@
+"""What an interrupted run has left, read again: a resume keeps only bytes that are still what was written.
+
+Between a crash and its resume anything may have happened to the files. The journal has the digests
+of all leaves, so what is kept is read and hashed once, and what differs is done again.
+
+Memory: :data:`_BATCH_BYTES` or a leaf for each of :data:`_THREADS` threads, before any buffer of the
+merge is allocated.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Protocol
+
+from streammerge.checkpoint.digests import DIGEST_BYTES, LEAF_ELEMENTS, leaf_digests
+from streammerge.checkpoint.journal import Entry, PieceDone, ScopeFound
+from streammerge.engine.progress import OnProgress, ProgressEvent
+from streammerge.engine.resuming import WHOLE_MODEL
+from streammerge.errors import ResumeError, printable
+from streammerge.plan.types import MergePlan
+from streammerge.units import MIB
+
+_THREADS = 2
+"""One reads while the other hashes; a core hashes about as fast as a disk reads."""
+_BATCH_BYTES = 4 * MIB
+"""Pieces that are read as one piece of work; small ones are a few KiB."""
+_FORGET_BYTES = 64 * MIB
+_SECONDS_BETWEEN_EVENTS = 0.1
+
+
+class Readable(Protocol):
+    """A shard as far as it is written."""
+
+    def read_into(self, offset: int, buffer: memoryview) -> bool:
+        """Fill the buffer with the bytes at an offset of the file; return whether there are so many."""
+        ...
+
+    def forget_cached(self) -> None:
+        """Tell the system that what was read will not be read again."""
+        ...
+
+
+def check_entries(plan: MergePlan, entries: Sequence[Entry]) -> None:
+    """Return if the entries of a journal can be about this plan.
+
+    Raises:
+        ResumeError: One names a tensor, a range or a number of sources or leaves that is not its own.
+    """
+    sources = len(plan.models) - plan.has_base
+    for entry in entries:
+        if entry.task >= len(plan.tasks) or (entry.task == WHOLE_MODEL and _is_piece(entry)):
+            raise _odd_entry(f"tensor {entry.task} of {len(plan.tasks)}")
+        if isinstance(entry, ScopeFound):
+            if len(entry.tops) != sources:
+                raise _odd_entry(f"statistics of {len(entry.tops)} sources, there are {sources}")
+            continue
+        task = plan.tasks[entry.task]
+        where = f"{printable(task.name)} from element {entry.start} on"
+        if entry.start % LEAF_ELEMENTS or entry.start + entry.numel > task.numel:
+            raise _odd_entry(f"{where}: {entry.numel} elements of {task.numel}")
+        leaves = -(-entry.numel // LEAF_ELEMENTS)
+        if len(entry.leaves) != 2 * DIGEST_BYTES * leaves:
+            found = len(entry.leaves) // (2 * DIGEST_BYTES)
+            raise _odd_entry(f"{where}: {found} digests, its leaves are {leaves}")
+        counts = (entry.kept, entry.tensor_kept, entry.thresholds)
+        if any(len(each) not in {0, sources} for each in counts):
+            raise _odd_entry(f"{where}: numbers per source that are not {sources}")
+
+
+def keep_sound(
+    plan: MergePlan,
+    entries: Sequence[Entry],
+    shards: Sequence[Readable],
+    on_progress: OnProgress,
+) -> tuple[list[Entry], int]:
+    """Return the entries whose bytes are still what was written, and how many others there are.
+
+    Args:
+        plan: The plan.
+        entries: What the journal holds, checked by :func:`check_entries`.
+        shards: The output files, by index in the plan's layout.
+        on_progress: Told how far the reading is, as the activity ``"check"``.
+
+    Raises:
+        OutputError: A file cannot be read.
+    """
+    # A later entry about the same place is of the cut that the last run used.
+    last = {(each.task, each.start): each for each in entries if isinstance(each, PieceDone)}
+    pieces = sorted(
+        last.values(),
+        key=lambda piece: (
+            plan.tasks[piece.task].shard,
+            plan.tasks[piece.task].offset,
+            piece.start,
+        ),
+    )
+    reporter = _Reporter(sum(_nbytes(plan, piece) for piece in pieces), on_progress)
+    unsound: set[PieceDone] = set()
+
+    def check(batch: Sequence[PieceDone]) -> list[PieceDone]:
+        return [piece for piece in batch if not _is_sound(plan, piece, shards)]
+
+    unforgotten = 0
+    executor = ThreadPoolExecutor(_THREADS, thread_name_prefix="streammerge-check")
+    try:
+        batches = list(_iter_batches(plan, pieces))
+        for batch, found in zip(batches, executor.map(check, batches), strict=True):
+            unsound.update(found)
+            nbytes = sum(_nbytes(plan, piece) for piece in batch)
+            unforgotten += nbytes
+            if unforgotten >= _FORGET_BYTES:
+                unforgotten = 0
+                shards[plan.tasks[batch[0].task].shard].forget_cached()
+            reporter.count(nbytes)
+    finally:
+        executor.shutdown(cancel_futures=True)
+    scopes = [entry for entry in entries if isinstance(entry, ScopeFound)]
+    return [*scopes, *(piece for piece in pieces if piece not in unsound)], len(unsound)
+
+
+class _Reporter:
+    """Tells now and then how much has been read."""
+
+    def __init__(self, total: int, on_progress: OnProgress) -> None:
+        self._total = total
+        self._on_progress = on_progress
+        self._began = time.perf_counter()
+        self._next = 0.0
+        self._done = 0
+
+    def count(self, nbytes: int) -> None:
+        self._done += nbytes
+        seconds = time.perf_counter() - self._began
+        if seconds < self._next:
+            return
+        self._next = seconds + _SECONDS_BETWEEN_EVENTS
+        rate = self._done / seconds if seconds > 0 else 0.0
+        left = (self._total - self._done) / rate if rate > 0 else float("inf")
+        self._on_progress(
+            ProgressEvent("check", self._done, self._total, seconds, rate, seconds_left=left)
+        )
+
+
+def _iter_batches(plan: MergePlan, pieces: Sequence[PieceDone]) -> Iterator[list[PieceDone]]:
+    """Cut pieces into runs of some bytes, each in one shard."""
+    batch: list[PieceDone] = []
+    nbytes = 0
+    for piece in pieces:
+        other_shard = batch and plan.tasks[batch[0].task].shard != plan.tasks[piece.task].shard
+        if other_shard or nbytes >= _BATCH_BYTES:
+            yield batch
+            batch, nbytes = [], 0
+        batch.append(piece)
+        nbytes += _nbytes(plan, piece)
+    if batch:
+        yield batch
+
+
+def _is_sound(plan: MergePlan, piece: PieceDone, shards: Sequence[Readable]) -> bool:
+    task = plan.tasks[piece.task]
+    leaf_nbytes = LEAF_ELEMENTS * task.dtype.itemsize
+    memory = memoryview(bytearray(min(leaf_nbytes, _nbytes(plan, piece))))
+    offset = task.offset + piece.start * task.dtype.itemsize
+    end = offset + _nbytes(plan, piece)
+    expected = bytes.fromhex(piece.leaves)
+    for index, begin in enumerate(range(offset, end, leaf_nbytes)):
+        leaf = memory[: end - begin]
+        if not shards[task.shard].read_into(begin, leaf):
+            return False
+        if leaf_digests(leaf, leaf_nbytes) != expected[DIGEST_BYTES * index :][:DIGEST_BYTES]:
+            return False
+    return True
+
+
+def _nbytes(plan: MergePlan, piece: PieceDone) -> int:
+    return piece.numel * plan.tasks[piece.task].dtype.itemsize
+
+
+def _is_piece(entry: Entry) -> bool:
+    return isinstance(entry, PieceDone)
+
+
+def _odd_entry(what: str) -> ResumeError:
+    return ResumeError(
+        f"the journal of the unfinished merge speaks of {what}, which is not this merge; give "
+        "--overwrite to start anew"
+    )
