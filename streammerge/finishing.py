@@ -8,6 +8,7 @@ import safetensors
 
 from streammerge.checkpoint.digests import FileDigest, digest_file, tree_digest
 from streammerge.checkpoint.manifest import (
+    MANIFEST_NAME,
     MANIFEST_VERSION,
     RECIPE_NAME,
     Manifest,
@@ -29,7 +30,11 @@ from streammerge.plan.layout import render_header, render_index
 from streammerge.plan.planning import find_method
 from streammerge.plan.types import MergePlan
 from streammerge.recipe.parsing import parse_recipe
+from streammerge.recipe.types import Recipe
+from streammerge.units import MIB
 from streammerge.version import VERSION
+
+CARD_NAME = "README.md"
 
 
 def check_shards(planned: MergePlan, directory: Path) -> None:
@@ -57,40 +62,74 @@ def check_shards(planned: MergePlan, directory: Path) -> None:
             raise OutputError(f"{path}: does not open: {error}") from error
 
 
+def output_names(planned: MergePlan) -> tuple[str, ...]:
+    """Return the name of every file that the merge writes, relative to the output."""
+    index = () if planned.layout.index_name is None else (planned.layout.index_name,)
+    return (
+        *(shard.name for shard in planned.layout.shards),
+        *(companion.name for companion in planned.companions),
+        *(*index, RECIPE_NAME, CARD_NAME, MANIFEST_NAME),
+    )
+
+
+def room_beside(planned: MergePlan) -> int:
+    """Return the most bytes of disk that everything beside the shards takes, the journal too."""
+    copied = sum(companion.nbytes for companion in planned.companions)
+    names = sum(len(task.name) for task in planned.tasks)
+    # Of each tensor: its record, its place in the index, an entry of the journal.
+    return copied + 4 * names + 1_000 * len(planned.tasks) + planned.bytes_to_write // 500 + MIB
+
+
+def copy_companions(planned: MergePlan, directory: Path) -> dict[str, FileDigest]:
+    """Copy what lies beside the shards of the base, as it was planned, and return what was written.
+
+    Raises:
+        CheckpointError: A file is gone, or holds something else than it did.
+        DiskSpaceError: The disk is full.
+        OutputError: A file cannot be written.
+    """
+    dtype = _recipe_of(planned).output.dtype
+    return write_sidecars(
+        companion_directory(planned),
+        planned.companions,
+        directory,
+        dtype=None if dtype is None else dtype.torch_name,
+        settings=planned.config,
+    )
+
+
 def write_companions(
     planned: MergePlan,
     directory: Path,
     report: RunReport,
     *,
+    copied: dict[str, FileDigest],
     identity: str,
     resumed: bool,
     damaged: int,
 ) -> Manifest:
-    """Write everything beside the shards; the manifest last.
+    """Write what was not copied beside the shards; the manifest last.
 
     Args:
         planned: The plan.
         directory: Where the shards are.
         report: What running the plan came to.
+        copied: What :func:`copy_companions` wrote.
         identity: Digest of what decided every byte.
         resumed: Whether an interrupted run had begun it.
         damaged: Pieces of that run that had changed meanwhile.
 
     Raises:
-        CheckpointError: A file beside the inputs cannot be read.
         DiskSpaceError: The disk is full.
-        OutputError: A file cannot be written.
+        OutputError: A file cannot be written, or is no longer what was copied.
     """
     method = find_method(planned.method)
-    methods = {name: each.parameters for name, each in discover_methods().items()}
-    recipe = parse_recipe(planned.recipe, origin="recipe", methods=methods)
-    origin = companion_directory(planned)
-    dtype = None if recipe.output.dtype is None else recipe.output.dtype.torch_name
-    names = [*write_sidecars(origin, directory, dtype=dtype, settings=planned.config)]
+    for name, digest in copied.items():
+        _check_copy(directory / name, digest)
     texts = {RECIPE_NAME: planned.recipe.encode()}
     if planned.layout.index_name is not None:
         texts[planned.layout.index_name] = render_index(planned)
-    texts["README.md"] = render_model_card(
+    texts[CARD_NAME] = render_model_card(
         title=directory.name.removesuffix(".partial"),
         method=method.name,
         summary=method.summary,
@@ -102,7 +141,7 @@ def write_companions(
     ).encode()
     for name, content in texts.items():
         write_durably(directory / name, [content])
-    files = {name: digest_file(directory / name) for name in (*names, *texts)}
+    files = copied | {name: digest_file(directory / name) for name in texts}
     files |= _digest_shards(planned, report)
     run = _run_record(planned, report, identity=identity, resumed=resumed, damaged=damaged)
     manifest = _manifest(planned, report, dict(sorted(files.items())), run)
@@ -114,6 +153,23 @@ def companion_directory(planned: MergePlan) -> Path:
     """Return where configuration and tokenizer come from: the base, or the first source."""
     first = Path(planned.models[0].path)
     return first if first.is_dir() else first.parent
+
+
+def _recipe_of(planned: MergePlan) -> Recipe:
+    methods = {name: each.parameters for name, each in discover_methods().items()}
+    return parse_recipe(planned.recipe, origin="recipe", methods=methods)
+
+
+def _check_copy(path: Path, expected: FileDigest) -> None:
+    try:
+        found = digest_file(path)
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be read again: {error.strerror}") from error
+    if found != expected:
+        raise OutputError(
+            f"{path}: was changed while the merge ran: its SHA-256 was {expected.digest}, is "
+            f"{found.digest}; continue with --resume, which copies it again"
+        )
 
 
 def _digest_shards(planned: MergePlan, report: RunReport) -> dict[str, FileDigest]:

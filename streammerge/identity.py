@@ -25,6 +25,12 @@ def identify(planned: MergePlan | CombinationPlan) -> dict[str, Any]:
             ): f"{file.nbytes} bytes of {file.mtime_ns} ns, header {file.header_digest}"
             for file in planned.files
         },
+        # What is copied as it is; a combination of adapters writes its own.
+        "companions": (
+            {}
+            if isinstance(planned, CombinationPlan)
+            else {each.name: f"SHA-256 {each.digest}" for each in planned.companions}
+        ),
         # Another build may round differently.
         "versions": {"streammerge": VERSION, "torch": torch_version()},
     }

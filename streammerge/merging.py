@@ -20,7 +20,6 @@ from streammerge.checkpoint.bytesource import (
 from streammerge.checkpoint.manifest import Manifest, digest_identity
 from streammerge.checkpoint.outputdir import OutputDirectory
 from streammerge.checkpoint.outputfile import OutputFile
-from streammerge.checkpoint.sidecars import plan_sidecars
 from streammerge.checkpoint.snapshot import SNAPSHOT_NAME
 from streammerge.comparing import ComparedFile, Comparison, Sample, compare_results
 from streammerge.engine.memory import resident_memory
@@ -29,7 +28,13 @@ from streammerge.engine.progress import OnProgress, ProgressEvent
 from streammerge.engine.rechecking import check_entries, keep_sound
 from streammerge.engine.resuming import Recovered, scope_found
 from streammerge.errors import OutputError
-from streammerge.finishing import check_shards, companion_directory, write_companions
+from streammerge.finishing import (
+    check_shards,
+    copy_companions,
+    output_names,
+    room_beside,
+    write_companions,
+)
 from streammerge.identity import identify
 from streammerge.machine import fits_page_cache
 from streammerge.plan.layout import render_header
@@ -79,7 +84,6 @@ class MergeJob:
 
     def _merge(self, planned: MergePlan, on_progress: OnProgress) -> Manifest:
         identity = identify(planned)
-        plan_sidecars(companion_directory(planned))
         output = OutputDirectory(
             self.out,
             inputs=[
@@ -87,6 +91,8 @@ class MergeJob:
                 *(file.path for file in planned.files),
             ],
             nbytes=planned.bytes_to_write,
+            nbytes_beside=room_beside(planned),
+            names=output_names(planned),
             identity=identity,
             overwrite=self.overwrite,
             resume=self.resume,
@@ -95,6 +101,8 @@ class MergeJob:
             sources = _open_sources(planned, self.opener, stack)
             stack.enter_context(output)
             stack.enter_context(_naming_errors(output.partial))
+            # At once, so that what happens to them while the tensors are merged is of no matter.
+            copied = copy_companions(planned, output.partial)
             report, damaged = _write_shards(planned, output, sources, on_progress)
             check_unchanged(planned.files, sources)
             check_shards(planned, output.partial)
@@ -102,6 +110,7 @@ class MergeJob:
                 planned,
                 output.partial,
                 report,
+                copied=copied,
                 identity=digest_identity(identity),
                 resumed=bool(output.entries),
                 damaged=damaged,

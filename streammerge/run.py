@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from streammerge.checkpoint.bytesource import (
 from streammerge.checkpoint.finished import find_finished
 from streammerge.checkpoint.manifest import MANIFEST_NAME, Manifest, digest_identity
 from streammerge.checkpoint.reading import check_not_quantized, read_checkpoint
-from streammerge.checkpoint.sidecars import plan_sidecars
+from streammerge.checkpoint.sidecars import read_companions
 from streammerge.checkpoint.types import Checkpoint
 from streammerge.comparing import Comparison, Sample
 from streammerge.engine.accelerator.opening import choose_devices
@@ -94,7 +95,8 @@ def plan(
     machine = describe_machine(
         memory=memory, workers=workers, devices=names, device_budget=device_budget
     )
-    return plan_merge(parsed, base, sources, machine)
+    planned = plan_merge(parsed, base, sources, machine)
+    return replace(planned, companions=read_companions(companion_directory(planned)))
 
 
 def merge(
@@ -177,16 +179,13 @@ def find_complete(
         return None
     if isinstance(planned, CombinationPlan):
         shards = {planned.file_name: planned.bytes_to_write}
-        companions: tuple[Path, ...] = ()
     else:
         shards = {shard.name: shard.nbytes for shard in planned.layout.shards}
-        companions = plan_sidecars(companion_directory(planned))
     return find_finished(
         Path(out),
         identity=digest_identity(identify(planned)),
         shards=shards,
         inputs=planned.files,
-        companions=companions,
     )
 
 

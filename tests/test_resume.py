@@ -609,11 +609,13 @@ def _touch_an_input(out: Path, plan: MergePlan) -> MergePlan:
 
 
 def _write_a_companion(out: Path, plan: MergePlan) -> MergePlan:
-    later = (out / MANIFEST_NAME).stat().st_mtime_ns + 1
     config = Path(plan.models[0].path) / "config.json"
     config.write_text("{}")
-    os.utime(config, ns=(later, later))
-    return plan
+    # As old as can be: what counts is what it holds.
+    os.utime(config, ns=(0, 0))
+    planned = streammerge.plan(yaml.safe_load(plan.recipe), memory=MEMORY)
+    assert isinstance(planned, MergePlan)
+    return planned
 
 
 def _shorten_a_shard(out: Path, plan: MergePlan) -> MergePlan:

@@ -19,7 +19,7 @@ from streammerge.checkpoint.inputs import MAX_JSON_DEPTH, _json_depth, parse_jso
 from streammerge.checkpoint.inspecting import describe
 from streammerge.checkpoint.manifest import MANIFEST_NAME, read_manifest_files
 from streammerge.checkpoint.reading import read_checkpoint
-from streammerge.checkpoint.sidecars import plan_sidecars, write_sidecars
+from streammerge.checkpoint.sidecars import plan_sidecars, read_companions, write_sidecars
 from streammerge.checkpoint.torchfile import read_torch_header
 from streammerge.cli import main
 from streammerge.errors import (
@@ -215,7 +215,7 @@ def test_a_link_beside_the_shards_that_leads_out_is_refused(
     with pytest.raises(
         CheckpointError, match=f"{name}: a link leads out of the directory, to"
     ) as caught:
-        write_sidecars(model, tmp_path / "out", dtype=None)
+        write_sidecars(model, read_companions(model), tmp_path / "out", dtype=None)
 
     assert str(secret) in str(caught.value)
     assert not (tmp_path / "out").exists()
@@ -246,9 +246,14 @@ def test_links_inside_the_directory_and_into_the_hub_cache_are_copied_as_files(
     (snapshot / "NOTICE").symlink_to("legal/notice")
     (tmp_path / "reached").symlink_to(snapshot)
 
-    written = write_sidecars(tmp_path / "reached", tmp_path / "out", dtype="float16")
+    written = write_sidecars(
+        tmp_path / "reached",
+        read_companions(tmp_path / "reached"),
+        tmp_path / "out",
+        dtype="float16",
+    )
 
-    assert written == ("LICENSE", "NOTICE", "config.json")
+    assert tuple(written) == ("LICENSE", "NOTICE", "config.json")
     assert not any((tmp_path / "out" / name).is_symlink() for name in written)
     assert (tmp_path / "out" / "LICENSE").read_text() == "terms"
     assert put(hub / "blobs" / ("a1" * 20), '{"x": 1}').read_text() == '{"x": 1}'

@@ -19,6 +19,7 @@ from streammerge.adapters.types import Naming
 from streammerge.checkpoint.bytesource import ByteSource, OpenByteSource, check_unchanged
 from streammerge.checkpoint.digests import FileDigest, digest_file
 from streammerge.checkpoint.manifest import (
+    MANIFEST_NAME,
     MANIFEST_VERSION,
     RECIPE_NAME,
     Manifest,
@@ -34,8 +35,11 @@ from streammerge.checkpoint.outputdir import OutputDirectory
 from streammerge.checkpoint.outputfile import OutputFile, write_durably
 from streammerge.errors import OutputError
 from streammerge.lazily import torch_version
+from streammerge.units import MIB
 from streammerge.version import VERSION
 
+_NBYTES_BESIDE = 4 * MIB
+"""Free disk asked for beside the tensors: configuration, recipe, card and manifest."""
 OnBytes = Callable[[int, float], None]
 """Told the bytes read and written so far, and the seconds since the work began."""
 
@@ -71,6 +75,8 @@ def run_combination(
         out,
         inputs=[adapter.path for adapter in plan.adapters],
         nbytes=plan.bytes_to_write,
+        nbytes_beside=_NBYTES_BESIDE,
+        names=(plan.file_name, CONFIG_NAME, RECIPE_NAME, "README.md", MANIFEST_NAME),
         identity=identity,
         overwrite=overwrite,
         resume=resume,

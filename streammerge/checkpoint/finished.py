@@ -21,12 +21,11 @@ def find_finished(
     identity: str,
     shards: Mapping[str, int],
     inputs: Sequence[ShardFile],
-    companions: Sequence[Path],
 ) -> Manifest | None:
     """Return the manifest of a directory that is the complete result of this very merge.
 
-    It is, if the manifest has the identity of this merge, no input and no file that was copied has
-    changed since, and every file is there with its size. :mod:`streammerge.checkpoint.verifying`
+    It is, if the manifest has the identity of this merge, which speaks of the files that it copies too,
+    no input has changed since, and every file is there with its size. :mod:`streammerge.checkpoint.verifying`
     looks at their bytes. What the merge has left is then cleared away.
 
     Args:
@@ -34,7 +33,6 @@ def find_finished(
         identity: Digest of what decides every byte of the result.
         shards: Sizes of the files with tensors, by name.
         inputs: The input files as they were planned.
-        companions: Files that the merge copies.
 
     Returns:
         None if it is not, if that cannot be told, or if there is unfinished work beside it.
@@ -49,7 +47,7 @@ def find_finished(
         manifest = TypeAdapter(Manifest).validate_python(read_manifest(out))
         if manifest.version != MANIFEST_VERSION or manifest.run.identity != identity:
             return None
-        if _has_changed(out, inputs, companions) or not _is_whole(out, manifest, shards):
+        if _has_changed(inputs) or not _is_whole(out, manifest, shards):
             return None
         journal = read_journal(out / JOURNAL_NAME)
     except (CheckpointError, OutputError, OSError, ValueError):
@@ -60,12 +58,9 @@ def find_finished(
     return manifest
 
 
-def _has_changed(out: Path, inputs: Sequence[ShardFile], companions: Sequence[Path]) -> bool:
+def _has_changed(inputs: Sequence[ShardFile]) -> bool:
     statuses = [(file, file.path.stat()) for file in inputs]
-    if any((s.st_size, s.st_mtime_ns) != (file.nbytes, file.mtime_ns) for file, s in statuses):
-        return True
-    finished = (out / MANIFEST_NAME).stat().st_mtime_ns
-    return any(companion.stat().st_mtime_ns > finished for companion in companions)
+    return any((s.st_size, s.st_mtime_ns) != (file.nbytes, file.mtime_ns) for file, s in statuses)
 
 
 def _is_whole(out: Path, manifest: Manifest, shards: Mapping[str, int]) -> bool:

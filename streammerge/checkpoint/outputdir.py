@@ -25,16 +25,15 @@ from streammerge.checkpoint.journal import (
 from streammerge.checkpoint.locking import FileLock
 from streammerge.checkpoint.manifest import MANIFEST_NAME, read_manifest_files
 from streammerge.checkpoint.outputfile import sync_directory
+from streammerge.checkpoint.ownfiles import NEW_NAME
 from streammerge.checkpoint.snapshot import SNAPSHOT_NAME
 from streammerge.errors import DiskSpaceError, OutputError, OutputExistsError, ResumeError
-from streammerge.units import MIB, format_size
+from streammerge.units import format_size
 
 _MARKER = ".streammerge-partial"
 """Lies in a directory that an interrupted merge may have left, and that may be thrown away."""
 OWN_FILES = (SNAPSHOT_NAME, f"{SNAPSHOT_NAME}.new", _MARKER, JOURNAL_NAME)
 """What a merge that was cut off right after it was renamed leaves beside the model."""
-_SIDECAR_ROOM = 64 * MIB
-"""Free disk asked for beyond the shards: tokenizer, configuration, manifest."""
 _LISTED = 5
 
 
@@ -51,6 +50,8 @@ class OutputDirectory:
         *,
         inputs: Sequence[Path],
         nbytes: int,
+        nbytes_beside: int,
+        names: Sequence[str],
         identity: Mapping[str, Any],
         overwrite: bool,
         resume: bool,
@@ -61,6 +62,8 @@ class OutputDirectory:
             out: The directory to make.
             inputs: Paths of the models being merged.
             nbytes: Bytes of all shards.
+            nbytes_beside: Most bytes of all that comes beside them.
+            names: Every file that the merge will write, relative to the directory.
             identity: What must not differ for a merge to go on where another one stopped, as JSON.
             overwrite: Whether an earlier merge in ``out``, or an unfinished one, may be replaced.
             resume: Whether an unfinished merge is to be continued, if there is one.
@@ -80,6 +83,7 @@ class OutputDirectory:
         self.entries: tuple[Entry, ...] = ()
         self._replaced = self.out.with_name(self.out.name + ".replaced")
         self._found_entries: tuple[Entry, ...] = ()
+        self._names = frozenset((*names, *OWN_FILES))
         self._identity = dict(identity)
         self._published = False
         self._continues = False
@@ -93,7 +97,7 @@ class OutputDirectory:
         )
         _check_existing(self.out, overwrite=self._overwrite)
         self._check_replaced()
-        _check_room(self.out.parent, nbytes - _allocated(self.partial))
+        _check_room(self.partial.parent, nbytes, nbytes_beside, _allocated(self.partial))
 
     def _find_unfinished(self, *, overwrite: bool, resume: bool) -> Found | None:
         """Return the unfinished merge that is to be continued, if there is one."""
@@ -117,7 +121,21 @@ class OutputDirectory:
                 "make it as it was, or give --overwrite to start anew"
             )
         self._found_entries = parse_entries(found, journal)
+        self._check_foreign()
         return found
+
+    def _check_foreign(self) -> None:
+        """Return if the unfinished merge holds nothing but what merges write."""
+        foreign = sorted(
+            name
+            for name in _iter_names(self.partial)
+            if name not in self._names and name.rpartition("/")[2] != NEW_NAME
+        )
+        if foreign:
+            raise ResumeError(
+                f"{self.partial}: holds {len(foreign)} file(s) that the merge did not write "
+                f"({', '.join(foreign[:_LISTED])}); move them away, then continue with --resume"
+            )
 
     def _check_replaced(self) -> None:
         if not os.path.lexists(self._replaced):
@@ -192,6 +210,7 @@ class OutputDirectory:
             OutputError: The system refuses to rename; what was there before is there again.
         """
         _check_existing(self.out, overwrite=self._overwrite)
+        self._check_foreign()
         # Some systems do not rename the directories of open files.
         self._unlock()
         replaced = self._replaced if os.path.lexists(self._replaced) else None
@@ -322,9 +341,7 @@ def _check_existing(out: Path, *, overwrite: bool) -> None:
         return
     if not out.is_dir() or out.is_symlink():
         raise OutputExistsError(f"{out}: is not a directory; choose another place")
-    present = sorted(
-        path.relative_to(out).as_posix() for path in out.rglob("*") if not _is_plain_directory(path)
-    )
+    present = sorted(_iter_names(out))
     if not present and not any(out.iterdir()):
         return
     if not overwrite:
@@ -345,6 +362,13 @@ def _check_existing(out: Path, *, overwrite: bool) -> None:
             f"{out}: holds {len(foreign)} file(s) that the earlier merge did not write "
             f"({', '.join(foreign[:_LISTED])}); --overwrite would lose them, move them away"
         )
+
+
+def _iter_names(directory: Path) -> Iterator[str]:
+    """Yield the names of all that is in a directory, or deeper, but is no directory."""
+    for path in directory.rglob("*"):
+        if not _is_plain_directory(path):
+            yield path.relative_to(directory).as_posix()
 
 
 def _is_plain_directory(path: Path) -> bool:
@@ -377,15 +401,15 @@ def _check_partial_contents(partial: Path) -> None:
         )
 
 
-def _check_room(parent: Path, nbytes: int) -> None:
+def _check_room(parent: Path, nbytes: int, nbytes_beside: int, allocated: int) -> None:
     if not parent.is_dir():
         raise OutputError(f"{parent}: no such directory; make it first")
     if not os.access(parent, os.W_OK | os.X_OK):
         raise OutputError(f"{parent}: not writable")
     free = shutil.disk_usage(parent).free
-    if free < max(0, nbytes) + _SIDECAR_ROOM:
+    if free < nbytes + nbytes_beside - allocated:
         raise DiskSpaceError(
-            f"{parent}: the output takes {format_size(nbytes)}, and {format_size(_SIDECAR_ROOM)} "
-            f"for what lies beside it, but {format_size(free)} are free; free some or choose "
-            "another disk"
+            f"{parent}: the output takes {format_size(nbytes)}, and up to "
+            f"{format_size(nbytes_beside)} for what lies beside it, but {format_size(free)} are "
+            "free; free some or choose another disk"
         )

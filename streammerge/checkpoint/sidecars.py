@@ -6,13 +6,15 @@ Memory: one piece of :data:`COPY_BYTES` while copying, and one parsed JSON file 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from streammerge.checkpoint.digests import FileDigest
 from streammerge.checkpoint.inputs import (
     check_inside,
     open_input,
@@ -22,6 +24,7 @@ from streammerge.checkpoint.inputs import (
 )
 from streammerge.checkpoint.outputfile import write_durably
 from streammerge.checkpoint.reading import MAX_CONFIG_BYTES
+from streammerge.checkpoint.types import Companion
 from streammerge.errors import CheckpointError, HeaderError, OutputError
 from streammerge.units import MIB, format_size
 
@@ -110,9 +113,32 @@ def plan_sidecars(directory: Path) -> tuple[Path, ...]:
     return tuple(directory / name for name in sorted(chosen | code))
 
 
+def read_companions(directory: Path) -> tuple[Companion, ...]:
+    """Return the files that :func:`plan_sidecars` chooses, with the digest of what they hold.
+
+    Raises:
+        CheckpointError: As for :func:`plan_sidecars`.
+        HeaderError: As there.
+    """
+    companions = []
+    for path in plan_sidecars(directory):
+        digest, nbytes = hashlib.sha256(), 0
+        for piece in _iter_pieces(path):
+            digest.update(piece)
+            nbytes += len(piece)
+        name = path.relative_to(directory).as_posix()
+        companions.append(Companion(name, nbytes, digest.hexdigest()))
+    return tuple(companions)
+
+
 def write_sidecars(
-    directory: Path, out: Path, *, dtype: str | None, settings: Sequence[tuple[str, object]] = ()
-) -> tuple[str, ...]:
+    directory: Path,
+    companions: Sequence[Companion],
+    out: Path,
+    *,
+    dtype: str | None,
+    settings: Sequence[tuple[str, object]] = (),
+) -> dict[str, FileDigest]:
     """Copy the files beside the shards to ``out``; ``config.json`` there says what has changed.
 
     Every ``dtype`` (transformers from 4.56) and ``torch_dtype`` (before) is updated, those of
@@ -122,34 +148,39 @@ def write_sidecars(
 
     Args:
         directory: The directory that holds the shards.
+        companions: What :func:`read_companions` found there.
         out: The directory of the output; another one than ``directory``.
         dtype: Element type of the output by its torch name, such as ``"bfloat16"``; None copies
             those entries as they are.
         settings: Other keys of ``config.json`` with the values that they get.
 
     Returns:
-        Names of the files written, relative to ``out``, with ``/`` between parts, sorted.
+        What was written, by names relative to ``out``, with ``/`` between parts, sorted.
 
     Raises:
-        CheckpointError: As for :func:`plan_sidecars`.
+        CheckpointError: A file is gone, or holds something else than it did.
         HeaderError: ``config.json`` is not a JSON object.
         DiskSpaceError: The disk is full.
         OutputError: A file cannot be written, or ``out`` is ``directory``.
     """
-    paths = plan_sidecars(directory)
     _make_directory(out)
     if out.samefile(directory):
         raise OutputError(f"{out}: is the directory of the input; name another output")
-    names: list[str] = []
-    for path in paths:
-        name = path.relative_to(directory).as_posix()
-        pieces: Iterable[bytes] = _iter_pieces(path)
-        if name == _CONFIG and (dtype is not None or settings):
-            pieces = (_changed_config(path, dtype, settings),)
-        _make_directory((out / name).parent)
-        write_durably(out / name, pieces)
-        names.append(name)
-    return tuple(names)
+    written: dict[str, FileDigest] = {}
+    for companion in companions:
+        path, target = directory / companion.name, out / companion.name
+        if target.parent != out:
+            _make_directory(target.parent)
+        if companion.name == _CONFIG and (dtype is not None or settings):
+            text = b"".join(_iter_unchanged(path, companion))
+            config = _changed_config(text, dtype, settings, where=str(path))
+            write_durably(target, [config])
+            digest = FileDigest(len(config), hashlib.sha256(config).hexdigest(), tree=False)
+        else:
+            write_durably(target, _iter_unchanged(path, companion))
+            digest = FileDigest(companion.nbytes, companion.digest, tree=False)
+        written[companion.name] = digest
+    return written
 
 
 def _list_directory(directory: Path) -> tuple[set[str], set[str]]:
@@ -250,10 +281,12 @@ def _iter_strings(value: object) -> Iterator[str]:
             yield from _iter_strings(part)
 
 
-def _changed_config(path: Path, dtype: str | None, settings: Sequence[tuple[str, object]]) -> bytes:
+def _changed_config(
+    text: bytes, dtype: str | None, settings: Sequence[tuple[str, object]], *, where: str
+) -> bytes:
     """Return the text of a config with other settings, and one dtype for all its sub-models."""
     # float: Python programs write Infinity here, and json.dumps writes it back.
-    config = parse_json_object(_read_small(path), where=str(path), parse_constant=float)
+    config = parse_json_object(text, where=where, parse_constant=float)
     if dtype is not None:
         if not any(key in config for key in (*_DTYPE_KEYS, *_DIFFUSERS_KEYS)):
             config["dtype"] = dtype
@@ -306,13 +339,34 @@ def _read_small(path: Path) -> bytes:
 
 def _iter_pieces(path: Path) -> Iterator[bytes]:
     # A generator, so that a failing read is the input's error and a failing write the output's.
-    with open_input(path) as (stream, _):
-        while piece := stream.read(COPY_BYTES):
+    with open_input(path) as (stream, status):
+        while piece := stream.read(min(COPY_BYTES, status.st_size + 1)):
             yield piece
+
+
+def _iter_unchanged(path: Path, companion: Companion) -> Iterator[bytes]:
+    """Yield what a file holds; raise at its end if that is not what it held when it was planned."""
+    digest, nbytes = hashlib.sha256(), 0
+    for piece in _iter_pieces(path):
+        digest.update(piece)
+        nbytes += len(piece)
+        if nbytes > companion.nbytes:
+            raise CheckpointError(
+                f"{path}: changed since it was planned: it had {companion.nbytes} bytes, and has "
+                "more; plan again"
+            )
+        yield piece
+    if digest.hexdigest() != companion.digest:
+        raise CheckpointError(
+            f"{path}: changed since it was planned: its SHA-256 was {companion.digest}, is "
+            f"{digest.hexdigest()}; plan again"
+        )
 
 
 def _make_directory(path: Path) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
+        if path.is_symlink():
+            raise OutputError(f"{path}: is a symbolic link, not a folder of the output; remove it")
     except OSError as error:
         raise OutputError(f"{path}: cannot be created: {error.strerror}") from error

@@ -71,3 +71,15 @@ class Checkpoint:
     def nbytes(self) -> int:
         """Bytes of all tensors."""
         return sum(entry.nbytes for entry in self.tensors.values())
+
+
+@dataclass(frozen=True, slots=True)
+class Companion:
+    """A file beside the shards that goes to the output: a configuration, a tokenizer, a licence."""
+
+    name: str
+    """Relative to the directory, with ``/`` between parts."""
+    nbytes: int
+    """Its size."""
+    digest: str
+    """SHA-256 of what it held when it was planned, in hex."""

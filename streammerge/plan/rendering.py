@@ -10,6 +10,7 @@ from streammerge.plan.types import Action, DeviceResources, MergePlan
 from streammerge.units import format_size
 
 _SHOWN_SETTINGS = 5
+_SHOWN_COMPANIONS = 4
 
 
 def render_plan(plan: MergePlan) -> str:
@@ -28,6 +29,14 @@ def render_plan(plan: MergePlan) -> str:
     rows.append(("read", f"{format_size(plan.bytes_to_read)}{again}"))
     shards = len(plan.layout.shards)
     rows.append(("write", f"{format_size(plan.bytes_to_write)} in {shards} shard(s)"))
+    if plan.companions:
+        nbytes = sum(each.nbytes for each in plan.companions)
+        names = ", ".join(printable(each.name) for each in plan.companions[:_SHOWN_COMPANIONS])
+        more = len(plan.companions) - _SHOWN_COMPANIONS
+        names += f" and {more} more" if more > 0 else ""
+        rows.append(
+            ("beside them", f"{names} ({format_size(nbytes)}), from {plan.models[0].label}")
+        )
     resources = plan.resources
     rows.append(
         (

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from streammerge.adapters.changes import Change
-from streammerge.checkpoint.types import ShardFile
+from streammerge.checkpoint.types import Companion, ShardFile
 from streammerge.dtypes import DType
 
-PLAN_VERSION = 2
+PLAN_VERSION = 3
 """Raised when the meaning of a field changes, so that an old plan is never run by new code."""
 
 
@@ -245,6 +245,8 @@ class MergePlan:
     """Names of input tensors that the recipe drops."""
     copied_from_base: tuple[str, ...]
     """Tensors that some source lacks and ``missing: base`` therefore copies."""
+    companions: tuple[Companion, ...] = ()
+    """Files beside the shards of the base, or of the first source, that go to the output."""
     config: tuple[tuple[str, bool | int], ...] = ()
     """Keys of ``config.json`` that differ in the result, with their values."""
     untied: tuple[str, ...] = ()

@@ -22,6 +22,7 @@ from streammerge.checkpoint.sidecars import (
     COPY_BYTES,
     MAX_SIDECAR_BYTES,
     plan_sidecars,
+    read_companions,
     write_sidecars,
 )
 from streammerge.errors import (
@@ -118,7 +119,7 @@ def refusal(directory: Path, error_type: type[StreamMergeError] = CheckpointErro
 
 def rewritten(model: Path, out: Path, config: object, dtype: str = "bfloat16") -> object:
     put(model, "config.json", content=config)
-    write_sidecars(model, out, dtype=dtype)
+    write_sidecars(model, read_companions(model), out, dtype=dtype)
     return json.loads((out / "config.json").read_text())
 
 
@@ -162,7 +163,9 @@ def test_written_names_are_sorted_and_contents_equal(model: Path, out: Path) -> 
     for index, name in enumerate(COPIED):
         put(model, name, content=json.dumps({"value": index}))
 
-    assert write_sidecars(model, out, dtype=None) == tuple(sorted(COPIED))
+    written = write_sidecars(model, read_companions(model), out, dtype=None)
+
+    assert tuple(written) == tuple(sorted(COPIED))
     for name in COPIED:
         assert (out / name).read_bytes() == (model / name).read_bytes()
     assert sum(path.is_file() for path in out.rglob("*")) == len(COPIED)
@@ -171,11 +174,11 @@ def test_written_names_are_sorted_and_contents_equal(model: Path, out: Path) -> 
 def test_a_second_write_gives_the_same_bytes(model: Path, out: Path) -> None:
     put(model, "config.json", content={"z": 1, "a": 2})
     put(model, "LICENSE", content="terms")
-    write_sidecars(model, out, dtype="float16")
+    write_sidecars(model, read_companions(model), out, dtype="float16")
     first = (out / "config.json").read_bytes()
     put(out, "LICENSE", content="cut off in the middle, and longer than the original")
 
-    write_sidecars(model, out, dtype="float16")
+    write_sidecars(model, read_companions(model), out, dtype="float16")
 
     assert (out / "config.json").read_bytes() == first
     assert (out / "LICENSE").read_bytes() == b"terms"
@@ -189,7 +192,9 @@ def test_links_are_followed_and_the_output_holds_files(model: Path, out: Path) -
     (model / "config.json").symlink_to(blobs / "4c1f")
     (model / "tokenizer.json").symlink_to(Path("..") / "blobs" / "77aa")
 
-    assert write_sidecars(model, out, dtype="float16") == ("config.json", "tokenizer.json")
+    written = write_sidecars(model, read_companions(model), out, dtype="float16")
+
+    assert tuple(written) == ("config.json", "tokenizer.json")
     assert (out / "tokenizer.json").read_bytes() == b"a tokenizer"
     assert not (out / "tokenizer.json").is_symlink()
     assert (blobs / "4c1f").read_text() == '{"torch_dtype": "float32"}'
@@ -199,7 +204,7 @@ def test_large_files_are_copied_in_pieces(model: Path, out: Path) -> None:
     content = os.urandom(9 * COPY_BYTES + 1)
     (model / "tokenizer.json").write_bytes(content)
     tracemalloc.start()
-    write_sidecars(model, out, dtype=None)
+    write_sidecars(model, read_companions(model), out, dtype=None)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
 
@@ -274,7 +279,7 @@ def test_a_module_with_weights_of_its_own_is_refused(model: Path) -> None:
 
 def test_dtype_is_replaced_in_place(model: Path, out: Path) -> None:
     put(model, "config.json", content='{"z": 1, "dtype": "float32", "a": [1e-05, "\\u00e9"]}')
-    write_sidecars(model, out, dtype="bfloat16")
+    write_sidecars(model, read_companions(model), out, dtype="bfloat16")
 
     assert (out / "config.json").read_bytes() == (
         b'{\n  "z": 1,\n  "dtype": "bfloat16",\n  "a": [\n    1e-05,\n    "\\u00e9"\n  ]\n}\n'
@@ -343,7 +348,7 @@ def test_infinity_survives_the_rewrite(model: Path, out: Path) -> None:
 
 def test_config_is_copied_byte_for_byte_without_a_dtype(model: Path, out: Path) -> None:
     put(model, "config.json", content='{ "dtype" :"float32"}\n\n')
-    write_sidecars(model, out, dtype=None)
+    write_sidecars(model, read_companions(model), out, dtype=None)
 
     assert (out / "config.json").read_bytes() == b'{ "dtype" :"float32"}\n\n'
 
@@ -351,7 +356,7 @@ def test_config_is_copied_byte_for_byte_without_a_dtype(model: Path, out: Path) 
 def test_only_the_config_of_the_model_is_rewritten(model: Path, out: Path) -> None:
     put(model, "modules.json", content=[])
     put(model, "1_Pooling/config.json", "generation_config.json", content='{"dtype":"float32"}')
-    write_sidecars(model, out, dtype="bfloat16")
+    write_sidecars(model, read_companions(model), out, dtype="bfloat16")
 
     assert (out / "1_Pooling/config.json").read_bytes() == b'{"dtype":"float32"}'
     assert (out / "generation_config.json").read_bytes() == b'{"dtype":"float32"}'
@@ -448,7 +453,7 @@ def test_a_config_that_cannot_be_rewritten_is_refused(
 ) -> None:
     put(model, "config.json", content=content)
     with pytest.raises(HeaderError, match=message):
-        write_sidecars(model, out, dtype="bfloat16")
+        write_sidecars(model, read_companions(model), out, dtype="bfloat16")
 
     assert not (out / "config.json").exists()
 
@@ -464,13 +469,15 @@ def test_json_is_written_up_to_the_limit_of_its_depth_and_refused_above(
             if depth == MAX_JSON_DEPTH
             else pytest.raises(HeaderError, match=f"{depth} levels, the limit is {MAX_JSON_DEPTH}")
         ):
-            write_sidecars(model, out, dtype="bfloat16")
+            write_sidecars(model, read_companions(model), out, dtype="bfloat16")
 
 
 def test_the_input_is_never_the_output(model: Path) -> None:
     put(model, "config.json", content='{"a":1}')
     with pytest.raises(OutputError, match="is the directory of the input"):
-        write_sidecars(model, model.parent / "out" / ".." / "model", dtype="bfloat16")
+        write_sidecars(
+            model, read_companions(model), model.parent / "out" / ".." / "model", dtype="bfloat16"
+        )
 
     assert (model / "config.json").read_bytes() == b'{"a":1}'
 
@@ -480,7 +487,7 @@ def test_an_output_that_cannot_be_written_is_an_output_error(model: Path, out: P
     (out / "merges.txt").mkdir()
 
     with pytest.raises(OutputError, match=r"merges\.txt: cannot be written: Is a directory"):
-        write_sidecars(model, out, dtype=None)
+        write_sidecars(model, read_companions(model), out, dtype=None)
 
 
 @pytest.mark.parametrize(
@@ -528,4 +535,4 @@ def test_a_full_disk_is_told_from_a_failing_input(
     monkeypatch.setattr(sidecars.Path, "open", open_path)
     monkeypatch.setattr(os, "fdopen", open_descriptor)
     with pytest.raises(error_type, match=r"merges\.txt"):
-        write_sidecars(model, out, dtype=None)
+        write_sidecars(model, read_companions(model), out, dtype=None)

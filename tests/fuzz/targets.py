@@ -22,7 +22,7 @@ from streammerge.adapters.changes import Change, ChangeKind
 from streammerge.checkpoint.inspecting import describe
 from streammerge.checkpoint.manifest import MANIFEST_NAME, read_manifest_files
 from streammerge.checkpoint.reading import check_not_quantized, read_checkpoint
-from streammerge.checkpoint.sidecars import write_sidecars
+from streammerge.checkpoint.sidecars import read_companions, write_sidecars
 from streammerge.checkpoint.types import Checkpoint, TensorEntry
 from streammerge.dtypes import DType
 from streammerge.errors import MAX_LINE_CHARACTERS, StreamMergeError
@@ -150,7 +150,7 @@ def _read_config(content: bytes, directory: Path) -> None:
     model = directory / "model"
     (model / "config.json").write_bytes(content)
     _check_places(read_checkpoint(model))
-    written = write_sidecars(model, directory / "out", dtype="bfloat16")
+    written = write_sidecars(model, read_companions(model), directory / "out", dtype="bfloat16")
     assert set(written) <= {"config.json", "code.py"}
 
 
