@@ -28,7 +28,7 @@ import streammerge
 from streammerge import run
 from streammerge.checkpoint.bytesource import PreadSource
 from streammerge.checkpoint.manifest import MANIFEST_NAME
-from streammerge.checkpoint.outputdir import _MARKER
+from streammerge.checkpoint.places import MARKER_NAME
 from streammerge.cli import main
 from streammerge.errors import CheckpointError, TruncatedShardError
 
@@ -835,7 +835,7 @@ def test_a_partial_directory_that_no_merge_left_is_not_emptied(
         write_raw(partial, b"mine", "notes.txt")
     else:
         # Even a link to something that looks like ours: what it points to is somewhere else.
-        write_raw(tmp_path / "elsewhere", b"", _MARKER)
+        write_raw(tmp_path / "elsewhere", b"", MARKER_NAME)
         partial.symlink_to(tmp_path / "elsewhere")
 
     refuse(
@@ -847,7 +847,7 @@ def test_a_partial_directory_that_no_merge_left_is_not_emptied(
 
 
 def test_a_partial_directory_that_a_merge_left_is_thrown_away(tmp_path: Path, good: Path) -> None:
-    write_raw(tmp_path / "out.partial", b"", _MARKER)
+    write_raw(tmp_path / "out.partial", b"", MARKER_NAME)
     write_raw(tmp_path / "out.partial", b"half a shard")
 
     streammerge.merge(recipe_of("linear", None, [good]), tmp_path / "out", memory=MEMORY)

@@ -565,7 +565,7 @@ def test_a_merge_killed_right_after_its_last_rename_is_complete(
 ) -> None:
     with monkeypatch.context() as patch:
         # Nothing is cleared away, as if the process had ended there.
-        patch.setattr(outputdir, "clear_away", lambda *_: None)
+        patch.setattr(outputdir, "clear_away", lambda *_, **__: None)
         streammerge.merge(plan, tmp_path / "out")
 
     assert (tmp_path / "out" / JOURNAL_NAME).exists()
@@ -586,7 +586,7 @@ def test_a_complete_merge_needs_no_more_than_to_be_found(
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
         if not tidied:
-            patch.setattr(outputdir, "clear_away", lambda *_: None)
+            patch.setattr(outputdir, "clear_away", lambda *_, **__: None)
         expected = streammerge.merge(plan, out)
     before = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
 
@@ -681,7 +681,7 @@ def test_what_a_complete_merge_replaced_is_cleared_away(
     out, replaced = tmp_path / "out", tmp_path / "out.replaced"
     streammerge.merge(plan, out)
     with monkeypatch.context() as patch:
-        patch.setattr(outputdir, "clear_away", lambda *_: None)
+        patch.setattr(outputdir, "clear_away", lambda *_, **__: None)
         streammerge.merge(plan, out, overwrite=True)
     assert replaced.exists()
 

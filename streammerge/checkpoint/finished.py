@@ -10,7 +10,7 @@ from pydantic import TypeAdapter
 
 from streammerge.checkpoint.journal import JOURNAL_NAME, read_journal
 from streammerge.checkpoint.manifest import MANIFEST_NAME, MANIFEST_VERSION, Manifest, read_manifest
-from streammerge.checkpoint.outputdir import clear_away
+from streammerge.checkpoint.places import choose_place, clear_away
 from streammerge.checkpoint.types import ShardFile
 from streammerge.errors import CheckpointError, OutputError
 
@@ -40,21 +40,22 @@ def find_finished(
     out = Path(os.path.abspath(out))  # noqa: PTH100 - resolve() would follow a link at OUT
     if not out.name:
         return None
-    unfinished = out.with_name(f"{out.name}.partial") / JOURNAL_NAME
+    place = choose_place(out)
+    unfinished = (place.partial / JOURNAL_NAME).exists() and not place.is_moved()
     try:
-        if out.is_symlink() or unfinished.exists() or not (out / MANIFEST_NAME).is_file():
+        if out.is_symlink() or unfinished or not (out / MANIFEST_NAME).is_file():
             return None
         manifest = TypeAdapter(Manifest).validate_python(read_manifest(out))
         if manifest.version != MANIFEST_VERSION or manifest.run.identity != identity:
             return None
         if _has_changed(inputs) or not _is_whole(out, manifest, shards):
             return None
-        journal = read_journal(out / JOURNAL_NAME)
+        journal = read_journal((place.partial if place.inside else out) / JOURNAL_NAME)
     except (CheckpointError, OutputError, OSError, ValueError):
         # Names in a manifest may be no names of files, and then Python raises a ValueError.
         return None
     replaced = journal is not None and bool(journal.identity.get("overwrite"))
-    clear_away(out, out.with_name(f"{out.name}.replaced") if replaced else None)
+    clear_away(place, replaced=replaced)
     return manifest
 
 

@@ -1,7 +1,7 @@
-"""The output directory: built under another name, and renamed when it is complete.
+"""The output directory: built under another name, and put in place when it is complete.
 
-Work happens in ``OUT.partial``. Nothing is ever called ``OUT`` before it is whole, and what was
-there before stays until then.
+Work happens in ``OUT.partial``; :mod:`streammerge.checkpoint.places` knows where that lies. Nothing is
+ever called ``OUT`` before it is whole, and what was there before stays until then.
 """
 
 from __future__ import annotations
@@ -24,16 +24,20 @@ from streammerge.checkpoint.journal import (
 )
 from streammerge.checkpoint.locking import FileLock
 from streammerge.checkpoint.manifest import MANIFEST_NAME, read_manifest_files
-from streammerge.checkpoint.outputfile import sync_directory
 from streammerge.checkpoint.ownfiles import NEW_NAME
+from streammerge.checkpoint.places import (
+    MARKER_NAME,
+    OWN_FILES,
+    Place,
+    choose_place,
+    clear_away,
+    put_in_place,
+    undo_moves,
+)
 from streammerge.checkpoint.snapshot import SNAPSHOT_NAME
 from streammerge.errors import DiskSpaceError, OutputError, OutputExistsError, ResumeError
 from streammerge.units import format_size
 
-_MARKER = ".streammerge-partial"
-"""Lies in a directory that an interrupted merge may have left, and that may be thrown away."""
-OWN_FILES = (SNAPSHOT_NAME, f"{SNAPSHOT_NAME}.new", _MARKER, JOURNAL_NAME)
-"""What a merge that was cut off right after it was renamed leaves beside the model."""
 _LISTED = 5
 
 
@@ -79,9 +83,9 @@ class OutputDirectory:
             raise OutputExistsError(
                 f"{self.out}: is the root of the file system; choose a directory"
             )
-        self.partial = self.out.with_name(self.out.name + ".partial")
+        self._place = choose_place(self.out)
+        self.partial = self._place.partial
         self.entries: tuple[Entry, ...] = ()
-        self._replaced = self.out.with_name(self.out.name + ".replaced")
         self._found_entries: tuple[Entry, ...] = ()
         self._names = frozenset((*names, *OWN_FILES))
         self._identity = dict(identity)
@@ -95,8 +99,10 @@ class OutputDirectory:
         self._overwrite = overwrite or (
             self._found is not None and bool(self._found.identity.get("overwrite"))
         )
-        _check_existing(self.out, overwrite=self._overwrite)
-        self._check_replaced()
+        # What is half moved is put back first, once nobody else can move it.
+        if not (self._place.is_half_moved() and (resume or overwrite)):
+            _check_existing(self._place, overwrite=self._overwrite)
+            self._check_replaced()
         _check_room(self.partial.parent, nbytes, nbytes_beside, _allocated(self.partial))
 
     def _find_unfinished(self, *, overwrite: bool, resume: bool) -> Found | None:
@@ -138,19 +144,25 @@ class OutputDirectory:
             )
 
     def _check_replaced(self) -> None:
-        if not os.path.lexists(self._replaced):
+        replaced = self._place.replaced
+        if not os.path.lexists(replaced):
             return
         if self._found is not None and self._overwrite and not self.out.exists():
             # The merge stopped between setting the earlier one aside and taking its place.
             return
+        if self._place.inside:
+            raise OutputExistsError(
+                f"{replaced}: holds the merge that a later one was about to replace; give "
+                "--resume to finish that, or --overwrite to start anew"
+            )
         if not self.out.exists():
             raise OutputExistsError(
-                f"{self._replaced}: holds the merge that a later one was about to replace; rename "
+                f"{replaced}: holds the merge that a later one was about to replace; rename "
                 f"it to {self.out.name} to have it back, or remove it"
             )
         if self._overwrite:
             raise OutputExistsError(
-                f"{self._replaced}: is in the way; the earlier merge steps aside under this name, "
+                f"{replaced}: is in the way; the earlier merge steps aside under this name, "
                 "rename or remove what is there"
             )
 
@@ -183,14 +195,17 @@ class OutputDirectory:
         with contextlib.suppress(FileExistsError):
             self.partial.mkdir()
         _check_partial_contents(self.partial)
-        lock = FileLock(self.partial / _MARKER)
-        if not lock.acquire() or not lock.still_at(self.partial / _MARKER):
+        lock = FileLock(self.partial / MARKER_NAME)
+        if not lock.acquire() or not lock.still_at(self.partial / MARKER_NAME):
             lock.close()
             raise _busy(self.partial)
         self._lock = lock
 
     def _prepare(self) -> None:
         """Bring the directory into the state in which work can begin or go on."""
+        if self._place.is_half_moved():
+            undo_moves(self._place)
+            _check_existing(self._place, overwrite=self._overwrite)
         journal = self.partial / JOURNAL_NAME
         # Asked again: until it was locked, another merge may have worked here.
         if self._found is not None and self._found == read_journal(journal):
@@ -209,24 +224,20 @@ class OutputDirectory:
             OutputExistsError: Something came to lie there since the merge began.
             OutputError: The system refuses to rename; what was there before is there again.
         """
-        _check_existing(self.out, overwrite=self._overwrite)
+        _check_existing(self._place, overwrite=self._overwrite)
         self._check_foreign()
-        # Some systems do not rename the directories of open files.
-        self._unlock()
-        replaced = self._replaced if os.path.lexists(self._replaced) else None
+        replaces = os.path.lexists(self._place.replaced) or self.out.exists()
+        if not self._place.inside:
+            # Some systems do not rename the directories of open files.
+            self._unlock()
         try:
-            sync_directory(self.partial)
-            if self.out.exists():
-                self.out.rename(self._replaced)
-                replaced = self._replaced
-            self.partial.rename(self.out)
-            self._published = True
+            put_in_place(self._place)
         except OSError as error:
-            if replaced is not None and not self._published:
-                with contextlib.suppress(OSError):
-                    replaced.rename(self.out)
-            raise OutputError(f"{self.out}: cannot be put in place: {error.strerror}") from error
-        clear_away(self.out, replaced)
+            where = error.filename or self.out
+            raise OutputError(f"{where}: cannot be put in place: {error.strerror}") from error
+        self._published = True
+        self._unlock()
+        clear_away(self._place, replaced=replaces)
 
     def _unlock(self) -> None:
         if self._journal is not None:
@@ -270,26 +281,6 @@ class OutputDirectory:
         return bool(found.lines) or (self.partial / SNAPSHOT_NAME).exists()
 
 
-def clear_away(out: Path, replaced: Path | None) -> None:
-    """Remove what a merge that is complete and in place has left; what cannot be does no harm.
-
-    Its journal goes last: while it is there, a merge that is found complete clears away the rest.
-
-    Args:
-        out: The directory.
-        replaced: The earlier merge whose place it has taken; None without one.
-    """
-    with contextlib.suppress(OSError):
-        # A rename that a power cut undoes leaves the complete merge under its other name, to be
-        # resumed, which needs the journal.
-        sync_directory(out.parent)
-    if replaced is not None:
-        shutil.rmtree(replaced, ignore_errors=True)
-    for name in OWN_FILES:
-        with contextlib.suppress(OSError):
-            (out / name).unlink()
-
-
 def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
     """Say what differs between two identities, key by key."""
     for key in sorted({*before, *now} - {"overwrite"}):
@@ -303,7 +294,7 @@ def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[
 def _clear(directory: Path) -> None:
     """Remove everything but the lock from a directory."""
     for path in directory.iterdir():
-        if path.name == _MARKER:
+        if path.name == MARKER_NAME:
             continue
         if _is_plain_directory(path):
             shutil.rmtree(path)
@@ -336,14 +327,19 @@ def _check_inputs(out: Path, partial: Path, inputs: Sequence[Path]) -> None:
                 )
 
 
-def _check_existing(out: Path, *, overwrite: bool) -> None:
+def _check_existing(place: Place, *, overwrite: bool) -> None:
+    out = place.out
     if not os.path.lexists(out):
         return
     if not out.is_dir() or out.is_symlink():
         raise OutputExistsError(f"{out}: is not a directory; choose another place")
-    present = sorted(_iter_names(out))
-    if not present and not any(out.iterdir()):
+    entries = list(place.iter_entries())
+    if not entries:
         return
+    present = [path.name for path in entries if not _is_plain_directory(path)]
+    for folder in filter(_is_plain_directory, entries):
+        present += [f"{folder.name}/{name}" for name in _iter_names(folder)]
+    present.sort()
     if not overwrite:
         raise OutputExistsError(
             f"{out}: already holds {len(present)} file(s); give --overwrite to replace an earlier "
@@ -379,9 +375,9 @@ def _check_partial(partial: Path) -> None:
     if not os.path.lexists(partial):
         return
     _check_partial_contents(partial)
-    if not (partial / _MARKER).is_file():
+    if not (partial / MARKER_NAME).is_file():
         return
-    lock = FileLock(partial / _MARKER)
+    lock = FileLock(partial / MARKER_NAME)
     try:
         if not lock.acquire():
             raise _busy(partial)
@@ -394,7 +390,7 @@ def _check_partial_contents(partial: Path) -> None:
     if partial.is_symlink() or not partial.is_dir():
         left_by_merge = False
     else:
-        left_by_merge = (partial / _MARKER).is_file() or not any(partial.iterdir())
+        left_by_merge = (partial / MARKER_NAME).is_file() or not any(partial.iterdir())
     if not left_by_merge:
         raise OutputExistsError(
             f"{partial}: is in the way and was not left by a merge; rename or remove it"

@@ -12,7 +12,7 @@ from pathlib import Path
 from streammerge.checkpoint.digests import FileDigest, digest_file, digest_shard
 from streammerge.checkpoint.header import read_safetensors_header
 from streammerge.checkpoint.manifest import MANIFEST_NAME, manifest_files, read_manifest
-from streammerge.checkpoint.outputdir import OWN_FILES
+from streammerge.checkpoint.places import OWN_FILES
 from streammerge.errors import CheckpointError
 
 

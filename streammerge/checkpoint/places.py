@@ -1,0 +1,269 @@
+"""Where an output grows, and how it takes its place: beside it, or inside where it cannot be renamed.
+
+Usually ``OUT.partial`` becomes ``OUT`` by one rename. A mount point cannot be renamed, and beside it
+is another disk; neither can a directory whose parent may not be written. There the work lies in
+``OUT/OUT.partial``, and its entries are renamed one by one, the manifest last: such a directory is
+complete exactly if it has a manifest. A note of what is being moved makes that undone by whoever
+finds it half done.
+
+    earlier merge, its manifest first ──▶ OUT/OUT.replaced
+    note of the names in OUT/OUT.partial
+    entries of OUT/OUT.partial, the manifest last ──▶ OUT
+    OUT/OUT.replaced, OUT/OUT.partial are removed
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from streammerge.checkpoint.journal import JOURNAL_NAME
+from streammerge.checkpoint.manifest import MANIFEST_NAME, read_manifest_files
+from streammerge.checkpoint.outputfile import sync_directory, write_durably
+from streammerge.checkpoint.ownfiles import read_own
+from streammerge.checkpoint.snapshot import SNAPSHOT_NAME
+from streammerge.errors import OutputError
+
+MARKER_NAME = ".streammerge-partial"
+"""Lies in a directory that an interrupted merge may have left, and that may be thrown away."""
+_MOVING_NAME = ".streammerge-moving"
+"""The note: a JSON list of the names that are moved out of the partial directory."""
+OWN_FILES = (SNAPSHOT_NAME, f"{SNAPSHOT_NAME}.new", _MOVING_NAME, MARKER_NAME, JOURNAL_NAME)
+"""What a merge that was cut off right after it was renamed leaves beside the model."""
+_NO_ENTRIES = frozenset({"lost+found"})
+"""What file systems put into their roots."""
+_MOUNTS = Path("/proc/self/mountinfo")
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """The directories of one output."""
+
+    out: Path
+    """What it is called in the end; absolute."""
+    partial: Path
+    """Where it grows."""
+    replaced: Path
+    """Where an earlier merge is put while another one takes its place."""
+    inside: bool
+    """Whether those two lie in ``out``."""
+
+    def iter_entries(self) -> Iterator[Path]:
+        """Yield what lies in ``out`` and belongs to a merge, or to nobody known."""
+        for path in sorted(self.out.iterdir()):
+            if path in {self.partial, self.replaced}:
+                continue
+            if self.inside and path.name in _NO_ENTRIES:
+                continue
+            yield path
+
+    def is_half_moved(self) -> bool:
+        """Return whether entries are on their way between ``out`` and the other two."""
+        return self.inside and (
+            os.path.lexists(self.partial / _MOVING_NAME) or os.path.lexists(self.replaced)
+        )
+
+    def is_moved(self) -> bool:
+        """Return whether all entries have reached ``out``, and only the rest is to be removed."""
+        return (
+            self.inside
+            and (self.partial / _MOVING_NAME).is_file()
+            and not os.path.lexists(self.partial / MANIFEST_NAME)
+            and (self.out / MANIFEST_NAME).is_file()
+        )
+
+
+def choose_place(out: Path) -> Place:
+    """Return where an output grows; ``out`` need not exist.
+
+    Args:
+        out: The directory to make; absolute.
+    """
+    inside = out.is_dir() and not out.is_symlink() and not _can_be_renamed(out)
+    parent = out if inside else out.parent
+    return Place(
+        out,
+        partial=parent / f"{out.name}.partial",
+        replaced=parent / f"{out.name}.replaced",
+        inside=inside,
+    )
+
+
+def put_in_place(place: Place) -> None:
+    """Make what grew in the partial directory the output; it holds a whole merge.
+
+    Raises:
+        OSError: The system refuses; an earlier merge is there again, where that is possible.
+        OutputError: The note cannot be written.
+    """
+    for path in (place.partial, *place.partial.iterdir()):
+        if path.is_dir() and not path.is_symlink():
+            sync_directory(path)
+    if not place.inside:
+        _rename(place)
+        return
+    try:
+        _move_entries(place)
+    except OSError:
+        with contextlib.suppress(OSError, OutputError):
+            undo_moves(place)
+        raise
+
+
+def undo_moves(place: Place) -> None:
+    """Put everything back that a crash left half moved; the partial directory must be locked.
+
+    Raises:
+        OSError: The system refuses.
+        OutputError: The note is not what it should be.
+    """
+    if not place.inside:
+        return
+    note = place.partial / _MOVING_NAME
+    if os.path.lexists(note):
+        names = _read_note(note)
+        _move(_in_order(names, first=MANIFEST_NAME), place.out, place.partial)
+        sync_directory(place.partial)
+        note.unlink()
+        sync_directory(place.partial)
+    if os.path.lexists(place.replaced):
+        _restore(place)
+
+
+def clear_away(place: Place, *, replaced: bool) -> None:
+    """Remove what a merge that is complete and in place has left; what cannot be does no harm.
+
+    Its journal goes last: while it is there, a merge that is found complete clears away the rest.
+
+    Args:
+        place: The directories.
+        replaced: Whether an earlier merge was put aside.
+    """
+    with contextlib.suppress(OSError):
+        # A rename that a power cut undoes leaves the complete merge under its other name, to be
+        # resumed, which needs the journal.
+        sync_directory(place.out if place.inside else place.out.parent)
+    if replaced:
+        shutil.rmtree(place.replaced, ignore_errors=True)
+    left = place.partial if place.inside else place.out
+    for name in OWN_FILES:
+        with contextlib.suppress(OSError):
+            (left / name).unlink()
+    if place.inside:
+        with contextlib.suppress(OSError):
+            left.rmdir()
+
+
+def _rename(place: Place) -> None:
+    replaced = os.path.lexists(place.replaced)
+    try:
+        if place.out.exists():
+            place.out.rename(place.replaced)
+            replaced = True
+        place.partial.rename(place.out)
+    except OSError:
+        if replaced:
+            with contextlib.suppress(OSError):
+                place.replaced.rename(place.out)
+        raise
+
+
+def _move_entries(place: Place) -> None:
+    earlier = _earlier_entries(place)
+    if earlier:
+        place.replaced.mkdir(exist_ok=True)
+        _move(_in_order(earlier, first=MANIFEST_NAME), place.out, place.replaced)
+        sync_directory(place.replaced)
+        sync_directory(place.out)
+    names = [path.name for path in place.partial.iterdir() if path.name not in OWN_FILES]
+    write_durably(place.partial / _MOVING_NAME, [json.dumps(sorted(names)).encode()])
+    sync_directory(place.partial)
+    _move((name for name in names if name != MANIFEST_NAME), place.partial, place.out)
+    sync_directory(place.out)
+    _move([MANIFEST_NAME], place.partial, place.out)
+
+
+def _earlier_entries(place: Place) -> list[str]:
+    """Return what an earlier merge wrote; anything else that lies there is in the way."""
+    written = read_manifest_files(place.out) or ()
+    ours = {name.partition("/")[0] for name in written} | {MANIFEST_NAME, *OWN_FILES}
+    names = [path.name for path in place.iter_entries()]
+    for name in names:
+        if not written or name not in ours:
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(place.out / name))
+    return names
+
+
+def _restore(place: Place) -> None:
+    names = [path.name for path in place.replaced.iterdir()]
+    _move(_in_order(names, last=MANIFEST_NAME), place.replaced, place.out)
+    sync_directory(place.out)
+    place.replaced.rmdir()
+
+
+def _move(names: Iterable[str], origin: Path, target: Path) -> None:
+    for name in names:
+        if not os.path.lexists(origin / name):
+            # A move that is undone, or done again, may have come to any of them.
+            continue
+        if os.path.lexists(target / name):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target / name))
+        (origin / name).rename(target / name)
+
+
+def _in_order(
+    names: Iterable[str], *, first: str | None = None, last: str | None = None
+) -> list[str]:
+    return sorted(names, key=lambda name: (name != first, name == last, name))
+
+
+def _read_note(note: Path) -> list[str]:
+    try:
+        names = json.loads(read_own(note))
+    except (ValueError, RecursionError) as error:
+        raise _odd_note(note) from error
+    if not isinstance(names, list) or not all(map(_is_entry_name, names)):
+        raise _odd_note(note)
+    return names
+
+
+def _is_entry_name(name: object) -> bool:
+    return isinstance(name, str) and name not in {"", ".", ".."} and os.path.basename(name) == name  # noqa: PTH119 - any text
+
+
+def _odd_note(note: Path) -> OutputError:
+    return OutputError(
+        f"{note}: is not the list of names that a merge writes; move the files of the merge back "
+        f"into {note.parent} and remove it"
+    )
+
+
+def _can_be_renamed(directory: Path) -> bool:
+    if os.path.ismount(directory):
+        return False
+    if not os.access(directory.parent, os.W_OK | os.X_OK):
+        return False
+    return str(directory.resolve()) not in _mount_points()
+
+
+def _mount_points() -> set[str]:
+    """Return where something is mounted, directories of the same disk (bind mounts) included."""
+    try:
+        text = _MOUNTS.read_text(errors="surrogateescape")
+    except OSError:
+        return set()
+    # The fifth field, in which blanks and line ends are octal escapes.
+    fields = (line.split(" ")[4] for line in text.splitlines() if line.count(" ") > 4)
+    return {_unescaped(field) for field in fields}
+
+
+def _unescaped(field: str) -> str:
+    for code in ("040", "011", "012", "134"):
+        field = field.replace(f"\\{code}", chr(int(code, 8)))
+    return field
