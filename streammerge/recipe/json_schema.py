@@ -107,7 +107,7 @@ def _rule(shape: JsonSchema, specs: tuple[ParameterSpec, ...]) -> JsonSchema:
     copies = {"properties": {"copy": {"not": {"type": "null"}}}, "required": ["copy"]}
     drops = {"properties": {"drop": {"const": True}}, "required": ["drop"]}
     changes = [{"required": [spec.name]} for spec in specs if may_stand(spec, Place.RULE)]
-    own_keys = {"propertyNames": {"enum": list(Place.RULE.value)}}
+    own_keys = {"propertyNames": {"enum": list(Place.RULE.other_keys)}}
     return _with_parameters(shape, specs, Place.RULE) | {
         "anyOf": [copies, drops, *changes],
         "allOf": [

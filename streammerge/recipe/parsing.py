@@ -186,7 +186,7 @@ def _frame(document: dict[Any, Any]) -> dict[object, object]:
     for key, place in (("sources", Place.SOURCE), ("rules", Place.RULE)):
         if isinstance(frame.get(key), list):
             frame[key] = [
-                {name: value for name, value in entry.items() if name in place.value}
+                {name: value for name, value in entry.items() if name in place.other_keys}
                 if isinstance(entry, dict)
                 else entry
                 for entry in frame[key]
@@ -207,7 +207,7 @@ def _rule_problems(document: dict[Any, Any], parameter_names: list[str]) -> Iter
             word = "dropped" if drop else "copied"
             for name in (name for name in rule if name in parameter_names):
                 yield f"{key_path('rules', index, name)}: no effect on {word} tensors; remove it"
-        elif all(name in Place.RULE.value for name in rule):
+        elif all(name in Place.RULE.other_keys for name in rule):
             yield f"rules[{index}]: expected copy, drop or a parameter to change, got none of them"
         path = f"rules[{index}].copy"
         if copy == "base" and document.get("base") is None:

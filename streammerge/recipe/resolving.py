@@ -128,11 +128,25 @@ def _one_each(value: ParameterValue | None, n_sources: int) -> tuple[Scalar | No
 
 
 class Place(Enum):
-    """Where a parameter may stand, with the keys there that are no parameters."""
+    """Where a parameter may stand."""
 
-    RECIPE = ()
-    SOURCE = keys_of(SourceDocument)
-    RULE = keys_of(RuleDocument)
+    RECIPE = "recipe"
+    SOURCE = "source"
+    RULE = "rule"
+
+    @property
+    def other_keys(self) -> tuple[str, ...]:
+        """The keys there that are no parameters."""
+        return _OTHER_KEYS[self]
+
+
+# Beside the enumeration: Python before 3.11.4 turns a member whose value is an empty tuple into a
+# plain object.
+_OTHER_KEYS: dict[Place, tuple[str, ...]] = {
+    Place.RECIPE: (),
+    Place.SOURCE: keys_of(SourceDocument),
+    Place.RULE: keys_of(RuleDocument),
+}
 
 
 def may_stand(spec: ParameterSpec, place: Place) -> bool:
@@ -175,7 +189,7 @@ def iter_parameter_problems(
         places.append((Place.RULE, ("rules", index), table))
     for place, steps, table in places:
         for name, value in table.items():
-            if name in place.value:
+            if name in place.other_keys:
                 continue
             path = key_path(*steps, name)
             said = _refuse_place(name, place, by_name)
@@ -192,7 +206,7 @@ def _refuse_place(name: object, place: Place, specs: Mapping[str, ParameterSpec]
     spec = specs.get(name) if isinstance(name, str) else None
     if spec is None:
         allowed = [name for name, spec in specs.items() if may_stand(spec, place)]
-        return unknown_key(name, [*place.value, *allowed])
+        return unknown_key(name, [*place.other_keys, *allowed])
     if may_stand(spec, place):
         return None
     served = "all sources" if place is Place.SOURCE else "the whole model"

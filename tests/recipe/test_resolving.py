@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import enum
 import fnmatch
+import importlib
+import pkgutil
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import streammerge
 from streammerge.errors import RecipeError
 from streammerge.recipe.resolving import Resolved, build_resolver, resolve
 from streammerge.recipe.types import (
@@ -213,3 +217,20 @@ def test_the_resolver_equals_the_plain_loop(own, common, rules, names):
 
     for name in names:
         assert (("weight", plainly_resolved_weights(recipe, name)),) == resolver(name).values
+
+
+def test_no_enumeration_has_a_value_that_an_older_python_loses() -> None:
+    """In 3.11.2, which Debian 12 has, a member whose value is `()` is a plain object."""
+    for module in pkgutil.walk_packages(streammerge.__path__, "streammerge."):
+        if module.name.endswith("_kernels"):
+            continue
+        importlib.import_module(module.name)
+    pending, kinds = [enum.Enum], set()
+    while pending:
+        found = pending.pop().__subclasses__()
+        kinds |= {each for each in found if each.__module__.startswith("streammerge")}
+        pending += found
+
+    assert len(kinds) > 20
+    for kind in kinds:
+        assert all(isinstance(member, kind) and member.value != () for member in kind), kind
