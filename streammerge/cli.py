@@ -292,6 +292,8 @@ def _verify(options: argparse.Namespace) -> int:
             print(f"{damage.kind}  {damage.name}: {damage.what}")
         verdict = f"{len(found.damages)} damaged" if found.damages else "all as they were written"
         print(f"{options.out}: {found.files} files, {format_size(found.nbytes)}: {verdict}")
+        if not found.vouched:
+            print("its manifest is of an earlier version, and has no digest of its own")
         if compared is not None:
             for line in compared.lines():
                 print(line)

@@ -874,3 +874,27 @@ def test_a_snapshot_with_a_flipped_bit_is_not_used(tmp_path: Path) -> None:
         flipped[byte] ^= 1
         path.write_bytes(flipped)
         assert load_snapshot(path) is None, byte
+
+
+@pytest.mark.parametrize("recipe", ["ties"], indirect=True)
+def test_an_interrupt_before_the_first_byte_keeps_the_leave_to_overwrite(
+    plan: MergePlan, whole: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A loop of `--resume` after an interrupted `--overwrite` comes to its end."""
+    (tmp_path / "whole").rename(tmp_path / "out")
+
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    for options in ({"overwrite": True}, {"resume": True}, {"resume": True}):
+        with monkeypatch.context() as patch:
+            patch.setattr("streammerge.merging.run_pipeline", interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                streammerge.merge(plan, tmp_path / "out", **options)
+        assert bytes_of(tmp_path / "out") == whole
+
+    before = (tmp_path / "out" / MANIFEST_NAME).stat().st_ino
+    manifest = streammerge.merge(plan, tmp_path / "out", resume=True)
+    assert (tmp_path / "out" / MANIFEST_NAME).stat().st_ino != before
+    assert manifest.method == "ties"
+    assert bytes_of(tmp_path / "out") == whole

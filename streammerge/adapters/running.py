@@ -63,7 +63,7 @@ def run_combination(
         identity: What decides every byte of the result, as JSON.
         overwrite: Whether an earlier merge in ``out`` may be replaced.
         resume: Whether the command was told to continue; there is never anything to go on from,
-            because an interrupted combination leaves nothing, so it starts anew.
+            because nothing of an interrupted combination is kept, so it starts anew.
         opener: Opens an input file.
         measure_memory: Returns the process's resident memory, in bytes.
         on_bytes: Told how far the work is, after every module.
@@ -87,7 +87,7 @@ def run_combination(
         check_equal_copies(plan, sources)
         partial = stack.enter_context(directory).partial
         meter = _Meter(measure_memory, on_bytes)
-        _write_tensors(plan, sources, partial / plan.file_name, meter)
+        _write_tensors(plan, sources, partial / plan.file_name, meter, resumed=directory.continues)
         check_unchanged(plan.files, sources)
         _check_file(plan, partial / plan.file_name)
         manifest = _write_companions(plan, partial, meter, digest_identity(identity))
@@ -120,9 +120,14 @@ class _Meter:
 
 
 def _write_tensors(
-    plan: CombinationPlan, sources: Sequence[ByteSource], path: Path, meter: _Meter
+    plan: CombinationPlan,
+    sources: Sequence[ByteSource],
+    path: Path,
+    meter: _Meter,
+    *,
+    resumed: bool,
 ) -> None:
-    output = OutputFile(path, plan.bytes_to_write)
+    output = OutputFile(path, plan.bytes_to_write, resumed=resumed)
     done = False
     try:
         output.write_at(0, memoryview(plan.header))

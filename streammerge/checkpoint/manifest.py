@@ -1,6 +1,7 @@
 """The record that lies beside a merged model: what it was made of, how, and what it came to.
 
-Everything but the ``run`` section depends on the recipe and the inputs only.
+Everything but the ``run`` section depends on the recipe and the inputs only. The last line vouches for
+all bytes before and after it: it holds the SHA-256 of the file with zeros in the place of that digest.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, is_dataclass
 from pathlib import Path
@@ -32,9 +34,12 @@ from streammerge.version import VERSION
 
 MANIFEST_NAME = "streammerge_manifest.json"
 RECIPE_NAME = "streammerge_recipe.yaml"
-MANIFEST_VERSION = 1
+MANIFEST_VERSION = 2
+_FIRST_WITH_DIGEST = 2
 MAX_MANIFEST_BYTES = 256 * MIB
 """A tensor takes about 250 bytes, so this allows a million of them."""
+_ZEROS = b"0" * 64
+_DIGEST_LINE = re.compile(rb'\n "digest": "([0-9a-f]{64})"\n}\n\Z')
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +162,7 @@ def write_manifest(manifest: Manifest, directory: Path) -> None:
         OutputError: The system refuses.
     """
     data = f"{_render(manifest)}\n".encode(errors="backslashreplace")
-    write_durably(directory / MANIFEST_NAME, [data])
+    write_durably(directory / MANIFEST_NAME, [_with_digest(data)])
 
 
 def _render(manifest: Manifest) -> str:
@@ -177,7 +182,13 @@ def _render(manifest: Manifest) -> str:
         if name != "tensors"
     ]
     sections.append(' "tensors": {\n' + ",\n".join(lines) + "\n }")
+    sections.append(f' "digest": "{_ZEROS.decode()}"')
     return "{\n" + ",\n".join(sections) + "\n}"
+
+
+def _with_digest(data: bytes) -> bytes:
+    digest = hashlib.sha256(data).hexdigest().encode()
+    return digest.join(data.rsplit(_ZEROS, maxsplit=1))
 
 
 def _shallow(record: Any) -> dict[str, Any]:
@@ -188,14 +199,41 @@ def _as_plain_value(value: Any) -> Any:
     return _shallow(value) if is_dataclass(value) else os.fspath(value)
 
 
+@dataclass(frozen=True, slots=True)
+class FoundManifest:
+    """A manifest as it is found in a directory."""
+
+    document: dict[str, object]
+    """What it says; ``files`` is of sound form."""
+    flaw: str | None
+    """What shows that it is not what was written; None when nothing does."""
+    vouched: bool
+    """Whether it has a digest of itself; those before version 2 have none."""
+
+
 def read_manifest(directory: Path) -> dict[str, object]:
-    """Return a directory's manifest as the document that it is; ``files`` is sound.
+    """Return a directory's manifest as the document that it is; it is what was written.
+
+    Raises:
+        CheckpointError: There is none, or it cannot be read.
+        HeaderError: It is not a manifest, or no longer what was written.
+    """
+    found = find_manifest(directory)
+    if found.flaw is not None:
+        raise HeaderError(f"{directory / MANIFEST_NAME}: {found.flaw}")
+    return found.document
+
+
+def find_manifest(directory: Path) -> FoundManifest:
+    """Return a directory's manifest, and whether it is still what was written.
 
     Raises:
         CheckpointError: There is none, or it cannot be read.
         HeaderError: It is not a manifest.
     """
     path = directory / MANIFEST_NAME
+    if path.is_symlink():
+        raise HeaderError(f"{path}: is a symbolic link, not the manifest itself; copy it here")
     with open_input(path) as (stream, status):
         if status.st_size > MAX_MANIFEST_BYTES:
             raise HeaderError(
@@ -210,13 +248,31 @@ def read_manifest(directory: Path) -> dict[str, object]:
         raise HeaderError(f"{where}: files: expected an object; move the directory away")
     for name, fields in files.items():
         _check_file(name, fields, where=where)
-    return document
+    flaw, vouched = _judge(raw, document)
+    return FoundManifest(document, flaw, vouched)
+
+
+def _judge(raw: bytes, document: Mapping[str, object]) -> tuple[str | None, bool]:
+    """Return what shows that a manifest was changed, if anything does, and whether it would show."""
+    version = document.get("version")
+    if type(version) is int and version < _FIRST_WITH_DIGEST and "digest" not in document:
+        return None, False
+    line = _DIGEST_LINE.search(raw)
+    if line is None:
+        return "does not end with its own digest; it was changed after it was written", True
+    digest = hashlib.sha256(raw[: line.start(1)] + _ZEROS + raw[line.end(1) :]).hexdigest()
+    said = line.group(1).decode()
+    if digest == said:
+        return None, True
+    return f"was changed after it was written: says that its digest is {said}, is {digest}", True
 
 
 def _check_file(name: str, fields: object, *, where: str) -> None:
     """Return if a manifest's entry about a file has what :class:`FileDigest` needs, no more."""
     if not is_plain_path(name):
-        raise HeaderError(f"{where}: files: {name!r} does not stay in the directory")
+        raise HeaderError(f"{where}: files: {printable(name)} does not stay in the directory")
+    if not name.isprintable():
+        raise HeaderError(f"{where}: files: {printable(name)} holds what cannot be printed")
     kinds = {"nbytes": int, "digest": str, "tree": bool}
     found = {key: type(value) for key, value in fields.items()} if type(fields) is dict else None
     if found != kinds:

@@ -255,15 +255,17 @@ class OutputDirectory:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._leave()
-        if error is not None and not self._published and self.resumable:
+        # Who was allowed to replace an earlier merge, and is interrupted, is still allowed to.
+        interrupted = kind is not None and not issubclass(kind, Exception)
+        self._leave(keep=self._overwrite and interrupted)
+        if error is not None and not self._published and self.partial.exists():
             error.add_note(f"{self.partial} keeps what is done; --resume continues there")
 
-    def _leave(self) -> None:
-        """Let go of the directory, and remove it if it is ours and holds nothing of worth."""
+    def _leave(self, *, keep: bool = False) -> None:
+        """Let go of the directory; remove it if it is ours, new, and holds nothing of worth."""
         mine = self._lock is not None
         self._unlock()
-        if mine and not self._published and not self.resumable:
+        if mine and not (self._published or keep or self._continues or self.resumable):
             shutil.rmtree(self.partial, ignore_errors=True)
 
     @property

@@ -34,7 +34,7 @@ MARKER_NAME = ".streammerge-partial"
 """Lies in a directory that an interrupted merge may have left, and that may be thrown away."""
 _MOVING_NAME = ".streammerge-moving"
 """The note: a JSON list of the names that are moved out of the partial directory."""
-OWN_FILES = (SNAPSHOT_NAME, f"{SNAPSHOT_NAME}.new", _MOVING_NAME, MARKER_NAME, JOURNAL_NAME)
+OWN_FILES = (SNAPSHOT_NAME, f"{SNAPSHOT_NAME}.new", MARKER_NAME, JOURNAL_NAME, _MOVING_NAME)
 """What a merge that was cut off right after it was renamed leaves beside the model."""
 _NO_ENTRIES = frozenset({"lost+found"})
 """What file systems put into their roots."""
@@ -139,7 +139,8 @@ def undo_moves(place: Place) -> None:
 def clear_away(place: Place, *, replaced: bool) -> None:
     """Remove what a merge that is complete and in place has left; what cannot be does no harm.
 
-    Its journal goes last: while it is there, a merge that is found complete clears away the rest.
+    Its journal goes last, but for the note: while one is there, a merge that is found complete clears
+    away the rest.
 
     Args:
         place: The directories.

@@ -6,6 +6,7 @@ as PyTorch zip files. Holds headers, one index and one config; no tensor byte is
 
 from __future__ import annotations
 
+import os
 import re
 import stat
 from collections.abc import Callable
@@ -65,7 +66,7 @@ _DEQUANTIZE = (
 _Reader = Callable[[Path, int], tuple[ShardFile, list[TensorEntry]]]
 
 
-def read_checkpoint(path: Path) -> Checkpoint:
+def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     """Return the checkpoint at ``path``: every tensor's place, from headers only.
 
     A directory may hold ``model.safetensors``, or shards and ``model.safetensors.index.json``, the
@@ -85,7 +86,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
         MissingTensorError: The index names a tensor that its shard lacks.
         UnsupportedDTypeError: A tensor has a dtype without merge arithmetic.
     """
-    path = path.absolute()
+    path = Path(path).absolute()
     try:
         is_directory = stat.S_ISDIR(path.stat().st_mode)
     except OSError as error:

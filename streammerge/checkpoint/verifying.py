@@ -5,15 +5,26 @@ Memory: one block of a tensor, and the headers.
 
 from __future__ import annotations
 
+import os
+import stat
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from streammerge.checkpoint.digests import FileDigest, digest_file, digest_shard
 from streammerge.checkpoint.header import read_safetensors_header
-from streammerge.checkpoint.manifest import MANIFEST_NAME, manifest_files, read_manifest
+from streammerge.checkpoint.manifest import MANIFEST_NAME, find_manifest, manifest_files
 from streammerge.checkpoint.places import OWN_FILES
 from streammerge.errors import CheckpointError
+
+_KINDS = {
+    stat.S_IFLNK: "a symbolic link",
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a named pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,10 +49,16 @@ class Verification:
     """Bytes that were read."""
     damages: tuple[Damage, ...]
     """What is wrong; empty when all is well."""
+    vouched: bool = True
+    """Whether the manifest has a digest of itself; those before version 2 have none."""
 
 
-def verify_files(directory: Path, on_file: Callable[[str], None] = lambda _: None) -> Verification:
-    """Compare every file of a merged model with its manifest.
+def verify_files(
+    directory: str | os.PathLike[str], on_file: Callable[[str], None] = lambda _: None
+) -> Verification:
+    """Compare every file of a merged model with its manifest, and that with its own digest.
+
+    Nothing but regular files is opened, and no link is followed.
 
     Args:
         directory: The model.
@@ -50,35 +67,58 @@ def verify_files(directory: Path, on_file: Callable[[str], None] = lambda _: Non
     Raises:
         HeaderError: The directory has no manifest, or it is not one.
     """
-    listed = manifest_files(read_manifest(directory))
+    directory = Path(directory)
+    manifest = find_manifest(directory)
+    listed = manifest_files(manifest.document)
     damages: list[Damage] = []
+    if manifest.flaw is not None:
+        damages.append(Damage(MANIFEST_NAME, "corrupt", manifest.flaw))
     nbytes = 0
     for name, expected in sorted(listed.items()):
         on_file(name)
-        damage = _compare(directory / name, name, expected)
+        damage = _compare(directory, name, expected)
         if damage is not None:
             damages.append(damage)
         else:
             nbytes += expected.nbytes
+    # A merge that was killed right after the last rename is complete, but not yet tidied up.
+    partial = f"{Path(os.path.abspath(directory)).name}.partial"  # noqa: PTH100 - follows no link
+    ours = {*OWN_FILES, partial, *(f"{partial}/{name}" for name in OWN_FILES)}
     damages += (
         Damage(name, "extra", "the manifest does not list it")
         for name in _iter_names(directory)
-        # A merge that was killed right after the last rename is complete, but not yet tidied up.
-        if name not in {MANIFEST_NAME, *listed, *OWN_FILES}
+        if name not in {MANIFEST_NAME, *listed, *ours}
     )
-    return Verification(len(listed), nbytes, tuple(damages))
+    return Verification(len(listed), nbytes, tuple(damages), manifest.vouched)
 
 
 def _iter_names(directory: Path) -> Iterator[str]:
+    """Yield the names of all files, and of all folders that hold nothing."""
     for path in sorted(directory.rglob("*")):
-        if path.is_symlink() or not path.is_dir():
+        if path.is_symlink() or not path.is_dir() or _is_empty(path):
             yield path.relative_to(directory).as_posix()
 
 
-def _compare(path: Path, name: str, expected: FileDigest) -> Damage | None:
-    """Return what is wrong with a file; None when nothing is."""
+def _is_empty(folder: Path) -> bool:
     try:
-        found = path.stat().st_size
+        return not any(folder.iterdir())
+    except OSError:
+        # What cannot be looked into counts as empty: it is named, whatever it holds.
+        return True
+
+
+def _compare(directory: Path, name: str, expected: FileDigest) -> Damage | None:
+    """Return what is wrong with a file; None when nothing is."""
+    path = directory / name
+    try:
+        for folder in path.relative_to(directory).parents:
+            if (directory / folder).is_symlink() and folder != Path():
+                return Damage(name, "corrupt", f"{folder.as_posix()} is a link, was a folder")
+        status = path.lstat()
+        if not stat.S_ISREG(status.st_mode):
+            kind = _KINDS.get(stat.S_IFMT(status.st_mode), "something else")
+            return Damage(name, "corrupt", f"is {kind}, was written as a regular file")
+        found = status.st_size
         if found != expected.nbytes:
             return Damage(name, "corrupt", f"has {found} bytes, was written with {expected.nbytes}")
         digest = _digest_tree(path) if expected.tree else digest_file(path).digest

@@ -43,4 +43,6 @@ def test_the_file_is_the_record_field_by_field(tmp_path: Path, names: tuple[str,
     write_manifest(manifest, tmp_path)
 
     plain = json.dumps(asdict(manifest), default=os.fspath)
-    assert json.loads((tmp_path / MANIFEST_NAME).read_bytes()) == json.loads(plain)
+    found = json.loads((tmp_path / MANIFEST_NAME).read_bytes())
+    del found["digest"]
+    assert found == json.loads(plain)

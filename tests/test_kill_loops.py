@@ -1,0 +1,173 @@
+"""Real processes, killed at random instants, and the resumes killed too: every job ends with the right bytes.
+
+Each resume has another memory budget, another number of workers and another way to read than the run
+before it; SIGKILL leaves no time for anything, SIGTERM and SIGINT end in good order.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from adapters import tiny
+from models import recipe_of, write_model
+
+from streammerge.checkpoint.journal import JOURNAL_NAME, read_journal
+from streammerge.checkpoint.verifying import verify_files
+from streammerge.reductions import BLOCK
+
+pytestmark = [
+    pytest.mark.timeout(7200),
+    pytest.mark.skipif(os.name != "posix", reason="processes are killed as POSIX does"),
+]
+
+SLOW = """
+import os, sys, time
+from streammerge.checkpoint import bytesource, outputfile
+from streammerge.__main__ import run
+
+# Durable every few writes, and slow enough to be killed in the middle.
+outputfile.SYNC_BYTES = 1 << 19
+for source in (bytesource.PreadSource, bytesource.MmapSource):
+    def slow(self, offset, buffer, read=source._read_some):
+        time.sleep(0.01)
+        return read(self, offset, buffer)
+    source._read_some = slow
+sys.argv[0] = "streammerge"
+run()
+"""
+NUMBERS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
+
+
+def full_models(directory: Path) -> tuple[Path, list[Path]]:
+    generator = torch.Generator().manual_seed(5)
+
+    def draw(name: str) -> Path:
+        tensors = {f"large.{i}": torch.randn(3 * BLOCK + i, generator=generator) for i in range(3)}
+        tensors |= {f"small.{i}": torch.randn(50, 7, generator=generator) for i in range(20)}
+        return write_model(directory / name, {k: v.bfloat16() for k, v in tensors.items()})
+
+    return draw("base"), [draw(f"source-{i}") for i in range(2)]
+
+
+def adapted_models(directory: Path) -> tuple[Path, list[Path]]:
+    options = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 3}
+    model = tiny.llama(**options)
+    model.save_pretrained(directory / "base")
+    targets = ["q_proj", "down_proj", "up_proj"]
+    return directory / "base", [
+        tiny.make_lora(directory / f"lora-{i}", model, seed=i, r=8, target_modules=targets)
+        for i in range(2)
+    ]
+
+
+def ties(directory: Path, **parameters: Any) -> dict[str, Any]:
+    return recipe_of("ties", *full_models(directory), parameters={"density": 0.3} | parameters)
+
+
+JOBS: dict[str, Callable[[Path], dict[str, Any]]] = {
+    "ties": ties,
+    "ties over the model": lambda directory: ties(directory, scope="model"),
+    "dare_ties": lambda directory: recipe_of(
+        "dare_ties", *full_models(directory), parameters={"density": 0.4}
+    ),
+    "linear": lambda directory: recipe_of("linear", None, full_models(directory)[1]),
+    "baked adapters": lambda directory: recipe_of("task_arithmetic", *adapted_models(directory)),
+    "adapters as task vectors": lambda directory: recipe_of(
+        "ties", *adapted_models(directory), parameters={"density": 0.3}
+    ),
+}
+
+
+def command(recipe: Path, out: Path, chance: random.Random) -> list[str]:
+    return [
+        *(sys.executable, "-c", SLOW, "merge", str(recipe), str(out), "--quiet"),
+        *("--memory", chance.choice(["700MiB", "1GiB", "3GiB"])),
+        *("--workers", chance.choice(["1", "2", "3"])),
+        *("--byte-source", chance.choice(["pread", "mmap"])),
+    ]
+
+
+def bytes_of(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(directory.glob("*.safetensors"))}
+
+
+def shake(
+    recipe: Path, out: Path, first: str, expected: dict[str, bytes], chance: random.Random
+) -> tuple[int, int]:
+    """Start a merge, kill it and its resumes until one is through; return kills and useful ones."""
+    kills = useful = 0
+    journal = out.with_name(f"{out.name}.partial") / JOURNAL_NAME
+    options = [first]
+    seconds = chance.uniform(0.3, 0.8)
+    while True:
+        process = subprocess.Popen(
+            [*command(recipe, out, chance), *options], stderr=subprocess.PIPE, text=True
+        )
+        number = chance.choice(NUMBERS)
+        try:
+            _, said = process.communicate(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            process.send_signal(number)
+            _, said = process.communicate(timeout=120)
+            kills += process.returncode != 0
+        assert process.returncode in {0, 130, -number}, said
+        if process.returncode == 0:
+            break
+        found = read_journal(journal)
+        useful += found is not None and bool(found.lines)
+        if out.exists():
+            assert not [d for d in verify_files(out).damages if d.kind != "extra"]
+        if found is not None:
+            # Before there is a journal, an earlier merge is not being replaced yet.
+            options = ["--resume"]
+        # Every job comes to its end: each run has more time than the one before.
+        seconds += chance.uniform(0.2, 0.6)
+    assert bytes_of(out) == expected
+    assert not verify_files(out).damages
+    left = [path.name for path in out.parent.iterdir() if path.name.startswith(f"{out.name}.")]
+    assert not left
+    return kills, useful
+
+
+@pytest.mark.parametrize("start", ["--resume", "--overwrite"])
+@pytest.mark.parametrize("job", JOBS)
+def test_a_job_that_is_killed_again_and_again_ends_with_the_right_bytes(
+    job: str,
+    start: str,
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
+    record_property: Callable[[str, object], None],
+) -> None:
+    rounds = 40 if request.config.getoption("--runslow") else 1
+    chance = random.Random(f"{job} {start}")  # noqa: S311 - it only chooses when to kill
+    recipe, out = tmp_path / "recipe.yaml", tmp_path / "out"
+    recipe.write_text(yaml.safe_dump(JOBS[job](tmp_path)))
+    subprocess.run([*command(recipe, tmp_path / "reference", chance)], check=True)
+    expected = bytes_of(tmp_path / "reference")
+    other = tmp_path / "other.yaml"
+    other.write_text(yaml.safe_dump(recipe_of("linear", None, [tmp_path / "base"])))
+
+    kills = useful = 0
+    for _ in range(rounds):
+        if start == "--overwrite":
+            subprocess.run([*command(other, out, chance)], check=True)
+        killed, worth = shake(recipe, out, start, expected, chance)
+        kills, useful = kills + killed, useful + worth
+        shutil.rmtree(out)
+
+    assert kills
+    # Some at least were in the middle of their work.
+    assert useful or rounds == 1
+    record_property("kills", kills)
+    record_property("kills with work to keep", useful)
