@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any
 
 from streammerge.adapters.plans import CombinationPlan
-from streammerge.checkpoint.manifest import digest_recipe, digest_text
+from streammerge.checkpoint.manifest import digest_recipe
 from streammerge.lazily import torch_version
 from streammerge.plan.types import MergePlan
 from streammerge.version import VERSION
@@ -18,7 +19,7 @@ def identify(planned: MergePlan | CombinationPlan) -> dict[str, Any]:
     """
     return {
         "recipe": digest_recipe(planned.recipe),
-        "work": digest_text(repr(_work(planned))),
+        "work": _digest_work(_work(planned)),
         "inputs": {
             str(
                 file.path
@@ -34,6 +35,17 @@ def identify(planned: MergePlan | CombinationPlan) -> dict[str, Any]:
         # Another build may round differently.
         "versions": {"streammerge": VERSION, "torch": torch_version()},
     }
+
+
+def _digest_work(parts: tuple[Any, ...]) -> str:
+    """Return a digest of all parts, without their text ever being in memory at once."""
+    digest = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        each = part if isinstance(part, tuple) else (part,)
+        for value in (len(each), *each):
+            # Names of files need not be Unicode.
+            digest.update(f"{value!r}\n".encode(errors="backslashreplace"))
+    return digest.hexdigest()
 
 
 def _work(planned: MergePlan | CombinationPlan) -> tuple[Any, ...]:

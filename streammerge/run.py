@@ -33,6 +33,7 @@ from streammerge.errors import CheckpointError, DeviceError, RecipeError
 from streammerge.finishing import companion_directory
 from streammerge.identity import identify
 from streammerge.machine import (
+    check_planning_room,
     choose_budget,
     choose_device_budget,
     describe_machine,
@@ -79,6 +80,7 @@ def plan(
     names = choose_devices(device)
     device_budget = choose_device_budget(names, device_memory)
     parsed = load_recipe(recipe)
+    _check_planning_room(parsed, memory)
     if is_combination(parsed):
         if names:
             raise DeviceError(
@@ -260,6 +262,13 @@ def load_recipe(recipe: RecipeLike) -> Recipe:
     document = load_document(text, origin=str(path))
     methods = methods_for(document, origin=str(path), models=models)
     return recipe_from_mapping(document, origin=str(path), methods=methods)
+
+
+def _check_planning_room(recipe: Recipe, memory: int | str | None) -> None:
+    models = [(f"sources[{index}]", each.path) for index, each in enumerate(recipe.sources)]
+    if recipe.base is not None:
+        models.insert(0, ("base", recipe.base))
+    check_planning_room(models, choose_budget(memory))
 
 
 def _plan_combination(recipe: Recipe, memory: int | str | None) -> CombinationPlan:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import gc
 from pathlib import Path
 
 import psutil
@@ -35,6 +38,13 @@ def resident_memory() -> int:
     bound on it is a bound on private memory. Page cache that is not mapped does not count.
     """
     return int(psutil.Process().memory_info().rss)
+
+
+def release_free_memory() -> None:
+    """Give freed memory back to the system where the allocator keeps it; others do so by themselves."""
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(None).malloc_trim(ctypes.c_size_t(0))
 
 
 def default_budget() -> int:

@@ -45,7 +45,7 @@ _BYTES_PER_BLOCK = 24
 """Counts of up to four crowded values, and of the ties of the threshold."""
 _DIRECT_NUMEL = 2 * BLOCK
 """Up to here a search simply collects every magnitude."""
-_BASELINE_NOISE = 16 * MIB
+BASELINE_NOISE = 16 * MIB
 """The same process starts with a few MiB more or less each time; the named budget covers that."""
 
 
@@ -112,7 +112,7 @@ def choose_resources(
             f"{demand.inputs} inputs need at least {format_size(fixed + floor + least)} of memory, "
             f"of which {format_size(baseline)} is in use before work starts; the budget is "
             f"{format_size(budget)}; give --memory "
-            f"{format_budget(fixed + floor + least + _BASELINE_NOISE)} or more"
+            f"{format_budget(fixed + floor + least + BASELINE_NOISE)} or more"
         )
     share = int((budget - fixed) * _STATISTICS_SHARE)
     statistics = min(max(floor, share), _statistics_useful(demand), budget - fixed - least)
