@@ -21,6 +21,9 @@ def run() -> NoReturn:
     takes back files, threads and memory anyway; so nothing is taken apart here.
     """
     gc.set_threshold(_COLLECT_AFTER, 50, 50)
+    # No product of matrices is left to more than one thread, and where the system allows few, BLAS
+    # ends the process with SIGINT as it starts its own, one per core, while numpy is imported.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     code = main()
     for stream in (sys.stdout, sys.stderr):
         try:

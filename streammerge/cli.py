@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from streammerge.errors import RecipeError, StreamMergeError
+from streammerge.limits import check_address_space, naming_limits
 from streammerge.signals import stopping_signals
 from streammerge.units import format_size, parse_size
 from streammerge.version import VERSION
@@ -32,7 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     options = _parser().parse_args(arguments)
     try:
-        with stopping_signals():
+        with stopping_signals(), naming_limits():
+            check_address_space()
             return int(options.command(options))
     except StreamMergeError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)

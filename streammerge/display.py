@@ -32,10 +32,18 @@ def show_progress(*, quiet: bool, as_json: bool) -> Iterator[OnProgress]:
     elif quiet:
         yield lambda _: None
     elif sys.stderr.isatty():
-        with tqdm(unit="B", unit_scale=True, unit_divisor=1024, dynamic_ncols=True) as bar:
+        with _Tqdm(
+            unit="B", unit_scale=True, unit_divisor=1024, dynamic_ncols=True, miniters=1
+        ) as bar:
             yield _Bar(bar)
     else:
         yield _Lines(sys.stderr)
+
+
+class _Tqdm(tqdm):  # type: ignore[type-arg]  # no generic class when it runs
+    """A bar that starts no thread: events come all the time, and drawing it is left to them."""
+
+    monitor_interval = 0
 
 
 class _Bar:

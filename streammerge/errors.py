@@ -15,6 +15,7 @@
     ├── PlanError                       3   the job is sound but does not fit
     │   ├── MemoryBudgetError               more memory than the budget allows
     │   ├── OutOfMemoryError                the system has less memory than the budget
+    │   ├── SystemLimitError                fewer threads or open files than the work takes
     │   └── DiskSpaceError                  more disk than there is
     ├── OutputError                     1   the output cannot be written
     │   ├── ResumeError                     what lies there belongs to another merge
@@ -111,6 +112,10 @@ class MemoryBudgetError(PlanError):
 
 class OutOfMemoryError(PlanError):
     """The system refused memory that the budget allows."""
+
+
+class SystemLimitError(PlanError):
+    """The system allows fewer threads or open files than the work takes."""
 
 
 class DiskSpaceError(PlanError):

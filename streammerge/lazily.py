@@ -19,6 +19,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from streammerge.errors import DependencyError
+from streammerge.limits import name_limit
 
 if TYPE_CHECKING:
     import torch as torch  # noqa: PLC0414 - so a type checker lets others take it from here
@@ -47,8 +48,8 @@ def load_torch() -> None:
 def _import_torch() -> ModuleType:
     try:
         return importlib.import_module("torch")
-    except (ImportError, OSError) as error:
-        raise DependencyError(
+    except (ImportError, OSError, MemoryError) as error:
+        raise name_limit(error) or DependencyError(
             f"this merge needs torch, which cannot be imported: {error}; install it again"
         ) from error
 

@@ -6,11 +6,10 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-import psutil
-
 from streammerge.checkpoint.foreseeing import foresee_headers
 from streammerge.engine.accelerator import opening
 from streammerge.engine.memory import (
+    available_memory,
     cgroup_limit,
     default_budget,
     release_free_memory,
@@ -21,7 +20,7 @@ from streammerge.lazily import load_torch, torch_version
 from streammerge.plan.budgeting import BASELINE_NOISE
 from streammerge.plan.planning import Machine
 from streammerge.plan.types import MergePlan
-from streammerge.units import format_budget, format_size, parse_size
+from streammerge.units import MIB, format_budget, format_size, parse_size
 
 _READERS = 4
 """Four to eight concurrent requests of some MiB saturate the disks of common machines."""
@@ -30,6 +29,10 @@ _WRITERS = 2
 _MOST_WORKERS = 16
 """Beyond this many compute threads the interpreter lock is the limit, not the arithmetic."""
 
+_LITTLE_PLANNING_BYTES = 24 * MIB
+"""What planning may take in any case: a refusal can then name what the whole merge needs."""
+_BUFFER_BYTES = 96 * MIB
+"""Of what a merge needs when it is planned: the least of one with a few sources."""
 _TASK_BYTES = 1_300
 """Of what is planned for one tensor of the output; measured: 700 to 1,200, with what planning frees."""
 
@@ -99,7 +102,7 @@ def check_planning_room(models: Sequence[tuple[str, Path]], budget: int) -> None
     planning = _TASK_BYTES * max((each.tensors for each in sizes), default=0)
     need = kept + max(planning, *(each.parsing_bytes for each in sizes), 0)
     in_use = resident_memory()
-    if in_use + need <= budget:
+    if need <= _LITTLE_PLANNING_BYTES or in_use + need <= budget:
         return
     largest = max(range(len(sizes)), key=lambda index: sizes[index].nbytes)
     label, path = models[largest]
@@ -108,7 +111,7 @@ def check_planning_room(models: Sequence[tuple[str, Path]], budget: int) -> None
         f"describe up to {sum(s.tensors for s in sizes)} tensors, most of them in {label} ({path}); "
         f"to plan their merge takes up to {format_size(need)}, beside {format_size(in_use)} in use; "
         f"the budget is {format_size(budget)}, give --memory "
-        f"{format_budget(in_use + need + BASELINE_NOISE)} or more"
+        f"{format_budget(in_use + need + _BUFFER_BYTES + BASELINE_NOISE)} or more"
     )
 
 
@@ -155,6 +158,6 @@ def _choose_workers(workers: int | None, *, devices: int) -> int:
 def fits_page_cache(planned: MergePlan) -> bool:
     """Return whether a second sweep would find all inputs in memory without crowding others out."""
     limit = cgroup_limit()
-    available = psutil.virtual_memory().available
+    available = available_memory()
     room = available if limit is None else min(available, limit - planned.memory.peak)
     return planned.input_nbytes < room // 2

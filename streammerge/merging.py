@@ -14,7 +14,6 @@ from streammerge.adapters.plans import CombinationPlan
 from streammerge.checkpoint.bytesource import (
     ByteSource,
     OpenByteSource,
-    allow_open_files,
     check_unchanged,
 )
 from streammerge.checkpoint.manifest import Manifest, digest_identity
@@ -36,6 +35,7 @@ from streammerge.finishing import (
     write_companions,
 )
 from streammerge.identity import identify
+from streammerge.limits import allow_open_files, name_limit
 from streammerge.machine import fits_page_cache
 from streammerge.plan.layout import render_header
 from streammerge.plan.planning import find_method
@@ -84,19 +84,20 @@ class MergeJob:
 
     def _merge(self, planned: MergePlan, on_progress: OnProgress) -> Manifest:
         identity = identify(planned)
-        output = OutputDirectory(
-            self.out,
-            inputs=[
-                *(Path(model.path) for model in planned.models),
-                *(file.path for file in planned.files),
-            ],
-            nbytes=planned.bytes_to_write,
-            nbytes_beside=room_beside(planned),
-            names=output_names(planned),
-            identity=identity,
-            overwrite=self.overwrite,
-            resume=self.resume,
-        )
+        with _naming_errors(self.out):
+            output = OutputDirectory(
+                self.out,
+                inputs=[
+                    *(Path(model.path) for model in planned.models),
+                    *(file.path for file in planned.files),
+                ],
+                nbytes=planned.bytes_to_write,
+                nbytes_beside=room_beside(planned),
+                names=output_names(planned),
+                identity=identity,
+                overwrite=self.overwrite,
+                resume=self.resume,
+            )
         with ExitStack() as stack:
             sources = _open_sources(planned, self.opener, stack)
             stack.enter_context(output)
@@ -165,7 +166,7 @@ def _naming_errors(directory: Path) -> Iterator[None]:
         yield
     except OSError as error:
         where = error.filename or directory
-        raise OutputError(f"{where}: {error.strerror or error}") from error
+        raise name_limit(error) or OutputError(f"{where}: {error.strerror or error}") from error
 
 
 def _report_bytes(

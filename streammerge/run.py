@@ -32,6 +32,7 @@ from streammerge.engine.shelter import run_sheltered
 from streammerge.errors import CheckpointError, DeviceError, RecipeError
 from streammerge.finishing import companion_directory
 from streammerge.identity import identify
+from streammerge.limits import naming_limits
 from streammerge.machine import (
     check_planning_room,
     choose_budget,
@@ -50,6 +51,7 @@ RecipeLike = str | os.PathLike[str] | Mapping[str, Any] | Recipe
 """A recipe file, its parsed document, or a parsed recipe."""
 
 
+@naming_limits()
 def plan(
     recipe: RecipeLike,
     *,
@@ -101,6 +103,7 @@ def plan(
     return replace(planned, companions=read_companions(companion_directory(planned)))
 
 
+@naming_limits()
 def merge(
     recipe: RecipeLike | MergePlan | CombinationPlan,
     out: str | os.PathLike[str],
@@ -191,6 +194,7 @@ def find_complete(
     )
 
 
+@naming_limits()
 def verify_against(
     recipe: RecipeLike,
     out: str | os.PathLike[str],

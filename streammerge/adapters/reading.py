@@ -42,6 +42,8 @@ from streammerge.adapters.types import (
 )
 from streammerge.checkpoint.header import read_safetensors_header
 from streammerge.checkpoint.inputs import (
+    is_directory,
+    is_there,
     open_input,
     parse_json_object,
     read_exactly,
@@ -74,12 +76,10 @@ def is_adapter(path: Path) -> bool:
 
     A file that cannot be read is none; whoever reads it as a checkpoint says what is wrong with it.
     """
-    if path.is_dir():
+    if is_directory(path):
         names = {*WEIGHTS_NAMES, CONFIG_NAME}
         raw = _only_raw_file(path)
-        return any((path / name).exists() for name in names) or (
-            raw is not None and is_adapter(raw)
-        )
+        return any(is_there(path / name) for name in names) or (raw is not None and is_adapter(raw))
     if path.suffix not in {".safetensors", ".bin", ".pt"}:
         return False
     try:
@@ -103,7 +103,7 @@ def read_adapter(path: Path) -> Adapter:
         UnsupportedAdapterError: The adapter cannot be merged faithfully.
     """
     path = path.absolute()
-    weights = _choose_weights(path) if path.is_dir() else path
+    weights = _choose_weights(path) if is_directory(path) else path
     file, entries = _read_header(weights)
     if not entries:
         raise MissingTensorError(f"{weights}: holds no tensor; save the adapter again")
@@ -112,7 +112,7 @@ def read_adapter(path: Path) -> Adapter:
     naming = recognise_naming(entry.name for entry in entries)
     has_config = weights.name in WEIGHTS_NAMES or naming is Naming.PEFT
     if has_config:
-        if not config_path.exists():
+        if not is_there(config_path):
             raise CheckpointError(
                 f"{config_path}: is missing; it holds the scaling (r and lora_alpha), without which "
                 f"the tensors of {weights.name} say nothing; copy it beside them"
@@ -129,10 +129,10 @@ def read_adapter(path: Path) -> Adapter:
 def _choose_weights(directory: Path) -> Path:
     for name in WEIGHTS_NAMES:
         # A link to a file that is gone must be reported, not passed over.
-        if (directory / name).exists() or (directory / name).is_symlink():
+        if is_there(directory / name) or (directory / name).is_symlink():
             return directory / name
     raw = _only_raw_file(directory)
-    if raw is not None and not (directory / CONFIG_NAME).exists():
+    if raw is not None and not is_there(directory / CONFIG_NAME):
         return raw
     raise CheckpointError(
         f"{directory}: holds no {' or '.join(WEIGHTS_NAMES)}; copy it beside {CONFIG_NAME}"

@@ -35,6 +35,7 @@ from streammerge.checkpoint.outputdir import OutputDirectory
 from streammerge.checkpoint.outputfile import OutputFile, write_durably
 from streammerge.errors import OutputError
 from streammerge.lazily import torch_version
+from streammerge.limits import allow_open_files
 from streammerge.units import MIB
 from streammerge.version import VERSION
 
@@ -81,6 +82,7 @@ def run_combination(
         overwrite=overwrite,
         resume=resume,
     )
+    allow_open_files(len(plan.files) + 1)
     with ExitStack() as stack:
         sources = [stack.enter_context(opener(file.path)) for file in plan.files]
         check_unchanged(plan.files, sources)

@@ -10,7 +10,6 @@ Memory: none of the sources allocates; a mapping keeps at most 1 MiB of pages pe
 from __future__ import annotations
 
 import contextlib
-import importlib
 import mmap
 import os
 import threading
@@ -25,6 +24,7 @@ import numpy as np
 
 from streammerge.checkpoint.types import ShardFile
 from streammerge.errors import CheckpointError, TruncatedShardError
+from streammerge.limits import name_limit
 from streammerge.units import MIB
 
 _MMAP_STEP = 1 * MIB
@@ -33,8 +33,6 @@ _MMAP_STEP = 1 * MIB
 
 DROP_BYTES = 32 * MIB
 """Bytes of a file that are read before the system is told to forget them."""
-_OTHER_FILES = 256
-"""Files that the process may have open beside the merge's own."""
 
 
 class ByteSourceKind(StrEnum):
@@ -57,7 +55,9 @@ class ByteSource(ABC):
         try:
             self._fd = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
         except OSError as error:
-            raise CheckpointError(f"{path}: cannot be opened: {error.strerror}") from error
+            raise name_limit(error) or CheckpointError(
+                f"{path}: cannot be opened: {error.strerror}"
+            ) from error
 
     @property
     def path(self) -> Path:
@@ -187,21 +187,6 @@ class MmapSource(ByteSource):
         if self._map is not None:
             self._map.close()
         super().close()
-
-
-def allow_open_files(count: int) -> None:
-    """Raise this process's limit of open files, where it is lower than ``count`` and may be raised.
-
-    A merge of eight models of 160 shards keeps 1,300 files open; the usual soft limit is 1,024.
-    """
-    if os.name != "posix":
-        return
-    resource = importlib.import_module("resource")
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = count + _OTHER_FILES
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 def check_unchanged(files: Sequence[ShardFile], sources: Sequence[ByteSource]) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import BinaryIO, NoReturn
 
 from streammerge.errors import CheckpointError, HeaderError, TruncatedShardError
+from streammerge.limits import name_limit
 
 MAX_NUMEL = 2**63
 """The most elements that a shape may have: sizes beyond it overflow in every reader."""
@@ -73,7 +74,29 @@ def open_input(path: Path) -> Iterator[tuple[BinaryIO, os.stat_result]]:
         what = "is a link to a file that is gone" if path.is_symlink() else "is not there"
         raise CheckpointError(f"{path}: {what}; copy or download it again") from error
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
+        raise name_limit(error) or CheckpointError(
+            f"{path}: cannot be read: {error.strerror or error}"
+        ) from error
+
+
+def is_there(path: Path) -> bool:
+    """Return whether something is at ``path``; not, where the system would not even look.
+
+    ``Path.exists`` raises for a name that is too long or no Unicode, and in a closed directory.
+    """
+    try:
+        path.stat()
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def is_directory(path: Path) -> bool:
+    """Return whether ``path`` is a directory, as :func:`is_there` does."""
+    try:
+        return stat.S_ISDIR(path.stat().st_mode)
+    except (OSError, ValueError):
+        return False
 
 
 def check_inside(path: Path, directory: Path, *, of_what: str) -> None:

@@ -230,6 +230,7 @@ class OutputDirectory:
         if not self._place.inside:
             # Some systems do not rename the directories of open files.
             self._unlock()
+        _remove_empty_folders(self.partial)
         try:
             put_in_place(self._place)
         except OSError as error:
@@ -320,13 +321,18 @@ def _busy(partial: Path) -> OutputExistsError:
 
 def _check_inputs(out: Path, partial: Path, inputs: Sequence[Path]) -> None:
     for given in inputs:
-        path = given.resolve()
-        for place in (out.resolve(), partial.resolve()):
+        path = _real(given)
+        for place in (_real(out), _real(partial)):
             if place == path or place in path.parents or (path in place.parents and path.is_dir()):
                 raise OutputExistsError(
                     f"{out}: overlaps the input {given}; inputs are never written to, choose "
                     "another place"
                 )
+
+
+def _real(path: Path) -> Path:
+    # Path.resolve raises a RuntimeError for links in a circle, and these may lie anywhere.
+    return Path(os.path.realpath(path))
 
 
 def _check_existing(place: Place, *, overwrite: bool) -> None:
@@ -367,6 +373,14 @@ def _iter_names(directory: Path) -> Iterator[str]:
     for path in directory.rglob("*"):
         if not _is_plain_directory(path):
             yield path.relative_to(directory).as_posix()
+
+
+def _remove_empty_folders(directory: Path) -> None:
+    """Remove folders that hold nothing, which no merge has made; what cannot be does no harm."""
+    for path in sorted(directory.rglob("*"), reverse=True):
+        if _is_plain_directory(path) and not any(path.iterdir()):
+            with contextlib.suppress(OSError):
+                path.rmdir()
 
 
 def _is_plain_directory(path: Path) -> bool:

@@ -16,6 +16,7 @@ from pathlib import Path
 from streammerge.checkpoint.journal import PieceDone
 from streammerge.checkpoint.ownfiles import NEW_NAME, create_own, open_own
 from streammerge.errors import DiskSpaceError, OutputError
+from streammerge.limits import name_limit
 from streammerge.units import MIB, format_size
 
 SYNC_BYTES = 64 * MIB
@@ -61,7 +62,9 @@ class OutputFile:
         try:
             self._fd = open_own(path, os.O_RDWR | os.O_CREAT | exclusive)
         except OSError as error:
-            raise OutputError(f"{path}: cannot be created: {error.strerror}") from error
+            raise name_limit(error) or OutputError(
+                f"{path}: cannot be created: {error.strerror}"
+            ) from error
         try:
             self._preallocate()
         except OSError as error:
@@ -228,7 +231,9 @@ def write_durably(path: Path, pieces: Iterable[bytes]) -> None:
     except OSError as error:
         if error.errno in _DISK_FULL:
             raise _write_error(path, written, 0, error) from error
-        raise OutputError(f"{path}: cannot be written: {error.strerror}") from error
+        raise name_limit(error) or OutputError(
+            f"{path}: cannot be written: {error.strerror}"
+        ) from error
 
 
 def _write_error(

@@ -15,6 +15,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from streammerge.checkpoint.header import read_safetensors_header
 from streammerge.checkpoint.inputs import (
     check_inside,
+    is_there,
     open_input,
     parse_json_object,
     read_exactly,
@@ -31,6 +32,7 @@ from streammerge.errors import (
     QuantizedCheckpointError,
     printable,
 )
+from streammerge.limits import name_limit
 
 MAX_INDEX_BYTES = 100_000_000
 """As long as the longest safetensors header, which names as many tensors."""
@@ -89,10 +91,9 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     path = Path(path).absolute()
     try:
         is_directory = stat.S_ISDIR(path.stat().st_mode)
-    except OSError as error:
-        raise CheckpointError(
-            f"{path}: {error.strerror}; name a directory or a file with tensors"
-        ) from error
+    except (OSError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) else str(error)
+        raise CheckpointError(f"{path}: {why}; name a directory or a file with tensors") from error
     chosen = _choose_file(path) if is_directory else path
     if chosen.suffix == ".json":
         files, entries = _read_sharded(chosen)
@@ -166,7 +167,9 @@ def _choose_file(directory: Path) -> Path:
     try:
         names = {entry.name for entry in directory.iterdir()}
     except OSError as error:
-        raise CheckpointError(f"{directory}: cannot be listed: {error.strerror}") from error
+        raise name_limit(error) or CheckpointError(
+            f"{directory}: cannot be listed: {error.strerror}"
+        ) from error
     if "adapter_config.json" in names:
         raise CheckpointError(
             f"{directory}: holds an adapter (adapter_config.json), which is no model by itself; name "
@@ -236,7 +239,7 @@ def _read_sharded(index: Path) -> tuple[list[ShardFile], list[TensorEntry]]:
     names = sorted(set(weight_map.values()))
     for name in names:
         _check_shard_name(index, name)
-    absent = [name for name in names if not _is_there(index.parent / name)]
+    absent = [name for name in names if not is_there(index.parent / name)]
     if absent:
         raise HeaderError(
             f"{index}: index names {len(names)} shards, {len(absent)} are not there: "
@@ -332,21 +335,12 @@ def _check_index(
 
 
 def _read_config(path: Path) -> dict[str, object] | None:
-    if not path.is_symlink() and not _is_there(path):
+    if not path.is_symlink() and not is_there(path):
         return None
     # float: Python programs write Infinity here, as the time step limits of Mamba models.
     return parse_json_object(
         _read_small(path, MAX_CONFIG_BYTES), where=str(path), parse_constant=float
     )
-
-
-def _is_there(path: Path) -> bool:
-    # Path.exists raises for a name that is too long or not Unicode; an index can hold such.
-    try:
-        path.stat()
-    except (OSError, ValueError):
-        return False
-    return True
 
 
 def _read_small(path: Path, limit: int) -> bytes:

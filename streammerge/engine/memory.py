@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import importlib
+import os
 from pathlib import Path
 
 import psutil
 
-from streammerge.units import MIB
+from streammerge.units import KIB, MIB
 
 _CGROUP_LIMITS = (
     Path("/sys/fs/cgroup/memory.max"),
@@ -37,7 +39,28 @@ def resident_memory() -> int:
     private when another process that uses them ends. Resident memory counts them always, so a
     bound on it is a bound on private memory. Page cache that is not mapped does not count.
     """
-    return int(psutil.Process().memory_info().rss)
+    try:
+        return int(psutil.Process().memory_info().rss)
+    except (OSError, psutil.Error):
+        # Linux tells it in /proc, which some containers lack. The largest it ever was is no less.
+        resource = importlib.import_module("resource")
+        return int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) * KIB
+
+
+def available_memory() -> int:
+    """Return the memory that the system could give to this process now, in bytes."""
+    try:
+        return int(psutil.virtual_memory().available)
+    except (OSError, psutil.Error):
+        # Without /proc, what the C library knows; it does not count cached files, which could go.
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _total_memory() -> int:
+    try:
+        return int(psutil.virtual_memory().total)
+    except (OSError, psutil.Error):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def release_free_memory() -> None:
@@ -49,7 +72,7 @@ def release_free_memory() -> None:
 
 def default_budget() -> int:
     """Return a quarter of what is available, at least 512 MiB, at most what the cgroup allows."""
-    budget = max(_LEAST_DEFAULT, psutil.virtual_memory().available // 4)
+    budget = max(_LEAST_DEFAULT, available_memory() // 4)
     limit = cgroup_limit()
     return budget if limit is None else min(budget, limit)
 
@@ -63,7 +86,7 @@ def cgroup_limit() -> int | None:
         except OSError:
             continue
         # v2 says "max", v1 a number near 2^63, where there is no limit.
-        if text.isdecimal() and int(text) < psutil.virtual_memory().total:
+        if text.isdecimal() and int(text) < _total_memory():
             limits.append(int(text))
     return min(limits, default=None)
 

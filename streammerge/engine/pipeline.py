@@ -33,16 +33,15 @@ from streammerge.engine.resuming import Recovered
 from streammerge.engine.scheduling import OnScope, Schedule, Shop, Work
 from streammerge.engine.shelf import FactorShelf
 from streammerge.engine.writing import Output, WriteJob, run_writer
-from streammerge.errors import OutOfMemoryError, StageError, StreamMergeError
+from streammerge.errors import StageError, StreamMergeError
 from streammerge.lazily import torch
+from streammerge.limits import name_limit, naming_limits
 from streammerge.methods.base import MergeMethod
 from streammerge.plan.chunking import iter_units
 from streammerge.plan.kernels import takes_torch
 from streammerge.plan.sweeps import Needs
 from streammerge.plan.types import MergePlan
 
-_TORCH_OUT_OF_MEMORY = "can't allocate memory"
-"""What torch's allocator says, in a RuntimeError."""
 _TICK_SECONDS = 0.1
 """How often the calling thread looks at memory and reports progress."""
 
@@ -214,7 +213,8 @@ class _Running:
         peak = PeakMemory()
         try:
             for thread in threads:
-                thread.start()
+                with naming_limits():
+                    thread.start()
             while not self._outstanding.wait(_TICK_SECONDS):
                 peak.look()
                 on_progress(self._progress.event())
@@ -293,12 +293,8 @@ def _named(error: BaseException) -> BaseException:
     """Return an error that a caller can tell from others, whatever ended a stage."""
     if isinstance(error, StreamMergeError):
         return error
-    if isinstance(error, MemoryError) or _TORCH_OUT_OF_MEMORY in str(error):
-        named: StreamMergeError = OutOfMemoryError(
-            f"the system refused memory ({error or 'MemoryError'}); free some or give a smaller "
-            "--memory, then continue with --resume"
-        )
-    else:
-        named = StageError(f"{type(error).__name__}: {error}; please report it, with the traceback")
+    named: StreamMergeError = name_limit(error) or StageError(
+        f"{type(error).__name__}: {error}; please report it, with the traceback"
+    )
     named.__cause__ = error
     return named

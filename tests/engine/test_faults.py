@@ -32,6 +32,7 @@ from streammerge.errors import (
     OutOfMemoryError,
     OutputError,
     StageError,
+    SystemLimitError,
     TruncatedShardError,
 )
 from streammerge.methods.base import MergeMethod
@@ -493,7 +494,7 @@ def test_a_system_without_more_threads_ends_the_merge(
 
     monkeypatch.setattr(threading.Thread, "start", fail_later)
 
-    with pytest.raises(RuntimeError, match="can't start new thread"):
+    with pytest.raises(SystemLimitError, match="the system starts no more threads"):
         streammerge.merge(plan, out)
 
 
