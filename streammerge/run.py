@@ -21,6 +21,7 @@ from streammerge.checkpoint.bytesource import (
     choose_byte_source,
 )
 from streammerge.checkpoint.finished import find_finished
+from streammerge.checkpoint.inputs import parse_path
 from streammerge.checkpoint.manifest import MANIFEST_NAME, Manifest, digest_identity
 from streammerge.checkpoint.reading import check_not_quantized, read_checkpoint
 from streammerge.checkpoint.sidecars import read_companions
@@ -144,6 +145,7 @@ def merge(
         StreamMergeError: One of the errors that :mod:`streammerge.errors` lists; ``out`` is then
             as it was before.
     """
+    out = parse_path(out, "out")
     if isinstance(recipe, MergePlan | CombinationPlan):
         if any(each is not None for each in (memory, workers, device, device_memory)):
             raise ValueError("a plan already says what memory, workers and device it takes")
@@ -163,7 +165,7 @@ def merge(
         return finished
     job = MergeJob(
         planned,
-        Path(out),
+        out,
         overwrite=overwrite,
         resume=resume,
         opener=choose_byte_source(byte_source),
@@ -222,6 +224,7 @@ def verify_against(
         StreamMergeError: As for :func:`plan`; and OutputError where the files in ``out`` are not
             laid out as the recipe says.
     """
+    directory = parse_path(out, "out")
     planned = plan(recipe, memory=memory, device=device)
     if isinstance(planned, CombinationPlan):
         raise RecipeError(
@@ -230,7 +233,7 @@ def verify_against(
         )
     job = SampleJob(
         planned,
-        Path(out),
+        directory,
         sample=Sample(planned, fraction=fraction, seed=seed),
         opener=choose_byte_source(ByteSourceKind.PREAD),
     )
@@ -249,7 +252,7 @@ def load_recipe(recipe: RecipeLike) -> Recipe:
     if isinstance(recipe, Mapping):
         methods = methods_for(recipe, origin="recipe", models=models)
         return recipe_from_mapping(recipe, origin="recipe", methods=methods)
-    path = Path(recipe)
+    path = parse_path(recipe, "recipe")
     try:
         with path.open("rb") as stream:
             # No more, and whatever it is: `<(command)` and /dev/stdin are fine, /dev/zero ends.

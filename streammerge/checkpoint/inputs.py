@@ -51,6 +51,25 @@ _FOREIGN = (
 )
 
 
+def parse_path(path: str | os.PathLike[str], what: str) -> Path:
+    """Return the path that a caller of the library gave.
+
+    Args:
+        path: Text, or what stands for text; pathlib and open() take bytes here and there, and then
+            join them with text somewhere deep inside.
+        what: The caller's name of it, for messages.
+
+    Raises:
+        TypeError: It is neither.
+    """
+    if not isinstance(path, str | os.PathLike) or not isinstance(given := os.fspath(path), str):
+        raise TypeError(
+            f"{what}: expected a path as str or os.PathLike[str], got {path!r:.100}; os.fsdecode "
+            "makes text of bytes"
+        )
+    return Path(given)
+
+
 @contextmanager
 def open_input(path: Path) -> Iterator[tuple[BinaryIO, os.stat_result]]:
     """Open a regular file for reading and give it with its ``stat``, taken from the open file.

@@ -18,6 +18,7 @@ from streammerge.checkpoint.inputs import (
     is_there,
     open_input,
     parse_json_object,
+    parse_path,
     read_exactly,
     refuse_constant,
     refuse_foreign,
@@ -88,7 +89,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         MissingTensorError: The index names a tensor that its shard lacks.
         UnsupportedDTypeError: A tensor has a dtype without merge arithmetic.
     """
-    path = Path(path).absolute()
+    path = parse_path(path, "path").absolute()
     try:
         is_directory = stat.S_ISDIR(path.stat().st_mode)
     except (OSError, ValueError) as error:

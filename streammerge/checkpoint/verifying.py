@@ -13,6 +13,7 @@ from pathlib import Path
 
 from streammerge.checkpoint.digests import FileDigest, digest_file, digest_shard
 from streammerge.checkpoint.header import read_safetensors_header
+from streammerge.checkpoint.inputs import parse_path
 from streammerge.checkpoint.manifest import MANIFEST_NAME, find_manifest, manifest_files
 from streammerge.checkpoint.places import OWN_FILES
 from streammerge.errors import CheckpointError
@@ -67,7 +68,7 @@ def verify_files(
     Raises:
         HeaderError: The directory has no manifest, or it is not one.
     """
-    directory = Path(directory)
+    directory = parse_path(directory, "directory")
     manifest = find_manifest(directory)
     listed = manifest_files(manifest.document)
     damages: list[Damage] = []

@@ -1,0 +1,143 @@
+"""Whatever of the library takes a path takes it as text, as a ``Path``, or as what stands for text."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from models import MEMORY, Models, recipe_of
+
+import streammerge
+from streammerge.checkpoint.inputs import parse_path
+
+
+@dataclass(frozen=True)
+class Location:
+    """A path of somebody else's making."""
+
+    path: Any
+
+    def __fspath__(self) -> Any:
+        return self.path
+
+
+KINDS = {"str": str, "Path": Path, "PathLike": lambda path: Location(str(path))}
+BYTES = {
+    "bytes": os.fsencode,
+    "PathLike of bytes": lambda path: Location(os.fsencode(path)),
+    "number": lambda _: 3,
+}
+Convert = Callable[[Path], Any]
+
+
+@pytest.fixture
+def root(models: Models) -> Path:
+    """Return a directory with a model, a recipe for it, and its result."""
+    model = models.write({"a": torch.arange(6.0)}, "model")
+    recipe = recipe_of("linear", None, [model, models.write({"a": torch.ones(6)}, "other")])
+    (models.root / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    streammerge.merge(recipe, models.root / "merged", memory=MEMORY)
+    return models.root
+
+
+def merge(root: Path, convert: Convert) -> object:
+    recipe, new = convert(root / "recipe.yaml"), convert(root / "new")
+    streammerge.merge(recipe, new, memory=MEMORY)
+    streammerge.merge(recipe, new, memory=MEMORY, resume=True)
+    return streammerge.merge(recipe, new, memory=MEMORY, overwrite=True).method
+
+
+def verify_against(root: Path, convert: Convert) -> object:
+    recipe, merged = convert(root / "recipe.yaml"), convert(root / "merged")
+    return streammerge.verify_against(recipe, merged, memory=MEMORY, fraction=1.0).differing
+
+
+CALLS: dict[str, tuple[Callable[[Path, Convert], object], object]] = {
+    "load_recipe": (
+        lambda root, convert: streammerge.load_recipe(convert(root / "recipe.yaml")).method,
+        "linear",
+    ),
+    "merge": (merge, "linear"),
+    "plan": (
+        lambda root, convert: streammerge.plan(convert(root / "recipe.yaml"), memory=MEMORY).method,
+        "linear",
+    ),
+    "read_checkpoint": (
+        lambda root, convert: list(streammerge.read_checkpoint(convert(root / "model")).tensors),
+        ["a"],
+    ),
+    "verify_against": (verify_against, ()),
+    "verify_files": (
+        lambda root, convert: streammerge.verify_files(convert(root / "merged")).damages,
+        (),
+    ),
+}
+"""Every public function that takes a path, and what it comes to."""
+
+
+def test_every_public_function_is_tried() -> None:
+    public = {name: getattr(streammerge, name) for name in streammerge.__all__}
+
+    assert {name for name, each in public.items() if inspect.isfunction(each)} == set(CALLS)
+
+
+def test_no_method_of_a_public_class_takes_a_path() -> None:
+    classes = [getattr(streammerge, name) for name in streammerge.__all__]
+    methods = [
+        (each.__name__, name)
+        for each in classes
+        if inspect.isclass(each)
+        for name, method in inspect.getmembers(each, inspect.isfunction)
+        if not name.startswith("_") and "Path" in str(inspect.signature(method))
+    ]
+
+    assert methods == []
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", CALLS)
+def test_a_path_may_be_text_or_stand_for_it(name: str, kind: str, root: Path) -> None:
+    call, expected = CALLS[name]
+
+    assert call(root, KINDS[kind]) == expected
+
+
+@pytest.mark.parametrize("kind", BYTES)
+@pytest.mark.parametrize("name", CALLS)
+def test_what_is_no_text_is_refused_by_the_name_of_the_argument(
+    name: str, kind: str, root: Path
+) -> None:
+    call, _ = CALLS[name]
+    says = r"^(recipe|out|path|directory): expected a path as str or os\.PathLike\[str\], got .*"
+
+    with pytest.raises(TypeError, match=says):
+        call(root, BYTES[kind])
+
+
+@pytest.mark.parametrize("kind", BYTES)
+def test_an_output_that_is_no_text_is_refused_before_anything_is_read(
+    kind: str, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(root)
+    before = sorted(path.name for path in root.iterdir())
+
+    with pytest.raises(TypeError, match=r"^out: expected a path"):
+        streammerge.merge("no such recipe", BYTES[kind](root / "new"))
+    with pytest.raises(TypeError, match=r"^out: expected a path"):
+        streammerge.verify_against("no such recipe", BYTES[kind](root / "merged"))
+
+    assert sorted(path.name for path in root.iterdir()) == before
+
+
+def test_what_is_refused_is_shown_shortly() -> None:
+    with pytest.raises(TypeError) as caught:
+        parse_path(b"a" * 10_000, "path")  # type: ignore[arg-type]
+
+    assert len(str(caught.value)) < 250
