@@ -7,7 +7,7 @@ import os
 import sys
 from typing import NoReturn
 
-from streammerge.cli import main
+from streammerge.signals import leave_on_signals
 
 _COLLECT_AFTER = 50_000
 """New objects between two searches for unreachable cycles; importing torch makes far more, and with
@@ -20,17 +20,24 @@ def run() -> NoReturn:
     What the interpreter does at its end takes as long as half the import of torch, and the system
     takes back files, threads and memory anyway; so nothing is taken apart here.
     """
+    leave_on_signals()
+    # Only now, so that a signal finds its handler as early as can be.
+    from streammerge.cli import main  # noqa: PLC0415
+    from streammerge.streams import prepare_streams  # noqa: PLC0415
+
+    prepare_streams()
     gc.set_threshold(_COLLECT_AFTER, 50, 50)
     # No product of matrices is left to more than one thread, and where the system allows few, BLAS
     # ends the process with SIGINT as it starts its own, one per core, while numpy is imported.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    code = main()
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            stream.flush()
-        except (OSError, ValueError):
-            # Its reader has gone, or it was closed for that reason.
-            code = code or 1
+    try:
+        code = main()
+    except SystemExit as end:
+        # How argparse ends after --help, or a wrong usage.
+        code = end.code if isinstance(end.code, int) else 0
+    except Exception:  # noqa: BLE001 - nobody foresaw it: all that is known is shown
+        sys.excepthook(*sys.exc_info())
+        code = 1
     os._exit(code)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import sys
 from collections.abc import Sequence
@@ -15,13 +16,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from streammerge.errors import RecipeError, StreamMergeError
+from streammerge.errors import RecipeError, StreamMergeError, printable
 from streammerge.limits import check_address_space, naming_limits
 from streammerge.signals import stopping_signals
+from streammerge.streams import as_courtesy, print_result
 from streammerge.units import format_size, parse_size
 from streammerge.version import VERSION
 
 if TYPE_CHECKING:
+    from _typeshed import SupportsWrite
+
     from streammerge.adapters.plans import CombinationPlan
     from streammerge.checkpoint.manifest import Manifest
     from streammerge.plan.types import MergePlan
@@ -31,9 +35,9 @@ _INTERRUPTED = 130
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
-    options = _parser().parse_args(arguments)
     try:
-        with stopping_signals(), naming_limits():
+        options = _parser().parse_args(arguments)
+        with naming_limits():
             check_address_space()
             return int(options.command(options))
     except StreamMergeError as error:
@@ -46,13 +50,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("; ".join(["interrupted", *notes]), file=sys.stderr)
         return _INTERRUPTED
     except BrokenPipeError:
-        # The reader of our output has gone, as `| head` does.
-        sys.stderr.close()
+        # The reader of our output has gone, as `| head` does, and wants to hear no more.
+        return 1
+    except OSError as error:
+        # Whatever the system refuses where nothing more precise is known.
+        where = "" if error.filename is None else f"{printable(os.fsdecode(error.filename))}: "
+        print(f"{type(error).__name__}: {where}{error.strerror or error}", file=sys.stderr)
         return 1
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser whose help counts as printed only if it is."""
+
+    def _print_message(self, message: str, file: SupportsWrite[str] | None = None) -> None:
+        # The one place through which all of its text goes. Its own swallows or raises errors,
+        # by the version.
+        if file is sys.stdout:
+            print_result(message.rstrip("\n"))
+        else:
+            print(message, end="", file=sys.stderr)
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="streammerge",
         description="Merge models larger than memory, exactly, at the speed of the disk.",
     )
@@ -186,7 +206,10 @@ def _merge(options: argparse.Namespace) -> int:
     if complete is not None:
         _say_complete(options, complete)
         return 0
-    with show_progress(quiet=options.quiet, as_json=options.json) as on_progress:
+    with (
+        stopping_signals(),
+        show_progress(quiet=options.quiet, as_json=options.json) as on_progress,
+    ):
         manifest = merge(
             planned,
             options.out,
@@ -204,9 +227,12 @@ def _say_complete(options: argparse.Namespace, manifest: Manifest) -> None:
     tensors = len(manifest.tensors)
     if options.json:
         event = {"event": "complete", "out": str(options.out), "tensors": tensors}
-        print(json.dumps(event))
+        print(json.dumps(event), file=as_courtesy(sys.stdout), flush=True)
     elif not options.quiet:
-        print(f"{options.out}: is complete already, with {tensors} tensors", file=sys.stderr)
+        print(
+            f"{printable(options.out)}: is complete already, with {tensors} tensors",
+            file=sys.stderr,
+        )
 
 
 def _say_done(options: argparse.Namespace, manifest: Manifest) -> None:
@@ -225,11 +251,13 @@ def _say_done(options: argparse.Namespace, manifest: Manifest) -> None:
                     "projected_memory": run.projected_memory,
                     "measured_memory": run.measured_memory,
                 }
-            )
+            ),
+            file=as_courtesy(sys.stdout),
+            flush=True,
         )
     elif not options.quiet:
         print(
-            f"{options.out}: {len(manifest.tensors)} tensors in {run.seconds:.1f} s, read "
+            f"{printable(options.out)}: {len(manifest.tensors)} tensors in {run.seconds:.1f} s, read "
             f"{format_size(run.bytes_by_stage['read'])}, wrote "
             f"{format_size(run.bytes_by_stage['write'])}, peak memory "
             f"{format_size(run.measured_memory)} of {format_size(run.memory_budget)}",
@@ -254,15 +282,15 @@ def _plan(options: argparse.Namespace) -> int:
     from streammerge.plan.types import MergePlan
 
     planned = _plan_of(options)
-    if options.json:
-        if isinstance(planned, MergePlan):
-            print(dump_plan(planned))
-        else:
-            print(json.dumps(planned.as_json(), ensure_ascii=False))
-        return 0
-    free = shutil.disk_usage(Path.cwd()).free
-    print(planned)
-    print(f"free disk    {format_size(free)} here, {format_size(planned.bytes_to_write)} needed")
+    if not options.json:
+        # Not by its name, which it has no more once it is removed.
+        free = format_size(shutil.disk_usage(".").free)
+        needed = format_size(planned.bytes_to_write)
+        print_result(f"{planned}\nfree disk    {free} here, {needed} needed")
+    elif isinstance(planned, MergePlan):
+        print_result(dump_plan(planned))
+    else:
+        print_result(json.dumps(planned.as_json()))
     return 0
 
 
@@ -288,17 +316,15 @@ def _verify(options: argparse.Namespace) -> int:
         document = asdict(found)
         if compared is not None:
             document["against"] = asdict(compared)
-        print(json.dumps(document, ensure_ascii=False))
+        print_result(json.dumps(document))
     else:
-        for damage in found.damages:
-            print(f"{damage.kind}  {damage.name}: {damage.what}")
         verdict = f"{len(found.damages)} damaged" if found.damages else "all as they were written"
-        print(f"{options.out}: {found.files} files, {format_size(found.nbytes)}: {verdict}")
+        lines = [f"{damage.kind}  {damage.name}: {damage.what}" for damage in found.damages]
+        lines.append(f"{options.out}: {found.files} files, {format_size(found.nbytes)}: {verdict}")
         if not found.vouched:
-            print("its manifest is of an earlier version, and has no digest of its own")
-        if compared is not None:
-            for line in compared.lines():
-                print(line)
+            lines.append("its manifest is of an earlier version, and has no digest of its own")
+        lines += () if compared is None else compared.lines()
+        print_result("\n".join(map(printable, lines)))
     return 1 if found.damages or (compared is not None and compared.differing) else 0
 
 
@@ -311,15 +337,15 @@ def _inspect(options: argparse.Namespace) -> int:
     if is_adapter(Path(options.path)):
         adapter = read_adapter(Path(options.path))
         if options.json:
-            print(json.dumps(describe_adapter_as_json(adapter), ensure_ascii=False))
+            print_result(json.dumps(describe_adapter_as_json(adapter)))
         else:
-            print(describe_adapter(adapter))
+            print_result(describe_adapter(adapter))
         return 0
     checkpoint = read_checkpoint(Path(options.path))
     if options.json:
-        print(json.dumps(describe_as_json(checkpoint), ensure_ascii=False))
+        print_result(json.dumps(describe_as_json(checkpoint)))
     else:
-        print(describe(checkpoint))
+        print_result(describe(checkpoint))
     return 0
 
 
@@ -339,7 +365,7 @@ def _methods(options: argparse.Namespace) -> int:
         from streammerge.recipe.json_schema import recipe_json_schema
 
         specs = every_method({n: method.parameters for n, method in discover_methods().items()})
-        print(json.dumps(recipe_json_schema(specs), indent=2, ensure_ascii=False))
+        print_result(json.dumps(recipe_json_schema(specs), indent=2))
         return 0
     combinations = [each for name, each in COMBINATIONS.items() if options.name in (None, name)]
     if options.name is None:
@@ -353,12 +379,12 @@ def _methods(options: argparse.Namespace) -> int:
         chosen = []
     if options.json:
         facts = [method_as_json(method) for method in chosen] + combinations_as_json(combinations)
-        print(json.dumps(facts, ensure_ascii=False))
+        print_result(json.dumps(facts))
     elif options.name is None:
-        print(f"{list_methods(chosen)}\n\n{list_combinations()}")
+        print_result(f"{list_methods(chosen)}\n\n{list_combinations()}")
     else:
         parts = [describe_method(method) for method in chosen]
-        print("\n\n".join(parts + [describe_combination(each) for each in combinations]))
+        print_result("\n\n".join(parts + [describe_combination(each) for each in combinations]))
     return 0
 
 

@@ -12,6 +12,7 @@ from typing import Any, TextIO
 from tqdm import tqdm
 
 from streammerge.engine.progress import OnProgress, ProgressEvent
+from streammerge.streams import as_courtesy
 from streammerge.units import format_size
 
 _SECONDS_BETWEEN_LINES = 10.0
@@ -28,7 +29,7 @@ def show_progress(*, quiet: bool, as_json: bool) -> Iterator[OnProgress]:
         as_json: Write events to standard output, one JSON object per line.
     """
     if as_json:
-        yield _JsonLines(sys.stdout)
+        yield _JsonLines(as_courtesy(sys.stdout))
     elif quiet:
         yield lambda _: None
     elif sys.stderr.isatty():

@@ -291,7 +291,9 @@ def _plan_combination(recipe: Recipe, memory: int | str | None) -> CombinationPl
 def _read_source(
     source: Source, label: str, base: Checkpoint | None, *, shares_ties: bool
 ) -> Checkpoint | AdaptedModel:
-    if not is_adapter(source.path):
+    with _naming_source(label):
+        adapted = is_adapter(source.path)
+    if not adapted:
         if source.component is not None:
             raise RecipeError(
                 f"{label}.component: {source.path} is a model, and only adapters have parts; name "

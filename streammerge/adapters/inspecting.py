@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from streammerge.adapters.types import Adapter
+from streammerge.errors import printable
 from streammerge.units import format_size
 
 _SHOWN = 12
@@ -44,7 +45,7 @@ def describe_adapter(adapter: Adapter) -> str:
             more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
             rows.append((label, ", ".join(names[:_SHOWN]) + more))
     width = max(len(name) for name, _ in rows)
-    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+    return "\n".join(f"{name:<{width}}  {printable(value)}" for name, value in rows)
 
 
 def describe_adapter_as_json(adapter: Adapter) -> dict[str, Any]:

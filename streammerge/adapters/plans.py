@@ -11,6 +11,7 @@ from typing import Any
 from streammerge.adapters.types import Adapter, LayerKind, LowRankModule
 from streammerge.checkpoint.types import ShardFile, TensorEntry
 from streammerge.dtypes import DType
+from streammerge.errors import printable
 from streammerge.recipe.types import ComputeDType, ParameterValue
 from streammerge.units import format_size
 
@@ -196,7 +197,7 @@ class CombinationPlan:
         if self.dropped:
             rows.insert(-3, ("dropped", f"{len(self.dropped):,} modules or tensors"))
         width = max(len(name) for name, _ in rows)
-        return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+        return "\n".join(f"{name:<{width}}  {printable(value)}" for name, value in rows)
 
     def as_json(self) -> dict[str, Any]:
         """Return what scripts want to know of the plan."""

@@ -42,6 +42,7 @@ from streammerge.adapters.types import (
 )
 from streammerge.checkpoint.header import read_safetensors_header
 from streammerge.checkpoint.inputs import (
+    absolute,
     is_directory,
     is_there,
     open_input,
@@ -83,7 +84,7 @@ def is_adapter(path: Path) -> bool:
     if path.suffix not in {".safetensors", ".bin", ".pt"}:
         return False
     try:
-        _, entries = _read_header(path.absolute())
+        _, entries = _read_header(absolute(path))
     except CheckpointError:
         return False
     return recognise_naming(entry.name for entry in entries) is not None
@@ -102,7 +103,7 @@ def read_adapter(path: Path) -> Adapter:
         ShapeMismatchError: Shapes or ranks contradict each other, or tensors are empty.
         UnsupportedAdapterError: The adapter cannot be merged faithfully.
     """
-    path = path.absolute()
+    path = absolute(path)
     weights = _choose_weights(path) if is_directory(path) else path
     file, entries = _read_header(weights)
     if not entries:

@@ -118,6 +118,21 @@ def is_directory(path: Path) -> bool:
         return False
 
 
+def absolute(path: Path) -> Path:
+    """Return ``path`` from the root, so that no later change of the working directory matters.
+
+    Raises:
+        CheckpointError: It is relative to a working directory that has been removed.
+    """
+    try:
+        return path.absolute()
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            f"{path}: is relative to the working directory, which has been removed; change to "
+            "another one"
+        ) from error
+
+
 def check_inside(path: Path, directory: Path, *, of_what: str) -> None:
     """Return if ``path``, its links followed, lies below ``directory`` or in a hub cache.
 

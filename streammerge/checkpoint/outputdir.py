@@ -78,7 +78,14 @@ class OutputDirectory:
             DiskSpaceError: The disk has too little room.
             OutputError: The parent directory is missing or not writable.
         """
-        self.out = Path(os.path.abspath(out))  # noqa: PTH100 - resolve() would follow a link at OUT
+        try:
+            # resolve() would follow a link at OUT.
+            self.out = Path(os.path.abspath(out))  # noqa: PTH100
+        except FileNotFoundError as error:
+            raise OutputError(
+                f"{out}: is relative to the working directory, which has been removed; change to "
+                "another one"
+            ) from error
         if not self.out.name:
             raise OutputExistsError(
                 f"{self.out}: is the root of the file system; choose a directory"

@@ -14,6 +14,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from streammerge.checkpoint.header import read_safetensors_header
 from streammerge.checkpoint.inputs import (
+    absolute,
     check_inside,
     is_there,
     open_input,
@@ -89,7 +90,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         MissingTensorError: The index names a tensor that its shard lacks.
         UnsupportedDTypeError: A tensor has a dtype without merge arithmetic.
     """
-    path = parse_path(path, "path").absolute()
+    path = absolute(parse_path(path, "path"))
     try:
         is_directory = stat.S_ISDIR(path.stat().st_mode)
     except (OSError, ValueError) as error:

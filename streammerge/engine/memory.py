@@ -66,8 +66,9 @@ def _total_memory() -> int:
 def release_free_memory() -> None:
     """Give freed memory back to the system where the allocator keeps it; others do so by themselves."""
     gc.collect()
-    with contextlib.suppress(OSError, AttributeError, TypeError):
-        ctypes.CDLL(None).malloc_trim(ctypes.c_size_t(0))
+    # Through the interpreter's own handle: no library is loaded for it.
+    with contextlib.suppress(AttributeError):
+        ctypes.pythonapi.malloc_trim(ctypes.c_size_t(0))
 
 
 def default_budget() -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import PurePosixPath, PureWindowsPath
 
 from pydantic import TypeAdapter, ValidationError
@@ -11,8 +12,8 @@ from streammerge.plan.types import PLAN_VERSION, MergePlan
 
 
 def dump_plan(plan: MergePlan) -> str:
-    """Return the plan as one line of JSON."""
-    return TypeAdapter(MergePlan).dump_json(plan).decode()
+    """Return the plan as one line of JSON, in ASCII, which any stream can carry."""
+    return json.dumps(TypeAdapter(MergePlan).dump_python(plan, mode="json"))
 
 
 def parse_plan(text: str) -> MergePlan:

@@ -215,8 +215,12 @@ OUTPUT_DTYPES = {
 }
 """Every accepted spelling of an output dtype: torch's names and the safetensors codes."""
 
+MAX_PATH_CHARACTERS = 4095
+"""Linux takes no longer ones, and others do not either, or hardly."""
 # A NUL ends a path for the operating system, so such a path would name another file.
-_PathText = Annotated[str, Field(min_length=1, pattern=r"^[^\x00]+$")]
+_PathText = Annotated[
+    str, Field(min_length=1, max_length=MAX_PATH_CHARACTERS, pattern=r"^[^\x00]+$")
+]
 _Copy = Annotated[
     int,
     BeforeValidator(_parse_copy),
@@ -355,6 +359,9 @@ def _describe(details: ErrorDetails, parameter_names: frozenset[str]) -> str:
             said = f"expected text, got {got}"
         case "string_too_short":
             said = "expected text, got an empty one"
+        case "string_too_long":
+            found = len(details["input"])
+            said = f"expected a path of at most {MAX_PATH_CHARACTERS} characters, got {found}"
         case "string_pattern_mismatch":
             said = f"expected a path without NUL characters, got {got}"
         case "string_unicode":
