@@ -1,0 +1,172 @@
+"""What README tells people to type works as it is written there, with models under its names."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from models import write_adapter, write_model
+
+import streammerge
+from streammerge.checkpoint.manifest import MANIFEST_NAME
+
+ROOT = Path(__file__).resolve().parent.parent
+SHAPES = {
+    "model.embed_tokens.weight": (48, 32),
+    "model.layers.0.self_attn.q_proj.weight": (32, 32),
+    "model.layers.0.mlp.up_proj.weight": (40, 32),
+    "lm_head.weight": (48, 32),
+}
+CHANGED = ("model.layers.0.self_attn.q_proj.weight", "model.layers.0.mlp.up_proj.weight")
+NOT_RUN = {
+    "scripts/quickstart": "installs packages and trains for minutes",
+    "pip install .": "changes the environment",
+    "streammerge merge recipe.yaml merged --memory 4GiB --device cuda:0 --device-memory 2GiB": (
+        "needs two GPUs"
+    ),
+}
+"""Blocks that no test runs, by their first command."""
+BEFORE = {"streammerge verify merged": "streammerge merge recipe.yaml merged"}
+"""What the reader of a block has done before, by the block's first command."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block of README."""
+
+    language: str
+    """What stands behind the fence."""
+    line: int
+    """Of the fence, from 1."""
+    text: str
+    """What stands between the fences."""
+    recipe: str
+    """The YAML block that README has shown last."""
+
+    @property
+    def commands(self) -> list[str]:
+        """The lines without comments and what is aligned by spaces."""
+        lines = (shlex.split(line, comments=True) for line in self.text.splitlines())
+        return [shlex.join(line) for line in lines if line]
+
+    @property
+    def name(self) -> str:
+        """The first command, or the language."""
+        return self.language or self.commands[0]
+
+
+def read_blocks() -> list[Block]:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    blocks: list[Block] = []
+    recipe = ""
+    for found in re.finditer(r"^```(\w*)\n(.*?)^```$", readme, re.DOTALL | re.MULTILINE):
+        language, text = found.groups()
+        recipe = text if language == "yaml" else recipe
+        blocks.append(Block(language, readme.count("\n", 0, found.start()) + 1, text, recipe))
+    return blocks
+
+
+BLOCKS = read_blocks()
+
+
+def every(language: str) -> pytest.MarkDecorator:
+    chosen = [block for block in BLOCKS if block.language == language]
+    chosen = [block for block in chosen if language or block.name not in NOT_RUN]
+    return pytest.mark.parametrize("block", chosen, ids=lambda block: f"line {block.line}")
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    """Return a directory with what README's recipes name."""
+    for seed, name in enumerate(("base", "math", "code", "chat")):
+        generator = torch.Generator().manual_seed(seed)
+        tensors = {
+            tensor: torch.randn(shape, generator=generator).to(torch.bfloat16)
+            for tensor, shape in SHAPES.items()
+        }
+        path = write_model(tmp_path / "models" / name, tensors)
+        (path / "config.json").write_text('{"model_type": "llama", "tie_word_embeddings": false}')
+    for seed, name in enumerate(("math", "code")):
+        adapted = {tensor: SHAPES[tensor] for tensor in CHANGED}
+        write_adapter(tmp_path / "adapters" / name, adapted, seed=seed)
+    return tmp_path
+
+
+def run(place: Path, *arguments: str) -> str:
+    # What the tests themselves run on, and this project first.
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        cwd=place,
+        env=environment,
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, f"{shlex.join(arguments)}: {done.stderr}"
+    return done.stdout
+
+
+def run_command(place: Path, command: str) -> str:
+    program, *arguments = shlex.split(command)
+    assert program == "streammerge"
+    return run(place, "-m", program, *arguments)
+
+
+def test_every_block_is_run_or_named_here() -> None:
+    known = {"", "yaml", "python"}
+    assert {block.language for block in BLOCKS} == known
+    commands = {block.name for block in BLOCKS if block.language == ""}
+    assert {*NOT_RUN, *BEFORE} <= commands
+    assert len(commands) == sum(block.language == "" for block in BLOCKS)
+
+
+@every("")
+def test_the_commands_of_a_block_work_one_after_the_other(block: Block, place: Path) -> None:
+    (place / "recipe.yaml").write_text(block.recipe)
+    if block.name in BEFORE:
+        run_command(place, BEFORE[block.name])
+
+    said = {command: run_command(place, command) for command in block.commands}
+
+    for command, text in said.items():
+        _, verb, *rest = shlex.split(command)
+        if verb == "merge":
+            manifest = place / rest[1] / MANIFEST_NAME
+            assert yaml.safe_load(block.recipe)["method"] in manifest.read_text()
+        elif verb == "verify":
+            assert "all as they were written" in text
+            assert ("equal, bit by bit" in text) == ("--against" in rest)
+        else:
+            assert text.strip()
+
+
+@every("python")
+def test_a_python_block_runs(block: Block, place: Path) -> None:
+    (place / "recipe.yaml").write_text(block.recipe)
+
+    run(place, "-c", block.text)
+
+    assert streammerge.verify_files(place / "merged").damages == ()
+
+
+@every("yaml")
+def test_a_recipe_merges(block: Block, place: Path) -> None:
+    (place / "recipe.yaml").write_text(block.text)
+
+    run_command(place, "streammerge merge recipe.yaml merged")
+
+    makes_a_model = "base" in yaml.safe_load(block.text)
+    name = "model.safetensors" if makes_a_model else "adapter_model.safetensors"
+    merged = streammerge.read_checkpoint(place / "merged" / name)
+    assert (set(merged.tensors) == set(SHAPES)) == makes_a_model
+    assert streammerge.verify_files(place / "merged").damages == ()
