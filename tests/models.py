@@ -102,6 +102,28 @@ def write_shard_in_order(path: Path, tensors: Mapping[str, Tensor]) -> Path:
     return path
 
 
+def write_adapter(path: Path, weights: Mapping[str, tuple[int, int]], *, seed: int) -> Path:
+    """Write a LoRA of rank 4 as PEFT does, and return ``path``.
+
+    Args:
+        path: The directory to make.
+        weights: The rows and columns of every weight of the base that it changes, by name.
+        seed: Chooses the factors.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    modules = {name.removesuffix(".weight"): shape for name, shape in weights.items()}
+    tensors = {}
+    for module, (rows, columns) in modules.items():
+        name = f"base_model.model.{module}"
+        tensors[f"{name}.lora_A.weight"] = torch.randn(4, columns, generator=generator)
+        tensors[f"{name}.lora_B.weight"] = torch.randn(rows, 4, generator=generator)
+    targets = sorted({module.rpartition(".")[2] for module in modules})
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": targets}
+    write_model(path / "adapter_model.safetensors", tensors)
+    (path / "adapter_config.json").write_text(json.dumps(config))
+    return path
+
+
 def load_model(directory: Path) -> Tensors:
     """Read a merged directory the way transformers does: by its index, or its only file."""
     index = directory / INDEX_NAME
