@@ -93,7 +93,10 @@ def _parser() -> argparse.ArgumentParser:
         "--overwrite", action="store_true", help="replace an earlier or unfinished merge in OUT"
     )
     merge.add_argument(
-        "--byte-source", choices=("pread", "mmap"), default="pread", help="how inputs are read"
+        "--byte-source",
+        choices=("pread", "mmap"),
+        default="pread",
+        help="how inputs are read; mmap needs the compiled kernels, which guard it, and is no faster",
     )
     merge.add_argument("--quiet", action="store_true", help="no progress on standard error")
     merge.add_argument("--json", action="store_true", help="events as JSON lines on stdout")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import safetensors
 
+from streammerge.checkpoint.bytesource import ByteSourceKind
 from streammerge.checkpoint.digests import FileDigest, digest_file, tree_digest
 from streammerge.checkpoint.manifest import (
     MANIFEST_NAME,
@@ -107,6 +108,7 @@ def write_companions(
     identity: str,
     resumed: bool,
     damaged: int,
+    byte_source: ByteSourceKind,
 ) -> Manifest:
     """Write what was not copied beside the shards; the manifest last.
 
@@ -118,6 +120,7 @@ def write_companions(
         identity: Digest of what decided every byte.
         resumed: Whether an interrupted run had begun it.
         damaged: Pieces of that run that had changed meanwhile.
+        byte_source: How input files were read.
 
     Raises:
         DiskSpaceError: The disk is full.
@@ -143,7 +146,14 @@ def write_companions(
         write_durably(directory / name, [content])
     files = copied | {name: digest_file(directory / name) for name in texts}
     files |= _digest_shards(planned, report)
-    run = _run_record(planned, report, identity=identity, resumed=resumed, damaged=damaged)
+    run = _run_record(
+        planned,
+        report,
+        identity=identity,
+        resumed=resumed,
+        damaged=damaged,
+        byte_source=byte_source,
+    )
     manifest = _manifest(planned, report, dict(sorted(files.items())), run)
     write_manifest(manifest, directory)
     return manifest
@@ -201,7 +211,13 @@ def _manifest(
 
 
 def _run_record(
-    planned: MergePlan, report: RunReport, *, identity: str, resumed: bool, damaged: int
+    planned: MergePlan,
+    report: RunReport,
+    *,
+    identity: str,
+    resumed: bool,
+    damaged: int,
+    byte_source: ByteSourceKind,
 ) -> RunRecord:
     resources = planned.resources
     return RunRecord(
@@ -223,6 +239,7 @@ def _run_record(
         resumed=resumed,
         damaged=damaged,
         kernels="compiled" if kernels_serve(planned) else "plain",
+        byte_source=byte_source.value,
         identity=identity,
     )
 

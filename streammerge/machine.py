@@ -150,8 +150,9 @@ def _choose_workers(workers: int | None, *, devices: int) -> int:
             len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         )
         return min(available or 1, _MOST_WORKERS)
-    if workers < 1:
-        raise ValueError(f"workers must be at least 1, got {workers}")
+    # Not isinstance: True is an int.
+    if type(workers) is not int or workers < 1:
+        raise ValueError(f"workers: expected a whole number of at least 1, got {workers!r}")
     return workers
 
 

@@ -26,7 +26,7 @@ from streammerge.engine.pipeline import RunReport, run_pipeline
 from streammerge.engine.progress import OnProgress, ProgressEvent
 from streammerge.engine.rechecking import check_entries, keep_sound
 from streammerge.engine.resuming import Recovered, scope_found
-from streammerge.errors import OutputError
+from streammerge.errors import CheckpointError, OutputError
 from streammerge.finishing import (
     check_shards,
     copy_companions,
@@ -56,6 +56,8 @@ class MergeJob:
     """Whether to continue an unfinished merge, if there is one."""
     opener: OpenByteSource
     """Opens an input file."""
+    open_files: int
+    """Files that the process has open for each input."""
 
     def run(self, on_progress: OnProgress) -> Manifest:
         """Do it; ``out`` exists when this returns and not before.
@@ -63,6 +65,10 @@ class MergeJob:
         Raises:
             StreamMergeError: ``out`` is then as it was before.
         """
+        outputs = (
+            1 if isinstance(self.planned, CombinationPlan) else len(self.planned.layout.shards)
+        )
+        allow_open_files(len(self.planned.files) * self.open_files + outputs)
         if isinstance(self.planned, CombinationPlan):
             return self._combine(self.planned, on_progress)
         return self._merge(self.planned, on_progress)
@@ -105,7 +111,12 @@ class MergeJob:
             # At once, so that what happens to them while the tensors are merged is of no matter.
             copied = copy_companions(planned, output.partial)
             report, damaged = _write_shards(planned, output, sources, on_progress)
-            check_unchanged(planned.files, sources)
+            try:
+                check_unchanged(planned.files, sources)
+            except CheckpointError:
+                # Nobody knows which version of an input the pieces are of; no resume may use them.
+                output.discard()
+                raise
             check_shards(planned, output.partial)
             manifest = write_companions(
                 planned,
@@ -115,6 +126,7 @@ class MergeJob:
                 identity=digest_identity(identity),
                 resumed=bool(output.entries),
                 damaged=damaged,
+                byte_source=sources[0].kind,
             )
             output.publish()
         return manifest
@@ -136,6 +148,7 @@ class SampleJob:
     def run(self, on_progress: OnProgress) -> Comparison:
         """Merge it again and compare, bit by bit."""
         planned = self.planned
+        allow_open_files(len(planned.files) + len(planned.layout.shards))
         with ExitStack() as stack:
             sources = _open_sources(planned, self.opener, stack)
             outputs = [
@@ -184,7 +197,6 @@ def _report_bytes(
 
 def _open_sources(planned: MergePlan, opener: OpenByteSource, stack: ExitStack) -> list[ByteSource]:
     """Open every input file, and check that it is still what was planned."""
-    allow_open_files(len(planned.files) + len(planned.layout.shards))
     sources = [stack.enter_context(opener(file.path)) for file in planned.files]
     check_unchanged(planned.files, sources)
     return sources

@@ -115,7 +115,7 @@ def merge(
     device_memory: int | str | None = None,
     overwrite: bool = False,
     resume: bool = False,
-    byte_source: ByteSourceKind = ByteSourceKind.PREAD,
+    byte_source: ByteSourceKind | str = ByteSourceKind.PREAD,
     on_progress: OnProgress | None = None,
 ) -> Manifest:
     """Merge into the directory ``out``, which exists when this returns and not before.
@@ -135,7 +135,8 @@ def merge(
             replaced.
         resume: Whether to continue an unfinished merge, if there is one; if this very merge is
             complete already, nothing is left to do.
-        byte_source: How input files are read.
+        byte_source: How input files are read: ``"pread"``, or ``"mmap"``, which maps them only where
+            compiled kernels guard it.
         on_progress: Told several times per second how far the work is.
 
     Returns:
@@ -146,6 +147,7 @@ def merge(
             as it was before.
     """
     out = parse_path(out, "out")
+    kind = _parse_byte_source(byte_source)
     if isinstance(recipe, MergePlan | CombinationPlan):
         if any(each is not None for each in (memory, workers, device, device_memory)):
             raise ValueError("a plan already says what memory, workers and device it takes")
@@ -168,9 +170,16 @@ def merge(
         out,
         overwrite=overwrite,
         resume=resume,
-        opener=choose_byte_source(byte_source),
+        opener=choose_byte_source(kind),
+        open_files=kind.open_files,
     )
     return run_sheltered(job.run, on_progress or (lambda _: None))
+
+
+def _parse_byte_source(byte_source: ByteSourceKind | str) -> ByteSourceKind:
+    if byte_source not in list(ByteSourceKind):
+        raise ValueError(f"byte_source: expected pread or mmap, got {byte_source!r}")
+    return ByteSourceKind(byte_source)
 
 
 def find_complete(

@@ -26,11 +26,13 @@ from models import MEMORY, Models, load_model, recipe_of, write_shard_in_order
 
 import streammerge
 from streammerge import run
-from streammerge.checkpoint.bytesource import PreadSource
+from streammerge.checkpoint import bytesource
+from streammerge.checkpoint.bytesource import ByteSourceKind, PreadSource, choose_byte_source
 from streammerge.checkpoint.manifest import MANIFEST_NAME
 from streammerge.checkpoint.places import MARKER_NAME
 from streammerge.cli import main
 from streammerge.errors import CheckpointError, TruncatedShardError
+from streammerge.native.library import load_kernels
 
 FAILED, USAGE, DOES_NOT_FIT, EXISTS = 1, 2, 3, 4
 TENSORS = {"a.weight": torch.arange(6.0).reshape(2, 3), "b.weight": torch.arange(5.0)}
@@ -1110,6 +1112,113 @@ def test_an_input_that_is_cut_off_while_it_is_merged_is_noticed(
         streammerge.merge(recipe_of("linear", None, [model]), tmp_path / "out", memory=MEMORY)
 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model0"]
+
+
+@pytest.mark.parametrize("kind", ByteSourceKind)
+def test_an_input_that_is_rewritten_in_place_is_noticed_though_its_times_are_old(
+    kind: ByteSourceKind, tmp_path: Path, models: Models, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody knows then which version was read, so nothing is left for a resume either."""
+    model = models.write({name: torch.ones(300_000) for name in "abcd"})
+    file = model / "model.safetensors"
+    status = file.stat()
+    opener = choose_byte_source(kind)
+    reads = []
+
+    def rewrite() -> None:
+        # The clock of the file system moves on every few milliseconds.
+        while file.stat().st_ctime_ns == status.st_ctime_ns:
+            with file.open("r+b") as stream:
+                stream.seek(-4, os.SEEK_END)
+                stream.write(b"0000")
+            os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+    class Rewritten(opener):  # type: ignore[valid-type,misc]
+        def read_into(self, offset: int, buffer: memoryview) -> None:
+            super().read_into(offset, buffer)
+            reads.append(offset)
+            if len(reads) == 1:
+                rewrite()
+
+    asked = recipe_of("linear", None, [model])
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "choose_byte_source", lambda _: Rewritten)
+        with pytest.raises(CheckpointError, match="changed while it was read: it has its size of"):
+            streammerge.merge(asked, tmp_path / "out", memory=MEMORY, byte_source=kind)
+
+    after = file.stat()
+    assert (after.st_size, after.st_mtime_ns) == (status.st_size, status.st_mtime_ns)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model0"]
+    streammerge.merge(asked, tmp_path / "out", memory=MEMORY, byte_source=kind)
+
+
+@pytest.mark.parametrize("kind", ByteSourceKind)
+def test_links_and_rights_of_an_input_may_change_while_it_is_merged(
+    kind: ByteSourceKind, models: Models, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = models.write({"a": torch.ones(100_000)})
+    file = model / "model.safetensors"
+
+    class Linked(choose_byte_source(kind)):  # type: ignore[misc]
+        def read_into(self, offset: int, buffer: memoryview) -> None:
+            (models.root / "link").unlink(missing_ok=True)
+            os.link(file, models.root / "link")
+            super().read_into(offset, buffer)
+
+    monkeypatch.setattr(run, "choose_byte_source", lambda _: Linked)
+    merged, manifest = models.merge(recipe_of("linear", None, [model]), byte_source=kind)
+
+    assert merged["a"].tolist() == [1.0] * 100_000
+    assert manifest.run.byte_source == Linked.kind
+
+
+TRUNCATED_MAPPING = """
+import os, sys
+import streammerge.run as run
+from streammerge.checkpoint.bytesource import MmapSource
+from streammerge.cli import main
+
+class Shortened(MmapSource):
+    def _read_some(self, offset, buffer):
+        os.truncate(self.path, 1000)
+        return super()._read_some(offset, buffer)
+
+run.choose_byte_source = lambda _: Shortened
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.skipif(load_kernels() is None, reason="files are mapped with compiled kernels only")
+def test_a_mapped_input_that_is_cut_off_does_not_end_the_process(
+    tmp_path: Path, models: Models
+) -> None:
+    """Behind the new end it has pages that cannot be touched."""
+    model = models.write({"a": torch.ones(100_000)})
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(recipe_of("linear", None, [model])))
+    command = [sys.executable, "-c", TRUNCATED_MAPPING, "merge", recipe, tmp_path / "out"]
+    done = subprocess.run(
+        [*command, "--byte-source", "mmap"], capture_output=True, text=True, check=False
+    )
+
+    assert (done.returncode, done.stdout) == (1, ""), done.stderr
+    assert done.stderr.startswith(
+        f"TruncatedShardError: {model / 'model.safetensors'}: ends at byte 1000, "
+    )
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model0", "recipe.yaml"]
+
+
+def test_what_a_merge_was_read_with_is_recorded(
+    models: Models, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without compiled kernels nothing is mapped, whatever was asked for."""
+    asked = recipe_of("linear", None, [models.write({"a": torch.ones(3)})])
+    recorded = []
+    for kernels in (load_kernels(), None):
+        monkeypatch.setattr(bytesource, "load_kernels", lambda: kernels)  # noqa: B023
+        recorded.append(models.merge(asked, byte_source=ByteSourceKind.MMAP)[1].run.byte_source)
+
+    assert recorded == ["mmap" if load_kernels() else "pread", "pread"]
 
 
 # -- inputs that look odd and are sound

@@ -16,7 +16,12 @@ from streammerge.adapters.executing import check_equal_copies, execute
 from streammerge.adapters.plans import CombinationPlan, CopyTask, ModuleTask
 from streammerge.adapters.resultconfig import render_config
 from streammerge.adapters.types import Naming
-from streammerge.checkpoint.bytesource import ByteSource, OpenByteSource, check_unchanged
+from streammerge.checkpoint.bytesource import (
+    ByteSource,
+    ByteSourceKind,
+    OpenByteSource,
+    check_unchanged,
+)
 from streammerge.checkpoint.digests import FileDigest, digest_file
 from streammerge.checkpoint.manifest import (
     MANIFEST_NAME,
@@ -35,7 +40,6 @@ from streammerge.checkpoint.outputdir import OutputDirectory
 from streammerge.checkpoint.outputfile import OutputFile, write_durably
 from streammerge.errors import OutputError
 from streammerge.lazily import torch_version
-from streammerge.limits import allow_open_files
 from streammerge.units import MIB
 from streammerge.version import VERSION
 
@@ -82,7 +86,6 @@ def run_combination(
         overwrite=overwrite,
         resume=resume,
     )
-    allow_open_files(len(plan.files) + 1)
     with ExitStack() as stack:
         sources = [stack.enter_context(opener(file.path)) for file in plan.files]
         check_unchanged(plan.files, sources)
@@ -92,7 +95,9 @@ def run_combination(
         _write_tensors(plan, sources, partial / plan.file_name, meter, resumed=directory.continues)
         check_unchanged(plan.files, sources)
         _check_file(plan, partial / plan.file_name)
-        manifest = _write_companions(plan, partial, meter, digest_identity(identity))
+        manifest = _write_companions(
+            plan, partial, meter, digest_identity(identity), byte_source=sources[0].kind
+        )
         directory.publish()
     return manifest
 
@@ -159,7 +164,12 @@ def _check_file(plan: CombinationPlan, path: Path) -> None:
 
 
 def _write_companions(
-    plan: CombinationPlan, directory: Path, meter: _Meter, identity: str
+    plan: CombinationPlan,
+    directory: Path,
+    meter: _Meter,
+    identity: str,
+    *,
+    byte_source: ByteSourceKind,
 ) -> Manifest:
     """Write everything beside the tensors; the manifest last."""
     combination = COMBINATIONS[plan.method]
@@ -183,7 +193,7 @@ def _write_companions(
     for name, content in texts.items():
         write_durably(directory / name, [content])
     files = {name: digest_file(directory / name) for name in sorted([plan.file_name, *texts])}
-    manifest = _manifest(plan, meter, files, identity)
+    manifest = _manifest(plan, meter, files, identity, byte_source=byte_source)
     write_manifest(manifest, directory)
     return manifest
 
@@ -194,7 +204,12 @@ def _base_rows(plan: CombinationPlan) -> list[tuple[str, str]]:
 
 
 def _manifest(
-    plan: CombinationPlan, meter: _Meter, files: dict[str, FileDigest], identity: str
+    plan: CombinationPlan,
+    meter: _Meter,
+    files: dict[str, FileDigest],
+    identity: str,
+    *,
+    byte_source: ByteSourceKind,
 ) -> Manifest:
     return Manifest(
         version=MANIFEST_VERSION,
@@ -218,6 +233,7 @@ def _manifest(
             measured_memory=meter.peak,
             memory_budget=plan.budget,
             resumed=False,
+            byte_source=byte_source.value,
             identity=identity,
         ),
     )

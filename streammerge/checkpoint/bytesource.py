@@ -4,27 +4,34 @@ Two implementations behind one interface, same bytes: :class:`PreadSource` copie
 cache through the kernel, :class:`MmapSource` from a mapping. Where ``preadv`` is missing,
 :class:`SeekSource` does the same behind a lock. Each drops pages that will not be needed again.
 
+A page of a mapping that is behind the end of its file, because the file was made shorter meanwhile,
+ends the process with SIGBUS, and looking at the size first only makes that rarer. So the compiled
+kernels copy under a handler of that signal; without them, files are never mapped but read.
+
 Memory: none of the sources allocates; a mapping keeps at most 1 MiB of pages per reading thread.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import mmap
 import os
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from enum import StrEnum
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import ClassVar, Self
 
 import numpy as np
 
 from streammerge.checkpoint.types import ShardFile
 from streammerge.errors import CheckpointError, TruncatedShardError
 from streammerge.limits import name_limit
+from streammerge.native.library import load_kernels
 from streammerge.units import MIB
 
 _MMAP_STEP = 1 * MIB
@@ -41,11 +48,19 @@ class ByteSourceKind(StrEnum):
     PREAD = "pread"
     """Positioned reads; the measured faster one, and the default."""
     MMAP = "mmap"
-    """Memory mapping."""
+    """Memory mapping; where there are no compiled kernels to guard it, reads instead."""
+
+    @property
+    def open_files(self) -> int:
+        """Files that the process has open for each input: a mapping has one of its own."""
+        return 2 if self is ByteSourceKind.MMAP else 1
 
 
 class ByteSource(ABC):
     """One open input file."""
+
+    kind: ClassVar[ByteSourceKind] = ByteSourceKind.PREAD
+    """How it really reads."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -58,6 +73,7 @@ class ByteSource(ABC):
             raise name_limit(error) or CheckpointError(
                 f"{path}: cannot be opened: {error.strerror}"
             ) from error
+        self._opened = os.fstat(self._fd)
 
     @property
     def path(self) -> Path:
@@ -68,6 +84,21 @@ class ByteSource(ABC):
         """Return the size in bytes and the modification time in nanoseconds, as they are now."""
         status = os.fstat(self._fd)
         return status.st_size, status.st_mtime_ns
+
+    def was_rewritten(self) -> bool:
+        """Return whether the file may have been written to since it was opened, whatever its times say.
+
+        Who writes and then sets the old time of modification cannot set the time at which the system
+        last changed the file's record. New links, rights and owners change that too, as tools do that
+        link snapshots of a cache; where one of them differs, it explains the change. Nothing else
+        does: then what was read may be of two versions, and there is no telling without reading all
+        again.
+        """
+        now = os.fstat(self._fd)
+        return now.st_ctime_ns != self._opened.st_ctime_ns and all(
+            getattr(now, name) == getattr(self._opened, name)
+            for name in ("st_nlink", "st_mode", "st_uid", "st_gid")
+        )
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
         """Fill ``buffer`` with the bytes from ``offset`` on.
@@ -156,26 +187,54 @@ class SeekSource(ByteSource):
 
 
 class MmapSource(ByteSource):
-    """Copies from a mapping of the whole file."""
+    """Copies from a mapping of the whole file, which may become shorter meanwhile.
+
+    It needs the compiled kernels: :func:`choose_byte_source` knows whether they are there.
+    """
+
+    kind = ByteSourceKind.MMAP
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
-        self._nbytes = os.fstat(self._fd).st_size
-        self._map = mmap.mmap(self._fd, 0, access=mmap.ACCESS_READ) if self._nbytes else None
-        if self._map is not None and hasattr(mmap, "MADV_SEQUENTIAL"):
-            self._map.madvise(mmap.MADV_SEQUENTIAL)
+        self._nbytes = self._opened.st_size
+        self._address = 0
+        with ExitStack() as stack:
+            stack.callback(super().close)
+            kernels = load_kernels()
+            if kernels is None:
+                raise CheckpointError(f"{path}: is not mapped without compiled kernels; use pread")
+            self._copy = kernels.copy_mapped
+            stack.enter_context(kernels.guard_mappings())
+            self._map = stack.enter_context(self._mapping()) if self._nbytes else None
+            if self._map is not None:
+                # The array is gone at once, for a mapping cannot be closed while others view it.
+                self._address = np.frombuffer(self._map, dtype=np.uint8).ctypes.data
+            self._held = stack.pop_all()
+
+    def _mapping(self) -> mmap.mmap:
+        try:
+            mapping = mmap.mmap(self._fd, self._nbytes, access=mmap.ACCESS_READ)
+        except (OSError, ValueError) as error:
+            # A ValueError says that the file has become shorter.
+            raise name_limit(error) or CheckpointError(
+                f"{self._path}: cannot be mapped: {error}"
+            ) from error
+        if hasattr(mmap, "MADV_SEQUENTIAL"):
+            mapping.madvise(mmap.MADV_SEQUENTIAL)
+        return mapping
 
     def _read_some(self, offset: int, buffer: memoryview) -> int:
         count = min(len(buffer), self._nbytes - offset, _MMAP_STEP)
-        if count <= 0 or self._map is None:
+        if count <= 0:
             return 0
-        # numpy copies without holding the interpreter lock; a memoryview assignment would not.
-        np.copyto(
-            np.frombuffer(buffer, dtype=np.uint8, count=count),
-            np.frombuffer(self._map, dtype=np.uint8, count=count, offset=offset),
-        )
+        into = np.frombuffer(buffer, dtype=np.uint8, count=count)
+        copied = self._copy(into.ctypes.data, self._address + offset, count)
         self._forget(offset, count)
-        return count
+        # Asked after the copy: behind the end of a file, its last page reads as zeros.
+        there = os.fstat(self._fd).st_size - offset
+        if copied == 0 and there > 0:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return max(0, min(copied, there))
 
     def _forget(self, offset: int, nbytes: int) -> None:
         if self._map is not None and hasattr(mmap, "MADV_DONTNEED"):
@@ -184,13 +243,15 @@ class MmapSource(ByteSource):
 
     def close(self) -> None:
         """Close mapping and file."""
-        if self._map is not None:
-            self._map.close()
-        super().close()
+        self._held.close()
 
 
 def check_unchanged(files: Sequence[ShardFile], sources: Sequence[ByteSource]) -> None:
     """Return if every open file is still what it was when its header was read.
+
+    Since then, its size and time of modification must be the same. Not the time of the record: of what
+    has changed between planning and opening nothing but headers had been read, and files in a cache get
+    links at any time. Since it was opened, nothing may have been written to it.
 
     Raises:
         CheckpointError: One of them has changed.
@@ -201,6 +262,12 @@ def check_unchanged(files: Sequence[ShardFile], sources: Sequence[ByteSource]) -
             raise CheckpointError(
                 f"{file.path}: changed since it was planned: {file.nbytes} bytes then, {nbytes} "
                 "now, or another modification time; plan again"
+            )
+        if source.was_rewritten():
+            raise CheckpointError(
+                f"{file.path}: changed while it was read: it has its size of {nbytes} bytes and its "
+                "modification time, but the system changed its record since, as writing does and "
+                "setting the time back; what was merged may be of two versions, merge again"
             )
 
 
@@ -221,6 +288,6 @@ OpenByteSource = Callable[[Path], ByteSource]
 
 def choose_byte_source(kind: ByteSourceKind) -> OpenByteSource:
     """Return the implementation for this kind on this system."""
-    if kind is ByteSourceKind.MMAP:
+    if kind is ByteSourceKind.MMAP and load_kernels() is not None:
         return MmapSource
     return PreadSource if hasattr(os, "preadv") else SeekSource

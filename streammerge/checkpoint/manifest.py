@@ -93,6 +93,8 @@ class RunRecord:
     """Most memory that the process had of any one of them, in bytes; 0 on the CPU."""
     kernels: str = "plain"
     """``compiled`` if blocks on the CPU had compiled kernels at hand; they change no bit."""
+    byte_source: str = "pread"
+    """How input files were read: ``mmap`` only where it was asked for and could be guarded."""
     identity: str = ""
     """BLAKE2b-128 of what decided every byte: recipe, work, inputs and versions; in hex."""
 

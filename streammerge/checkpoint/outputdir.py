@@ -247,15 +247,24 @@ class OutputDirectory:
         self._unlock()
         clear_away(self._place, replaced=replaces)
 
+    def discard(self) -> None:
+        """Forget what is done, which turned out to be of no use: no later run goes on from it."""
+        self._close_journal()
+        for name in (SNAPSHOT_NAME, JOURNAL_NAME):
+            (self.partial / name).unlink(missing_ok=True)
+
     def _unlock(self) -> None:
+        self._close_journal()
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def _close_journal(self) -> None:
         if self._journal is not None:
             with contextlib.suppress(OutputError):
                 self._journal.sync()
             self._journal.close()
             self._journal = None
-        if self._lock is not None:
-            self._lock.close()
-            self._lock = None
 
     def __exit__(
         self,

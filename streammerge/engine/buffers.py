@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from streammerge.engine.monitor import Monitor
+from streammerge.errors import PlanError
 from streammerge.units import KIB
 
 _OWN_MAPPING = 256 * KIB
@@ -51,6 +52,7 @@ class SlotPool:
         self._monitor = monitor
         self._nbytes = nbytes
         self._memory_of = make or allocate
+        self._count = count
         self._unmade = count
         self._idle: list[Slot] = []
         self._returned = monitor.condition()
@@ -62,8 +64,14 @@ class SlotPool:
         the other needs would wait forever.
 
         Raises:
+            PlanError: There are not so many; a plan that was edited would wait for ever.
             StoppedError: The work was stopped meanwhile.
         """
+        if count > self._count:
+            raise PlanError(
+                f"the plan has {self._count} buffers of {self._nbytes} bytes, and a chunk needs "
+                f"{count} at once; plan again"
+            )
         with self._monitor.lock:
             self._monitor.wait(self._returned, lambda: len(self._idle) + self._unmade >= count)
             # Recently used buffers first: their pages exist and may still be in a cache.

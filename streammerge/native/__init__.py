@@ -6,6 +6,7 @@
     merge.c      a block of every source to a block of the output, in one sweep
     measure.c    a block's answer to a question about magnitudes
     select.c     the threshold of a tensor that is all here
+    guard.c      copies from a mapping whose file may end early
     words.py     what a method may ask for
     library.py   finds the kernels, and calls them
 

@@ -6,9 +6,12 @@ Memory: a few hundred bytes per caller; scratch memory and results are the calle
 from __future__ import annotations
 
 import ctypes
+import errno
 import functools
 import os
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
@@ -140,6 +143,14 @@ class Kernels:
         self._select = library.sm_select
         self._select.argtypes = (ctypes.POINTER(SelectionCall), *numbers)
         self._select.restype = None
+        self._copy_mapped = library.sm_copy_mapped
+        self._copy_mapped.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
+        self._copy_mapped.restype = ctypes.c_int64
+        self._guard_begin = library.sm_guard_begin
+        self._guard_end = library.sm_guard_end
+        self._guard_end.restype = None
+        self._mappings = 0
+        self._guarding = threading.Lock()
 
     def merge_blocks(self, calls: ctypes.Array[MergeCall], count: int, scratch: int) -> int:
         """Merge blocks and return how many were refused; what those wrote is not to be used.
@@ -192,6 +203,35 @@ class Kernels:
             patterns: Address of as many 32-bit numbers as the longest has.
         """
         self._select(calls, count, patterns)
+
+    @contextmanager
+    def guard_mappings(self) -> Iterator[None]:
+        """Let :meth:`copy_mapped` survive SIGBUS meanwhile; the last to leave puts back what was.
+
+        Raises:
+            OSError: The system refuses the handler.
+        """
+        with self._guarding:
+            if self._mappings == 0 and self._guard_begin() != 0:
+                raise OSError(errno.EINVAL, "the handler of SIGBUS cannot be set")
+            self._mappings += 1
+        try:
+            yield
+        finally:
+            with self._guarding:
+                self._mappings -= 1
+                if self._mappings == 0:
+                    self._guard_end()
+
+    def copy_mapped(self, to: int, mapped: int, nbytes: int) -> int:
+        """Copy from a mapping under :meth:`guard_mappings`, and return how many bytes were there.
+
+        Args:
+            to: Address of as much memory.
+            mapped: Address in the mapping.
+            nbytes: Bytes to copy.
+        """
+        return int(self._copy_mapped(to, mapped, nbytes))
 
 
 def _from(calls: ctypes.Array[QuestionCall], first: int) -> ctypes._Pointer[QuestionCall]:

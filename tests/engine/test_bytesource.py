@@ -6,7 +6,11 @@ They belong to ``checkpoint``, but what matters is how the engine's threads use 
 from __future__ import annotations
 
 import errno
+import mmap
 import os
+import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -28,10 +32,11 @@ from streammerge.checkpoint.bytesource import (
     choose_byte_source,
 )
 from streammerge.errors import CheckpointError, TruncatedShardError
+from streammerge.native.library import load_kernels
 
 NBYTES = 3 * 2**20 + 4097
 """More than two steps of a mapping, and no multiple of a page."""
-IMPLEMENTATIONS = [PreadSource, SeekSource, MmapSource]
+IMPLEMENTATIONS = [PreadSource, SeekSource, *([MmapSource] if load_kernels() else [])]
 
 
 @pytest.fixture(scope="module")
@@ -207,10 +212,176 @@ def test_reading_a_mapping_lets_other_threads_run(file: Path) -> None:
     assert ticks > 0
 
 
+# -- a mapping whose file becomes shorter
+
+PAGE = mmap.PAGESIZE
+
+
+@pytest.fixture
+def shrinking(tmp_path: Path) -> Path:
+    path = tmp_path / "shrinking"
+    path.write_bytes(bytes(range(1, 251)) * (10 * PAGE // 250))
+    return path
+
+
+@pytest.mark.parametrize("left", [0, 1, PAGE - 1, PAGE, PAGE + 1, 5 * PAGE + 77])
+def test_a_mapping_of_a_file_that_was_cut_off_names_its_new_end(left: int, shrinking: Path) -> None:
+    """Behind the end the last page reads as zeros, and the pages after it end the process."""
+    content = shrinking.read_bytes()
+    with MmapSource(shrinking) as source:
+        os.truncate(shrinking, left)
+
+        assert read(source, 0, left) == content[:left]
+        with pytest.raises(TruncatedShardError, match=f"ends at byte {left}, .* while it was read"):
+            read(source, 0, len(content))
+        with pytest.raises(TruncatedShardError, match=f"ends at byte {8 * PAGE}, "):
+            read(source, 8 * PAGE, 10)
+
+
+def test_threads_find_the_new_end_side_by_side(shrinking: Path) -> None:
+    """Each fault goes back to the copy that it interrupted."""
+    content = shrinking.read_bytes()
+    with MmapSource(shrinking) as source, MmapSource(shrinking) as other:
+        os.truncate(shrinking, 3 * PAGE)
+
+        def look(index: int) -> bool:
+            each = (source, other)[index % 2]
+            if index % 3 == 0:
+                return read(each, index, PAGE) == content[index : index + PAGE]
+            with pytest.raises(TruncatedShardError, match=f"ends at byte {3 * PAGE}, "):
+                read(each, index, 5 * PAGE)
+            return True
+
+        with ThreadPoolExecutor(8) as pool:
+            assert all(pool.map(look, range(400)))
+
+
+def test_a_page_of_a_mapping_that_the_disk_cannot_read_is_no_end(
+    shrinking: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with MmapSource(shrinking) as source:
+        monkeypatch.setattr(source, "_copy", lambda _to, _mapped, nbytes: min(nbytes, 0))
+
+        with pytest.raises(CheckpointError, match="reading byte 7 failed: Input/output error"):
+            read(source, 7, 10)
+
+
+FOREIGN_FAULT = """
+import ctypes, faulthandler, mmap, os, signal, sys
+from streammerge.checkpoint.bytesource import MmapSource
+
+path, when, how = sys.argv[1:]
+if how == "faulthandler":
+    faulthandler.enable()
+if how == "python":
+    signal.signal(signal.SIGBUS, lambda *_: os._exit(7))
+with open(path, "rb") as file:
+    foreign = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+sources = [MmapSource(path), MmapSource(path)]
+os.truncate(path, 0)
+for source in sources:
+    try:
+        source.read_into(0, memoryview(bytearray(10)))
+    except Exception as error:
+        print(type(error).__name__, flush=True)
+if when == "after":
+    for source in sources:
+        source.close()
+if how in ("python", "sent"):
+    os.kill(os.getpid(), signal.SIGBUS)
+else:
+    foreign[0]
+print("survived")
+"""
+
+
+@pytest.mark.parametrize("when", ["during", "after"])
+@pytest.mark.parametrize("how", ["default", "faulthandler", "sent", "python"])
+def test_what_a_mapping_does_not_guard_is_left_to_who_handled_it(
+    how: str, when: str, shrinking: Path
+) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", FOREIGN_FAULT, str(shrinking), when, how],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+
+    assert done.stdout == "TruncatedShardError\n" * 2
+    assert done.returncode == (7 if how == "python" else -signal.SIGBUS)
+    assert ("Fatal Python error: Bus error" in done.stderr) == (how == "faulthandler")
+
+
+def test_what_cannot_be_guarded_is_not_mapped(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bytesource, "load_kernels", lambda: None)
+
+    assert choose_byte_source(ByteSourceKind.MMAP) is PreadSource
+    with pytest.raises(CheckpointError, match="is not mapped without compiled kernels; use pread"):
+        MmapSource(file)
+
+
+# -- a file that is written to while it is open
+
+
+def rewrite(path: Path) -> None:
+    """Write other bytes of the same number in place, and set the old times."""
+    status = path.stat()
+    with path.open("r+b") as stream:
+        stream.write(b"other")
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+def settle(path: Path) -> None:
+    """Wait until the clock of the file system, which ticks every few milliseconds, has moved on."""
+    before = path.stat().st_ctime_ns
+    probe = path.with_name("probe")
+    while True:
+        probe.touch()
+        if probe.stat().st_ctime_ns != before:
+            probe.unlink()
+            return
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_a_rewritten_file_with_its_old_times_is_told_from_an_untouched_one(
+    implementation: OpenByteSource, shrinking: Path
+) -> None:
+    with implementation(shrinking) as source:
+        before = source.fingerprint()
+        read(source, 0, 100)
+        assert not source.was_rewritten()
+
+        settle(shrinking)
+        rewrite(shrinking)
+
+        assert source.fingerprint() == before
+        assert source.was_rewritten()
+
+
+@pytest.mark.parametrize("change", ["link", "unlink", "chmod", "replace"])
+def test_what_changes_no_bytes_is_no_rewriting(change: str, shrinking: Path) -> None:
+    """Tools that link files of a cache do so at any time; a file put in its place is another one."""
+    os.link(shrinking, shrinking.with_name("second"))
+    with PreadSource(shrinking) as source:
+        settle(shrinking)
+        if change == "link":
+            os.link(shrinking, shrinking.with_name("third"))
+        elif change == "unlink":
+            shrinking.with_name("second").unlink()
+        elif change == "chmod":
+            shrinking.chmod(0o600)
+        else:
+            shrinking.with_name("new").write_bytes(b"new")
+            shrinking.with_name("new").replace(shrinking)
+
+        assert not source.was_rewritten()
+
+
 @pytest.mark.parametrize(
     ("kind", "has_preadv", "implementation"),
     [
-        (ByteSourceKind.MMAP, True, MmapSource),
+        (ByteSourceKind.MMAP, True, MmapSource if load_kernels() else PreadSource),
         (ByteSourceKind.PREAD, True, PreadSource),
         (ByteSourceKind.PREAD, False, SeekSource),
     ],

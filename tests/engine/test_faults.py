@@ -31,6 +31,7 @@ from streammerge.errors import (
     DiskSpaceError,
     OutOfMemoryError,
     OutputError,
+    PlanError,
     StageError,
     SystemLimitError,
     TruncatedShardError,
@@ -571,3 +572,27 @@ def test_a_second_signal_does_not_wait(slow_merge: list[str], out: Path) -> None
 
     assert (process.returncode, said) == (130, "")
     shutil.rmtree(out.with_name("out.partial"))
+
+
+def test_a_plan_with_too_few_buffers_is_refused_and_waits_for_nothing(
+    base: Path, source: Path, out: Path
+) -> None:
+    plan = streammerge.plan(recipe_of("linear", None, [base, source]), memory=MEMORY)
+    edited = replace(plan, resources=replace(plan.resources, slots=1))
+
+    with pytest.raises(PlanError, match=r"the plan has 1 buffers .* a chunk needs 2 at once"):
+        streammerge.merge(edited, out)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    "options", [{"workers": 1.5}, {"workers": True}, {"workers": 0}, {"byte_source": "x"}]
+)
+def test_options_that_cannot_be_are_refused_by_name(
+    options: dict[str, Any], base: Path, source: Path, out: Path
+) -> None:
+    (name,) = options
+
+    with pytest.raises(ValueError, match=f"^{name}: expected"):
+        streammerge.merge(recipe_of("linear", None, [base, source]), out, memory=MEMORY, **options)
+    assert not out.exists()
