@@ -253,12 +253,19 @@ def _say_done(options: argparse.Namespace, manifest: Manifest) -> None:
                     "bytes_by_stage": run.bytes_by_stage,
                     "projected_memory": run.projected_memory,
                     "measured_memory": run.measured_memory,
+                    "damaged": run.damaged,
                 }
             ),
             file=as_courtesy(sys.stdout),
             flush=True,
         )
     elif not options.quiet:
+        if run.damaged:
+            print(
+                f"{printable(options.out)}: {run.damaged} piece(s) of the unfinished merge had "
+                "changed since, and were made again",
+                file=sys.stderr,
+            )
         print(
             f"{printable(options.out)}: {len(manifest.tensors)} tensors in {run.seconds:.1f} s, read "
             f"{format_size(run.bytes_by_stage['read'])}, wrote "

@@ -17,10 +17,9 @@ from streammerge.engine.memory import (
 )
 from streammerge.errors import DeviceError, MemoryBudgetError
 from streammerge.lazily import load_torch, torch_version
-from streammerge.plan.budgeting import BASELINE_NOISE
 from streammerge.plan.planning import Machine
 from streammerge.plan.types import MergePlan
-from streammerge.units import MIB, format_budget, format_size, parse_size
+from streammerge.units import BASELINE_NOISE, MIB, format_budget, format_size, parse_size
 
 _READERS = 4
 """Four to eight concurrent requests of some MiB saturate the disks of common machines."""

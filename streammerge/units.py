@@ -22,6 +22,8 @@ _SIZE = re.compile(r"\s*([0-9]{1,400}(?:\.[0-9]{1,400})?)\s*([A-Za-z]*)\s*\Z")
 KIB = 2**10
 MIB = 2**20
 GIB = 2**30
+BASELINE_NOISE = 16 * MIB
+"""The same process starts with a few MiB more or less each time; a budget that is named covers that."""
 
 
 def parse_size(text: str | int) -> int:

@@ -30,7 +30,7 @@ from streammerge.errors import MemoryBudgetError, RecipeError, ShapeMismatchErro
 from streammerge.recipe.parsing import dump_recipe
 from streammerge.recipe.resolving import Resolved, build_resolver
 from streammerge.recipe.types import Recipe
-from streammerge.units import MIB, format_size
+from streammerge.units import BASELINE_NOISE, MIB, format_budget, format_size
 
 GROWTH_BYTES = 64 * MIB
 """What the interpreter, torch and LAPACK take beside the factors once they work."""
@@ -69,7 +69,8 @@ def plan_combination(
         raise MemoryBudgetError(
             f"{recipe.method} of {len(adapters)} adapters needs {format_size(workspace)} for one "
             f"module, beside {format_size(baseline + GROWTH_BYTES)} for the process, and --memory "
-            f"allows {format_size(budget)}; give --memory {-(-peak // MIB)}MiB or more"
+            f"allows {format_size(budget)}; give --memory "
+            f"{format_budget(peak + BASELINE_NOISE)} or more"
             f"{_leaner(draft.combination)}"
         )
     naming = adapters[0].naming

@@ -24,6 +24,8 @@ LARGEST = {
 """Largest finite magnitude per output type."""
 
 
+# What is looked at here is not finite: numpy's warnings about that would say nothing new.
+@np.errstate(all="ignore")
 def refuse_operand(
     vector: Floats, piece: PieceInMemory, begin: int, plan: MergePlan, model: int
 ) -> Never:
@@ -64,6 +66,7 @@ def refuse_operand(
     )
 
 
+@np.errstate(all="ignore")
 def check_range(merged: Floats, piece: PieceInMemory, begin: int) -> None:
     """Raise if a merged block does not fit the range of its output type.
 

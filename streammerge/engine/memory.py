@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import gc
 import importlib
 import os
 from pathlib import Path
@@ -65,7 +64,6 @@ def _total_memory() -> int:
 
 def release_free_memory() -> None:
     """Give freed memory back to the system where the allocator keeps it; others do so by themselves."""
-    gc.collect()
     # Through the interpreter's own handle: no library is loaded for it.
     with contextlib.suppress(AttributeError):
         ctypes.pythonapi.malloc_trim(ctypes.c_size_t(0))

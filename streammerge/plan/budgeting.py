@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from streammerge.errors import MemoryBudgetError
 from streammerge.plan.types import MemoryProjection, Resources
 from streammerge.reductions import BLOCK
-from streammerge.units import MIB, format_budget, format_size
+from streammerge.units import BASELINE_NOISE, MIB, format_budget, format_size
 
 GROWTH_BYTES = 40 * MIB
 """Measured on Linux with torch 2.13: starting the threads and touching its first kernels adds 15 to
@@ -45,8 +45,6 @@ _BYTES_PER_BLOCK = 24
 """Counts of up to four crowded values, and of the ties of the threshold."""
 _DIRECT_NUMEL = 2 * BLOCK
 """Up to here a search simply collects every magnitude."""
-BASELINE_NOISE = 16 * MIB
-"""The same process starts with a few MiB more or less each time; the named budget covers that."""
 
 
 @dataclass(frozen=True, slots=True)
