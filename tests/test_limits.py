@@ -64,12 +64,15 @@ def limit(kind: int, number: int) -> Callable[[], None]:
 
 
 def run(
-    recipe: Path, *prefix: str, preexec: Callable[[], None] | None = None
+    recipe: Path,
+    *prefix: str,
+    preexec: Callable[[], None] | None = None,
+    memory: str = "1GiB",
 ) -> subprocess.CompletedProcess[str]:
     """Merge in a process of its own; nothing may be left of what fails."""
     out = recipe.parent / "out"
     done = subprocess.run(
-        [*prefix, sys.executable, "-m", "streammerge", "merge", recipe, out, "--memory", "1GiB"],
+        [*prefix, sys.executable, "-m", "streammerge", "merge", recipe, out, "--memory", memory],
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         preexec_fn=preexec,
         capture_output=True,
@@ -148,7 +151,7 @@ def test_address_space_for_less_than_the_libraries_is_refused(recipe: Path) -> N
     )
 
 
-@pytest.mark.parametrize("mib", [128, 136, 144, 160, 176, 192])
+@pytest.mark.parametrize("mib", [128, 136, 144, 152, 160])
 def test_whatever_too_little_address_space_refuses_is_named(mib: int, recipe: Path) -> None:
     """Imports, buffers and stacks of threads, at whatever place it runs out."""
     done = run(recipe, preexec=limit(resource.RLIMIT_AS, mib * MIB))
@@ -186,7 +189,8 @@ def test_too_few_threads_are_named(number: int, recipe: Path) -> None:
     """The interpreter is one, so that some of the merge's start or none does."""
     if os.geteuid() != 0 or shutil.which("setpriv") is None:
         pytest.skip("needs the right to become a user whose limit counts nothing else")
-    prefix = ["setpriv", "--reuid", "65534", "--clear-groups"]
+    # Nobody's limit would count what other tests run as nobody.
+    prefix = ["setpriv", "--reuid", str(70_000 + os.getpid()), "--clear-groups"]
     prefix += ["--inh-caps", KEEPS_ITS_RIGHTS, "--ambient-caps", KEEPS_ITS_RIGHTS]
     done = run(recipe, *prefix, preexec=limit(resource.RLIMIT_NPROC, number))
 
@@ -251,7 +255,8 @@ def test_a_merge_needs_no_proc(recipe: Path) -> None:
     hide = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs none /proc && exec "$@"', "sh"]
     if subprocess.run([*hide, "true"], capture_output=True, check=False).returncode != 0:
         pytest.skip("needs the right to make mount namespaces")
-    done = run(recipe, *hide)
+    # The peak, which is what the system tells then, begins with that of this process.
+    done = run(recipe, *hide, memory="64GiB")
 
     assert done.returncode == 0, done.stderr
 

@@ -38,6 +38,10 @@ NBYTES = 3 * 2**20 + 4097
 """More than two steps of a mapping, and no multiple of a page."""
 IMPLEMENTATIONS = [PreadSource, SeekSource, *([MmapSource] if load_kernels() else [])]
 
+maps = pytest.mark.skipif(
+    load_kernels() is None, reason="files are mapped only where compiled kernels guard it"
+)
+
 
 @pytest.fixture(scope="module")
 def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -176,6 +180,7 @@ def test_a_failing_read_is_named_with_its_byte(file: Path) -> None:
         read(source, 0, 20)
 
 
+@maps
 def test_a_mapping_gives_its_pages_back_step_by_step(
     file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -191,6 +196,7 @@ def test_a_mapping_gives_its_pages_back_step_by_step(
     assert sum(forgotten) == NBYTES - 5
 
 
+@maps
 def test_reading_a_mapping_lets_other_threads_run(file: Path) -> None:
     """Not a proof, but a copy that held the interpreter lock would starve this counter."""
     ticks = 0
@@ -224,6 +230,7 @@ def shrinking(tmp_path: Path) -> Path:
     return path
 
 
+@maps
 @pytest.mark.parametrize("left", [0, 1, PAGE - 1, PAGE, PAGE + 1, 5 * PAGE + 77])
 def test_a_mapping_of_a_file_that_was_cut_off_names_its_new_end(left: int, shrinking: Path) -> None:
     """Behind the end the last page reads as zeros, and the pages after it end the process."""
@@ -238,6 +245,7 @@ def test_a_mapping_of_a_file_that_was_cut_off_names_its_new_end(left: int, shrin
             read(source, 8 * PAGE, 10)
 
 
+@maps
 def test_threads_find_the_new_end_side_by_side(shrinking: Path) -> None:
     """Each fault goes back to the copy that it interrupted."""
     content = shrinking.read_bytes()
@@ -256,6 +264,7 @@ def test_threads_find_the_new_end_side_by_side(shrinking: Path) -> None:
             assert all(pool.map(look, range(400)))
 
 
+@maps
 def test_a_page_of_a_mapping_that_the_disk_cannot_read_is_no_end(
     shrinking: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -295,6 +304,7 @@ print("survived")
 """
 
 
+@maps
 @pytest.mark.parametrize("when", ["during", "after"])
 @pytest.mark.parametrize("how", ["default", "faulthandler", "sent", "python"])
 def test_what_a_mapping_does_not_guard_is_left_to_who_handled_it(
