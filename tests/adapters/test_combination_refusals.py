@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -293,3 +295,27 @@ def test_the_command_line_combines_and_plans(
     assert main(again) == 0
     name = "adapter_model.safetensors"
     assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
+
+
+def test_the_budget_that_a_combination_names_is_accepted_by_a_fresh_process(tmp_path: Path) -> None:
+    """A process starts with a few MiB more or less each time."""
+    model = llama()
+    paths = [
+        make_lora(tmp_path / f"a{seed}", model, seed=seed, r=4, target_modules=["q_proj"])
+        for seed in range(2)
+    ]
+    recipe = tmp_path / "recipe.json"
+    recipe.write_text(json.dumps({"method": "cat", "sources": [{"path": str(p)} for p in paths]}))
+
+    def plan(memory: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "streammerge", "plan", str(recipe), "--memory", memory]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+
+    refused = plan("1MiB")
+    assert refused.returncode == 3
+    named = re.search(r"give --memory (\S+) or more", refused.stderr)
+    assert named is not None
+
+    accepted = [plan(named[1]).returncode for _ in range(3)]
+
+    assert accepted == [0, 0, 0]
