@@ -56,6 +56,19 @@ class Comparison:
         yield f"merged again: {format_size(self.nbytes)} of {self.tensors} tensors: {verdict}"
 
 
+def check_sample(*, fraction: float, seed: int | None) -> None:
+    """Return if a sample can be chosen by these.
+
+    Raises:
+        ValueError: They are no part of a whole, or no seed.
+    """
+    # Not isinstance: True is an int.
+    if type(fraction) not in (int, float) or not 0 < fraction <= 1:
+        raise ValueError(f"fraction: expected a number above 0 and up to 1, got {fraction!r}")
+    if seed is not None and type(seed) is not int:
+        raise ValueError(f"seed: expected a whole number, got {seed!r}")
+
+
 class Sample:
     """A random choice of pieces of a merge, at least one."""
 

@@ -26,7 +26,7 @@ from streammerge.checkpoint.manifest import MANIFEST_NAME, Manifest, digest_iden
 from streammerge.checkpoint.reading import check_not_quantized, read_checkpoint
 from streammerge.checkpoint.sidecars import read_companions
 from streammerge.checkpoint.types import Checkpoint
-from streammerge.comparing import Comparison, Sample
+from streammerge.comparing import Comparison, Sample, check_sample
 from streammerge.engine.accelerator.opening import choose_devices
 from streammerge.engine.progress import OnProgress
 from streammerge.engine.shelter import run_sheltered
@@ -43,6 +43,7 @@ from streammerge.machine import (
 )
 from streammerge.merging import MergeJob, SampleJob
 from streammerge.methods import discover_methods
+from streammerge.plan.checking import check_runnable
 from streammerge.plan.planning import find_method, plan_merge, takes_in_turn
 from streammerge.plan.types import MergePlan
 from streammerge.recipe.parsing import MAX_TEXT_BYTES, load_document, recipe_from_mapping
@@ -160,6 +161,8 @@ def merge(
             device=device or "auto",
             device_memory=device_memory,
         )
+    if isinstance(planned, MergePlan):
+        check_runnable(planned)
     if overwrite and resume:
         raise ValueError("resume continues an unfinished merge, overwrite discards it; choose one")
     finished = find_complete(planned, out) if resume else None
@@ -234,6 +237,7 @@ def verify_against(
             laid out as the recipe says.
     """
     directory = parse_path(out, "out")
+    check_sample(fraction=fraction, seed=seed)
     planned = plan(recipe, memory=memory, device=device)
     if isinstance(planned, CombinationPlan):
         raise RecipeError(

@@ -225,6 +225,22 @@ def forge(shard: Path, element: int) -> None:
     manifest.write_text(json.dumps(document | {"version": 1}))
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        *({"fraction": each} for each in (0, -0.5, 1.5, float("nan"), "x", True)),
+        *({"seed": each} for each in ("x", 1.5, True)),
+    ],
+)
+def test_a_sample_that_cannot_be_is_refused_before_any_work(
+    options: dict[str, Any], tmp_path: Path
+) -> None:
+    (name,) = options
+
+    with pytest.raises(ValueError, match=f"^{name}: expected"):
+        verify_against(tmp_path / "absent.yaml", tmp_path / "absent", **options)
+
+
 @pytest.mark.parametrize("fraction", [0.01, 0.5, 1.0])
 def test_a_model_is_what_its_recipe_says(
     fraction: float, out: Path, recipe: dict[str, Any]

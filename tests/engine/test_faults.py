@@ -586,7 +586,36 @@ def test_a_plan_with_too_few_buffers_is_refused_and_waits_for_nothing(
 
 
 @pytest.mark.parametrize(
-    "options", [{"workers": 1.5}, {"workers": True}, {"workers": 0}, {"byte_source": "x"}]
+    ("edit", "said"),
+    [
+        ({"readers": 0}, "the plan has 0 readers and needs at least 1"),
+        ({"workers": 0}, "the plan has 0 workers and needs at least 1"),
+        ({"writers": -1}, "the plan has -1 writers and needs at least 1"),
+        ({"slot_bytes": 7}, f"buffers have 7 bytes, and a block of this tensor needs {4 * BLOCK}"),
+        # Compiled kernels would write past the end of it.
+        ({"output_slot_bytes": 0}, "output buffers have 0 bytes, and a chunk of this tensor needs"),
+    ],
+)
+def test_a_plan_that_cannot_be_run_is_refused_before_anything_begins(
+    edit: dict[str, int], said: str, base: Path, source: Path, out: Path
+) -> None:
+    plan = streammerge.plan(recipe_of("linear", None, [base, source]), memory=MEMORY)
+    edited = replace(plan, resources=replace(plan.resources, **edit))
+
+    with pytest.raises(PlanError, match=said):
+        streammerge.merge(edited, out)
+    assert not out.with_name("out.partial").exists()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"workers": 1.5},
+        {"workers": True},
+        {"workers": 0},
+        {"byte_source": "x"},
+        {"device": 3},
+    ],
 )
 def test_options_that_cannot_be_are_refused_by_name(
     options: dict[str, Any], base: Path, source: Path, out: Path

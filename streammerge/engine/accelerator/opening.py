@@ -17,12 +17,14 @@ from streammerge.lazily import torch
 _CUDA = re.compile(r"cuda(?::([0-9]{1,4}))?\Z")
 
 
-def choose_devices(wanted: str) -> tuple[str, ...]:
+def choose_devices(wanted: object) -> tuple[str, ...]:
     """Return the names of the accelerators that ``wanted`` means; none for the CPU.
 
     Raises:
         DeviceError: It means nothing, or a device that is not there.
     """
+    if not isinstance(wanted, str):
+        raise DeviceError(f"device: expected a name such as cpu or cuda:0, got {wanted!r}")
     if wanted in ("auto", "cpu"):
         return ()
     indices = [_parse(word, wanted) for word in wanted.split(",")]
