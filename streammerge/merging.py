@@ -187,12 +187,7 @@ def _report_bytes(
 ) -> Callable[[int, float], None]:
     total = planned.bytes_to_read + planned.bytes_to_write
 
-    def report(done: int, seconds: float) -> None:
-        rate = done / seconds if seconds > 0 else 0.0
-        left = (total - done) / rate if rate > 0 else float("inf")
-        on_progress(ProgressEvent("merge", done, max(total, done), seconds, rate, left))
-
-    return report
+    return lambda done, seconds: on_progress(ProgressEvent.at("merge", done, total, seconds))
 
 
 def _open_sources(planned: MergePlan, opener: OpenByteSource, stack: ExitStack) -> list[ByteSource]:

@@ -14,6 +14,7 @@ import torch
 from models import Models, recipe_of
 
 import streammerge
+from streammerge import machine
 from streammerge.checkpoint.foreseeing import foresee_headers
 from streammerge.errors import MemoryBudgetError
 from streammerge.units import MIB
@@ -108,7 +109,9 @@ def test_what_planning_takes_is_never_more_than_was_foreseen(name: str, tmp_path
     _, peak, _ = run("plan", str(recipe), "--memory", "2GiB")
 
     sizes = [foresee_headers(path) for path in sources]
-    foreseen = sum(each.kept_bytes for each in sizes) + max(1_300 * COUNT, sizes[0].parsing_bytes)
+    foreseen = sum(each.kept_bytes for each in sizes) + max(
+        machine._TASK_BYTES * COUNT, sizes[0].parsing_bytes
+    )
     assert foreseen / 3 < peak - without < foreseen
 
 
@@ -146,3 +149,42 @@ def test_what_earlier_merges_left_free_is_free(tmp_path: Path, models: Models) -
     # Libraries that the first merge brought into memory stay.
     assert grown < 32 * MIB
     assert slots_again >= slots_first - 4
+
+
+def write_sharded(path: Path, count: int) -> Path:
+    """Write half of the tensors to each of two shards, with an index that is compact."""
+    for index in range(2):
+        part = write_many(path / f"part-{index}", count // 2, f"shard.{index}.{{}}")
+        (part / "model.safetensors").rename(path / f"model-{index}.safetensors")
+        part.rmdir()
+    names = {
+        f"shard.{i}.{k}": f"model-{i}.safetensors" for i in range(2) for k in range(count // 2)
+    }
+    text = json.dumps({"metadata": {}, "weight_map": names}, separators=(",", ":"))
+    (path / "model.safetensors.index.json").write_text(text)
+    return path
+
+
+def test_tensors_of_shards_are_counted_once_however_the_model_is_named(tmp_path: Path) -> None:
+    (tmp_path / "sharded").mkdir()
+    path = write_sharded(tmp_path / "sharded", 1000)
+
+    of_directory = foresee_headers(path)
+
+    assert of_directory.tensors == 1000
+    assert foresee_headers(path / "model.safetensors.index.json") == of_directory
+
+
+def test_no_spelling_of_a_header_hides_its_tensors(tmp_path: Path) -> None:
+    """In JSON a key may be written with escapes, and braces may not."""
+    path = write_many(tmp_path / "plain", 1000)
+    plain = foresee_headers(path)
+    raw = (path / "model.safetensors").read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    header = raw[8 : 8 + length].replace(b'"data_offsets"', b'"data\\u005foffsets"')
+    (path / "model.safetensors").write_bytes(
+        len(header).to_bytes(8, "little") + header + raw[8 + length :]
+    )
+
+    assert len(streammerge.read_checkpoint(path).tensors) == 1000
+    assert foresee_headers(path).tensors == plain.tensors == 1000

@@ -24,6 +24,7 @@ from models import MEMORY, Models, recipe_of
 
 import streammerge
 from streammerge.checkpoint import journal, outputdir, outputfile
+from streammerge.checkpoint.bytesource import PreadSource
 from streammerge.checkpoint.journal import (
     JOURNAL_NAME,
     Journal,
@@ -37,10 +38,11 @@ from streammerge.checkpoint.snapshot import SNAPSHOT_NAME, load_snapshot, save_s
 from streammerge.checkpoint.verifying import verify_files
 from streammerge.cli import main
 from streammerge.engine import scheduling
+from streammerge.engine.pipeline import run_pipeline
 from streammerge.engine.progress import ProgressEvent
 from streammerge.engine.resuming import Recovered
 from streammerge.engine.statistics import ScopeStatistics
-from streammerge.errors import OutputError, OutputExistsError, ResumeError
+from streammerge.errors import CheckpointError, OutputError, OutputExistsError, ResumeError
 from streammerge.plan.chunking import Piece
 from streammerge.plan.types import MergePlan
 from streammerge.reductions import BLOCK
@@ -898,3 +900,30 @@ def test_an_interrupt_before_the_first_byte_keeps_the_leave_to_overwrite(
     assert (tmp_path / "out" / MANIFEST_NAME).stat().st_ino != before
     assert manifest.method == "ties"
     assert bytes_of(tmp_path / "out") == whole
+
+
+@pytest.mark.parametrize("recipe", ["ties"], indirect=True)
+def test_a_resume_whose_input_is_rewritten_says_that_nothing_is_kept(
+    plan: MergePlan, whole: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun_lines(plan, tmp_path / "out")
+    with monkeypatch.context() as patch:
+        patch.setattr(PreadSource, "was_rewritten", lambda _: bool(opened))
+        opened: list[bool] = []
+        patch.setattr("streammerge.merging.run_pipeline", _marking(opened))
+        with pytest.raises(CheckpointError, match="changed while it was read") as caught:
+            streammerge.merge(plan, tmp_path / "out", resume=True)
+
+    assert not getattr(caught.value, "__notes__", ())
+    assert not (tmp_path / "out.partial").exists()
+    streammerge.merge(plan, tmp_path / "out", resume=True)
+    assert bytes_of(tmp_path / "out") == whole
+
+
+def _marking(opened: list[bool]) -> Callable[..., Any]:
+    def run(*arguments: Any, **options: Any) -> Any:
+        report = run_pipeline(*arguments, **options)
+        opened.append(True)
+        return report
+
+    return run

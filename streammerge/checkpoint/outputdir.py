@@ -14,6 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from streammerge.checkpoint.folders import is_folder, iter_empty_folders, iter_names
 from streammerge.checkpoint.journal import (
     JOURNAL_NAME,
     Entry,
@@ -141,7 +142,7 @@ class OutputDirectory:
         """Return if the unfinished merge holds nothing but what merges write."""
         foreign = sorted(
             name
-            for name in _iter_names(self.partial)
+            for name in iter_names(self.partial)
             if name not in self._names and name.rpartition("/")[2] != NEW_NAME
         )
         if foreign:
@@ -237,7 +238,10 @@ class OutputDirectory:
         if not self._place.inside:
             # Some systems do not rename the directories of open files.
             self._unlock()
-        _remove_empty_folders(self.partial)
+        # No merge has made these; what cannot be removed does no harm.
+        for folder in iter_empty_folders(self.partial):
+            with contextlib.suppress(OSError):
+                folder.rmdir()
         try:
             put_in_place(self._place)
         except OSError as error:
@@ -250,6 +254,7 @@ class OutputDirectory:
     def discard(self) -> None:
         """Forget what is done, which turned out to be of no use: no later run goes on from it."""
         self._close_journal()
+        self._continues = False
         for name in (SNAPSHOT_NAME, JOURNAL_NAME):
             (self.partial / name).unlink(missing_ok=True)
 
@@ -315,7 +320,7 @@ def _clear(directory: Path) -> None:
     for path in directory.iterdir():
         if path.name == MARKER_NAME:
             continue
-        if _is_plain_directory(path):
+        if is_folder(path):
             shutil.rmtree(path)
         else:
             path.unlink()
@@ -360,9 +365,9 @@ def _check_existing(place: Place, *, overwrite: bool) -> None:
     entries = list(place.iter_entries())
     if not entries:
         return
-    present = [path.name for path in entries if not _is_plain_directory(path)]
-    for folder in filter(_is_plain_directory, entries):
-        present += [f"{folder.name}/{name}" for name in _iter_names(folder)]
+    present = [path.name for path in entries if not is_folder(path)]
+    for folder in filter(is_folder, entries):
+        present += [f"{folder.name}/{name}" for name in iter_names(folder)]
     present.sort()
     if not overwrite:
         raise OutputExistsError(
@@ -382,25 +387,6 @@ def _check_existing(place: Place, *, overwrite: bool) -> None:
             f"{out}: holds {len(foreign)} file(s) that the earlier merge did not write "
             f"({', '.join(foreign[:_LISTED])}); --overwrite would lose them, move them away"
         )
-
-
-def _iter_names(directory: Path) -> Iterator[str]:
-    """Yield the names of all that is in a directory, or deeper, but is no directory."""
-    for path in directory.rglob("*"):
-        if not _is_plain_directory(path):
-            yield path.relative_to(directory).as_posix()
-
-
-def _remove_empty_folders(directory: Path) -> None:
-    """Remove folders that hold nothing, which no merge has made; what cannot be does no harm."""
-    for path in sorted(directory.rglob("*"), reverse=True):
-        if _is_plain_directory(path) and not any(path.iterdir()):
-            with contextlib.suppress(OSError):
-                path.rmdir()
-
-
-def _is_plain_directory(path: Path) -> bool:
-    return path.is_dir() and not path.is_symlink()
 
 
 def _check_partial(partial: Path) -> None:

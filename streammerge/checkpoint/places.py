@@ -23,6 +23,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from streammerge.checkpoint.folders import is_folder
 from streammerge.checkpoint.journal import JOURNAL_NAME
 from streammerge.checkpoint.manifest import MANIFEST_NAME, read_manifest_files
 from streammerge.checkpoint.outputfile import sync_directory, write_durably
@@ -103,7 +104,7 @@ def put_in_place(place: Place) -> None:
         OutputError: The note cannot be written.
     """
     for path in (place.partial, *place.partial.iterdir()):
-        if path.is_dir() and not path.is_symlink():
+        if is_folder(path):
             sync_directory(path)
     if not place.inside:
         _rename(place)

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from streammerge.checkpoint.digests import FileDigest, digest_file, digest_shard
+from streammerge.checkpoint.folders import iter_empty_folders, iter_names
 from streammerge.checkpoint.header import read_safetensors_header
 from streammerge.checkpoint.inputs import parse_path
 from streammerge.checkpoint.manifest import MANIFEST_NAME, find_manifest, manifest_files
@@ -85,27 +86,13 @@ def verify_files(
     # A merge that was killed right after the last rename is complete, but not yet tidied up.
     partial = f"{Path(os.path.abspath(directory)).name}.partial"  # noqa: PTH100 - follows no link
     ours = {*OWN_FILES, partial, *(f"{partial}/{name}" for name in OWN_FILES)}
+    empty = [path.relative_to(directory).as_posix() for path in iter_empty_folders(directory)]
     damages += (
         Damage(name, "extra", "the manifest does not list it")
-        for name in _iter_names(directory)
+        for name in (*iter_names(directory), *empty)
         if name not in {MANIFEST_NAME, *listed, *ours}
     )
     return Verification(len(listed), nbytes, tuple(damages), manifest.vouched)
-
-
-def _iter_names(directory: Path) -> Iterator[str]:
-    """Yield the names of all files, and of all folders that hold nothing."""
-    for path in sorted(directory.rglob("*")):
-        if path.is_symlink() or not path.is_dir() or _is_empty(path):
-            yield path.relative_to(directory).as_posix()
-
-
-def _is_empty(folder: Path) -> bool:
-    try:
-        return not any(folder.iterdir())
-    except OSError:
-        # What cannot be looked into counts as empty: it is named, whatever it holds.
-        return True
 
 
 def _compare(directory: Path, name: str, expected: FileDigest) -> Damage | None:

@@ -45,6 +45,21 @@ class ProgressEvent:
     seconds_left: float
     """At that rate."""
 
+    @classmethod
+    def at(cls, activity: str, done: int, total: int, seconds: float) -> ProgressEvent:
+        """Return the event of an activity that has done so many bytes in so many seconds.
+
+        Args:
+            activity: What is being done.
+            done: Bytes so far.
+            total: Bytes in all, as far as known: never fewer than are done.
+            seconds: Since it began.
+        """
+        rate = done / seconds if seconds > 0 else 0.0
+        total = max(total, done)
+        left = (total - done) / rate if rate > 0 else float("inf")
+        return cls(activity, done, total, seconds, rate, left)
+
 
 OnProgress = Callable[[ProgressEvent], None]
 """Receives events a few times per second, on the thread that called ``merge``."""
@@ -95,10 +110,7 @@ class Progress:
         with self._lock:
             done = self._bytes[Stage.READ] + self._bytes[Stage.WRITE]
         seconds = time.perf_counter() - self._began
-        rate = done / seconds if seconds > 0 else 0.0
-        total = max(self._total, done)
-        left = (total - done) / rate if rate > 0 else float("inf")
-        return ProgressEvent(self.activity, done, total, seconds, rate, left)
+        return ProgressEvent.at(self.activity, done, self._total, seconds)
 
     def bytes_by_stage(self) -> dict[str, int]:
         """Return the bytes read and written."""

@@ -136,11 +136,7 @@ class _Reporter:
         if seconds < self._next:
             return
         self._next = seconds + _SECONDS_BETWEEN_EVENTS
-        rate = self._done / seconds if seconds > 0 else 0.0
-        left = (self._total - self._done) / rate if rate > 0 else float("inf")
-        self._on_progress(
-            ProgressEvent("check", self._done, self._total, seconds, rate, seconds_left=left)
-        )
+        self._on_progress(ProgressEvent.at("check", self._done, self._total, seconds))
 
 
 def _iter_batches(plan: MergePlan, pieces: Sequence[PieceDone]) -> Iterator[list[PieceDone]]:
