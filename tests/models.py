@@ -23,11 +23,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import streammerge
+from streammerge.assignment.types import Action
 from streammerge.checkpoint.manifest import Manifest
 from streammerge.errors import MemoryBudgetError
 from streammerge.plan import kernels
 from streammerge.plan.chunking import Residence, iter_units
-from streammerge.plan.types import Action, MergePlan
+from streammerge.plan.types import MergePlan
 from streammerge.reductions import BLOCK
 
 Tensors = dict[str, Tensor]

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
+from streammerge.assignment.types import Action
 from streammerge.engine.buffers import Slot, SlotPool
 from streammerge.engine.device import Applied, DeviceStage
 from streammerge.engine.loading import LoadedChunk
@@ -18,7 +19,7 @@ from streammerge.engine.queues import Outstanding, WorkQueue
 from streammerge.engine.writing import Claim, Extent, WriteJob
 from streammerge.errors import CheckpointError, printable
 from streammerge.plan.chunking import padded
-from streammerge.plan.types import Action, MergePlan
+from streammerge.plan.types import MergePlan
 from streammerge.reductions.topk import TopK
 
 

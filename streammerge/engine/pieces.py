@@ -13,11 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from streammerge.adapters.deltas import Delta
+from streammerge.assignment.types import Action
 from streammerge.dtypes import DType
 from streammerge.lazily import torch
 from streammerge.methods.parts import ADD_LEFT_TO_RIGHT
 from streammerge.plan.chunking import Chunk, ModelRead
-from streammerge.plan.types import Action, MergePlan, TensorTask
+from streammerge.plan.types import MergePlan, TensorTask
 from streammerge.reductions import BLOCK
 
 if TYPE_CHECKING:

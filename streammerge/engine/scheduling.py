@@ -19,6 +19,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from streammerge.assignment.types import Action
 from streammerge.checkpoint.snapshot import discard_snapshot
 from streammerge.engine.buffers import Allowance, SlotPool
 from streammerge.engine.device import DeviceStage
@@ -40,7 +41,7 @@ from streammerge.plan.sweeps import (
     scope_bytes,
     spread_runs,
 )
-from streammerge.plan.types import Action, MergePlan, TensorTask
+from streammerge.plan.types import MergePlan, TensorTask
 from streammerge.reductions import BLOCK, count_blocks
 from streammerge.reductions.magnitude import choose_sample_runs
 from streammerge.reductions.topk import TopK

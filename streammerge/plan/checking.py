@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from streammerge.assignment.types import Action
 from streammerge.errors import PlanError, printable
 from streammerge.plan.chunking import chunk_numel, widest_input
-from streammerge.plan.types import Action, MergePlan
+from streammerge.plan.types import MergePlan
 from streammerge.reductions import BLOCK
 
 

@@ -11,8 +11,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 
+from streammerge.assignment.types import Action
 from streammerge.plan.factors import factors_nbytes
-from streammerge.plan.types import Action, MergePlan, TensorTask
+from streammerge.plan.types import MergePlan, TensorTask
 from streammerge.reductions import BLOCK
 
 _PIECE_ALIGNMENT = 64

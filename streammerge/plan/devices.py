@@ -20,11 +20,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
+from streammerge.assignment.types import Action
 from streammerge.errors import MemoryBudgetError
 from streammerge.methods.base import MergeMethod
 from streammerge.plan.budgeting import LARGEST_SLOT, Demand, values_limit
 from streammerge.plan.chunking import widest_input
-from streammerge.plan.types import Action, DeviceResources, MergePlan, TensorTask
+from streammerge.plan.types import DeviceResources, MergePlan, TensorTask
 from streammerge.reductions import BLOCK, count_blocks
 from streammerge.reductions.in_tensors import COUNTS
 from streammerge.reductions.magnitude import BINS

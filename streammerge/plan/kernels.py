@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from streammerge.assignment.types import Action, Setting
 from streammerge.dtypes import DType
 from streammerge.lazily import torch_version
 from streammerge.methods.base import MergeMethod, Operand
 from streammerge.methods.parts import ADD_LEFT_TO_RIGHT
 from streammerge.native.library import DTYPE_CODES, SOURCES_AT_MOST, load_kernels
-from streammerge.plan.types import Action, MergePlan, Setting, TensorTask
+from streammerge.plan.types import MergePlan, TensorTask
 
 VECTOR_COLUMNS = 64
 """torch.sum adds more rows than a few from left to right in the columns that it takes by whole

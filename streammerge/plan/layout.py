@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from math import prod
 from typing import Protocol
 
+from streammerge.assignment.types import AssignedTensor
 from streammerge.dtypes import DType
-from streammerge.plan.aligning import AlignedTensor
 from streammerge.plan.types import MergePlan, OutputLayout, OutputShard
 
 # Not all digits at once: Python refuses to convert 4,300 of them, and a name may have more.
@@ -24,7 +24,7 @@ _HEADER_ALIGNMENT = 8
 
 
 def plan_layout(
-    tensors: Sequence[AlignedTensor], max_shard_bytes: int
+    tensors: Sequence[AssignedTensor], max_shard_bytes: int
 ) -> tuple[OutputLayout, list[tuple[int, int]]]:
     """Assign every tensor a shard and an absolute offset.
 

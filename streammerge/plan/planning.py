@@ -10,12 +10,13 @@ from typing import Protocol
 from streammerge.adapters.adapted import AdaptedModel, all_untied, untie
 from streammerge.adapters.changes import DELTA_ROWS, Change, ChangeKind
 from streammerge.adapters.tying import TIE_KEY
+from streammerge.assignment.aligning import align_tensors
+from streammerge.assignment.types import Action, AssignedTensor, Assignment, Model, Setting
 from streammerge.checkpoint.types import Checkpoint, ShardFile
 from streammerge.dtypes import DType
 from streammerge.errors import RecipeError, printable, suggestion
 from streammerge.methods import discover_methods
 from streammerge.methods.base import MergeMethod, Operand, Scope
-from streammerge.plan.aligning import AlignedTensor, Alignment, Model, align_tensors
 from streammerge.plan.budgeting import Demand, choose_resources
 from streammerge.plan.chunking import widest_input
 from streammerge.plan.devices import add_devices, choose_device_resources
@@ -25,11 +26,9 @@ from streammerge.plan.layout import plan_layout
 from streammerge.plan.sweeps import Needs, bytes_beyond_once
 from streammerge.plan.types import (
     PLAN_VERSION,
-    Action,
     InputModel,
     MergePlan,
     OutputLayout,
-    Setting,
     TensorInput,
     TensorTask,
 )
@@ -112,22 +111,22 @@ def plan_merge(
         )
     checkpoints = untie([*([base] if base is not None else []), *sources])
     models = _models(recipe)
-    alignment = align_tensors(
+    assignment = align_tensors(
         recipe,
         [f"{model.label} ({model.path})" for model in models],
         checkpoints,
         build_resolver(recipe, method.parameters),
         method=method,
     )
-    model_scope = _check_settings(method, alignment, len(sources))
+    model_scope = _check_settings(method, assignment, len(sources))
     if takes_in_turn(recipe, method):
-        _check_in_turn(recipe, alignment, sources)
-    layout, places = plan_layout(alignment.tensors, recipe.output.max_shard_bytes)
+        _check_in_turn(recipe, assignment, sources)
+    layout, places = plan_layout(assignment.tensors, recipe.output.max_shard_bytes)
     files, file_index = _files(checkpoints)
-    tasks = _tasks(alignment.tensors, places, file_index, model_scope=model_scope)
+    tasks = _tasks(assignment.tensors, places, file_index, model_scope=model_scope)
     torch = bool(machine.devices) or needs_torch(
         method,
-        alignment.settings,
+        assignment.settings,
         tasks,
         n_sources=len(sources),
         has_base=base is not None,
@@ -135,7 +134,7 @@ def plan_merge(
         keep_non_finite=recipe.non_finite is NonFinitePolicy.KEEP,
     )
     demand = _demand(
-        recipe, method, tasks, alignment.settings, model_scope=model_scope, torch=torch
+        recipe, method, tasks, assignment.settings, model_scope=model_scope, torch=torch
     )
     if machine.devices:
         demand = add_devices(
@@ -162,7 +161,7 @@ def plan_merge(
         has_base=base is not None,
         models=models,
         files=files,
-        settings=alignment.settings,
+        settings=assignment.settings,
         tasks=tuple(tasks[index] for index in order),
         model_scope=model_scope,
         layout=_reordered(layout, order),
@@ -170,9 +169,9 @@ def plan_merge(
         memory=memory,
         bytes_to_read=0,
         input_nbytes=demand.input_nbytes,
-        dropped=alignment.dropped,
-        copied_from_base=alignment.copied_from_base,
-        config=_config(checkpoints, alignment.tensors),
+        dropped=assignment.dropped,
+        copied_from_base=assignment.copied_from_base,
+        config=_config(checkpoints, assignment.tensors),
         untied=tuple(all_untied(checkpoints)),
         needs_torch=torch,
     )
@@ -203,11 +202,11 @@ def _compute_dtype(recipe: Recipe) -> DType:
     return DType.F64 if recipe.compute_dtype is ComputeDType.FLOAT64 else DType.F32
 
 
-def _check_settings(method: MergeMethod, alignment: Alignment, n_sources: int) -> bool:
+def _check_settings(method: MergeMethod, assignment: Assignment, n_sources: int) -> bool:
     """Check what concerns several parameters at once; return whether statistics span the model."""
     scopes = set()
     densities = set()
-    for setting in alignment.settings:
+    for setting in assignment.settings:
         values = dict(setting.values)
         weights = values.get("weight")
         # A sum of exactly zero divides; a sum that only rounds to zero is the user's own number.
@@ -231,7 +230,7 @@ def _check_settings(method: MergeMethod, alignment: Alignment, n_sources: int) -
     return True
 
 
-def _check_in_turn(recipe: Recipe, alignment: Alignment, sources: Sequence[Model]) -> None:
+def _check_in_turn(recipe: Recipe, assignment: Assignment, sources: Sequence[Model]) -> None:
     """Raise unless PEFT could do the same: adapters alone, of weight 1, in the base's type."""
     for index, source in enumerate(sources):
         if not isinstance(source, AdaptedModel):
@@ -239,14 +238,14 @@ def _check_in_turn(recipe: Recipe, alignment: Alignment, sources: Sequence[Model
                 f"parameters.rounding: peft merges adapters one after the other, but sources[{index}] "
                 f"({recipe.sources[index].path}) is a model; leave `rounding` out"
             )
-    for setting in alignment.settings:
+    for setting in assignment.settings:
         weights = dict(setting.values).get("weight")
         if isinstance(weights, tuple) and set(weights) != {1.0}:
             raise RecipeError(
                 f"weight: {list(weights)} with `rounding: peft`, where PEFT's merge_and_unload knows "
                 "only 1; leave the weights or `rounding` out"
             )
-    for tensor in alignment.tensors:
+    for tensor in assignment.tensors:
         for change in tensor.changes:
             if change.kind is ChangeKind.NORMED and change.model != tensor.changes[0].model:
                 raise RecipeError(
@@ -263,7 +262,7 @@ def _check_in_turn(recipe: Recipe, alignment: Alignment, sources: Sequence[Model
 
 
 def _config(
-    models: Sequence[Model], tensors: Sequence[AlignedTensor]
+    models: Sequence[Model], tensors: Sequence[AssignedTensor]
 ) -> tuple[tuple[str, bool | int], ...]:
     """Return the keys of the base's ``config.json`` that the result contradicts."""
     base = models[0]
@@ -305,7 +304,7 @@ def _files(
 
 
 def _tasks(
-    tensors: Sequence[AlignedTensor],
+    tensors: Sequence[AssignedTensor],
     places: Sequence[tuple[int, int]],
     file_index: Sequence[Sequence[int]],
     *,
@@ -348,7 +347,7 @@ def _in_files(change: Change, file_index: Sequence[Sequence[int]]) -> Change:
     return replace(change, factors=factors)
 
 
-def _scope_blocks(tensors: Sequence[AlignedTensor]) -> dict[str, int]:
+def _scope_blocks(tensors: Sequence[AssignedTensor]) -> dict[str, int]:
     """Number the blocks of all merged tensors through, in the order of their sorted names."""
     merged = {tensor.name: tensor for tensor in tensors if tensor.action is Action.MERGE}
     first = {}

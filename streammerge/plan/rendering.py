@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 
+from streammerge.assignment.types import Action
 from streammerge.errors import printable
 from streammerge.plan.kernels import kernels_serve
-from streammerge.plan.types import Action, DeviceResources, MergePlan
+from streammerge.plan.types import DeviceResources, MergePlan
 from streammerge.units import format_size
 
 _SHOWN_SETTINGS = 5

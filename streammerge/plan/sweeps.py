@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from streammerge.assignment.types import Action
 from streammerge.methods.base import MagnitudeTopK, MergeMethod
 from streammerge.plan.budgeting import affordable_limit, search_bytes, values_limit
 from streammerge.plan.chunking import Chunk, Piece, reads_twice
 from streammerge.plan.factors import factors_nbytes, norms_nbytes
-from streammerge.plan.types import Action, MergePlan, TensorTask
+from streammerge.plan.types import MergePlan, TensorTask
 from streammerge.reductions.magnitude import SAMPLE_RUN, choose_sample_runs
 from streammerge.reductions.topk import kept_count
 

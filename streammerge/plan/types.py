@@ -3,27 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import StrEnum
 
 from streammerge.adapters.changes import Change
+from streammerge.assignment.types import Action, Setting
 from streammerge.checkpoint.types import Companion, ShardFile
 from streammerge.dtypes import DType
 
 PLAN_VERSION = 3
 """Raised when the meaning of a field changes, so that an old plan is never run by new code."""
-
-
-class Action(StrEnum):
-    """What happens to one output tensor."""
-
-    MERGE = "merge"
-    """The method is applied to all inputs."""
-    COPY = "copy"
-    """The bytes of the one present input are copied."""
-    COPY_IF_EQUAL = "copy if equal"
-    """Integers and bool: copied when every input holds the same bytes, refused otherwise."""
-    CONVERT = "convert"
-    """The values of the one present input are stored in another element type."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,14 +62,6 @@ class TensorTask:
     changes: tuple[Change, ...] = ()
     """What adapters do to it, in the order in which it is done; a source that is an adapter and
     has neither an input nor a change leaves the base's values as they are."""
-
-
-@dataclass(frozen=True, slots=True)
-class Setting:
-    """Parameter values that a set of tensors shares."""
-
-    values: tuple[tuple[str, float | bool | str | tuple[float | bool | str, ...]], ...]
-    """(name, value); a tuple holds one value per source."""
 
 
 @dataclass(frozen=True, slots=True)

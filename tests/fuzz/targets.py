@@ -19,6 +19,7 @@ from types import FrameType
 import generators
 
 from streammerge.adapters.changes import Change, ChangeKind
+from streammerge.assignment.types import Action
 from streammerge.checkpoint.inspecting import describe
 from streammerge.checkpoint.manifest import MANIFEST_NAME, read_manifest_files
 from streammerge.checkpoint.reading import check_not_quantized, read_checkpoint
@@ -30,7 +31,6 @@ from streammerge.methods import discover_methods
 from streammerge.plan.codec import dump_plan, parse_plan
 from streammerge.plan.types import (
     PLAN_VERSION,
-    Action,
     MemoryProjection,
     MergePlan,
     OutputLayout,

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from streammerge.assignment.types import Action
 from streammerge.checkpoint.types import ShardFile
 from streammerge.dtypes import DType
 from streammerge.plan.chunking import (
@@ -25,7 +26,6 @@ from streammerge.plan.chunking import (
     reads_twice,
 )
 from streammerge.plan.types import (
-    Action,
     InputModel,
     MemoryProjection,
     MergePlan,

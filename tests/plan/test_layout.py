@@ -13,10 +13,10 @@ import safetensors
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from streammerge.assignment.types import Action, AssignedTensor
 from streammerge.dtypes import DType
-from streammerge.plan.aligning import AlignedTensor
 from streammerge.plan.layout import plan_layout, render_header, render_index
-from streammerge.plan.types import Action, OutputLayout
+from streammerge.plan.types import OutputLayout
 
 NAMES = st.one_of(
     st.from_regex(r"layers\.[0-9]{1,3}\.(mlp|attn)\.weight", fullmatch=True),
@@ -29,16 +29,16 @@ SHAPES = st.lists(st.integers(0, 9), max_size=3).map(tuple)
 
 
 @st.composite
-def tensor_lists(draw: st.DrawFn) -> list[AlignedTensor]:
+def tensor_lists(draw: st.DrawFn) -> list[AssignedTensor]:
     names = draw(st.lists(NAMES, min_size=1, max_size=20, unique=True))
     return [tensor(name, draw(SHAPES), draw(st.sampled_from(DType))) for name in names]
 
 
-def tensor(name: str, shape: tuple[int, ...] = (4,), dtype: DType = DType.F32) -> AlignedTensor:
-    return AlignedTensor(name, shape, dtype, Action.MERGE, (), 0)
+def tensor(name: str, shape: tuple[int, ...] = (4,), dtype: DType = DType.F32) -> AssignedTensor:
+    return AssignedTensor(name, shape, dtype, Action.MERGE, (), 0)
 
 
-def nbytes(each: AlignedTensor) -> int:
+def nbytes(each: AssignedTensor) -> int:
     return prod(each.shape) * each.dtype.itemsize
 
 
@@ -58,14 +58,14 @@ class Task:
     numel: int
 
 
-def plan_of(tensors: list[AlignedTensor], layout: OutputLayout) -> PlanOf:
+def plan_of(tensors: list[AssignedTensor], layout: OutputLayout) -> PlanOf:
     return PlanOf([Task(t.name, t.shape, t.dtype, prod(t.shape)) for t in tensors], layout)
 
 
 @given(tensor_lists(), st.integers(1, 400))
 @settings(deadline=None)
 def test_tensors_lie_back_to_back_after_their_header(
-    tensors: list[AlignedTensor], max_shard_bytes: int
+    tensors: list[AssignedTensor], max_shard_bytes: int
 ) -> None:
     layout, places = plan_layout(tensors, max_shard_bytes)
 
@@ -82,7 +82,7 @@ def test_tensors_lie_back_to_back_after_their_header(
 @given(tensor_lists(), st.integers(1, 400))
 @settings(deadline=None)
 def test_every_element_is_aligned_to_its_size(
-    tensors: list[AlignedTensor], max_shard_bytes: int
+    tensors: list[AssignedTensor], max_shard_bytes: int
 ) -> None:
     layout, places = plan_layout(tensors, max_shard_bytes)
 
@@ -94,7 +94,7 @@ def test_every_element_is_aligned_to_its_size(
 @given(tensor_lists(), st.integers(1, 400))
 @settings(deadline=None)
 def test_a_shard_is_within_the_limit_or_holds_one_tensor_with_data(
-    tensors: list[AlignedTensor], max_shard_bytes: int
+    tensors: list[AssignedTensor], max_shard_bytes: int
 ) -> None:
     layout, _ = plan_layout(tensors, max_shard_bytes)
 
@@ -106,7 +106,7 @@ def test_a_shard_is_within_the_limit_or_holds_one_tensor_with_data(
 @given(tensor_lists(), st.integers(1, 400))
 @settings(deadline=None)
 def test_no_two_neighbouring_shards_would_fit_into_one(
-    tensors: list[AlignedTensor], max_shard_bytes: int
+    tensors: list[AssignedTensor], max_shard_bytes: int
 ) -> None:
     layout, _ = plan_layout(tensors, max_shard_bytes)
     names = [[tensors[task] for task in shard.tasks] for shard in layout.shards]
@@ -118,13 +118,13 @@ def test_no_two_neighbouring_shards_would_fit_into_one(
 @given(tensor_lists(), st.integers(1, 400), st.randoms(use_true_random=False))
 @settings(deadline=None)
 def test_the_order_in_which_tensors_come_changes_nothing(
-    tensors: list[AlignedTensor], max_shard_bytes: int, random: object
+    tensors: list[AssignedTensor], max_shard_bytes: int, random: object
 ) -> None:
     """The inputs' sharding decides that order, and may not show in the output."""
     shuffled = list(tensors)
     random.shuffle(shuffled)  # type: ignore[attr-defined]
 
-    def placed(given: list[AlignedTensor]) -> dict[str, tuple[int, int]]:
+    def placed(given: list[AssignedTensor]) -> dict[str, tuple[int, int]]:
         _, places = plan_layout(given, max_shard_bytes)
         return dict(zip((t.name for t in given), places, strict=True))
 
@@ -134,7 +134,7 @@ def test_the_order_in_which_tensors_come_changes_nothing(
 @given(tensor_lists(), st.integers(1, 400))
 @settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_safetensors_reads_the_header_as_planned(
-    tmp_path: Path, tensors: list[AlignedTensor], max_shard_bytes: int
+    tmp_path: Path, tensors: list[AssignedTensor], max_shard_bytes: int
 ) -> None:
     tensors = [t for t in tensors if t.dtype not in {DType.F8_E4M3, DType.F8_E5M2, DType.BF16}]
     layout, _ = plan_layout(tensors, max_shard_bytes)
@@ -245,7 +245,7 @@ def test_shards_are_filled_up_to_the_limit(
 @given(tensor_lists(), st.integers(1, 100))
 @settings(deadline=None)
 def test_the_index_names_every_tensor_and_the_bytes_of_all(
-    tensors: list[AlignedTensor], max_shard_bytes: int
+    tensors: list[AssignedTensor], max_shard_bytes: int
 ) -> None:
     layout, places = plan_layout(tensors, max_shard_bytes)
 

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from streammerge.assignment.types import Action
 from streammerge.checkpoint.types import Checkpoint, ShardFile, TensorEntry
 from streammerge.dtypes import DType
 from streammerge.errors import (
@@ -26,7 +27,7 @@ from streammerge.plan.chunking import Chunk, iter_units
 from streammerge.plan.codec import dump_plan, parse_plan
 from streammerge.plan.planning import Machine, find_method, plan_merge
 from streammerge.plan.sweeps import Needs
-from streammerge.plan.types import PLAN_VERSION, Action, MergePlan
+from streammerge.plan.types import PLAN_VERSION, MergePlan
 from streammerge.recipe.parsing import parse_recipe, recipe_from_mapping
 from streammerge.recipe.types import Recipe
 from streammerge.reductions import BLOCK, count_blocks

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from fnmatch import fnmatchcase
 
 from streammerge.adapters.adapted import AdaptedModel
 from streammerge.adapters.changes import Change
-from streammerge.checkpoint.types import Checkpoint, TensorEntry
-from streammerge.dtypes import DType
+from streammerge.assignment.types import Action, AssignedTensor, Assignment, Model, Setting
+from streammerge.checkpoint.types import TensorEntry
 from streammerge.errors import (
     MissingTensorError,
     RecipeError,
@@ -18,7 +18,6 @@ from streammerge.errors import (
     printable,
 )
 from streammerge.methods.base import MergeMethod, Operand, Scope
-from streammerge.plan.types import Action, Setting
 from streammerge.recipe.resolving import Resolved
 from streammerge.recipe.types import BASE, MissingPolicy, Recipe
 
@@ -28,46 +27,6 @@ _LISTED = 10
 """Names that a message lists before it counts the rest."""
 
 
-@dataclass(frozen=True, slots=True)
-class AlignedTensor:
-    """One output tensor before it has a place."""
-
-    name: str
-    """Its name everywhere."""
-    shape: tuple[int, ...]
-    """Elements per dimension, the same in every input that takes part."""
-    dtype: DType
-    """Element type in the output."""
-    action: Action
-    """What happens to it."""
-    entries: tuple[TensorEntry | None, ...]
-    """One per model; None takes no part."""
-    setting: int
-    """Index into :attr:`Alignment.settings`; -1 for copies."""
-    changes: tuple[Change, ...] = ()
-    """What the sources that are adapters do to it."""
-    base_owner: int = 0
-    """The model whose file the base's entry is in: an adapter that brings a base of another shape."""
-
-
-@dataclass(frozen=True, slots=True)
-class Alignment:
-    """What the inputs and the recipe come to, tensor by tensor."""
-
-    tensors: tuple[AlignedTensor, ...]
-    """Output tensors, in the order of the first model's files."""
-    settings: tuple[Setting, ...]
-    """The distinct parameter values."""
-    dropped: tuple[str, ...]
-    """Names that the recipe drops."""
-    copied_from_base: tuple[str, ...]
-    """Names that ``missing: base`` copies."""
-
-
-Model = Checkpoint | AdaptedModel
-"""What takes part in a merge."""
-
-
 def align_tensors(
     recipe: Recipe,
     labels: Sequence[str],
@@ -75,7 +34,7 @@ def align_tensors(
     resolve: Callable[[str], Resolved],
     *,
     method: MergeMethod,
-) -> Alignment:
+) -> Assignment:
     """Decide about every tensor of every input.
 
     Args:
@@ -124,17 +83,17 @@ class _Aligner:
         }
         self._only_adapted = len(self._adapted) == len(checkpoints) - self._has_base
 
-    def run(self) -> Alignment:
+    def run(self) -> Assignment:
         names = dict.fromkeys(name for each in self._checkpoints for name in each.tensors)
         _check_rules_match(self._recipe, names)
         tensors = [tensor for name in names if (tensor := self._decide(name)) is not None]
         if self._missing:
             raise MissingTensorError(_missing_message(self._missing, has_base=self._has_base))
-        return Alignment(
+        return Assignment(
             tuple(tensors), tuple(self._settings), tuple(self._dropped), tuple(self._copied)
         )
 
-    def _decide(self, name: str) -> AlignedTensor | None:
+    def _decide(self, name: str) -> AssignedTensor | None:
         if name == _RESERVED_NAME and not self._resolve(name).drop:
             raise UnsupportedDTypeError(
                 f"a tensor is called {name}, which safetensors keeps for itself; rename it, or drop "
@@ -174,7 +133,7 @@ class _Aligner:
         dtype = self._recipe.output.dtype or (entries[0] or first).dtype
         setting = self._setting(resolved)
         changes = self._changes(name)
-        return AlignedTensor(name, first.shape, dtype, Action.MERGE, inputs, setting, changes)
+        return AssignedTensor(name, first.shape, dtype, Action.MERGE, inputs, setting, changes)
 
     def _changes(self, name: str) -> tuple[Change, ...]:
         return tuple(
@@ -185,7 +144,7 @@ class _Aligner:
 
     def _decide_by_adapters(
         self, name: str, entries: Sequence[TensorEntry | None]
-    ) -> AlignedTensor | None:
+    ) -> AssignedTensor | None:
         """Decide about a tensor that no method can merge, since at most one adapter has it its way.
 
         Returns None for tensors that are merged like those of models.
@@ -221,13 +180,13 @@ class _Aligner:
         dtype = self._recipe.output.dtype or (base or entry).dtype
         inputs = (entry, *(None for _ in entries[1:]))
         setting = self._setting(self._resolve(name))
-        return AlignedTensor(
+        return AssignedTensor(
             name, entry.shape, dtype, Action.MERGE, inputs, setting, changes, base_owner=index
         )
 
     def _stored(
         self, name: str, entries: Sequence[TensorEntry | None], model: int
-    ) -> AlignedTensor:
+    ) -> AssignedTensor:
         """Take a tensor from one model, in the type that the output has it in."""
         copied = self._copied_tensor(name, entries, model)
         base = entries[0] if self._has_base else None
@@ -238,7 +197,7 @@ class _Aligner:
 
     def _copy_by_rule(
         self, name: str, entries: Sequence[TensorEntry | None], copy: int
-    ) -> AlignedTensor:
+    ) -> AssignedTensor:
         model = 0 if copy == BASE else copy + self._has_base
         if entries[model] is None and model in self._adapted:
             raise RecipeError(
@@ -261,11 +220,11 @@ class _Aligner:
 
     def _copied_tensor(
         self, name: str, entries: Sequence[TensorEntry | None], model: int
-    ) -> AlignedTensor:
+    ) -> AssignedTensor:
         entry = entries[model]
         assert entry is not None  # noqa: S101 - both callers looked
         only = tuple(entry if index == model else None for index in range(len(entries)))
-        return AlignedTensor(name, entry.shape, entry.dtype, Action.COPY, only, -1)
+        return AssignedTensor(name, entry.shape, entry.dtype, Action.COPY, only, -1)
 
     def _check_shapes(self, name: str, inputs: Sequence[TensorEntry | None]) -> TensorEntry:
         """Return the first input, after checking that all others have its shape."""
@@ -284,7 +243,7 @@ class _Aligner:
 
     def _integers(
         self, name: str, first: TensorEntry, inputs: tuple[TensorEntry | None, ...]
-    ) -> AlignedTensor:
+    ) -> AssignedTensor:
         (first_label, _), *others = self._labelled(inputs)
         for label, entry in others:
             if entry.dtype != first.dtype:
@@ -292,7 +251,7 @@ class _Aligner:
                     f"{printable(name)}: {first.dtype} in {first_label}, {entry.dtype} in {label}; "
                     f"integers are only copied, add a rule {{tensors: {name!r}, copy: ...}}"
                 )
-        return AlignedTensor(name, first.shape, first.dtype, Action.COPY_IF_EQUAL, inputs, -1)
+        return AssignedTensor(name, first.shape, first.dtype, Action.COPY_IF_EQUAL, inputs, -1)
 
     def _labelled(self, inputs: Sequence[TensorEntry | None]) -> list[tuple[str, TensorEntry]]:
         pairs = zip(self._labels, inputs, strict=True)

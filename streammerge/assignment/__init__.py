@@ -1,0 +1,1 @@
+"""Of what every output tensor is made: every question of names, ties and shapes ends here."""

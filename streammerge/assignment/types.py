@@ -1,0 +1,71 @@
+"""What an assignment is: for every output tensor its name, its inputs and what is done with them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from streammerge.adapters.adapted import AdaptedModel
+from streammerge.adapters.changes import Change
+from streammerge.checkpoint.types import Checkpoint, TensorEntry
+from streammerge.dtypes import DType
+
+Model = Checkpoint | AdaptedModel
+"""What takes part in a merge."""
+
+
+class Action(StrEnum):
+    """What happens to one output tensor."""
+
+    MERGE = "merge"
+    """The method is applied to all inputs."""
+    COPY = "copy"
+    """The bytes of the one present input are copied."""
+    COPY_IF_EQUAL = "copy if equal"
+    """Integers and bool: copied when every input holds the same bytes, refused otherwise."""
+    CONVERT = "convert"
+    """The values of the one present input are stored in another element type."""
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """Parameter values that a set of tensors shares."""
+
+    values: tuple[tuple[str, float | bool | str | tuple[float | bool | str, ...]], ...]
+    """(name, value); a tuple holds one value per source."""
+
+
+@dataclass(frozen=True, slots=True)
+class AssignedTensor:
+    """One output tensor before it has a place."""
+
+    name: str
+    """Its name everywhere."""
+    shape: tuple[int, ...]
+    """Elements per dimension, the same in every input that takes part."""
+    dtype: DType
+    """Element type in the output."""
+    action: Action
+    """What happens to it."""
+    entries: tuple[TensorEntry | None, ...]
+    """One per model; None takes no part."""
+    setting: int
+    """Index into :attr:`Assignment.settings`; -1 for copies."""
+    changes: tuple[Change, ...] = ()
+    """What the sources that are adapters do to it."""
+    base_owner: int = 0
+    """The model whose file the base's entry is in: an adapter that brings a base of another shape."""
+
+
+@dataclass(frozen=True, slots=True)
+class Assignment:
+    """What the inputs and the recipe come to, tensor by tensor."""
+
+    tensors: tuple[AssignedTensor, ...]
+    """Output tensors, in the order of the first model's files."""
+    settings: tuple[Setting, ...]
+    """The distinct parameter values."""
+    dropped: tuple[str, ...]
+    """Names that the recipe drops."""
+    copied_from_base: tuple[str, ...]
+    """Names that ``missing: base`` copies."""
