@@ -22,7 +22,7 @@ from streammerge.adapters.stacks import (
     stack_orientation,
     stack_parts,
 )
-from streammerge.adapters.tying import TIE_KEY, find_tie, settle_tie, unknown_tie
+from streammerge.adapters.tying import find_tie, settle_tie, unknown_tie
 from streammerge.adapters.types import (
     Adapter,
     LayerKind,
@@ -32,6 +32,7 @@ from streammerge.adapters.types import (
     TokenRows,
     strip_wrappers,
 )
+from streammerge.checkpoint.ties import TIE_KEY
 from streammerge.checkpoint.types import Checkpoint, TensorEntry
 from streammerge.errors import (
     HeaderError,

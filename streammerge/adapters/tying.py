@@ -10,33 +10,21 @@ Follows: peft 0.21.2, layers with an active adapter; with ``shares``, its ``merg
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from streammerge.adapters.homes import Homes, ModuleHome, TokensHome, VectorHome
+from streammerge.checkpoint.ties import declares_tie, has_word_embedding, head_pair, says_apart
 from streammerge.checkpoint.types import Checkpoint, TensorEntry
 
-TIE_KEY = "tie_word_embeddings"
 _HEADS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration", "ForMaskedLM", "ForPreTraining")
 """How the names of models end that have an output embedding."""
-_INPUT = re.compile(
-    r"(?P<outer>(?:.+?\.)??)"
-    r"(?:(?:model\.language_model|model\.decoder|model|transformer|gpt_neox)\.)?"
-    r"(?P<table>embed_tokens|wte|word_embeddings|embed_in)\.weight"
-)
-_ENCODER = re.compile(r"(?P<kind>bert|roberta|distilbert)\.embeddings\.word_embeddings\.weight")
-_ENCODER_OUTPUTS = {
-    "bert": "cls.predictions.decoder.weight",
-    "roberta": "lm_head.decoder.weight",
-    "distilbert": "vocab_projector.weight",
-}
-_Home = TypeVar("_Home", ModuleHome, VectorHome, TokensHome)
 _EMBEDDINGS = frozenset(
     {"embed_tokens", "wte", "word_embeddings", "embed_in", "shared"}
     | {"lm_head", "embed_out", "decoder", "vocab_projector", "proj_out"}
 )
+_Home = TypeVar("_Home", ModuleHome, VectorHome, TokensHome)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,24 +43,27 @@ def find_tie(base: Checkpoint) -> Tie | None:
     """Return which embeddings of a model are one; None where none are, or none that is known.
 
     Args:
-        base: The model. Without a configuration, an output embedding that the files lack counts as
-            tied.
+        base: The model. Where its configuration does not say, an output embedding that the files
+            lack counts as tied.
     """
-    if not _declares_tie(base):
+    found = [pair for name in base.tensors if (pair := head_pair(name)) is not None]
+    if len(found) != 1 or not _has_head(base):
         return None
-    found = {name: outer for name in base.tensors if (outer := _output_of(name)) is not None}
-    if len(found) != 1:
-        return None
-    ((inner, outer),) = found.items()
-    return Tie(inner, outer, stored=outer in base.tensors)
+    (pair,) = found
+    stored = pair.outer in base.tensors
+    declared = declares_tie(base.config, pair)
+    tied = declared or (declared is None and not stored)
+    return Tie(pair.inner, pair.outer, stored) if tied else None
 
 
 def unknown_tie(homes: Homes, base: Checkpoint) -> str | None:
     """Return an embedding that changes although what it is tied to is not known; None for none."""
-    if base.config is None or not _declares_tie(base) or find_tie(base) is not None:
+    if base.config is None or find_tie(base) is not None or not has_word_embedding(base.tensors):
+        return None
+    if says_apart(base.config) or not _has_head(base):
         return None
     changed = [home.weight for home in homes.modules] + [*homes.replaced, *homes.added]
-    return next((name for name in changed if _EMBEDDINGS & {*name.split(".")[-2:-1]}), None)
+    return next((name for name in changed if _is_embedding(name)), None)
 
 
 def settle_tie(
@@ -171,26 +162,14 @@ def _changed_alike(homes: Homes, tie: Tie, *, factors: bool) -> Homes:
     )
 
 
-def _declares_tie(base: Checkpoint) -> bool:
-    """Return whether a model's embeddings are tied, by its configuration or by what it lacks."""
-    config = base.config
-    if config is None:
-        return not any(_output_of(name) in base.tensors for name in base.tensors)
-    architectures = config.get("architectures")
+def _has_head(base: Checkpoint) -> bool:
+    """Return whether a model has an output embedding, as far as its configuration tells."""
+    architectures = (base.config or {}).get("architectures")
     names = architectures if isinstance(architectures, list) else []
-    if names and not any(isinstance(name, str) and name.endswith(_HEADS) for name in names):
-        return False
-    text = config.get("text_config")
-    inner: Mapping[str, object] = text if isinstance(text, dict) else {}
-    # Tied is what transformers take for granted.
-    return config.get(TIE_KEY, inner.get(TIE_KEY, True)) is True
+    return not names or any(isinstance(name, str) and name.endswith(_HEADS) for name in names)
 
 
-def _output_of(name: str) -> str | None:
-    """Return what the output embedding of the input embedding ``name`` is called."""
-    if found := _ENCODER.fullmatch(name):
-        return _ENCODER_OUTPUTS[found["kind"]]
-    if found := _INPUT.fullmatch(name):
-        last = "embed_out" if found["table"] == "embed_in" else "lm_head"
-        return f"{found['outer']}{last}.weight"
-    return None
+def _is_embedding(name: str) -> bool:
+    """Return whether a tensor may be an embedding of words: layers hold other things of these names."""
+    *outer, module, _ = ["", *name.split(".")]
+    return module in _EMBEDDINGS and not any(map(str.isdecimal, outer))

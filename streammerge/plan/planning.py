@@ -9,9 +9,9 @@ from typing import Protocol
 
 from streammerge.adapters.adapted import AdaptedModel, all_untied, untie
 from streammerge.adapters.changes import DELTA_ROWS, Change, ChangeKind
-from streammerge.adapters.tying import TIE_KEY
 from streammerge.assignment.aligning import align_tensors
 from streammerge.assignment.types import Action, AssignedTensor, Assignment, Model, Setting
+from streammerge.checkpoint.ties import TIE_KEY
 from streammerge.checkpoint.types import Checkpoint, ShardFile
 from streammerge.dtypes import DType
 from streammerge.errors import RecipeError, printable, suggestion
