@@ -207,6 +207,7 @@ def _manifest(
         copied_from_base=planned.copied_from_base,
         tensors=_tensor_records(planned, report),
         run=run,
+        notes=planned.notes,
     )
 
 

@@ -26,6 +26,7 @@ from streammerge.engine.pipeline import RunReport, run_pipeline
 from streammerge.engine.progress import OnProgress, ProgressEvent
 from streammerge.engine.rechecking import check_entries, keep_sound
 from streammerge.engine.resuming import Recovered, scope_found
+from streammerge.engine.twins import check_twins
 from streammerge.errors import CheckpointError, OutputError
 from streammerge.finishing import (
     check_shards,
@@ -106,6 +107,7 @@ class MergeJob:
             )
         with ExitStack() as stack:
             sources = _open_sources(planned, self.opener, stack)
+            check_twins(planned, sources)
             stack.enter_context(output)
             stack.enter_context(_naming_errors(output.partial))
             # At once, so that what happens to them while the tensors are merged is of no matter.

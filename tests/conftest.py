@@ -4,7 +4,8 @@
     pytest --runslow        everything
 
 Fixtures: ``models`` makes checkpoints below ``tmp_path`` and merges them (see ``models.Models``);
-``devices`` makes the engine believe that there are accelerators (see ``fake_backend``).
+``devices`` makes the engine believe that there are accelerators (see ``fake_backend``);
+``old_transformers`` is an older version of that library (see ``old_transformers``).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import pytest
 import torch
 from fake_backend import FakeBackend, MakeDevices
 from models import Models
+from old_transformers import install_old_transformers
 
 from streammerge.engine.accelerator import opening
 
@@ -65,3 +67,9 @@ def devices(monkeypatch: pytest.MonkeyPatch) -> MakeDevices:
         return made
 
     return make
+
+
+@pytest.fixture(scope="session")
+def old_transformers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a directory of packages that shadows the installed transformers with an older one."""
+    return install_old_transformers(tmp_path_factory.mktemp("old") / "packages")

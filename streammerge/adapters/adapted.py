@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from streammerge.adapters.changes import Change, list_changes
@@ -51,40 +51,9 @@ def adapt(adapter: Adapter, base: Checkpoint, *, where: str, shares_ties: bool) 
     )
 
 
-def untie(models: Sequence[Checkpoint | AdaptedModel]) -> list[Checkpoint | AdaptedModel]:
-    """Return the models with every tensor of its own that an adapter changes apart from its twin."""
-    untied = all_untied(models)
-    return [
-        _with_untied(model, untied) if isinstance(model, Checkpoint) else _parted(model, untied)
-        for model in models
-    ]
-
-
-def all_untied(models: Sequence[Checkpoint | AdaptedModel]) -> dict[str, str]:
-    """Return the tensors that any adapter unties, by the one that each equals in the base."""
-    found: dict[str, str] = {}
-    for model in models:
-        if isinstance(model, AdaptedModel):
-            found |= model.untied
-    return found
-
-
 def _with_untied(model: Checkpoint, untied: Mapping[str, str]) -> Checkpoint:
     tensors = dict(model.tensors)
     for name, twin in untied.items():
         if name not in tensors and twin in tensors:
             tensors[name] = replace(tensors[twin], name=name)
     return replace(model, tensors=tensors)
-
-
-def _parted(model: AdaptedModel, untied: Mapping[str, str]) -> AdaptedModel:
-    """Let an adapter that keeps two tensors one do the same to both."""
-    tensors, changes = dict(model.tensors), dict(model.changes)
-    for name, twin in untied.items():
-        if name in model.untied or name in tensors or name in changes:
-            continue
-        if twin in tensors:
-            tensors[name] = replace(tensors[twin], name=name)
-        if twin in changes:
-            changes[name] = changes[twin]
-    return replace(model, tensors=tensors, changes=changes)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 
@@ -34,6 +34,7 @@ def align_tensors(
     resolve: Callable[[str], Resolved],
     *,
     method: MergeMethod,
+    known: Collection[str] = (),
 ) -> Assignment:
     """Decide about every tensor of every input.
 
@@ -43,6 +44,7 @@ def align_tensors(
         checkpoints: The models, in the same order.
         resolve: What the recipe says about a tensor name.
         method: What the recipe's method does with a base, and with sources that equal it.
+        known: Names that rules may speak of besides: other names of the same tensors.
 
     Raises:
         MissingTensorError: A tensor is not in every input; all of them are listed.
@@ -50,7 +52,7 @@ def align_tensors(
         UnsupportedDTypeError: A tensor is a float in one input and an integer in another.
         RecipeError: A rule copies a tensor from a model that has none of that name.
     """
-    return _Aligner(recipe, labels, checkpoints, resolve, method).run()
+    return _Aligner(recipe, labels, checkpoints, resolve, method).run(known)
 
 
 class _Aligner:
@@ -83,9 +85,9 @@ class _Aligner:
         }
         self._only_adapted = len(self._adapted) == len(checkpoints) - self._has_base
 
-    def run(self) -> Assignment:
+    def run(self, known: Collection[str]) -> Assignment:
         names = dict.fromkeys(name for each in self._checkpoints for name in each.tensors)
-        _check_rules_match(self._recipe, names)
+        _check_rules_match(self._recipe, [*names, *known])
         tensors = [tensor for name in names if (tensor := self._decide(name)) is not None]
         if self._missing:
             raise MissingTensorError(_missing_message(self._missing, has_base=self._has_base))

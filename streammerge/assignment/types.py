@@ -69,3 +69,15 @@ class Assignment:
     """Names that the recipe drops."""
     copied_from_base: tuple[str, ...]
     """Names that ``missing: base`` copies."""
+
+
+@dataclass(frozen=True, slots=True)
+class Twins:
+    """Two stored tensors of one model that must hold the same values, since they are one in memory."""
+
+    model: int
+    """Index of the model."""
+    one: TensorEntry
+    """The tensor that is taken."""
+    other: TensorEntry
+    """The one that is left aside."""

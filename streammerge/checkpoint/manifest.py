@@ -27,7 +27,7 @@ from streammerge.checkpoint.inputs import (
     refuse_constant,
 )
 from streammerge.checkpoint.outputfile import write_durably
-from streammerge.checkpoint.types import ShardFile
+from streammerge.checkpoint.types import Note, ShardFile
 from streammerge.errors import HeaderError, printable
 from streammerge.units import MIB
 from streammerge.version import VERSION
@@ -125,6 +125,8 @@ class Manifest:
     """Output tensors by name."""
     run: RunRecord
     """What this run took."""
+    notes: tuple[Note, ...] = ()
+    """What the plan decided without being asked for."""
 
 
 def digest_recipe(recipe: str) -> str:

@@ -68,13 +68,17 @@ _TABLES = _families(
     ),
     (
         r"shared\.weight",
-        "lm_head.weight encoder.embed_tokens.weight decoder.embed_tokens.weight "
-        "text_encoder.embed_tokens.weight text_decoder.embed_tokens.weight",
+        (
+            "lm_head.weight encoder.embed_tokens.weight decoder.embed_tokens.weight "
+            "text_encoder.embed_tokens.weight text_decoder.embed_tokens.weight"
+        ),
     ),
     (
         r"prophetnet\.word_embeddings\.weight",
-        "lm_head.weight prophetnet.encoder.word_embeddings.weight "
-        "prophetnet.decoder.word_embeddings.weight",
+        (
+            "lm_head.weight prophetnet.encoder.word_embeddings.weight "
+            "prophetnet.decoder.word_embeddings.weight"
+        ),
     ),
     (r"model\.decoder\.embed_tokens\.weight", "model.encoder.embed_tokens.weight"),
 )

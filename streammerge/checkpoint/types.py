@@ -83,3 +83,13 @@ class Companion:
     """Its size."""
     digest: str
     """SHA-256 of what it held when it was planned, in hex."""
+
+
+@dataclass(frozen=True, slots=True)
+class Note:
+    """Something that was decided without being asked for, or that a user should know."""
+
+    topic: str
+    """One or two words: ``"tied"``, ``"renamed"``."""
+    text: str
+    """What was decided, about what, and why."""

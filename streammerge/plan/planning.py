@@ -7,10 +7,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
-from streammerge.adapters.adapted import AdaptedModel, all_untied, untie
+from streammerge.adapters.adapted import AdaptedModel
 from streammerge.adapters.changes import DELTA_ROWS, Change, ChangeKind
 from streammerge.assignment.aligning import align_tensors
-from streammerge.assignment.types import Action, AssignedTensor, Assignment, Model, Setting
+from streammerge.assignment.ties import settle_ties
+from streammerge.assignment.types import Action, AssignedTensor, Assignment, Model, Setting, Twins
 from streammerge.checkpoint.ties import TIE_KEY
 from streammerge.checkpoint.types import Checkpoint, ShardFile
 from streammerge.dtypes import DType
@@ -29,6 +30,7 @@ from streammerge.plan.types import (
     InputModel,
     MergePlan,
     OutputLayout,
+    StoredTwins,
     TensorInput,
     TensorTask,
 )
@@ -109,14 +111,13 @@ def plan_merge(
             f"base: {method.name} merges task vectors and needs the model that the sources were "
             "tuned from; add `base: PATH`"
         )
-    checkpoints = untie([*([base] if base is not None else []), *sources])
     models = _models(recipe)
+    labels = [f"{model.label} ({model.path})" for model in models]
+    resolve = build_resolver(recipe, method.parameters)
+    ties = settle_ties([*([base] if base is not None else []), *sources], labels, resolve)
+    checkpoints = ties.models
     assignment = align_tensors(
-        recipe,
-        [f"{model.label} ({model.path})" for model in models],
-        checkpoints,
-        build_resolver(recipe, method.parameters),
-        method=method,
+        recipe, labels, checkpoints, resolve, method=method, known=ties.known
     )
     model_scope = _check_settings(method, assignment, len(sources))
     if takes_in_turn(recipe, method):
@@ -171,8 +172,9 @@ def plan_merge(
         input_nbytes=demand.input_nbytes,
         dropped=assignment.dropped,
         copied_from_base=assignment.copied_from_base,
-        config=_config(checkpoints, assignment.tensors),
-        untied=tuple(all_untied(checkpoints)),
+        config=_config(checkpoints, assignment.tensors, unties=ties.unties),
+        notes=ties.notes,
+        twins=_twins(ties.twins, labels, file_index),
         needs_torch=torch,
     )
     beyond = bytes_beyond_once(plan, Needs(plan, method))
@@ -261,15 +263,30 @@ def _check_in_turn(recipe: Recipe, assignment: Assignment, sources: Sequence[Mod
         )
 
 
+def _twins(
+    twins: Sequence[Twins], labels: Sequence[str], file_index: Sequence[Sequence[int]]
+) -> tuple[StoredTwins, ...]:
+    return tuple(
+        StoredTwins(
+            labels[each.model],
+            *(
+                replace(entry, file=file_index[each.model][entry.file])
+                for entry in (each.one, each.other)
+            ),
+        )
+        for each in twins
+    )
+
+
 def _config(
-    models: Sequence[Model], tensors: Sequence[AssignedTensor]
+    models: Sequence[Model], tensors: Sequence[AssignedTensor], *, unties: bool
 ) -> tuple[tuple[str, bool | int], ...]:
     """Return the keys of the base's ``config.json`` that the result contradicts."""
     base = models[0]
     if not isinstance(base, Checkpoint):
         return ()
     settings: dict[str, bool | int] = {}
-    if all_untied(models):
+    if unties:
         settings[TIE_KEY] = False
     config = base.config or {}
     inner = config.get("text_config")

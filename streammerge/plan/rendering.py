@@ -92,8 +92,7 @@ def _tensor_rows(plan: MergePlan) -> list[tuple[str, str]]:
     if plan.copied_from_base:
         names = ", ".join(plan.copied_from_base[:_SHOWN_SETTINGS])
         rows.append(("from base", f"{len(plan.copied_from_base)} missing elsewhere: {names}"))
-    rows += [("untied", f"{name} (tied in the base, apart in the result)") for name in plan.untied]
-    return rows
+    return rows + [(note.topic, note.text) for note in plan.notes]
 
 
 _DONE = {

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 from streammerge.adapters.changes import Change
 from streammerge.assignment.types import Action, Setting
-from streammerge.checkpoint.types import Companion, ShardFile
+from streammerge.checkpoint.types import Companion, Note, ShardFile, TensorEntry
 from streammerge.dtypes import DType
 
-PLAN_VERSION = 3
+PLAN_VERSION = 4
 """Raised when the meaning of a field changes, so that an old plan is never run by new code."""
 
 
@@ -62,6 +62,18 @@ class TensorTask:
     changes: tuple[Change, ...] = ()
     """What adapters do to it, in the order in which it is done; a source that is an adapter and
     has neither an input nor a change leaves the base's values as they are."""
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTwins:
+    """Two tensors of one model that are one in memory, both stored."""
+
+    label: str
+    """The model, as messages name it."""
+    one: TensorEntry
+    """The tensor that is taken; its file as an index into :attr:`MergePlan.files`."""
+    other: TensorEntry
+    """The one that must equal it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,8 +240,10 @@ class MergePlan:
     """Files beside the shards of the base, or of the first source, that go to the output."""
     config: tuple[tuple[str, bool | int], ...] = ()
     """Keys of ``config.json`` that differ in the result, with their values."""
-    untied: tuple[str, ...] = ()
-    """Tensors that the base shares with another one and the result does not."""
+    notes: tuple[Note, ...] = ()
+    """What was decided without being asked for: tied tensors, names."""
+    twins: tuple[StoredTwins, ...] = ()
+    """Tensors of one model that must hold the same values; checked before the work begins."""
     device: DeviceResources | None = None
     """Where tensors are measured and merged; None for the CPU."""
     needs_torch: bool = True
