@@ -23,11 +23,34 @@ class DType(StrEnum):
     U16 = "U16"
     U8 = "U8"
     BOOL = "BOOL"
+    F8_E8M0 = "F8_E8M0"
+    F8_E4M3FNUZ = "F8_E4M3FNUZ"
+    F8_E5M2FNUZ = "F8_E5M2FNUZ"
+    F4 = "F4"
+    C64 = "C64"
 
     @property
     def itemsize(self) -> int:
-        """Bytes per element."""
+        """Bytes per item; an item is an element, but two of F4."""
         return _ITEMSIZE[self]
+
+    @property
+    def elements_per_item(self) -> int:
+        """Elements that share an item; 1 for all but F4."""
+        return 2 if self is DType.F4 else 1
+
+    def nbytes(self, numel: int) -> int:
+        """Return the bytes that elements take side by side.
+
+        Args:
+            numel: How many elements.
+
+        Raises:
+            ValueError: They end inside a byte; the text completes "its shape".
+        """
+        if numel % self.elements_per_item:
+            raise ValueError(f"has {numel} elements of {self}, which end inside a byte")
+        return numel // self.elements_per_item * _ITEMSIZE[self]
 
     @property
     def is_float(self) -> bool:
@@ -35,8 +58,16 @@ class DType(StrEnum):
         return self in _FLOATS
 
     @property
+    def is_opaque(self) -> bool:
+        """Whether elements are bytes to copy and nothing more: no arithmetic, no conversion."""
+        return self in _OPAQUE
+
+    @property
     def torch_name(self) -> str:
-        """The name of the same type in torch and in Hugging Face configs: ``"bfloat16"``."""
+        """The name of the same type in torch and in Hugging Face configs: ``"bfloat16"``.
+
+        F4 has none: torch's type of that kind counts pairs, so its shapes are other ones.
+        """
         return _TORCH_NAMES[self]
 
 
@@ -56,7 +87,13 @@ _ITEMSIZE = {
     DType.U16: 2,
     DType.U8: 1,
     DType.BOOL: 1,
+    DType.F8_E8M0: 1,
+    DType.F8_E4M3FNUZ: 1,
+    DType.F8_E5M2FNUZ: 1,
+    DType.F4: 1,
+    DType.C64: 8,
 }
+_OPAQUE = frozenset({DType.F8_E8M0, DType.F8_E4M3FNUZ, DType.F8_E5M2FNUZ, DType.F4, DType.C64})
 _FLOATS = frozenset({DType.F64, DType.F32, DType.F16, DType.BF16, DType.F8_E4M3, DType.F8_E5M2})
 _TORCH_NAMES = {
     DType.F64: "float64",
@@ -74,11 +111,13 @@ _TORCH_NAMES = {
     DType.U16: "uint16",
     DType.U8: "uint8",
     DType.BOOL: "bool",
+    DType.F8_E8M0: "float8_e8m0fnu",
+    DType.F8_E4M3FNUZ: "float8_e4m3fnuz",
+    DType.F8_E5M2FNUZ: "float8_e5m2fnuz",
+    DType.C64: "complex64",
 }
 
 DTYPES_BY_TORCH_NAME = {name: dtype for dtype, name in _TORCH_NAMES.items()}
 
-UNSUPPORTED_CODES = frozenset(
-    {"F8_E8M0", "F4", "F6_E2M3", "F6_E3M2", "C64", "F8_E4M3FNUZ", "F8_E5M2FNUZ"}
-)
-"""Codes that the safetensors format knows and streammerge has no arithmetic for."""
+UNSUPPORTED_CODES = frozenset({"F6_E2M3", "F6_E3M2"})
+"""Codes that the safetensors format knows and that no library loads: four elements in three bytes."""

@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 
 from streammerge.adapters.adapted import AdaptedModel
 from streammerge.adapters.changes import Change
+from streammerge.assignment.advising import opaque_message
 from streammerge.assignment.types import Action, AssignedTensor, Assignment, Model, Setting
 from streammerge.checkpoint.types import TensorEntry
 from streammerge.errors import (
@@ -18,6 +19,11 @@ from streammerge.errors import (
     printable,
 )
 from streammerge.methods.base import MergeMethod, Operand, Scope
+<<<<<<< HEAD:streammerge/assignment/aligning.py
+=======
+from streammerge.plan.opaque import opaque_message
+from streammerge.plan.types import Action, Setting
+>>>>>>> 287e87c (Read element types without arithmetic, to copy or drop them):streammerge/plan/aligning.py
 from streammerge.recipe.resolving import Resolved
 from streammerge.recipe.types import BASE, MissingPolicy, Recipe
 
@@ -77,6 +83,7 @@ class _Aligner:
         self._dropped: list[str] = []
         self._copied: list[str] = []
         self._missing: list[str] = []
+        self._opaque: list[tuple[str, DType]] = []
         # Where no task vectors are taken, a base only lends copies.
         merges_base = method.operand is Operand.TASK_VECTORS
         self._first_merged = 1 if self._has_base and not merges_base else 0
@@ -91,7 +98,15 @@ class _Aligner:
         tensors = [tensor for name in names if (tensor := self._decide(name)) is not None]
         if self._missing:
             raise MissingTensorError(_missing_message(self._missing, has_base=self._has_base))
+<<<<<<< HEAD:streammerge/assignment/aligning.py
         return Assignment(
+=======
+        if self._opaque:
+            raise UnsupportedDTypeError(
+                opaque_message(self._opaque, names, has_base=self._has_base)
+            )
+        return Alignment(
+>>>>>>> 287e87c (Read element types without arithmetic, to copy or drop them):streammerge/plan/aligning.py
             tuple(tensors), tuple(self._settings), tuple(self._dropped), tuple(self._copied)
         )
 
@@ -129,6 +144,10 @@ class _Aligner:
             self._missing.append(f"{printable(name)} is not in {', '.join(absent)}")
             return None
         inputs = tuple(entry if index in merged else None for index, entry in enumerate(entries))
+        opaque = [entry.dtype for entry in inputs if entry is not None and entry.dtype.is_opaque]
+        if opaque:
+            self._opaque.append((name, opaque[0]))
+            return None
         first = self._check_shapes(name, inputs)
         if not all(entry.dtype.is_float for entry in inputs if entry is not None):
             return self._integers(name, first, inputs)

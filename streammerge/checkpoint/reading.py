@@ -88,7 +88,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         HeaderError: A header, the index or the config cannot be trusted, or they disagree.
         TruncatedShardError: A file ends before the data it declares.
         MissingTensorError: The index names a tensor that its shard lacks.
-        UnsupportedDTypeError: A tensor has a dtype without merge arithmetic.
+        UnsupportedDTypeError: A tensor has a dtype that is not known.
     """
     path = absolute(parse_path(path, "path"))
     try:

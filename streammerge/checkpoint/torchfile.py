@@ -59,6 +59,7 @@ _STORAGE_DTYPES = {
     "CharStorage": DType.I8,
     "ByteStorage": DType.U8,
     "BoolStorage": DType.BOOL,
+    "ComplexFloatStorage": DType.C64,
 }
 # What people wrap a state dict in. Accepted only alone: what stands beside it would be lost.
 _WRAPPERS = ("state_dict", "model")
@@ -90,7 +91,7 @@ def read_torch_header(path: Path, *, file_index: int) -> tuple[ShardFile, list[T
         HeaderError: It is not what torch.save writes for a dict of tensors, or asks for more than
             tensors, or holds a tensor that is not contiguous.
         TruncatedShardError: The file, or a storage in it, ends before the data declared.
-        UnsupportedDTypeError: A tensor has a dtype without merge arithmetic.
+        UnsupportedDTypeError: A tensor has a dtype that safetensors cannot hold.
     """
     with open_input(path) as (stream, status):
         archive = _open_archive(path, stream)
@@ -364,8 +365,8 @@ def _dtype(where: str, tensor: StoredTensor) -> DType:
     )
     if dtype is None:
         raise UnsupportedDTypeError(
-            f"{where}: no merge arithmetic for {tensor.dtype or tensor.storage.kind}; save it in "
-            f"one of {', '.join(DTYPES_BY_TORCH_NAME)}"
+            f"{where}: safetensors files have no place for {tensor.dtype or tensor.storage.kind}; "
+            f"save it in one of {', '.join(DTYPES_BY_TORCH_NAME)}"
         )
     return dtype
 
@@ -387,7 +388,7 @@ def _locate_storage(archive: _Archive, where: str, storage: Storage) -> _Record:
     """Return the record of a storage, which is as long as the pickle says."""
     dtype = _STORAGE_DTYPES.get(storage.kind.rpartition(".")[2])
     if dtype is None and storage.kind != UNTYPED_STORAGE:
-        raise UnsupportedDTypeError(f"{where}: no merge arithmetic for {storage.kind}")
+        raise UnsupportedDTypeError(f"{where}: safetensors files have no place for {storage.kind}")
     record = archive.locate(f"data/{storage.key}")
     declared = storage.numel * (dtype.itemsize if dtype else 1)
     if declared > record.nbytes:

@@ -32,7 +32,7 @@ class TensorEntry:
     @property
     def nbytes(self) -> int:
         """Bytes of the tensor's data."""
-        return prod(self.shape) * self.dtype.itemsize
+        return self.dtype.nbytes(prod(self.shape))
 
 
 @dataclass(frozen=True, slots=True)

@@ -107,7 +107,7 @@ def _header(tensors: Sequence[_Stored]) -> bytes:
 
 
 def _nbytes(tensor: _Stored) -> int:
-    return prod(tensor.shape) * tensor.dtype.itemsize
+    return tensor.dtype.nbytes(prod(tensor.shape))
 
 
 def _natural(name: str) -> tuple[list[tuple[int, int, str]], str]:

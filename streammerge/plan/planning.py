@@ -343,7 +343,7 @@ def _tasks(
             TensorTask(
                 name=tensor.name,
                 shape=tensor.shape,
-                numel=present.numel,
+                numel=present.nbytes // present.dtype.itemsize,
                 dtype=tensor.dtype,
                 action=tensor.action,
                 inputs=inputs,

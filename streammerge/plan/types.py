@@ -44,7 +44,7 @@ class TensorTask:
     shape: tuple[int, ...]
     """Elements per dimension."""
     numel: int
-    """Elements."""
+    """Elements; items of :attr:`DType.itemsize` bytes where a type packs two into one."""
     dtype: DType
     """Stored element type in the output."""
     action: Action

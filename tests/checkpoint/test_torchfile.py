@@ -347,11 +347,10 @@ def test_view_that_negates_its_bytes_is_refused(tmp_path: Path) -> None:
     assert "'a'" in refusal(tmp_path / "model.bin")
 
 
-@pytest.mark.parametrize("dtype", [torch.complex64, torch.float8_e4m3fnuz, torch.complex128])
-def test_dtype_without_arithmetic_is_refused_by_name(dtype: torch.dtype, tmp_path: Path) -> None:
-    torch.save({"a": torch.empty(2, dtype=dtype)}, tmp_path / "model.bin")
+def test_dtype_without_a_place_in_safetensors_is_refused_by_name(tmp_path: Path) -> None:
+    torch.save({"a": torch.empty(2, dtype=torch.complex128)}, tmp_path / "model.bin")
 
-    assert "tensor 'a': no merge arithmetic" in refusal(
+    assert "tensor 'a': safetensors files have no place for" in refusal(
         tmp_path / "model.bin", UnsupportedDTypeError
     )
 
