@@ -23,7 +23,8 @@ from streammerge.checkpoint.bytesource import (
 from streammerge.checkpoint.finished import find_finished
 from streammerge.checkpoint.inputs import parse_path
 from streammerge.checkpoint.manifest import MANIFEST_NAME, Manifest, digest_identity
-from streammerge.checkpoint.reading import check_not_quantized, read_checkpoint
+from streammerge.checkpoint.quantised import check_not_quantized
+from streammerge.checkpoint.reading import read_checkpoint
 from streammerge.checkpoint.sidecars import read_companions
 from streammerge.checkpoint.types import Checkpoint
 from streammerge.comparing import Comparison, Sample, check_sample

@@ -34,11 +34,14 @@ def opaque_message(
     source = "base" if has_base else "0"
     globs = choose_globs([name for name, _ in opaque], names)
     # A JSON string is a YAML string, whatever the name holds.
+    # What is F8_E8M0 is a scale of something, and nothing is what it was without its scales.
+    scales = any(dtype is DType.F8_E8M0 for _, dtype in opaque)
+    otherwise = "" if scales else ", here as copies (or `drop: true`)"
     quoted = [printable(json.dumps(glob, ensure_ascii=False)) for glob in globs]
     rules = "".join(f"\n  - {{tensors: {glob}, copy: {source}}}" for glob in quoted)
     return (
         f"{len(opaque)} tensor(s) are of a type that has no merge arithmetic and is only ever "
-        f"copied:{listed}\nsay what becomes of them, here as copies (or `drop: true`):\nrules:{rules}"
+        f"copied:{listed}\nsay what becomes of them{otherwise}:\nrules:{rules}"
     )
 
 

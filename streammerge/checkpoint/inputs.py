@@ -12,7 +12,13 @@ from itertools import accumulate
 from pathlib import Path
 from typing import BinaryIO, NoReturn
 
-from streammerge.errors import CheckpointError, HeaderError, TruncatedShardError
+from streammerge.checkpoint.dequantising import gguf_advice
+from streammerge.errors import (
+    CheckpointError,
+    HeaderError,
+    QuantizedCheckpointError,
+    TruncatedShardError,
+)
 from streammerge.limits import name_limit
 
 MAX_NUMEL = 2**63
@@ -32,10 +38,6 @@ _FOREIGN = (
     (
         b"version https://git-lfs",
         "is a Git LFS pointer, not the file itself; run `git lfs pull` in its repository",
-    ),
-    (
-        b"GGUF",
-        "is a GGUF file, which holds quantised or repacked weights; use the safetensors original",
     ),
     (
         b"PK\x03\x04",
@@ -190,10 +192,13 @@ def refuse_foreign(path: Path, head: bytes) -> None:
 
     Raises:
         TruncatedShardError: The file is empty.
+        QuantizedCheckpointError: It is a GGUF file.
         HeaderError: The bytes are a Git LFS pointer, a web page, an archive, and the like.
     """
     if not head:
         raise TruncatedShardError(f"{path}: is empty (0 bytes); copy or download it again")
+    if head.startswith(b"GGUF"):
+        raise QuantizedCheckpointError(f"{path}: {gguf_advice(path)}")
     for magic, advice in _FOREIGN:
         if head.startswith(magic) or (magic == b"<" and head.lstrip().startswith(b"<")):
             raise HeaderError(f"{path}: {advice}")

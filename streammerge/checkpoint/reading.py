@@ -26,12 +26,10 @@ from streammerge.checkpoint.inputs import (
 )
 from streammerge.checkpoint.torchfile import read_torch_header
 from streammerge.checkpoint.types import Checkpoint, ShardFile, TensorEntry
-from streammerge.dtypes import DType
 from streammerge.errors import (
     CheckpointError,
     HeaderError,
     MissingTensorError,
-    QuantizedCheckpointError,
     printable,
 )
 from streammerge.limits import name_limit
@@ -48,24 +46,6 @@ _INDEX_SUFFIX = ".index.json"
 _SAFETENSORS_INDEX = re.compile(r".*\.safetensors\.index(\.\w+)?\.json")
 _SHARD_OF_MANY = re.compile(r".*-\d+-of-0*([2-9]|[1-9]\d+)(\.\w+)?")
 _MAX_NAMES_SHOWN = 10
-
-# Last parts of names that only packed weights have: GPTQ and AWQ, bitsandbytes, compressed-tensors,
-# HQQ.
-_PACKED_NAMES = frozenset(
-    {"qweight", "qzeros", "g_idx"}
-    | {"absmax", "nested_absmax", "quant_map", "nested_quant_map", "SCB"}
-    | {"weight_packed", "weight_zero_point", "weight_g_idx", "W_q"}
-)
-_BITSANDBYTES_STATE = "bitsandbytes__"
-# No I64: indices are stored in it, weights never.
-_PACKED_DTYPES = frozenset({DType.U8, DType.I8, DType.U16, DType.I16, DType.U32, DType.I32})
-_FLOAT8 = frozenset({DType.F8_E4M3, DType.F8_E5M2})
-_SCALE_SUFFIXES = ("_scale", "_scale_inv", "_scales")
-_SIBLING_SCALES = ("weight_scale", "weight_scale_inv", "input_scale", "scale_weight", "scale_input")
-_DEQUANTIZE = (
-    "an average of quantised numbers is meaningless; dequantise the model first and save it in "
-    "bfloat16"
-)
 
 _Reader = Callable[[Path, int], tuple[ShardFile, list[TensorEntry]]]
 
@@ -108,59 +88,6 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         tensors={entry.name: entry for entry in entries},
         config=_read_config(chosen.parent / "config.json"),
     )
-
-
-def check_not_quantized(checkpoint: Checkpoint) -> None:
-    """Return if every tensor holds the numbers it stands for, not codes that need a scale.
-
-    Plain float8 without scales passes, and so do integer buffers such as position ids.
-
-    Args:
-        checkpoint: What :func:`read_checkpoint` returned.
-
-    Raises:
-        QuantizedCheckpointError: The config, or a tensor's name, dtype or companion, says that the
-            weights are quantised.
-    """
-    config = checkpoint.config or {}
-    sections = [("", config)]
-    sections += [(f"{key}.", value) for key, value in config.items() if isinstance(value, dict)]
-    for prefix, section in sections:
-        quantization = section.get("quantization_config")
-        if quantization:
-            method = quantization.get("quant_method") if isinstance(quantization, dict) else None
-            named = method if isinstance(method, str) else "no quant_method given"
-            raise QuantizedCheckpointError(
-                f"{checkpoint.directory / 'config.json'}: {prefix}quantization_config says that "
-                f"the weights are quantised ({named}); {_DEQUANTIZE} "
-                "(if they are already, delete the entry)"
-            )
-    for entry in checkpoint.tensors.values():
-        reason = _quantization_of(entry, checkpoint.tensors)
-        if reason is not None:
-            path = checkpoint.files[entry.file].path
-            raise QuantizedCheckpointError(f"{path}: tensor {entry.name!r} {reason}; {_DEQUANTIZE}")
-
-
-def _quantization_of(entry: TensorEntry, tensors: dict[str, TensorEntry]) -> str | None:
-    """Return how the tensor shows that it is quantised; None when it does not."""
-    parent, dot, last = entry.name.rpartition(".")
-    if last in _PACKED_NAMES or last.startswith(_BITSANDBYTES_STATE):
-        return "has the name of a packed weight or its scales"
-    if last == "weight" and entry.dtype in _PACKED_DTYPES:
-        return f"is a weight of dtype {entry.dtype}"
-    if last.endswith("_blocks") and entry.dtype is DType.U8:
-        scales = entry.name.removesuffix("_blocks") + "_scales"
-        if scales in tensors:
-            return f"is packed, with scales in {scales!r}"
-    if entry.dtype in _FLOAT8:
-        companions = [entry.name + suffix for suffix in _SCALE_SUFFIXES]
-        if last == "weight":
-            companions += [f"{parent}{dot}{sibling}" for sibling in _SIBLING_SCALES]
-        for companion in companions:
-            if companion in tensors:
-                return f"is {entry.dtype} scaled by {companion!r}"
-    return None
 
 
 def _choose_file(directory: Path) -> Path:

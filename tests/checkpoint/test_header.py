@@ -135,7 +135,6 @@ def test_50000_tensors_are_parsed_within_two_seconds(shard: Path) -> None:
         (b"\n  <html></html>", "web page"),
         (b"PK\x03\x04\x00\x00\x08\x08" + bytes(60), "zip archive"),
         (b"\x80\x02}q\x00X\x01\x00\x00\x00aq\x01K\x01s.", "pickle"),
-        (b"GGUF\x03\x00\x00\x00" + bytes(60), "GGUF"),
         (b"\x89HDF\r\n\x1a\n" + bytes(60), "HDF5"),
         (b"\x1f\x8b\x08\x00" + bytes(60), "gzip"),
         (b"Invalid username or password.", "Invalid username"),

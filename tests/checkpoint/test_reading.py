@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import json
-import re
 from pathlib import Path
 from typing import NoReturn
 
@@ -13,12 +12,11 @@ import torch
 from safetensors.torch import save_file
 
 from streammerge.checkpoint import reading
-from streammerge.checkpoint.reading import check_not_quantized, read_checkpoint
+from streammerge.checkpoint.reading import read_checkpoint
 from streammerge.errors import (
     CheckpointError,
     HeaderError,
     MissingTensorError,
-    QuantizedCheckpointError,
     StreamMergeError,
     TruncatedShardError,
 )
@@ -421,121 +419,3 @@ def test_directory_that_cannot_be_listed_is_refused(
     monkeypatch.setattr(Path, "iterdir", refuse)
 
     assert "cannot be listed: Permission denied" in refusal(sharded)
-
-
-# --- quantisation
-
-
-def check_quantized(
-    directory: Path,
-    tensors: dict[str, torch.Tensor],
-    *essentials: str,
-    config: dict[str, object] | None = None,
-) -> None:
-    save_file(tensors, directory / "model.safetensors")
-    if config is not None:
-        (directory / "config.json").write_text(json.dumps(config))
-    checkpoint = read_checkpoint(directory)
-    if not essentials:
-        check_not_quantized(checkpoint)
-        return
-    with pytest.raises(QuantizedCheckpointError) as caught:
-        check_not_quantized(checkpoint)
-    for essential in (*essentials, "dequantise the model first", "bfloat16"):
-        assert re.search(re.escape(essential), str(caught.value)), str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("config", "essentials"),
-    [
-        ({"quantization_config": {"quant_method": "gptq"}}, ["gptq", "config.json"]),
-        ({"quantization_config": {"load_in_4bit": True}}, ["no quant_method given"]),
-        (
-            {"text_config": {"quantization_config": {"quant_method": "fp8"}}},
-            ["text_config.quantization_config", "fp8"],
-        ),
-    ],
-)
-def test_quantized_config_is_refused(
-    config: dict[str, object], essentials: list[str], tmp_path: Path
-) -> None:
-    check_quantized(tmp_path, TENSORS, *essentials, config=config)
-
-
-@pytest.mark.parametrize(
-    "config", [{}, {"quantization_config": None}, {"text_config": {"hidden_size": 3}}]
-)
-def test_config_without_quantization_passes(config: dict[str, object], tmp_path: Path) -> None:
-    check_quantized(tmp_path, TENSORS, config=config)
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        "layer.qweight",
-        "layer.qzeros",
-        "layer.g_idx",
-        "layer.weight.absmax",
-        "layer.weight.nested_absmax",
-        "layer.weight.quant_map",
-        "layer.weight.nested_quant_map",
-        "layer.weight.quant_state.bitsandbytes__nf4",
-        "layer.weight_packed",
-        "layer.SCB",
-        "layer.W_q",
-    ],
-)
-def test_name_of_a_packed_weight_is_refused(name: str, tmp_path: Path) -> None:
-    check_quantized(tmp_path, {name: A}, repr(name))
-
-
-@pytest.mark.parametrize(
-    ("dtype", "code"),
-    [(torch.uint8, "U8"), (torch.int8, "I8"), (torch.int32, "I32"), (torch.uint32, "U32")],
-)
-def test_integer_weight_is_refused(dtype: torch.dtype, code: str, tmp_path: Path) -> None:
-    check_quantized(
-        tmp_path, {"layer.weight": torch.zeros(2, dtype=dtype)}, "'layer.weight'", f"dtype {code}"
-    )
-
-
-def test_packed_blocks_with_scales_are_refused(tmp_path: Path) -> None:
-    """MXFP4 as in gpt-oss."""
-    packed = torch.zeros(2, dtype=torch.uint8)
-    tensors = {"experts.down_proj_blocks": packed, "experts.down_proj_scales": packed.clone()}
-    check_quantized(tmp_path, tensors, "'experts.down_proj_blocks'", "'experts.down_proj_scales'")
-
-
-@pytest.mark.parametrize(
-    ("name", "companion"),
-    [
-        ("layer.weight", "layer.weight_scale"),
-        ("layer.weight", "layer.weight_scale_inv"),
-        ("layer.weight", "layer.input_scale"),
-        ("layer.weight", "layer.scale_weight"),
-        ("weight", "input_scale"),
-        ("experts.down_proj", "experts.down_proj_scale"),
-        ("experts.down_proj", "experts.down_proj_scale_inv"),
-    ],
-)
-def test_float8_with_a_scale_is_refused(name: str, companion: str, tmp_path: Path) -> None:
-    tensors = {name: A.to(torch.float8_e4m3fn), companion: torch.ones(())}
-    check_quantized(tmp_path, tensors, repr(name), repr(companion), "F8_E4M3")
-
-
-def test_float8_without_a_scale_passes(tmp_path: Path) -> None:
-    check_quantized(tmp_path, {"layer.weight": A.to(torch.float8_e4m3fn), "b.weight_scale": B})
-
-
-def test_scale_of_a_wide_weight_passes(tmp_path: Path) -> None:
-    check_quantized(tmp_path, {"layer.weight": A, "layer.input_scale": torch.ones(())})
-
-
-def test_integer_buffers_pass(tmp_path: Path) -> None:
-    tensors = {
-        "embeddings.position_ids": torch.arange(3),
-        "norm.num_batches_tracked": torch.tensor(3),
-        "attention.mask": torch.ones(3, dtype=torch.uint8),
-        "table.weight": torch.arange(3),
-    }
-    check_quantized(tmp_path, tensors)

@@ -22,7 +22,8 @@ from streammerge.adapters.changes import Change, ChangeKind
 from streammerge.assignment.types import Action
 from streammerge.checkpoint.inspecting import describe
 from streammerge.checkpoint.manifest import MANIFEST_NAME, read_manifest_files
-from streammerge.checkpoint.reading import check_not_quantized, read_checkpoint
+from streammerge.checkpoint.quantised import check_not_quantized
+from streammerge.checkpoint.reading import read_checkpoint
 from streammerge.checkpoint.sidecars import read_companions, write_sidecars
 from streammerge.checkpoint.types import Checkpoint, TensorEntry
 from streammerge.dtypes import DType
