@@ -11,6 +11,7 @@ from streammerge.adapters.changes import Change
 from streammerge.assignment.advising import opaque_message
 from streammerge.assignment.types import Action, AssignedTensor, Assignment, Model, Setting
 from streammerge.checkpoint.types import TensorEntry
+from streammerge.dtypes import DType
 from streammerge.errors import (
     MissingTensorError,
     RecipeError,
@@ -19,11 +20,6 @@ from streammerge.errors import (
     printable,
 )
 from streammerge.methods.base import MergeMethod, Operand, Scope
-<<<<<<< HEAD:streammerge/assignment/aligning.py
-=======
-from streammerge.plan.opaque import opaque_message
-from streammerge.plan.types import Action, Setting
->>>>>>> 287e87c (Read element types without arithmetic, to copy or drop them):streammerge/plan/aligning.py
 from streammerge.recipe.resolving import Resolved
 from streammerge.recipe.types import BASE, MissingPolicy, Recipe
 
@@ -98,15 +94,11 @@ class _Aligner:
         tensors = [tensor for name in names if (tensor := self._decide(name)) is not None]
         if self._missing:
             raise MissingTensorError(_missing_message(self._missing, has_base=self._has_base))
-<<<<<<< HEAD:streammerge/assignment/aligning.py
-        return Assignment(
-=======
         if self._opaque:
             raise UnsupportedDTypeError(
                 opaque_message(self._opaque, names, has_base=self._has_base)
             )
-        return Alignment(
->>>>>>> 287e87c (Read element types without arithmetic, to copy or drop them):streammerge/plan/aligning.py
+        return Assignment(
             tuple(tensors), tuple(self._settings), tuple(self._dropped), tuple(self._copied)
         )
 
