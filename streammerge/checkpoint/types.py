@@ -10,19 +10,65 @@ from streammerge.dtypes import DType
 
 
 @dataclass(frozen=True, slots=True)
+class Coding:
+    """How stored codes become numbers: ``value[r, c] = code[r, c] * scale[r // rows, c // columns]``.
+
+    The codes are a matrix, or several one below the other; so are the scales.
+    """
+
+    dtype: DType
+    """Element type of the codes; F4 stands for two codes in a byte, the first one in its low half."""
+    columns: int
+    """Columns of the matrix of codes."""
+    first: int
+    """Flat index in that matrix of the first element that is meant."""
+    scale_file: int
+    """Index of the file with the scales, as that of the codes."""
+    scale_offset: int
+    """First byte of the scales, from the start of the file."""
+    scale_dtype: DType
+    """Element type of the scales; U8 stands for exponents of two, as F8_E8M0 does."""
+    scale_columns: int
+    """Columns of the matrix of scales."""
+    block: tuple[int, int]
+    """Rows and columns of codes that share a scale."""
+
+    @property
+    def bits(self) -> int:
+        """Bits of a code."""
+        return 8 * self.dtype.itemsize // self.dtype.elements_per_item
+
+
+@dataclass(frozen=True, slots=True)
+class StoredPart:
+    """Elements of a tensor that lie side by side in a file."""
+
+    file: int
+    """Index into the list of files."""
+    offset: int
+    """First byte, from the start of the file."""
+    numel: int
+    """Elements."""
+    coding: Coding | None = None
+    """How they are coded; None for numbers as they are."""
+
+
+@dataclass(frozen=True, slots=True)
 class TensorEntry:
-    """Where one tensor lies: contiguous, row-major, little-endian."""
+    """Where one tensor lies: contiguous, row-major, little-endian; or in parts, one after the other."""
 
     name: str
     """The name, as the checkpoint spells it."""
     dtype: DType
-    """The stored element type."""
+    """The element type; of tensors that are stored as codes, the one that they are read as."""
     shape: tuple[int, ...]
     """Elements per dimension; ``()`` is a scalar."""
     file: int
-    """Index into :attr:`Checkpoint.files`."""
+    """Index into :attr:`Checkpoint.files`; that of the first part."""
     offset: int
-    """First byte of the data, from the start of the file."""
+    """First byte of the data, from the start of the file; that of the first part."""
+    parts: tuple[StoredPart, ...] = ()
+    """The parts in flat order, of a tensor that is not in one piece or not stored as numbers."""
 
     @property
     def numel(self) -> int:
@@ -31,8 +77,25 @@ class TensorEntry:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the tensor's data."""
+        """Bytes of the tensor's data, as it is stored."""
+        if self.is_coded:
+            return sum(part.numel * coded_bits(self.parts) // 8 for part in self.parts)
         return self.dtype.nbytes(prod(self.shape))
+
+    @property
+    def is_coded(self) -> bool:
+        """Whether the tensor is stored as codes."""
+        return coded_bits(self.parts) > 0
+
+    @property
+    def natural_dtype(self) -> DType:
+        """The type that a result has which says nothing else: of codes, what models are stored in."""
+        return DType.BF16 if self.is_coded else self.dtype
+
+
+def coded_bits(parts: tuple[StoredPart, ...]) -> int:
+    """Return the bits of a code, which all parts of a tensor share; 0 where nothing is coded."""
+    return parts[0].coding.bits if parts and parts[0].coding is not None else 0
 
 
 @dataclass(frozen=True, slots=True)

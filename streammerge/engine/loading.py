@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from streammerge.checkpoint.bytesource import ByteSource
 from streammerge.engine.buffers import Slot, SlotPool
+from streammerge.engine.decoding import read_span
 from streammerge.engine.monitor import Monitor
 from streammerge.engine.pieces import view_pieces
 from streammerge.engine.progress import Progress, Stage
@@ -139,12 +140,10 @@ class Loader:
             load.then(loaded)
 
     def _read(self, read: ModelRead, memory: NDArray[np.uint8], *, last_use: bool) -> None:
-        view = memory.data
         for span in read.spans:
             if self._monitor.failure is not None:
                 return
-            source = self._sources[span.file]
-            source.read_into(span.offset, view[span.slot_offset : span.slot_offset + span.nbytes])
+            read_span(span, self._sources, memory)
             if last_use:
-                source.drop(span.offset, span.nbytes)
+                self._sources[span.file].drop(span.offset, span.nbytes)
             self._progress.count(Stage.READ, span.nbytes)

@@ -21,13 +21,15 @@ from streammerge.adapters.deltas import WORK_NUMEL, Delta
 from streammerge.checkpoint.bytesource import ByteSource
 from streammerge.checkpoint.types import TensorEntry
 from streammerge.engine.buffers import allocate
+from streammerge.engine.decoding import read_span
 from streammerge.engine.monitor import Monitor
 from streammerge.engine.pieces import torch_dtype
 from streammerge.engine.progress import Progress, Stage
 from streammerge.errors import NonFiniteError, printable
 from streammerge.lazily import torch
+from streammerge.plan.chunking import plan_range
 from streammerge.plan.factors import FactorKey, NormKey, changed_input, factor_needs, norm_key
-from streammerge.plan.types import MergePlan, TensorTask
+from streammerge.plan.types import MergePlan, TensorInput, TensorTask
 from streammerge.units import MIB
 
 if TYPE_CHECKING:
@@ -148,16 +150,24 @@ class FactorShelf:
         row_numel = change.matrix[1]
 
         def read_rows(begin: int, end: int) -> Tensor:
-            offset = stored.offset + begin * row_numel * stored.dtype.itemsize
-            entry = TensorEntry(
-                task.name, stored.dtype, ((end - begin) * row_numel,), stored.file, offset
-            )
-            rows = self._read(entry)
+            rows = self._read_range(task, stored, begin * row_numel, (end - begin) * row_numel)
             # What an adapter brings along has the base's type once PEFT has loaded it.
             return rows.copy_(rows.to(torch_dtype(task.dtype))) if self._in_turn else rows
 
         work = torch.empty(WORK_NUMEL, dtype=torch_dtype(self._plan.compute_dtype))
         return Delta(change, _values(held, change)).norms(read_rows, work)
+
+    def _read_range(self, task: TensorTask, stored: TensorInput, start: int, numel: int) -> Tensor:
+        """Return a flat range of a tensor that is merged, in the compute dtype."""
+        if not stored.parts:
+            offset = stored.offset + start * stored.dtype.itemsize
+            return self._read(TensorEntry(task.name, stored.dtype, (numel,), stored.file, offset))
+        memory = allocate(numel * stored.dtype.itemsize)
+        for span in plan_range(stored, start, numel):
+            read_span(span, self._sources, memory)
+            self._progress.count(Stage.READ, span.nbytes)
+        values = torch.from_numpy(memory).view(torch_dtype(stored.dtype))
+        return values.to(torch_dtype(self._plan.compute_dtype))
 
     def _read(self, stored: TensorEntry) -> Tensor:
         """Return a stored tensor in the compute dtype."""

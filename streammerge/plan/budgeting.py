@@ -77,6 +77,8 @@ class Demand:
     """Bytes of adapters that the tensor which needs most of them needs."""
     factors_nbytes: int = 0
     """Bytes of adapters that all tensors need."""
+    reader_bytes: int = 0
+    """Scratch memory of a reader, for codes; 0 where none are read."""
     device_worker_bytes: int = 0
     """Host memory of a worker for what comes back from an accelerator; 0 without one."""
     device_growth: int = 0
@@ -100,7 +102,7 @@ def choose_resources(
         MemoryBudgetError: Not even the smallest cut fits; names the smallest budget that does.
     """
     smallest_slot = BLOCK * demand.input_itemsize
-    scratch = workers * _worker_bytes(demand)
+    scratch = workers * _worker_bytes(demand) + readers * demand.reader_bytes
     growth = GROWTH_BYTES + records_bytes(demand.tensors, demand.blocks) + demand.device_growth
     fixed = baseline + growth + scratch + demand.factors_largest
     least = demand.inputs * smallest_slot + 2 * _output_bytes(demand, smallest_slot)

@@ -12,13 +12,19 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from streammerge.assignment.types import Action
+from streammerge.checkpoint.types import Coding
+from streammerge.checkpoint.views import iter_range
 from streammerge.plan.factors import factors_nbytes
-from streammerge.plan.types import MergePlan, TensorTask
+from streammerge.plan.types import MergePlan, TensorInput, TensorTask
 from streammerge.reductions import BLOCK
 
 _PIECE_ALIGNMENT = 64
 """Pieces start at multiples of this many bytes of a slot: a cache line, and a multiple of every
 element size."""
+
+
+DECODING_BYTES = 2**20
+"""Scratch memory of a reader that makes numbers of codes: codes, indices, scales of one step."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +82,12 @@ class ReadSpan:
     """Length."""
     slot_offset: int
     """Where the first byte lands in the slot."""
+    coding: Coding | None = None
+    """How the bytes become numbers, which then begin at :attr:`values_offset`; None for those that are."""
+    values_offset: int = 0
+    """Where in the slot the first value goes; its codes land in the end of the room of the values."""
+    numel: int = 0
+    """Values, where they are coded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +125,14 @@ def iter_units(plan: MergePlan, *, must_look: Callable[[TensorTask], bool]) -> I
 def plan_reads(plan: MergePlan, chunk: Chunk) -> tuple[ModelRead, ...]:
     """Return what each slot of a chunk receives, in the order of :attr:`Chunk.models`."""
     return tuple(_plan_model_read(plan, chunk, model) for model in chunk.models)
+
+
+def plan_range(entry: TensorInput, start: int, numel: int) -> tuple[ReadSpan, ...]:
+    """Return what to read for a flat range of one input, whose values begin at the slot's start."""
+    if entry.parts:
+        return tuple(_part_spans(entry, start, numel, 0))
+    itemsize = entry.dtype.itemsize
+    return (ReadSpan(entry.file, entry.offset + start * itemsize, numel * itemsize, 0),)
 
 
 def chunk_numel(task: TensorTask, slot_bytes: int) -> int:
@@ -224,6 +244,15 @@ def _plan_model_read(plan: MergePlan, chunk: Chunk, model: int) -> ModelRead:
         if nbytes == 0:
             placements.append(cursor)
             continue
+        if entry.parts:
+            if end > begin:
+                spans.append(ReadSpan(file, begin, end - begin, slot_offset))
+            file, begin, end = -1, 0, 0
+            cursor = padded(cursor)
+            spans += _part_spans(entry, piece.start, piece.numel, cursor)
+            placements.append(cursor)
+            cursor += nbytes
+            continue
         # Neighbours in the file become one request, unless that would misalign the elements.
         if (entry.file, offset) != (file, end) or cursor % itemsize:
             if end > begin:
@@ -236,3 +265,24 @@ def _plan_model_read(plan: MergePlan, chunk: Chunk, model: int) -> ModelRead:
     if end > begin:
         spans.append(ReadSpan(file, begin, end - begin, slot_offset))
     return ModelRead(model, tuple(spans), tuple(placements))
+
+
+def _part_spans(entry: TensorInput, start: int, numel: int, place: int) -> Iterator[ReadSpan]:
+    """Yield what to read of a tensor in parts, for a flat range whose values go to ``place``."""
+    itemsize = entry.dtype.itemsize
+    for part in iter_range(entry.parts, start, numel, itemsize):
+        room = part.numel * itemsize
+        if part.coding is None:
+            yield ReadSpan(part.file, part.offset, room, place)
+        else:
+            nbytes = part.numel * part.coding.bits // 8
+            yield ReadSpan(
+                part.file,
+                part.offset,
+                nbytes,
+                place + room - nbytes,
+                part.coding,
+                place,
+                part.numel,
+            )
+        place += room

@@ -72,7 +72,7 @@ def norms_nbytes(task: TensorTask) -> int:
     """Return the bytes that are read beforehand, for DoRA's norms."""
     normed = [change for change in task.changes if change.kind is ChangeKind.NORMED]
     inputs = [changed_input(task, change, in_turn=False) for change in normed]
-    return sum(task.numel * entry.dtype.itemsize for entry in inputs)
+    return sum(entry.stored_nbytes(task.numel) for entry in inputs)
 
 
 def _stored(task: TensorTask) -> Iterator[tuple[FactorKey, int]]:

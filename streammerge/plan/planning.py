@@ -13,13 +13,13 @@ from streammerge.assignment.aligning import align_tensors
 from streammerge.assignment.ties import settle_ties
 from streammerge.assignment.types import Action, AssignedTensor, Assignment, Model, Setting, Twins
 from streammerge.checkpoint.ties import TIE_KEY
-from streammerge.checkpoint.types import Checkpoint, ShardFile
+from streammerge.checkpoint.types import Checkpoint, ShardFile, TensorEntry, coded_bits
 from streammerge.dtypes import DType
 from streammerge.errors import RecipeError, printable, suggestion
 from streammerge.methods import discover_methods
 from streammerge.methods.base import MergeMethod, Operand, Scope
 from streammerge.plan.budgeting import Demand, choose_resources
-from streammerge.plan.chunking import widest_input
+from streammerge.plan.chunking import DECODING_BYTES, widest_input
 from streammerge.plan.devices import add_devices, choose_device_resources
 from streammerge.plan.factors import factors_nbytes, stored_nbytes
 from streammerge.plan.kernels import needs_torch
@@ -331,11 +331,7 @@ def _tasks(
     tasks = []
     for tensor, (shard, offset) in zip(tensors, places, strict=True):
         inputs = tuple(
-            None
-            if entry is None
-            else TensorInput(
-                file_index[model or tensor.base_owner][entry.file], entry.offset, entry.dtype
-            )
+            None if entry is None else _input(entry, file_index[model or tensor.base_owner])
             for model, entry in enumerate(tensor.entries)
         )
         present = next(entry for entry in tensor.entries if entry is not None)
@@ -343,7 +339,7 @@ def _tasks(
             TensorTask(
                 name=tensor.name,
                 shape=tensor.shape,
-                numel=present.nbytes // present.dtype.itemsize,
+                numel=present.numel // present.dtype.elements_per_item,
                 dtype=tensor.dtype,
                 action=tensor.action,
                 inputs=inputs,
@@ -355,6 +351,21 @@ def _tasks(
             )
         )
     return tasks
+
+
+def _input(entry: TensorEntry, files: Sequence[int]) -> TensorInput:
+    """Return an input that refers to the plan's files."""
+    if not entry.parts:
+        return TensorInput(files[entry.file], entry.offset, entry.dtype)
+    parts = tuple(
+        replace(
+            part,
+            file=files[part.file],
+            coding=part.coding and replace(part.coding, scale_file=files[part.coding.scale_file]),
+        )
+        for part in entry.parts
+    )
+    return TensorInput(files[entry.file], entry.offset, entry.dtype, parts)
 
 
 def _in_files(change: Change, file_index: Sequence[Sequence[int]]) -> Change:
@@ -429,6 +440,7 @@ def _demand(
         input_nbytes=sum(_input_nbytes(task) for task in tasks) + stored_nbytes(changed),
         tensors=len(tasks),
         blocks=sum(count_blocks(task.numel) for task in tasks),
+        reader_bytes=DECODING_BYTES if any(map(_is_coded, tasks)) else 0,
         factors_largest=max((factors_nbytes(task, itemsize) for task in changed), default=0),
         factors_nbytes=sum(factors_nbytes(task, itemsize) for task in changed),
     )
@@ -450,5 +462,9 @@ def _models_read(tasks: Sequence[TensorTask]) -> set[int]:
     return {model for task in tasks for model, entry in enumerate(task.inputs) if entry is not None}
 
 
+def _is_coded(task: TensorTask) -> bool:
+    return any(entry is not None and coded_bits(entry.parts) for entry in task.inputs)
+
+
 def _input_nbytes(task: TensorTask) -> int:
-    return sum(task.numel * entry.dtype.itemsize for entry in task.inputs if entry is not None)
+    return sum(entry.stored_nbytes(task.numel) for entry in task.inputs if entry is not None)

@@ -159,11 +159,9 @@ def _sweep_bytes(plan: MergePlan, need: MagnitudeTopK, tasks: Sequence[int]) -> 
         return 0
     limit = collecting_limit(plan, need, numel, scope_bytes(plan, need, numel))
     sample = spread_runs(plan, tasks, count_sample_runs(need, numel, limit))
-    read = sum(piece.numel * _element_bytes(plan.tasks[piece.task]) for piece in sample)
-    return read + sum(
-        plan.tasks[index].numel * _element_bytes(plan.tasks[index]) for index in tasks
-    )
+    read = sum(_stored_nbytes(plan.tasks[piece.task], piece.numel) for piece in sample)
+    return read + sum(_stored_nbytes(plan.tasks[index], plan.tasks[index].numel) for index in tasks)
 
 
-def _element_bytes(task: TensorTask) -> int:
-    return sum(entry.dtype.itemsize for entry in task.inputs if entry is not None)
+def _stored_nbytes(task: TensorTask, numel: int) -> int:
+    return sum(entry.stored_nbytes(numel) for entry in task.inputs if entry is not None)

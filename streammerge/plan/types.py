@@ -6,7 +6,14 @@ from dataclasses import dataclass
 
 from streammerge.adapters.changes import Change
 from streammerge.assignment.types import Action, Setting
-from streammerge.checkpoint.types import Companion, Note, ShardFile, TensorEntry
+from streammerge.checkpoint.types import (
+    Companion,
+    Note,
+    ShardFile,
+    StoredPart,
+    TensorEntry,
+    coded_bits,
+)
 from streammerge.dtypes import DType
 
 PLAN_VERSION = 4
@@ -32,7 +39,15 @@ class TensorInput:
     offset: int
     """First byte, from the start of the file."""
     dtype: DType
-    """Stored element type."""
+    """Element type; of values that are stored as codes, the one that they are read as."""
+    parts: tuple[StoredPart, ...] = ()
+    """The parts in flat order, where it is not one piece or not stored as numbers; their files are
+    indices into :attr:`MergePlan.files` too."""
+
+    def stored_nbytes(self, numel: int) -> int:
+        """Return the bytes that some of its elements take in the file."""
+        bits = coded_bits(self.parts)
+        return numel * bits // 8 if bits else numel * self.dtype.itemsize
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,148 @@
+"""Spans of files read into slots, where codes become the numbers that they stand for, in the same place.
+
+A code is looked up, which is exact, and multiplied by its scale in float32, which rounds once. Values
+depend on codes and scales alone, never on how a tensor is cut.
+
+Memory: :data:`~streammerge.plan.chunking.DECODING_BYTES` per reading thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from streammerge.checkpoint.bytesource import ByteSource
+from streammerge.checkpoint.types import Coding
+from streammerge.dtypes import DType
+from streammerge.plan.chunking import DECODING_BYTES, ReadSpan
+
+_STEP = 2**15
+"""Values decoded at once: they stay in the cache while they are multiplied."""
+assert 32 * _STEP <= DECODING_BYTES  # noqa: S101 - codes, indices, scales and scales spread out
+
+ReadScales = Callable[[int, int, memoryview], None]
+"""Reads a range of a file: its index in the plan, first byte, and where to."""
+
+
+def read_span(span: ReadSpan, sources: Sequence[ByteSource], memory: NDArray[np.uint8]) -> None:
+    """Read a span to its place in a slot; of codes, the numbers that they stand for."""
+    view = memory.data[span.slot_offset : span.slot_offset + span.nbytes]
+    sources[span.file].read_into(span.offset, view)
+    if span.coding is not None:
+        _decode(span, memory, lambda file, offset, out: sources[file].read_into(offset, out))
+
+
+def _decode(span: ReadSpan, slot: NDArray[np.uint8], read: ReadScales) -> None:
+    """Replace the codes of a span, at the end of the room of its values, by the values.
+
+    Args:
+        span: What was read; it is coded.
+        slot: The slot, ``[bytes]``.
+        read: Reads the scales.
+    """
+    coding = span.coding
+    assert coding is not None  # noqa: S101 - the caller looked
+    begin, nbytes = span.values_offset, 4 * span.numel
+    room = slot[begin : begin + nbytes]
+    codes = slot[span.slot_offset : span.slot_offset + span.nbytes]
+    values = room.view("<f4")
+    table = code_table(coding.dtype)
+    packed = coding.dtype.elements_per_item
+    for first in range(0, span.numel, _STEP):
+        count = min(_STEP, span.numel - first)
+        # A copy: the last values of a step lie where its own codes were.
+        some = codes[first // packed : (first + count) // packed].copy()
+        if packed == 2:
+            some = np.stack((some & 15, some >> 4), axis=1).reshape(-1)
+        out = values[first : first + count]
+        np.take(table, some, out=out, mode="clip")
+        _scale(out, coding, coding.first + first, read)
+
+
+def _scale(values: NDArray[np.float32], coding: Coding, start: int, read: ReadScales) -> None:
+    """Multiply values, the first of which has flat index ``start`` in the matrix, by their scales."""
+    rows, columns = coding.block
+    for begin, end, row, column in _pieces(start, len(values), coding):
+        width = min(coding.columns, column + end - begin) - column
+        first, last = column // columns, (column + width - 1) // columns
+        scales = _read_scales(coding, row // rows, first, last + 1, read)
+        spread = np.repeat(scales, columns)[column - first * columns :][:width]
+        part = values[begin:end].reshape(-1, width)
+        np.multiply(part, spread, out=part)
+
+
+def _pieces(start: int, numel: int, coding: Coding) -> Iterator[tuple[int, int, int, int]]:
+    """Cut a flat range into rows, whole ones together as long as they share their scales.
+
+    Yields:
+        Begin and end in the range, row and column of the first element.
+    """
+    done = 0
+    while done < numel:
+        row, column = divmod(start + done, coding.columns)
+        left = numel - done
+        count = min(left, coding.columns - column)
+        if column == 0 and left >= coding.columns:
+            shared = coding.block[0] - row % coding.block[0]
+            count = min(left // coding.columns, shared) * coding.columns
+        yield done, done + count, row, column
+        done += count
+
+
+def _read_scales(
+    coding: Coding, row: int, begin: int, end: int, read: ReadScales
+) -> NDArray[np.float32]:
+    """Return some scales of one row of the matrix of scales, in float32."""
+    size = coding.scale_dtype.itemsize
+    raw = np.empty((end - begin) * size, dtype=np.uint8)
+    place = coding.scale_offset + (row * coding.scale_columns + begin) * size
+    read(coding.scale_file, place, raw.data)
+    return widen_scales(raw, coding.scale_dtype)
+
+
+def widen_scales(raw: NDArray[np.uint8], dtype: DType) -> NDArray[np.float32]:
+    """Return stored scales in float32: exactly, but for float64, which is rounded."""
+    if dtype in (DType.F8_E8M0, DType.U8):
+        powers: NDArray[np.float32] = code_table(DType.F8_E8M0)[raw]
+        return powers
+    if dtype is DType.BF16:
+        # The upper half of a float32.
+        upper: NDArray[np.float32] = (raw.view("<u2").astype(np.uint32) << 16).view(np.float32)
+        return upper
+    stored = {DType.F16: "<f2", DType.F32: "<f4", DType.F64: "<f8"}[dtype]
+    return raw.view(stored).astype(np.float32)
+
+
+@cache
+def code_table(dtype: DType) -> NDArray[np.float32]:
+    """Return what every code of a type stands for.
+
+    Source: the OCP specifications of 8-bit floating point (E4M3, E5M2) and of microscaling formats
+    (E2M1, E8M0).
+    """
+    if dtype is DType.F8_E8M0:
+        with np.errstate(over="ignore", under="ignore"):
+            table = np.ldexp(np.float32(1), np.arange(256) - 127).astype(np.float32)
+        table[255] = np.nan
+        return table
+    exponent_bits, mantissa_bits, bias = _FORMATS[dtype]
+    codes = np.arange(2 ** (1 + exponent_bits + mantissa_bits))
+    mantissa = codes % 2**mantissa_bits
+    exponent = (codes >> mantissa_bits) % 2**exponent_bits
+    sign = np.where(codes >> (exponent_bits + mantissa_bits), -1.0, 1.0)
+    normal = np.ldexp(1 + mantissa / 2**mantissa_bits, exponent - bias)
+    subnormal = np.ldexp(mantissa / 2**mantissa_bits, 1 - bias)
+    values = sign * np.where(exponent > 0, normal, subnormal)
+    top = exponent == 2**exponent_bits - 1
+    if dtype is DType.F8_E4M3:
+        values[top & (mantissa == 2**mantissa_bits - 1)] = np.nan
+    elif dtype is DType.F8_E5M2:
+        values[top] = np.where(mantissa[top] > 0, np.nan, sign[top] * np.inf)
+    return values.astype(np.float32)
+
+
+_FORMATS = {DType.F8_E4M3: (4, 3, 7), DType.F8_E5M2: (5, 2, 15), DType.F4: (2, 1, 1)}
+"""Bits of the exponent and of the mantissa, and the exponent's bias."""
