@@ -24,7 +24,7 @@ from streammerge.checkpoint.finished import find_finished
 from streammerge.checkpoint.inputs import parse_path
 from streammerge.checkpoint.manifest import MANIFEST_NAME, Manifest, digest_identity
 from streammerge.checkpoint.quantised import check_not_quantized
-from streammerge.checkpoint.reading import read_checkpoint
+from streammerge.checkpoint.reading import check_gathered, read_checkpoint
 from streammerge.checkpoint.sidecars import read_companions
 from streammerge.checkpoint.types import Checkpoint
 from streammerge.comparing import Comparison, Sample, check_sample
@@ -337,6 +337,7 @@ def _where(source: Source, label: str) -> str:
 def _read_model(path: Path, label: str) -> Checkpoint:
     with _naming_source(label):
         checkpoint = read_checkpoint(path)
+        check_gathered(checkpoint)
         check_not_quantized(checkpoint)
     return checkpoint
 

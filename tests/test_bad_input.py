@@ -222,7 +222,10 @@ def test_an_index_that_names_a_missing_shard_is_refused(models: Models, refuse: 
     )
 
 
-def test_an_index_that_names_a_missing_tensor_is_refused(models: Models, refuse: Refuse) -> None:
+def test_a_tensor_that_an_index_promises_is_missed_where_it_is_needed(
+    models: Models, refuse: Refuse
+) -> None:
+    whole = models.write(TENSORS | {"c.weight": torch.ones(3)})
     sharded = models.write(TENSORS, shards=2)
     index = sharded / "model.safetensors.index.json"
     document = json.loads(index.read_text())
@@ -230,10 +233,10 @@ def test_an_index_that_names_a_missing_tensor_is_refused(models: Models, refuse:
     index.write_text(json.dumps(document))
 
     refuse(
-        recipe_of("linear", None, [sharded]),
+        recipe_of("linear", None, [whole, sharded]),
         code=FAILED,
         error="MissingTensorError",
-        says=("c.weight", "names 3 tensors, 1 are in no shard"),
+        says=("c.weight is not in sources[1]",),
     )
 
 

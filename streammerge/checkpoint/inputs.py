@@ -6,7 +6,7 @@ import json
 import os
 import re
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
 from pathlib import Path
@@ -18,6 +18,7 @@ from streammerge.errors import (
     HeaderError,
     QuantizedCheckpointError,
     TruncatedShardError,
+    printable,
 )
 from streammerge.limits import name_limit
 
@@ -27,6 +28,7 @@ MAX_JSON_DEPTH = 64
 """Nesting of a JSON file; a model's files need six levels. Without a limit of ours it would be the
 interpreter's: 1,000 levels or ten times as many, of which the next recursive function is left none."""
 
+_MAX_NAMES_SHOWN = 10
 # Blobs are named by a Git or SHA-256 digest.
 _BLOB = re.compile(r"[0-9a-f]+")
 _STEPS = {ord("{"): 1, ord("["): 1, ord("}"): -1, ord("]"): -1}
@@ -41,7 +43,7 @@ _FOREIGN = (
     ),
     (
         b"PK\x03\x04",
-        "is a zip archive; if torch.save wrote it, name it .bin, else unpack it first",
+        "is a zip archive; if torch.save wrote it, name it .bin or .ckpt, else unpack it first",
     ),
     (b"\x80", "is a Python pickle; load it where you trust it and save it as safetensors"),
     (b"\x89HDF", "is an HDF5 file (Keras); save the model as safetensors"),
@@ -183,6 +185,32 @@ def read_exactly(stream: BinaryIO, nbytes: int, *, path: Path) -> bytes:
     return raw
 
 
+def read_small(path: Path, limit: int) -> bytes:
+    """Return the content of a text file.
+
+    Args:
+        path: The file.
+        limit: Most bytes that it may have.
+
+    Raises:
+        CheckpointError: It cannot be read.
+        HeaderError: It is larger, or something else than text.
+    """
+    with open_input(path) as (stream, status):
+        if status.st_size > limit:
+            raise HeaderError(f"{path}: has {status.st_size} bytes, the limit is {limit}")
+        raw = read_exactly(stream, status.st_size, path=path)
+    refuse_foreign(path, raw[:64])
+    return raw
+
+
+def listed(names: Sequence[str]) -> str:
+    """Return the first names of a list, and how many more there are."""
+    shown = ", ".join(map(printable, names[:_MAX_NAMES_SHOWN]))
+    more = len(names) - _MAX_NAMES_SHOWN
+    return f"{shown} and {more} more" if more > 0 else shown
+
+
 def refuse_foreign(path: Path, head: bytes) -> None:
     """Return if the first bytes of a file that failed to parse are of no known other kind.
 
@@ -228,6 +256,40 @@ def parse_json_object(
     if not isinstance(value, dict):
         raise HeaderError(f"{where}: expected a JSON object, got {type(value).__name__}")
     return value
+
+
+def parse_config(raw: bytes, *, where: str) -> tuple[dict[str, object], tuple[str, ...]]:
+    """Return the object in a ``config.json`` as Python programs read it, and what stands in it twice.
+
+    Of two equal keys the last one wins, and ``Infinity`` is a number: Mamba models have it.
+
+    Args:
+        raw: UTF-8 text.
+        where: The file, for messages.
+
+    Returns:
+        The object, and the keys that an object at any depth has twice.
+
+    Raises:
+        HeaderError: The text is not UTF-8, not JSON, not an object, or nested deeper than
+            :data:`MAX_JSON_DEPTH`.
+    """
+    twice: dict[str, None] = {}
+
+    def keep_last(pairs: list[tuple[str, object]]) -> dict[str, object]:
+        mapping = dict(pairs)
+        if len(mapping) != len(pairs):
+            seen: set[str] = set()
+            for key, _ in pairs:
+                if key in seen:
+                    twice[key] = None
+                seen.add(key)
+        return mapping
+
+    value = parse_json(raw, where=where, parse_constant=float, object_pairs_hook=keep_last)
+    if not isinstance(value, dict):
+        raise HeaderError(f"{where}: expected a JSON object, got {type(value).__name__}")
+    return value, tuple(twice)
 
 
 def parse_json(

@@ -18,8 +18,8 @@ from streammerge.checkpoint.digests import FileDigest
 from streammerge.checkpoint.inputs import (
     check_inside,
     open_input,
+    parse_config,
     parse_json,
-    parse_json_object,
     read_exactly,
 )
 from streammerge.checkpoint.outputfile import write_durably
@@ -285,8 +285,7 @@ def _changed_config(
     text: bytes, dtype: str | None, settings: Sequence[tuple[str, object]], *, where: str
 ) -> bytes:
     """Return the text of a config with other settings, and one dtype for all its sub-models."""
-    # float: Python programs write Infinity here, and json.dumps writes it back.
-    config = parse_json_object(text, where=where, parse_constant=float)
+    config, _ = parse_config(text, where=where)
     if dtype is not None:
         if not any(key in config for key in (*_DTYPE_KEYS, *_DIFFUSERS_KEYS)):
             config["dtype"] = dtype

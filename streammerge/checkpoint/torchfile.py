@@ -1,4 +1,4 @@
-"""The tensors of one PyTorch zip file (.bin, .pt, .pth), found without running its pickle.
+"""The tensors of one PyTorch zip file (.bin, .pt, .pth, .ckpt), found without running its pickle.
 
 torch.save stores each storage uncompressed in a zip archive, so a contiguous tensor is a byte range
 of the file like any other. Reads the archive's directory, one pickle record and 30 bytes per
@@ -61,8 +61,9 @@ _STORAGE_DTYPES = {
     "BoolStorage": DType.BOOL,
     "ComplexFloatStorage": DType.C64,
 }
-# What people wrap a state dict in. Accepted only alone: what stands beside it would be lost.
-_WRAPPERS = ("state_dict", "model")
+# What programs wrap a state dict in, with optimizers, counters and arguments beside it.
+_WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "params")
+_MAX_KEYS_SHOWN = 10
 
 
 class _Record(NamedTuple):
@@ -84,7 +85,8 @@ def read_torch_header(path: Path, *, file_index: int) -> tuple[ShardFile, list[T
         file_index: What :attr:`TensorEntry.file` will hold.
 
     Returns:
-        The file as it is now, and one entry per tensor, sorted by offset, then name.
+        The file as it is now, with what was left out of it, and one entry per tensor, sorted by
+        offset, then name.
 
     Raises:
         CheckpointError: The file cannot be opened.
@@ -103,14 +105,14 @@ def read_torch_header(path: Path, *, file_index: int) -> tuple[ShardFile, list[T
             )
         raw = archive.read("data.pkl")
         archive.check_byte_order()
-        tensors = _state_dict(path, parse_torch_pickle(raw, path=path))
+        tensors, left_out = _state_dict(path, parse_torch_pickle(raw, path=path))
         entries = [
             _locate(archive, name, tensor, file_index=file_index)
             for name, tensor in tensors.items()
         ]
     entries.sort(key=lambda entry: (entry.offset, entry.name))
     digest = blake2b(raw, digest_size=16).hexdigest()
-    return ShardFile(path, status.st_size, status.st_mtime_ns, digest), entries
+    return ShardFile(path, status.st_size, status.st_mtime_ns, digest, left_out), entries
 
 
 @dataclass(frozen=True, slots=True)
@@ -287,16 +289,33 @@ def _refuse_not_zip(path: Path, head: bytes) -> NoReturn:
     )
 
 
-def _state_dict(path: Path, value: object) -> dict[str, StoredTensor]:
-    """Return the tensors by name; a wrapper that holds nothing else is taken off."""
-    if isinstance(value, dict) and len(value) == 1:
-        inner = next((value[key] for key in _WRAPPERS if key in value), None)
-        if isinstance(inner, dict):
-            value = inner
+def _state_dict(path: Path, value: object) -> tuple[dict[str, StoredTensor], tuple[str, ...]]:
+    """Return the tensors by name, and what else the file holds.
+
+    A state dict may stand in a wrapper beside anything else, since its name tells it apart. Beside
+    tensors themselves there may be counters: anything that is not a number or a text could be a part
+    of the model.
+    """
+    left_out: list[str] = []
+    if isinstance(value, dict) and not _has_tensors(value):
+        wrapped = [key for key in _WRAPPERS if key in value and _has_tensors(value[key])]
+        if len(wrapped) > 1:
+            raise HeaderError(
+                f"{path}: holds {len(wrapped)} state dicts, {_shown(wrapped)}; save the one that is "
+                "meant alone"
+            )
+        if wrapped:
+            left_out += [
+                f"{key!r:.100} ({_kind_of(beside)})"
+                for key, beside in value.items()
+                if key != wrapped[0]
+            ]
+            value = value[wrapped[0]]
     if not isinstance(value, dict):
         raise HeaderError(
             f"{path}: expected a dict of tensors, got {_kind_of(value)}; save a state dict"
         )
+    is_state_dict = _has_tensors(value)
     tensors: dict[str, StoredTensor] = {}
     for name, tensor in value.items():
         if not isinstance(name, str):
@@ -304,14 +323,28 @@ def _state_dict(path: Path, value: object) -> dict[str, StoredTensor]:
                 f"{path}: expected names as keys, got {type(name).__name__}; save a state dict"
             )
         check_name(name, path=path)
-        if not isinstance(tensor, StoredTensor):
-            keys = ", ".join(repr(key) for key in list(value)[:10] if isinstance(key, str))
+        if isinstance(tensor, StoredTensor):
+            tensors[name] = tensor
+        elif is_state_dict and isinstance(tensor, int | float | str):
+            left_out.append(f"{name!r:.100} ({_kind_of(tensor)})")
+        else:
             raise HeaderError(
-                f"{path}: {name!r} has type {_kind_of(tensor)}, expected a tensor (keys: {keys}"
-                f"{', ...' if len(value) > 10 else ''}); save the state dict alone"
+                f"{path}: {name!r} has type {_kind_of(tensor)}, expected a tensor (keys: "
+                f"{_shown(list(value))}); save the state dict alone"
             )
-        tensors[name] = tensor
-    return tensors
+    more = len(left_out) - _MAX_KEYS_SHOWN
+    return tensors, (*left_out[:_MAX_KEYS_SHOWN], *([f"{more} more"] if more > 0 else []))
+
+
+def _has_tensors(value: object) -> bool:
+    return isinstance(value, dict) and any(
+        isinstance(each, StoredTensor) for each in value.values()
+    )
+
+
+def _shown(keys: list[object] | list[str]) -> str:
+    texts = [repr(key) for key in keys[:_MAX_KEYS_SHOWN] if isinstance(key, str)]
+    return ", ".join(texts) + (", ..." if len(keys) > _MAX_KEYS_SHOWN else "")
 
 
 def _kind_of(value: object) -> str:

@@ -110,6 +110,8 @@ class ShardFile:
     """Time of last modification, in nanoseconds since the epoch."""
     header_digest: str
     """BLAKE2b-128 of the header (safetensors) or of the pickle record (.bin), in hex."""
+    left_out: tuple[str, ...] = ()
+    """What the file holds beside the tensors that are read, a phrase for each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +126,8 @@ class Checkpoint:
     """Every tensor by name, in (file, offset) order."""
     config: dict[str, object] | None
     """The parsed ``config.json`` beside the shards; None without one."""
+    notes: tuple[str, ...] = ()
+    """What was decided while reading that a plan has to state, a sentence for each."""
 
     @property
     def directory(self) -> Path:

@@ -12,11 +12,10 @@ import torch
 from safetensors.torch import save_file
 
 from streammerge.checkpoint import reading
-from streammerge.checkpoint.reading import read_checkpoint
+from streammerge.checkpoint.reading import check_gathered, read_checkpoint
 from streammerge.errors import (
     CheckpointError,
     HeaderError,
-    MissingTensorError,
     StreamMergeError,
     TruncatedShardError,
 )
@@ -94,7 +93,7 @@ def test_single_safetensors_file_is_read(tmp_path: Path) -> None:
     check_holds(tmp_path / "x.safetensors", TENSORS)
 
 
-@pytest.mark.parametrize("suffix", [".bin", ".pt", ".pth"])
+@pytest.mark.parametrize("suffix", [".bin", ".pt", ".pth", ".ckpt"])
 def test_single_torch_file_is_read(suffix: str, tmp_path: Path) -> None:
     torch.save(TENSORS, tmp_path / f"x{suffix}")
 
@@ -188,9 +187,9 @@ def test_absent_path_is_refused(tmp_path: Path) -> None:
 
 
 def test_unknown_kind_of_file_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    (tmp_path / "model.onnx").write_bytes(b"")
 
-    assert "'.gguf'" in refusal(tmp_path / "model.gguf")
+    assert "'.onnx'" in refusal(tmp_path / "model.onnx")
 
 
 def test_adapter_is_refused(tmp_path: Path) -> None:
@@ -243,33 +242,57 @@ def test_truncated_shard_is_named(sharded: Path) -> None:
     assert SECOND in refusal(sharded, TruncatedShardError)
 
 
-def test_tensors_that_no_shard_has_are_listed_up_to_ten(sharded: Path) -> None:
+def test_tensors_that_no_shard_has_are_noted_up_to_ten(sharded: Path) -> None:
     more = {f"c.{index:02}": SECOND for index in range(12)}
     write_index(sharded, {"weight_map": WEIGHT_MAP | more})
-    message = refusal(sharded, MissingTensorError)
 
-    assert "names 14 tensors, 12 are in no shard: c.00, c.01" in message
-    assert "c.09 and 2 more" in message
+    check_holds(sharded, TENSORS)
+    (note,) = read_checkpoint(sharded).notes
+    assert "12 tensor(s) are in the index and in none of its shards: c.00, c.01" in note
+    assert "c.09 and 2 more" in note
 
 
-def test_tensor_that_the_index_does_not_name_is_refused(sharded: Path) -> None:
+def test_an_index_of_other_shards_is_refused(sharded: Path) -> None:
+    write_index(sharded, {"weight_map": {"c": FIRST, "d": SECOND}})
+
+    assert "2 tensors, none of which is in the 2 shards" in refusal(sharded, HeaderError)
+
+
+def test_tensor_that_the_index_does_not_name_is_left_out(sharded: Path) -> None:
     save_file({"b.weight": B, "extra": A}, sharded / SECOND)
 
-    assert "hold 3 tensors, 1 are not in the index: extra" in refusal(sharded, HeaderError)
+    check_holds(sharded, TENSORS)
+    (note,) = read_checkpoint(sharded).notes
+    assert "1 tensor(s) are in the shards and not in the index, and left out: extra" in note
 
 
-def test_tensor_in_two_shards_is_refused(sharded: Path) -> None:
-    save_file(TENSORS, sharded / SECOND)
-    message = refusal(sharded, HeaderError)
+@pytest.mark.parametrize("named", [FIRST, SECOND])
+def test_tensor_in_two_shards_is_the_one_that_the_index_names(named: str, sharded: Path) -> None:
+    """In transformers the last one wins, whatever the index says; a note tells where that differs."""
+    here, there = A + 1, A + 2
+    save_file({"a.weight": here, "c.weight": B}, sharded / FIRST)
+    save_file({"a.weight": there, "b.weight": B}, sharded / SECOND)
+    write_index(sharded, {"weight_map": WEIGHT_MAP | {"a.weight": named, "c.weight": FIRST}})
 
-    assert f"'a.weight' is in 2 shards: {FIRST} and {SECOND}" in message
+    expected = here if named == FIRST else there
+    check_holds(sharded, {"a.weight": expected, "b.weight": B, "c.weight": B})
+    first, *others = read_checkpoint(sharded).notes
+    assert "1 tensor(s) are in several shards" in first
+    assert first.endswith(": a.weight")
+    assert len(others) == (named == FIRST)
+    assert all("by transformers from another" in note for note in others)
 
 
-def test_tensor_in_another_shard_than_the_index_says_is_refused(sharded: Path) -> None:
+def test_tensor_in_another_shard_than_the_index_says_is_read_from_there(sharded: Path) -> None:
     write_index(sharded, {"weight_map": {"a.weight": SECOND, "b.weight": FIRST}})
-    message = refusal(sharded, HeaderError)
 
-    assert f"'a.weight' is in {FIRST}, the index says {SECOND}" in message
+    check_holds(sharded, TENSORS)
+    (note,) = read_checkpoint(sharded).notes
+    assert f"a.weight is in {FIRST}, b.weight is in {SECOND}" in note
+
+
+def test_what_agrees_has_no_notes(sharded: Path) -> None:
+    assert read_checkpoint(sharded).notes == ()
 
 
 @pytest.mark.parametrize(
@@ -371,6 +394,18 @@ def test_config_beside_a_single_file_is_parsed(tmp_path: Path) -> None:
     assert read_checkpoint(tmp_path / "model.safetensors").config == {"hidden_size": 3}
 
 
+def test_of_a_key_that_the_config_has_twice_the_last_is_taken(sharded: Path) -> None:
+    """As transformers reads it."""
+    text = '{"hidden_size": 3, "inner": {"tie": true, "tie": false}, "hidden_size": 4}'
+    (sharded / "config.json").write_text(text)
+
+    checkpoint = read_checkpoint(sharded)
+
+    assert checkpoint.config == json.loads(text) == {"hidden_size": 4, "inner": {"tie": False}}
+    (note,) = checkpoint.notes
+    assert note == "config.json: of equal keys the last one is taken: tie, hidden_size"
+
+
 def test_config_is_none_when_absent(sharded: Path) -> None:
     assert read_checkpoint(sharded).config is None
 
@@ -379,7 +414,6 @@ def test_config_is_none_when_absent(sharded: Path) -> None:
     ("raw", "error_type", "essential"),
     [
         (b"[]", HeaderError, "expected a JSON object, got list"),
-        (b'{"a": 1, "a": 2}', HeaderError, "'a' occurs twice"),
         (b"{\xff}", HeaderError, "0xff at 1"),
         (b"{", HeaderError, "not valid JSON"),
         (b"", TruncatedShardError, "0 bytes"),
@@ -419,3 +453,104 @@ def test_directory_that_cannot_be_listed_is_refused(
     monkeypatch.setattr(Path, "iterdir", refuse)
 
     assert "cannot be listed: Permission denied" in refusal(sharded)
+
+
+# --- directories that people name by mistake
+
+
+def touch(directory: Path, *names: str) -> Path:
+    for name in names:
+        (directory / name).parent.mkdir(parents=True, exist_ok=True)
+        (directory / name).write_bytes(b"")
+    return directory
+
+
+@pytest.mark.parametrize(
+    ("names", "essentials"),
+    [
+        (
+            [
+                "model_index.json",
+                "unet/diffusion_pytorch_model.safetensors",
+                "text_encoder/model.safetensors.index.json",
+                "vae/diffusion_pytorch_model.bin",
+                "scheduler/scheduler_config.json",
+            ],
+            ["diffusers pipeline", "{}/text_encoder, {}/unet, {}/vae"],
+        ),
+        (
+            ["modules.json", "0_Transformer/pytorch_model.bin", "1_Pooling/config.json"],
+            ["sentence-transformers", "name one: {}/0_Transformer"],
+        ),
+        (["consolidated.00.pth", "params.json"], ["name the file: {}/consolidated.00.pth"]),
+        (
+            ["consolidated.00.pth", "consolidated.01.pth"],
+            ["2 files", "convert_llama_weights_to_hf --input_dir {} --output_dir {}-hf"],
+        ),
+        (
+            ["pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin"],
+            ["2 shard(s) and no index pytorch_model.bin.index.json", "copy the index"],
+        ),
+        (["x.Q4_K_M.gguf"], ["x.Q4_K_M.gguf is a GGUF file", "python -c"]),
+        (["sd.ckpt", "optimizer.pt"], ["name the file that holds the model: {}/sd.ckpt"]),
+        (
+            ["model_world_size_8_rank_0.pt", "huggingface/config.json"],
+            ["verl.model_merger merge --backend fsdp --local_dir {} --target_dir {}-whole"],
+        ),
+        (["actor/model_world_size_8_rank_0.pt"], ["--local_dir {}/actor "]),
+        (["zero_to_fp32.py", "latest"], ["cd {} && python zero_to_fp32.py . {}-whole"]),
+        (["mp_rank_00_model_states.pt"], ["DeepSpeed", "in the directory above"]),
+        (
+            ["__0_0.distcp", ".metadata"],
+            ["torch.distributed.checkpoint.format_utils dcp_to_torch {} {}-whole.pt"],
+        ),
+        (
+            ["pytorch_model_fsdp_0/__0_0.distcp", "trainer_state.json"],
+            ["dcp_to_torch {}/pytorch_model_fsdp_0 {}-whole.pt"],
+        ),
+        (
+            ["checkpoint-500/model.safetensors", "runs/events", "trainer_state.json"],
+            ["name a folder in it: {}/checkpoint-500"],
+        ),
+    ],
+)
+def test_a_directory_of_another_kind_says_the_next_step(
+    names: list[str], essentials: list[str], tmp_path: Path
+) -> None:
+    message = refusal(touch(tmp_path, *names))
+
+    for essential in essentials:
+        assert essential.replace("{}", str(tmp_path)) in message
+
+
+def test_the_command_for_a_distributed_checkpoint_gives_what_is_read(tmp_path: Path) -> None:
+    """What it makes has the state dict in a wrapper, as trainers save it."""
+    from torch.distributed.checkpoint import FileSystemWriter, save_state_dict
+    from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+    save_state_dict({"model": {"a.weight": A}}, FileSystemWriter(tmp_path / "dcp"), no_dist=True)
+    assert "dcp_to_torch" in refusal(tmp_path / "dcp")
+
+    dcp_to_torch_save(tmp_path / "dcp", tmp_path / "whole.pt")
+
+    check_holds(tmp_path / "whole.pt", {"a.weight": A})
+
+
+def test_weights_that_were_not_gathered_are_refused(tmp_path: Path) -> None:
+    empty = torch.empty(0)
+    save_file(
+        {"a.weight": empty, "b.bias": empty, "c": empty, "d.weight": A}, tmp_path / "x.safetensors"
+    )
+
+    checkpoint = read_checkpoint(tmp_path / "x.safetensors")
+    with pytest.raises(CheckpointError) as caught:
+        check_gathered(checkpoint)
+
+    assert "2 weights have shape [0]: a.weight, b.bias" in str(caught.value)
+    assert "zero_to_fp32.py" in str(caught.value)
+
+
+def test_empty_tensors_that_are_no_weights_pass(tmp_path: Path) -> None:
+    save_file({"c": torch.empty(0), "e.weight": torch.empty(0, 3)}, tmp_path / "x.safetensors")
+
+    check_gathered(read_checkpoint(tmp_path / "x.safetensors"))

@@ -444,7 +444,6 @@ def test_modules_that_are_not_text_are_refused(model: Path) -> None:
     ("content", "message"),
     [
         ("[]", "expected a JSON object, got list"),
-        ('{"dtype": "float32", "dtype": "float16"}', "key 'dtype' occurs twice"),
         ('{"a": ' * 100_000 + "1" + "}" * 100_000, "nested too deeply"),
     ],
 )

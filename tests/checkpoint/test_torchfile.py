@@ -160,11 +160,66 @@ def test_empty_view_at_the_end_of_a_storage_is_read(tmp_path: Path) -> None:
     assert read(tmp_path / "model.bin")["empty"].shape == (0,)
 
 
-@pytest.mark.parametrize("wrapper", ["state_dict", "model"])
-def test_wrapper_that_holds_nothing_else_is_taken_off(wrapper: str, tmp_path: Path) -> None:
-    torch.save({wrapper: {"a": torch.ones(2)}}, tmp_path / "model.pth")
+@pytest.mark.parametrize("wrapper", ["state_dict", "model_state_dict", "model", "module", "params"])
+def test_a_wrapper_is_taken_off_and_what_stands_beside_is_told(
+    wrapper: str, tmp_path: Path
+) -> None:
+    """As Lightning and training scripts save."""
+    adam = torch.optim.Adam([torch.nn.Parameter(torch.ones(2))])
+    beside = {
+        "epoch": 3,
+        "global_step": 7_000,
+        "pytorch-lightning_version": "2.1",
+        "loss": 0.5,
+        "optimizer_states": [adam.state_dict()],
+        "optimizer": {"exp_avg": torch.ones(2)},
+        "nothing": None,
+    }
+    tensors = {"a": torch.arange(2.0), "b.weight": torch.ones(2, 3)}
+    torch.save({"epoch": 3} | {wrapper: tensors} | beside, tmp_path / "model.ckpt")
+
+    check_same(tmp_path / "model.ckpt", tensors)
+    file, _ = read_torch_header(tmp_path / "model.ckpt", file_index=0)
+    assert file.left_out == (
+        "'epoch' (int)",
+        "'global_step' (int)",
+        "'pytorch-lightning_version' (str)",
+        "'loss' (float)",
+        "'optimizer_states' (list)",
+        "'optimizer' (dict)",
+        "'nothing' (NoneType)",
+    )
+
+
+def test_a_wrapper_that_holds_nothing_else_leaves_nothing_out(tmp_path: Path) -> None:
+    torch.save({"state_dict": {"a": torch.ones(2)}}, tmp_path / "model.pth")
 
     check_same(tmp_path / "model.pth", {"a": torch.ones(2)})
+    assert read_torch_header(tmp_path / "model.pth", file_index=0)[0].left_out == ()
+
+
+def test_counters_beside_tensors_are_told(tmp_path: Path) -> None:
+    torch.save({"a": torch.ones(2), "step": 7, "lr": 1e-5, "name": "x"}, tmp_path / "model.pt")
+
+    check_same(tmp_path / "model.pt", {"a": torch.ones(2)})
+    file, _ = read_torch_header(tmp_path / "model.pt", file_index=0)
+    assert file.left_out == ("'step' (int)", "'lr' (float)", "'name' (str)")
+
+
+def test_what_is_told_of_a_thousand_counters_is_short(tmp_path: Path) -> None:
+    counters: dict[str, object] = {"n" * 1000 + str(index): index for index in range(1000)}
+    torch.save(counters | {"a": torch.ones(2)}, tmp_path / "model.pt")
+
+    file, _ = read_torch_header(tmp_path / "model.pt", file_index=0)
+    assert len(file.left_out) == 11
+    assert file.left_out[-1] == "990 more"
+    assert all(len(each) < 120 for each in file.left_out)
+
+
+def test_two_state_dicts_are_refused_by_name(tmp_path: Path) -> None:
+    torch.save({"params": {"a": torch.ones(2)}, "model": {"a": torch.ones(2)}}, tmp_path / "x.pth")
+
+    assert "2 state dicts, 'model', 'params'" in refusal(tmp_path / "x.pth")
 
 
 def test_tensor_named_as_a_wrapper_is_a_tensor(tmp_path: Path) -> None:
@@ -295,10 +350,12 @@ def test_pickle_beyond_the_limit_is_not_read(saved: Path, monkeypatch: pytest.Mo
 @pytest.mark.parametrize(
     ("content", "essential"),
     [
-        ({"a": torch.ones(2), "epoch": 3}, "'epoch' has type int"),
-        ({"state_dict": {"a": torch.ones(2)}, "epoch": 3}, "keys: 'state_dict', 'epoch'"),
+        ({"a": torch.ones(2), "optimizer": {"a": torch.ones(2)}}, "keys: 'a', 'optimizer'"),
+        ({"a": torch.ones(2), "b": [1]}, "'b' has type list"),
+        ({"a": torch.ones(2), "b": None}, "'b' has type NoneType"),
+        ({"epoch": 3}, "'epoch' has type int"),
         ({"optimizer": {"a": torch.ones(2)}}, "'optimizer' has type dict"),
-        ({"state_dict": {"a": {"b": torch.ones(2)}}}, "'a' has type dict"),
+        ({"state_dict": {"a": {"b": torch.ones(2)}}}, "'state_dict' has type dict"),
         ({"a": [torch.ones(2)]}, "'a' has type list"),
         ({"a": torch.Size([2])}, "'a' has type tuple"),
         ({"a": None}, "'a' has type NoneType"),
