@@ -20,6 +20,7 @@ from streammerge.checkpoint.bytesource import (
     ByteSourceKind,
     choose_byte_source,
 )
+from streammerge.checkpoint.coded import read_codes
 from streammerge.checkpoint.finished import find_finished
 from streammerge.checkpoint.inputs import parse_path
 from streammerge.checkpoint.manifest import MANIFEST_NAME, Manifest, digest_identity
@@ -336,7 +337,7 @@ def _where(source: Source, label: str) -> str:
 
 def _read_model(path: Path, label: str) -> Checkpoint:
     with _naming_source(label):
-        checkpoint = read_checkpoint(path)
+        checkpoint = read_codes(read_checkpoint(path))
         check_gathered(checkpoint)
         check_not_quantized(checkpoint)
     return checkpoint

@@ -236,7 +236,7 @@ def test_a_tensor_that_an_index_promises_is_missed_where_it_is_needed(
         recipe_of("linear", None, [whole, sharded]),
         code=FAILED,
         error="MissingTensorError",
-        says=("c.weight is not in sources[1]",),
+        says=("not in sources[1]", "c.weight"),
     )
 
 
@@ -298,7 +298,13 @@ def test_missing_tensors_are_listed_with_who_lacks_them(
         recipe_of("linear", None, [good, larger]),
         code=FAILED,
         error="MissingTensorError",
-        says=("13 tensor(s)", "extra.0 is not in sources[0]", "and 3 more"),
+        says=(
+            "13 tensor(s)",
+            "not in sources[0]",
+            "extra.0",
+            "and 3 more",
+            '{tensors: "extra.*", copy: 1}',
+        ),
     )
     # There is no base that could lend its tensors.
     assert "missing: base" not in said
@@ -326,7 +332,7 @@ def test_a_tensor_missing_from_the_base_is_refused_even_when_the_base_lends(
         recipe_of("task_arithmetic", base, [source], missing="base"),
         code=FAILED,
         error="MissingTensorError",
-        says=("b.weight is not in base",),
+        says=("not in base", "b.weight"),
     )
 
 
@@ -356,10 +362,10 @@ def test_a_float_here_and_an_integer_there_is_refused(
         (
             {
                 "x.weight": torch.zeros(4, 4).to(torch.float8_e4m3fn),
-                "x.weight_scale_inv": torch.ones(1),
+                "x.weight_quantizer._amax": torch.ones(1),
             },
             {},
-            ("x.weight", "F8_E4M3", "x.weight_scale_inv"),
+            ("x.weight", "F8_E4M3", "x.weight_quantizer._amax"),
         ),
     ],
     ids=["config", "packed integers", "integer weight", "scaled float8"],

@@ -411,7 +411,7 @@ def test_tensors_are_copied_and_dropped_as_the_rules_say(models: Models) -> None
         paths,
         rules=[
             {"tensors": "a", "copy": "base"},
-            {"tensors": "b", "copy": 1},
+            {"tensors": "b", "copy": 1, "dtype": "keep"},
             {"tensors": "c", "drop": True},
             {"tensors": "only.source", "copy": 0},
         ],
@@ -420,16 +420,19 @@ def test_tensors_are_copied_and_dropped_as_the_rules_say(models: Models) -> None
     )
     merged, manifest = models.merge(recipe)
 
-    # Copies keep their bytes, and with them their dtype.
-    expected = {"a": base["a"], "b": sources[1]["b"], "only.source": sources[0]["only.source"]}
+    # Copies have the output's type, unless a rule says that they keep their own.
+    expected = {"a": base["a"], "only.source": sources[0]["only.source"]}
     expected["only.base"] = base["only.base"]
+    expected = {name: tensor.bfloat16() for name, tensor in expected.items()}
+    expected["b"] = sources[1]["b"]
     rest = [{"d": each["d"]} for each in (base, *sources)]
     expected |= merge_in_memory("task_arithmetic", rest[0], rest[1:], dtype=torch.bfloat16)
     assert_same_model(merged, expected)
     assert manifest.dropped == ("c",)
     assert manifest.copied_from_base == ("only.base",)
     actions = {name: record.action for name, record in manifest.tensors.items()}
-    assert actions == dict.fromkeys(["a", "b", "only.source", "only.base"], "copy") | {"d": "merge"}
+    converted = dict.fromkeys(["a", "only.source", "only.base"], "convert")
+    assert actions == converted | {"b": "copy", "d": "merge"}
 
 
 def test_integers_and_bool_are_copied_when_all_inputs_agree(models: Models) -> None:

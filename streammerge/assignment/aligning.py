@@ -8,7 +8,13 @@ from fnmatch import fnmatchcase
 
 from streammerge.adapters.adapted import AdaptedModel
 from streammerge.adapters.changes import Change
-from streammerge.assignment.advising import opaque_message
+from streammerge.assignment.advising import (
+    Mismatch,
+    Present,
+    mismatch_message,
+    missing_message,
+    opaque_message,
+)
 from streammerge.assignment.types import Action, AssignedTensor, Assignment, Model, Setting
 from streammerge.checkpoint.types import TensorEntry
 from streammerge.dtypes import DType
@@ -25,8 +31,6 @@ from streammerge.recipe.types import BASE, MissingPolicy, Recipe
 
 _RESERVED_NAME = "__metadata__"
 """PyTorch files may use this name, safetensors headers may not."""
-_LISTED = 10
-"""Names that a message lists before it counts the rest."""
 
 
 def align_tensors(
@@ -78,7 +82,8 @@ class _Aligner:
         self._settings: list[Setting] = []
         self._dropped: list[str] = []
         self._copied: list[str] = []
-        self._missing: list[str] = []
+        self._missing: dict[str, tuple[int, ...]] = {}
+        self._mismatched: list[Mismatch] = []
         self._opaque: list[tuple[str, DType]] = []
         # Where no task vectors are taken, a base only lends copies.
         merges_base = method.operand is Operand.TASK_VECTORS
@@ -92,15 +97,32 @@ class _Aligner:
         names = dict.fromkeys(name for each in self._checkpoints for name in each.tensors)
         _check_rules_match(self._recipe, [*names, *known])
         tensors = [tensor for name in names if (tensor := self._decide(name)) is not None]
+        self._refuse(names)
+        return Assignment(
+            tuple(tensors), tuple(self._settings), tuple(self._dropped), tuple(self._copied)
+        )
+
+    def _refuse(self, names: Collection[str]) -> None:
+        """Raise about all tensors that could not be decided about, if there are any."""
+        models = [
+            Present(label, each.tensors)
+            for label, each in zip(self._labels, self._checkpoints, strict=True)
+        ]
         if self._missing:
-            raise MissingTensorError(_missing_message(self._missing, has_base=self._has_base))
+            raise MissingTensorError(
+                missing_message(self._missing, names, models, has_base=self._has_base)
+            )
         if self._opaque:
             raise UnsupportedDTypeError(
                 opaque_message(self._opaque, names, has_base=self._has_base)
             )
-        return Assignment(
-            tuple(tensors), tuple(self._settings), tuple(self._dropped), tuple(self._copied)
-        )
+        if self._mismatched:
+            kind = (
+                ShapeMismatchError
+                if any(each.shapes for each in self._mismatched)
+                else UnsupportedDTypeError
+            )
+            raise kind(mismatch_message(self._mismatched, names, has_base=self._has_base))
 
     def _decide(self, name: str) -> AssignedTensor | None:
         if name == _RESERVED_NAME and not self._resolve(name).drop:
@@ -124,29 +146,35 @@ class _Aligner:
         lent = {index for index in self._adapted if entries[index] is None and base is not None}
         first_merged = 0 if lent else self._first_merged
         merged = range(first_merged, len(entries))
-        absent = [
-            self._labels[index]
+        absent = tuple(
+            index
             for index in range(self._first_merged, len(entries))
             if entries[index] is None and index not in lent
-        ]
+        )
         if absent:
             if self._recipe.missing is MissingPolicy.BASE and base is not None:
                 self._copied.append(name)
-                return self._copied_tensor(name, entries, 0)
-            self._missing.append(f"{printable(name)} is not in {', '.join(absent)}")
+                return self._taken(name, entries, 0)
+            self._missing[name] = absent
             return None
         inputs = tuple(entry if index in merged else None for index, entry in enumerate(entries))
         opaque = [entry.dtype for entry in inputs if entry is not None and entry.dtype.is_opaque]
         if opaque:
             self._opaque.append((name, opaque[0]))
             return None
-        first = self._check_shapes(name, inputs)
-        if not all(entry.dtype.is_float for entry in inputs if entry is not None):
-            return self._integers(name, first, inputs)
-        dtype = self._recipe.output.dtype or (entries[0] or first).dtype
+        if not self._agree(name, inputs):
+            return None
+        first = next(entry for entry in inputs if entry is not None)
+        if not first.dtype.is_float:
+            return AssignedTensor(name, first.shape, first.dtype, Action.COPY_IF_EQUAL, inputs, -1)
+        dtype = self._merged_dtype(resolved, entries[0] or first)
         setting = self._setting(resolved)
         changes = self._changes(name)
         return AssignedTensor(name, first.shape, dtype, Action.MERGE, inputs, setting, changes)
+
+    def _merged_dtype(self, resolved: Resolved, like: TensorEntry) -> DType:
+        asked = None if resolved.keeps_dtype else self._recipe.output.dtype
+        return asked or like.natural_dtype
 
     def _changes(self, name: str) -> tuple[Change, ...]:
         return tuple(
@@ -174,7 +202,7 @@ class _Aligner:
             # Its zeros count among the entries that a threshold over the model keeps a share of.
             counts = need is not None and need.scope is Scope.MODEL
             kept = self._method.keeps_base(params) and not counts
-            return self._stored(name, entries, 0) if kept else None
+            return self._taken(name, entries, 0) if kept else None
         full = [i for i in range(1, len(entries)) if i not in self._adapted and entries[i]]
         if len(touching) != 1 or full:
             return None
@@ -187,26 +215,41 @@ class _Aligner:
         # it with, so it is taken as it is.
         alone = base is None or base.shape != entry.shape
         if not changes and (alone or self._method.takes_whole(params, index - 1)):
-            return self._stored(name, entries, index)
+            return self._taken(name, entries, index, like=base)
         if not alone:
             return None
-        dtype = self._recipe.output.dtype or (base or entry).dtype
+        dtype = self._merged_dtype(self._resolve(name), base or entry)
         inputs = (entry, *(None for _ in entries[1:]))
         setting = self._setting(self._resolve(name))
         return AssignedTensor(
             name, entry.shape, dtype, Action.MERGE, inputs, setting, changes, base_owner=index
         )
 
-    def _stored(
-        self, name: str, entries: Sequence[TensorEntry | None], model: int
+    def _taken(
+        self,
+        name: str,
+        entries: Sequence[TensorEntry | None],
+        model: int,
+        *,
+        like: TensorEntry | None = None,
     ) -> AssignedTensor:
-        """Take a tensor from one model, in the type that the output has it in."""
-        copied = self._copied_tensor(name, entries, model)
-        base = entries[0] if self._has_base else None
-        dtype = self._recipe.output.dtype or (base or copied).dtype
-        if copied.dtype == dtype or not copied.dtype.is_float:
-            return copied
-        return replace(copied, dtype=dtype, action=Action.CONVERT)
+        """Take a tensor from one model as it is, in the type that the output has it in.
+
+        Args:
+            name: Its name.
+            entries: One per model.
+            model: Which one.
+            like: The tensor whose type it gets where the recipe names none; None for its own.
+        """
+        entry = entries[model]
+        assert entry is not None  # noqa: S101 - all callers looked
+        only = tuple(entry if index == model else None for index in range(len(entries)))
+        dtype = entry.natural_dtype
+        if entry.dtype.is_float and not self._resolve(name).keeps_dtype:
+            dtype = self._recipe.output.dtype or (like or entry).natural_dtype
+        same = dtype == entry.dtype and not entry.is_coded
+        action = Action.COPY if same else Action.CONVERT
+        return AssignedTensor(name, entry.shape, dtype, action, only, -1)
 
     def _copy_by_rule(
         self, name: str, entries: Sequence[TensorEntry | None], copy: int
@@ -229,46 +272,20 @@ class _Aligner:
                 "brings the tensor along and changes it; merge the adapter into the base first and "
                 "name the result, or copy from the base"
             )
-        return self._copied_tensor(name, entries, model)
+        return self._taken(name, entries, model)
 
-    def _copied_tensor(
-        self, name: str, entries: Sequence[TensorEntry | None], model: int
-    ) -> AssignedTensor:
-        entry = entries[model]
-        assert entry is not None  # noqa: S101 - both callers looked
-        only = tuple(entry if index == model else None for index in range(len(entries)))
-        return AssignedTensor(name, entry.shape, entry.dtype, Action.COPY, only, -1)
-
-    def _check_shapes(self, name: str, inputs: Sequence[TensorEntry | None]) -> TensorEntry:
-        """Return the first input, after checking that all others have its shape."""
-        (first_label, first), *others = self._labelled(inputs)
-        for label, entry in others:
-            if entry.shape != first.shape:
-                advice = f"add a rule {{tensors: {name!r}, copy: ...}} to take it from one model"
-                if any(inputs[index] is not None for index in self._adapted):
-                    # A rule could not copy what an adapter brings along and changes as well.
-                    advice = "merge one adapter into the base first, the other one into the result"
-                raise ShapeMismatchError(
-                    f"{printable(name)}: shape {list(first.shape)} in {first_label}, "
-                    f"{list(entry.shape)} in {label}; only equal shapes merge, {advice}"
-                )
-        return first
-
-    def _integers(
-        self, name: str, first: TensorEntry, inputs: tuple[TensorEntry | None, ...]
-    ) -> AssignedTensor:
-        (first_label, _), *others = self._labelled(inputs)
-        for label, entry in others:
-            if entry.dtype != first.dtype:
-                raise UnsupportedDTypeError(
-                    f"{printable(name)}: {first.dtype} in {first_label}, {entry.dtype} in {label}; "
-                    f"integers are only copied, add a rule {{tensors: {name!r}, copy: ...}}"
-                )
-        return AssignedTensor(name, first.shape, first.dtype, Action.COPY_IF_EQUAL, inputs, -1)
-
-    def _labelled(self, inputs: Sequence[TensorEntry | None]) -> list[tuple[str, TensorEntry]]:
-        pairs = zip(self._labels, inputs, strict=True)
-        return [(label, entry) for label, entry in pairs if entry is not None]
+    def _agree(self, name: str, inputs: Sequence[TensorEntry | None]) -> bool:
+        """Return whether all inputs have one shape, and are floats or of one type; else note it."""
+        present = [
+            (self._labels[index], entry) for index, entry in enumerate(inputs) if entry is not None
+        ]
+        shapes = len({entry.shape for _, entry in present}) > 1
+        floats = all(entry.dtype.is_float for _, entry in present)
+        dtypes = not floats and len({entry.dtype for _, entry in present}) > 1
+        if shapes or dtypes:
+            brought = any(inputs[index] is not None for index in self._adapted)
+            self._mismatched.append(Mismatch(name, tuple(present), shapes=shapes, brought=brought))
+        return not (shapes or dtypes)
 
     def _setting(self, resolved: Resolved) -> int:
         index = self._setting_index.get(resolved.values)
@@ -287,13 +304,3 @@ def _check_rules_match(recipe: Recipe, names: Iterable[str]) -> None:
                 f'rules[{index}].tensors: no tensor of any input matches "{printable(rule.tensors)}"; the names '
                 f'look like "{example}", correct the glob or remove the rule'
             )
-
-
-def _missing_message(missing: list[str], *, has_base: bool) -> str:
-    listed = "".join(f"\n  {line}" for line in missing[:_LISTED])
-    more = f"\n  and {len(missing) - _LISTED} more" if len(missing) > _LISTED else ""
-    remedy = "set `missing: base` to copy such tensors from the base, or " if has_base else ""
-    return (
-        f"{len(missing)} tensor(s) are not in every input:{listed}{more}\n"
-        f"{remedy}add rules that copy or drop them"
-    )

@@ -152,7 +152,7 @@ def write_sidecars(
         out: The directory of the output; another one than ``directory``.
         dtype: Element type of the output by its torch name, such as ``"bfloat16"``; None copies
             those entries as they are.
-        settings: Other keys of ``config.json`` with the values that they get.
+        settings: Other keys of ``config.json`` with the values that they get; None removes one.
 
     Returns:
         What was written, by names relative to ``out``, with ``/`` between parts, sorted.
@@ -291,7 +291,9 @@ def _changed_config(
             config["dtype"] = dtype
         _set_dtype(config, dtype)
     for key, value in settings:
-        if not _set_everywhere(config, key, value) or key in _OUTERMOST:
+        if value is None:
+            _remove_everywhere(config, key)
+        elif not _set_everywhere(config, key, value) or key in _OUTERMOST:
             config[key] = value
     return (json.dumps(config, indent=2) + "\n").encode("ascii")
 
@@ -307,6 +309,14 @@ def _set_everywhere(config: dict[str, object], key: str, value: object) -> bool:
     if key in config:
         config[key] = value
     return key in config or any(found)
+
+
+def _remove_everywhere(config: dict[str, object], key: str) -> None:
+    """Remove a key wherever a model or a sub-model has it."""
+    config.pop(key, None)
+    for name, inner in config.items():
+        if isinstance(inner, dict) and name.endswith("config"):
+            _remove_everywhere(inner, key)
 
 
 def _set_dtype(config: dict[str, object], dtype: str) -> None:

@@ -126,6 +126,9 @@ class Checkpoint:
     """Every tensor by name, in (file, offset) order."""
     config: dict[str, object] | None
     """The parsed ``config.json`` beside the shards; None without one."""
+    dequantised: bool = False
+    """Whether tensors are read as the numbers that stored codes stand for, so that the configuration's
+    ``quantization_config`` is not theirs."""
     notes: tuple[str, ...] = ()
     """What was decided while reading that a plan has to state, a sentence for each."""
 

@@ -141,7 +141,8 @@ def code_table(dtype: DType) -> NDArray[np.float32]:
         values[top & (mantissa == 2**mantissa_bits - 1)] = np.nan
     elif dtype is DType.F8_E5M2:
         values[top] = np.where(mantissa[top] > 0, np.nan, sign[top] * np.inf)
-    return values.astype(np.float32)
+    found: NDArray[np.float32] = values.astype(np.float32)
+    return found
 
 
 _FORMATS = {DType.F8_E4M3: (4, 3, 7), DType.F8_E5M2: (5, 2, 15), DType.F4: (2, 1, 1)}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
@@ -12,8 +12,9 @@ from streammerge.adapters.changes import DELTA_ROWS, Change, ChangeKind
 from streammerge.assignment.aligning import align_tensors
 from streammerge.assignment.ties import settle_ties
 from streammerge.assignment.types import Action, AssignedTensor, Assignment, Model, Setting, Twins
+from streammerge.checkpoint.coded import QUANTIZATION_KEY
 from streammerge.checkpoint.ties import TIE_KEY
-from streammerge.checkpoint.types import Checkpoint, ShardFile, TensorEntry, coded_bits
+from streammerge.checkpoint.types import Checkpoint, Note, ShardFile, TensorEntry, coded_bits
 from streammerge.dtypes import DType
 from streammerge.errors import RecipeError, printable, suggestion
 from streammerge.methods import discover_methods
@@ -173,7 +174,7 @@ def plan_merge(
         dropped=assignment.dropped,
         copied_from_base=assignment.copied_from_base,
         config=_config(checkpoints, assignment.tensors, unties=ties.unties),
-        notes=ties.notes,
+        notes=(*_notes_of_files(checkpoints, labels), *ties.notes),
         twins=_twins(ties.twins, labels, file_index),
         needs_torch=torch,
     )
@@ -263,6 +264,12 @@ def _check_in_turn(recipe: Recipe, assignment: Assignment, sources: Sequence[Mod
         )
 
 
+def _notes_of_files(models: Sequence[Model], labels: Sequence[str]) -> Iterator[Note]:
+    for label, model in zip(labels, models, strict=True):
+        if isinstance(model, Checkpoint):
+            yield from (Note("files", f"{label}: {text}") for text in model.notes)
+
+
 def _twins(
     twins: Sequence[Twins], labels: Sequence[str], file_index: Sequence[Sequence[int]]
 ) -> tuple[StoredTwins, ...]:
@@ -280,12 +287,14 @@ def _twins(
 
 def _config(
     models: Sequence[Model], tensors: Sequence[AssignedTensor], *, unties: bool
-) -> tuple[tuple[str, bool | int], ...]:
+) -> tuple[tuple[str, bool | int | None], ...]:
     """Return the keys of the base's ``config.json`` that the result contradicts."""
     base = models[0]
     if not isinstance(base, Checkpoint):
         return ()
-    settings: dict[str, bool | int] = {}
+    settings: dict[str, bool | int | None] = {}
+    if base.dequantised:
+        settings[QUANTIZATION_KEY] = None
     if unties:
         settings[TIE_KEY] = False
     config = base.config or {}

@@ -253,8 +253,8 @@ class MergePlan:
     """Tensors that some source lacks and ``missing: base`` therefore copies."""
     companions: tuple[Companion, ...] = ()
     """Files beside the shards of the base, or of the first source, that go to the output."""
-    config: tuple[tuple[str, bool | int], ...] = ()
-    """Keys of ``config.json`` that differ in the result, with their values."""
+    config: tuple[tuple[str, bool | int | None], ...] = ()
+    """Keys of ``config.json`` that differ in the result, with their values; None for those that go."""
     notes: tuple[Note, ...] = ()
     """What was decided without being asked for: tied tensors, names."""
     twins: tuple[StoredTwins, ...] = ()

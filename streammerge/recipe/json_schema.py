@@ -107,12 +107,15 @@ def _rule(shape: JsonSchema, specs: tuple[ParameterSpec, ...]) -> JsonSchema:
     copies = {"properties": {"copy": {"not": {"type": "null"}}}, "required": ["copy"]}
     drops = {"properties": {"drop": {"const": True}}, "required": ["drop"]}
     changes = [{"required": [spec.name]} for spec in specs if may_stand(spec, Place.RULE)]
-    own_keys = {"propertyNames": {"enum": list(Place.RULE.other_keys)}}
+    changes += [{"required": ["dtype"]}, {"required": ["mismatch"]}]
+    of_copies = {"propertyNames": {"enum": ["tensors", "copy", "drop", "dtype"]}}
+    of_drops = {"propertyNames": {"enum": ["tensors", "copy", "drop"]}}
     return _with_parameters(shape, specs, Place.RULE) | {
         "anyOf": [copies, drops, *changes],
         "allOf": [
             {"not": {"allOf": [copies, drops]}},
-            {"if": {"anyOf": [copies, drops]}, "then": own_keys},
+            {"if": copies, "then": of_copies},
+            {"if": drops, "then": of_drops},
         ],
     }
 

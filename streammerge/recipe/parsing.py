@@ -34,6 +34,7 @@ from streammerge.recipe.types import (
     ParameterSpec,
     ParameterValue,
     Recipe,
+    Rename,
     Rule,
     Scalar,
     Source,
@@ -113,6 +114,7 @@ def dump_recipe(recipe: Recipe) -> str:
     document["sources"] = [
         {"path": str(source.path)}
         | ({} if source.component is None else {"component": source.component})
+        | ({} if not source.rename else {"rename": list(map(_plain_rename, source.rename))})
         | _plain(source.parameters)
         for source in recipe.sources
     ]
@@ -121,6 +123,7 @@ def dump_recipe(recipe: Recipe) -> str:
     document["semantics"] = recipe.semantics.value
     document["seed"] = recipe.seed
     document["missing"] = recipe.missing.value
+    document["mismatch"] = recipe.mismatch.value
     document["non_finite"] = recipe.non_finite.value
     document["compute_dtype"] = recipe.compute_dtype.value
     output: dict[str, object] = {"max_shard_size": recipe.output.max_shard_bytes}
@@ -141,12 +144,20 @@ def _plain(parameters: Mapping[str, ParameterValue]) -> dict[str, object]:
     }
 
 
+def _plain_rename(rename: Rename) -> dict[str, str]:
+    return {"from": rename.old, "to": rename.new}
+
+
 def _plain_rule(rule: Rule) -> dict[str, object]:
     plain: dict[str, object] = {"tensors": rule.tensors}
     if rule.copy is not None:
         plain["copy"] = "base" if rule.copy == BASE else rule.copy
     if rule.drop:
         plain["drop"] = True
+    if rule.dtype is not None:
+        plain["dtype"] = rule.dtype.value
+    if rule.mismatch is not None:
+        plain["mismatch"] = rule.mismatch.value
     return plain | _plain(rule.parameters)
 
 
@@ -205,10 +216,14 @@ def _rule_problems(document: dict[Any, Any], parameter_names: list[str]) -> Iter
             yield f"rules[{index}]: copy and drop exclude each other; keep one of them"
         elif copy is not None or drop:
             word = "dropped" if drop else "copied"
-            for name in (name for name in rule if name in parameter_names):
+            idle = {*parameter_names, "mismatch", *(["dtype"] if drop else [])}
+            for name in (name for name in rule if name in idle):
                 yield f"{key_path('rules', index, name)}: no effect on {word} tensors; remove it"
-        elif all(name in Place.RULE.other_keys for name in rule):
-            yield f"rules[{index}]: expected copy, drop or a parameter to change, got none of them"
+        elif all(name in {"tensors", "copy", "drop"} for name in rule):
+            yield (
+                f"rules[{index}]: expected copy, drop, dtype, mismatch or a parameter to change, got "
+                "none of them"
+            )
         path = f"rules[{index}].copy"
         if copy == "base" and document.get("base") is None:
             yield f'{path}: the recipe has no base to copy from; add the key "base"'
@@ -235,9 +250,10 @@ def _build(
                 parameters={
                     name: _scalar(specs[name], source[name]) for name in source if name in specs
                 },
-                component=source.get("component"),
+                component=shape.component,
+                rename=tuple(Rename(each.old, each.new) for each in shape.rename),
             )
-            for source in document["sources"]
+            for shape, source in zip(frame.sources, document["sources"], strict=True)
         ),
         parameters=_values(document.get("parameters", {}), specs),
         rules=tuple(
@@ -246,12 +262,15 @@ def _build(
                 parameters=_values(table, specs),
                 copy=rule.copy_from,
                 drop=rule.drop,
+                dtype=rule.dtype,
+                mismatch=rule.mismatch,
             )
             for rule, table in zip(frame.rules, document.get("rules", []), strict=True)
         ),
         semantics=frame.semantics,
         seed=frame.seed,
         missing=frame.missing,
+        mismatch=frame.mismatch,
         non_finite=frame.non_finite,
         compute_dtype=frame.compute_dtype,
         output=OutputSpec(dtype=frame.output.dtype, max_shard_bytes=frame.output.max_shard_size),

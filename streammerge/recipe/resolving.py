@@ -26,11 +26,13 @@ from streammerge.recipe.schema import (
     unknown_key,
 )
 from streammerge.recipe.types import (
+    MismatchPolicy,
     ParameterKind,
     ParameterSpec,
     ParameterValue,
     Recipe,
     Rule,
+    RuleDType,
     Scalar,
 )
 
@@ -45,6 +47,10 @@ class Resolved:
     """Leave the tensor out of the output."""
     values: tuple[tuple[str, ParameterValue], ...]
     """Name and value of every parameter, in the method's order; a tuple has one value per source."""
+    keeps_dtype: bool = False
+    """Store it in the type that it has."""
+    common: bool = False
+    """Merge what all have, where shapes differ along one dimension."""
 
 
 def resolve(recipe: Recipe, tensor_name: str, specs: tuple[ParameterSpec, ...]) -> Resolved:
@@ -119,6 +125,8 @@ def _settle(recipe: Recipe, rule: Rule | None, specs: tuple[ParameterSpec, ...])
     return Resolved(
         copy=None if rule is None else rule.copy,
         drop=rule is not None and rule.drop,
+        keeps_dtype=rule is not None and rule.dtype is RuleDType.KEEP,
+        common=((rule and rule.mismatch) or recipe.mismatch) is MismatchPolicy.COMMON,
         values=tuple(values),
     )
 

@@ -29,8 +29,10 @@ from streammerge.errors import RecipeError, suggestion
 from streammerge.recipe.types import (
     BASE,
     ComputeDType,
+    MismatchPolicy,
     MissingPolicy,
     NonFinitePolicy,
+    RuleDType,
     Semantics,
 )
 from streammerge.units import parse_size
@@ -254,6 +256,19 @@ class _Document(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
 
 
+class RenameDocument(_Document):
+    """Names in a source that are other ones in the base."""
+
+    old: str = Field(
+        alias="from",
+        description="A beginning of names, such as transformer., or a glob such as "
+        "enc.*.attn.* whose stars stand for what stays.",
+    )
+    new: str = Field(
+        alias="to", description="What stands there in the base; with as many stars. May be empty."
+    )
+
+
 class SourceDocument(_Document):
     """A model being merged."""
 
@@ -266,6 +281,10 @@ class SourceDocument(_Document):
         min_length=1,
         description="Of an adapter of several parts of a pipeline, the part to take: unet, "
         "transformer, text_encoder, text_encoder_2.",
+    )
+    rename: list[RenameDocument] = Field(
+        default_factory=list,
+        description="Names that differ from the base's; of each name the first that fits counts.",
     )
 
 
@@ -282,6 +301,14 @@ class RuleDocument(_Document):
         "index, counted from 0.",
     )
     drop: bool = Field(default=False, description="Leave these tensors out of the output.")
+    dtype: Annotated[RuleDType, BeforeValidator(_word_of(RuleDType))] | None = Field(
+        default=None,
+        description="keep: store these tensors in the type that they have, whatever output.dtype "
+        "says.",
+    )
+    mismatch: Annotated[MismatchPolicy, BeforeValidator(_word_of(MismatchPolicy))] | None = Field(
+        default=None, description="As at the top level, for these tensors."
+    )
 
 
 class OutputDocument(_Document):
@@ -325,6 +352,11 @@ class RecipeDocument(_Document):
     missing: Annotated[MissingPolicy, BeforeValidator(_word_of(MissingPolicy))] = Field(
         default=MissingPolicy.ERROR,
         description="A tensor that some source lacks: refuse it, or take the base's.",
+    )
+    mismatch: Annotated[MismatchPolicy, BeforeValidator(_word_of(MismatchPolicy))] = Field(
+        default=MismatchPolicy.ERROR,
+        description="A tensor whose shapes differ along one dimension: refuse it, or merge what all "
+        "have in common and keep the rest of the base's, or of the largest source's.",
     )
     non_finite: Annotated[NonFinitePolicy, BeforeValidator(_word_of(NonFinitePolicy))] = Field(
         default=NonFinitePolicy.ERROR,

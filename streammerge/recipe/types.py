@@ -61,6 +61,21 @@ class MissingPolicy(StrEnum):
     BASE = "base"
 
 
+class MismatchPolicy(StrEnum):
+    """What to do with a tensor whose shapes differ along one dimension."""
+
+    ERROR = "error"
+    COMMON = "common"
+    """Merge what all have, and keep the rest of the base's, or of the largest source's."""
+
+
+class RuleDType(StrEnum):
+    """The element type that a rule gives."""
+
+    KEEP = "keep"
+    """That of the input, whatever ``output.dtype`` says."""
+
+
 class NonFinitePolicy(StrEnum):
     """What to do with NaN and infinity in an input."""
 
@@ -80,6 +95,16 @@ BASE = -1
 
 
 @dataclass(frozen=True, slots=True)
+class Rename:
+    """Names in a source that are other ones in the base."""
+
+    old: str
+    """A beginning of names, or a glob with ``*`` for what stays."""
+    new: str
+    """What stands there in the base; with as many ``*``."""
+
+
+@dataclass(frozen=True, slots=True)
 class Source:
     """A model being merged."""
 
@@ -89,6 +114,8 @@ class Source:
     """Parameters given for this source alone, ``weight`` among them."""
     component: str | None = None
     """The part of a pipeline whose tensors are taken from an adapter of several; None takes all."""
+    rename: tuple[Rename, ...] = ()
+    """Names that differ from the base's; of each name the first that fits is applied."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +130,10 @@ class Rule:
     """Copy these tensors unchanged from this source index, or from BASE; None merges them."""
     drop: bool = False
     """Leave these tensors out of the output."""
+    dtype: RuleDType | None = None
+    """Which element type they are stored in; None for the output's."""
+    mismatch: MismatchPolicy | None = None
+    """What to do where their shapes differ; None for what the recipe says."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,3 +172,5 @@ class Recipe:
     """The type that merges are computed in."""
     output: OutputSpec
     """How the result is stored."""
+    mismatch: MismatchPolicy = MismatchPolicy.ERROR
+    """What to do with a tensor that has several shapes."""

@@ -171,8 +171,16 @@ def test_each_place_offers_only_the_parameters_that_may_stand_there():
     places = {name: set(shape.get("properties", ())) for name, shape in SCHEMA["$defs"].items()}
 
     assert places["ties.parameters"] == {"weight", "density", "scope"}
-    assert places["ties.source"] == {"path", "component", "weight", "density"}
-    assert places["ties.rule"] == {"tensors", "copy", "drop", "weight", "density"}
+    assert places["ties.source"] == {"path", "component", "rename", "weight", "density"}
+    assert places["ties.rule"] == {
+        "tensors",
+        "copy",
+        "drop",
+        "dtype",
+        "mismatch",
+        "weight",
+        "density",
+    }
 
 
 def test_every_shared_key_is_explained():
@@ -202,12 +210,13 @@ documents = st.fixed_dictionaries(
         "base": values,
         "parameters": tables("weight", "density", "scope", "normalize", "rank"),
         "rules": st.lists(
-            tables("copy", "drop", "weight", "density", "scope", "path").map(
+            tables("copy", "drop", "dtype", "mismatch", "weight", "density", "scope", "path").map(
                 lambda own: {"tensors": "*"} | own
             ),
             max_size=2,
         ),
         "missing": values,
+        "mismatch": values,
         "non_finite": values,
         "seed": values,
         "output": tables("dtype", "max_shard_size"),

@@ -244,7 +244,7 @@ def test_anchors_and_merge_keys_are_allowed():
         (linear("rules: [{tensor: a, tensors: b, drop: true}]"), 'rules[0].tensor: unknown key; did you mean "tensors"?'),
         (linear("rules: [{tensors: b, normalise: true}]"), 'rules[0].normalise: unknown key; did you mean "normalize"?'),
         (linear("output: {dtyp: BF16}"), 'output.dtyp: unknown key; did you mean "dtype"?'),
-        (linear("'two words': 1"), '"two words": unknown key; known: base, compute_dtype, method, missing, non_finite, output, parameters, rules, seed, semantics, sources'),
+        (linear("'two words': 1"), '"two words": unknown key; known: base, compute_dtype, method, mismatch, missing, non_finite, output, parameters, rules, seed, semantics, sources'),
         (linear("parameters: {3: 1}"), "parameters[3]: unknown key; known: normalize, weight"),
         # Known keys in the wrong place.
         (linear("normalize: true"), 'normalize: a parameter of the method; move it under "parameters": parameters.normalize'),
@@ -315,8 +315,8 @@ def test_anchors_and_merge_keys_are_allowed():
         (linear("rules: {tensors: a}"), "rules: expected a list, got a mapping"),
         (linear("rules: [{tensors: '', drop: true}]"), "rules[0].tensors: expected text, got an empty one"),
         (linear("rules: [{drop: true}]"), "rules[0].tensors: this key is required"),
-        (linear("rules: [{tensors: a}]"), "rules[0]: expected copy, drop or a parameter to change, got none of them"),
-        (linear("rules: [{tensors: a, drop: false}]"), "rules[0]: expected copy, drop or a parameter to change, got none of them"),
+        (linear("rules: [{tensors: a}]"), "rules[0]: expected copy, drop, dtype, mismatch or a parameter to change, got none of them"),
+        (linear("rules: [{tensors: a, drop: false}]"), "rules[0]: expected copy, drop, dtype, mismatch or a parameter to change, got none of them"),
         (linear("rules: [{tensors: a, drop: 1, weight: 1}]"), "rules[0].drop: expected true or false, got 1"),
         (linear("rules: [{tensors: a, copy: 0, drop: true}]"), "rules[0]: copy and drop exclude each other; keep one of them"),
         (linear("rules: [{tensors: a, copy: 0, weight: 1}]"), "rules[0].weight: no effect on copied tensors; remove it"),
@@ -398,7 +398,7 @@ def test_all_problems_are_reported_at_once():
         "sources[0].density: expected a number in [0, 1], got 2",
         "sources[1].path: this key is required",
         'sources[1].weight: expected a number, got "x"',
-        "rules[0]: expected copy, drop or a parameter to change, got none of them",
+        "rules[0]: expected copy, drop, dtype, mismatch or a parameter to change, got none of them",
         (
             "sources[1].density: this key is required, as ties has no default for it; "
             'give it here, for null, or under "parameters" for all'
@@ -477,7 +477,7 @@ def test_the_dump_states_every_setting():
         "method: ties\nbase: m/base\nsources:\n- path: a\n- path: b\n"
         "parameters:\n  density: 1.0e-07\n"
         "rules:\n- tensors: '*.w'\n  density:\n  - 0.1\n  - 1.0\n"
-        "semantics: peft\nseed: 0\nmissing: error\nnon_finite: error\ncompute_dtype: float32\n"
+        "semantics: peft\nseed: 0\nmissing: error\nmismatch: error\nnon_finite: error\ncompute_dtype: float32\n"
         "output:\n  max_shard_size: 5000000000\n"
     )
 
