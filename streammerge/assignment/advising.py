@@ -17,6 +17,8 @@ _LISTED = 10
 """Names that a message lists before it counts the rest."""
 _RULES = 6
 """Rules that a message spells out before it falls back to one per name."""
+_RULES_LISTED = 20
+"""Rules that a message lists before it counts the rest."""
 _NUMBERS = re.compile(r"(?<![A-Za-z0-9_])\d+(?![A-Za-z0-9_])")
 _GLOB_SIGNS = re.compile(r"([*?\[])")
 
@@ -78,7 +80,7 @@ def missing_message(
         lines += [f"    {printable(name)}{_kind_of(name)}" for name in lacking[:_LISTED]]
         if len(lacking) > _LISTED:
             lines.append(f"    and {len(lacking) - _LISTED} more")
-        rules += _rules_for(lacking, absent, names, models, has_base=has_base)
+        rules += _rules_for(lacking, absent, names, has_base=has_base)
     other_names = _other_names(models)
     if other_names:
         return "\n".join([*lines, *other_names])
@@ -101,29 +103,21 @@ def _kind_of(name: str) -> str:
 
 
 def _rules_for(
-    lacking: Sequence[str],
-    absent: tuple[int, ...],
-    names: Collection[str],
-    models: Sequence[Present],
-    *,
-    has_base: bool,
+    lacking: Sequence[str], absent: tuple[int, ...], names: Collection[str], *, has_base: bool
 ) -> list[str]:
-    """Return rules that copy what some models lack from one that has it, or drop what none needs."""
-    dropped = [name for name in lacking if _BUFFERS.search(name) or _AVERAGES.search(name)]
-    copied: dict[int, list[str]] = {}
-    for name in lacking:
-        if name in dropped:
-            continue
-        holder = next(
-            index
-            for index, model in enumerate(models)
-            if index not in absent and name in model.tensors
-        )
-        copied.setdefault(holder, []).append(name)
+    """Return rules that copy what the first model has and drop what it lacks.
+
+    The first model's configuration goes to the output, and describes no tensor that it lacks.
+    """
+    dropped = [
+        name for name in lacking if 0 in absent or _BUFFERS.search(name) or _AVERAGES.search(name)
+    ]
+    copied = [name for name in lacking if name not in {*dropped}]
+    source = "base" if has_base else "0"
     rules = [f"  - {{tensors: {glob}, drop: true}}" for glob in _quoted_globs(dropped, names)]
-    for holder, some in copied.items():
-        source = "base" if has_base and holder == 0 else str(holder - has_base)
-        rules += [f"  - {{tensors: {glob}, copy: {source}}}" for glob in _quoted_globs(some, names)]
+    rules += [f"  - {{tensors: {glob}, copy: {source}}}" for glob in _quoted_globs(copied, names)]
+    if len(rules) > _RULES_LISTED:
+        rules[_RULES_LISTED:] = [f"  # and {len(rules) - _RULES_LISTED} more of this kind"]
     return rules
 
 

@@ -10,6 +10,7 @@ from typing import Protocol
 from streammerge.adapters.adapted import AdaptedModel
 from streammerge.adapters.changes import DELTA_ROWS, Change, ChangeKind
 from streammerge.assignment.aligning import align_tensors
+from streammerge.assignment.naming import match_names
 from streammerge.assignment.ties import settle_ties
 from streammerge.assignment.types import Action, AssignedTensor, Assignment, Model, Setting, Twins
 from streammerge.checkpoint.coded import QUANTIZATION_KEY
@@ -115,7 +116,9 @@ def plan_merge(
     models = _models(recipe)
     labels = [f"{model.label} ({model.path})" for model in models]
     resolve = build_resolver(recipe, method.parameters)
-    ties = settle_ties([*([base] if base is not None else []), *sources], labels, resolve)
+    given = [*([base] if base is not None else []), *sources]
+    matched, renamed = match_names(given, labels, recipe)
+    ties = settle_ties(matched, labels, resolve)
     checkpoints = ties.models
     assignment = align_tensors(
         recipe, labels, checkpoints, resolve, method=method, known=ties.known
@@ -174,7 +177,7 @@ def plan_merge(
         dropped=assignment.dropped,
         copied_from_base=assignment.copied_from_base,
         config=_config(checkpoints, assignment.tensors, unties=ties.unties),
-        notes=(*_notes_of_files(checkpoints, labels), *ties.notes),
+        notes=(*_notes_of_files(checkpoints, labels), *renamed, *ties.notes),
         twins=_twins(ties.twins, labels, file_index),
         needs_torch=torch,
     )

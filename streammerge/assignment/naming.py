@@ -1,0 +1,186 @@
+"""Tensors of the same place under other names: sources get the names of the first model.
+
+First what the recipe says (``rename``); then what is known: spellings that changed between versions of
+transformers, wrappers of compilers and trainers, the tower of a larger model, whole beginnings. A name
+is only changed to one that the source lacks, and never two to the same one.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+
+from streammerge.adapters.locating import BaseNames, Shape, Wanted, locate
+from streammerge.assignment.experts import match_experts
+from streammerge.assignment.types import Model
+from streammerge.checkpoint.types import Checkpoint, Note, TensorEntry
+from streammerge.errors import RecipeError, printable
+from streammerge.recipe.types import Recipe, Rename
+
+_OLD_NORMS = {"gamma": "weight", "beta": "bias"}
+"""What TensorFlow calls the parameters of a norm, as do files that were made from its."""
+_SHOWN = 4
+"""Kinds of renaming that the plan spells out for a model."""
+
+
+def match_names(
+    models: Sequence[Model], labels: Sequence[str], recipe: Recipe
+) -> tuple[list[Model], list[Note]]:
+    """Return the models with the names that the first one has, and what was renamed.
+
+    Args:
+        models: The base, if any, and the sources.
+        labels: How messages name each of them.
+        recipe: Says which names to change.
+
+    Raises:
+        RecipeError: A ``rename`` fits no name, or gives two tensors the same one.
+    """
+    matched: list[Model] = []
+    notes: list[Note] = []
+    for index, (label, model) in enumerate(zip(labels, models, strict=True)):
+        source = index - (recipe.base is not None)
+        renames = recipe.sources[source].rename if source >= 0 else ()
+        if not isinstance(model, Checkpoint):
+            if renames:
+                raise RecipeError(
+                    f"sources[{source}].rename: {recipe.sources[source].path} is an adapter, whose names "
+                    "are found in the base by what is known of adapters; remove the key"
+                )
+            matched.append(model)
+            continue
+        named = _renamed(model, _asked(model, renames, where=f"sources[{source}].rename"))
+        first = matched[0] if matched else named
+        if isinstance(first, Checkpoint) and first is not named:
+            named, made = match_experts(named, first, label)
+            notes += made
+            known = _known(named, first)
+            named = _renamed(named, known)
+            notes += _describe(known, label)
+        matched.append(named)
+    return matched, notes
+
+
+def _renamed(model: Checkpoint, names: Mapping[str, str]) -> Checkpoint:
+    if not names:
+        return model
+    tensors: dict[str, TensorEntry] = {}
+    for name, entry in model.tensors.items():
+        new = names.get(name)
+        tensors[new or name] = entry if new is None else replace(entry, name=new)
+    return replace(model, tensors=tensors)
+
+
+def _asked(model: Checkpoint, renames: Sequence[Rename], *, where: str) -> dict[str, str]:
+    """Return the new names that a recipe gives to tensors."""
+    if not renames:
+        return {}
+    patterns = [_pattern(rename, where=f"{where}[{index}]") for index, rename in enumerate(renames)]
+    used: set[int] = set()
+    names: dict[str, str] = {}
+    for name in model.tensors:
+        for index, pattern in enumerate(patterns):
+            found = pattern.match(name)
+            if found is None:
+                continue
+            used.add(index)
+            names[name] = _filled(renames[index].new, found) + name[found.end() :]
+            break
+    for index, rename in enumerate(renames):
+        if index not in used:
+            example = printable(next(iter(model.tensors), "none"))
+            raise RecipeError(
+                f'{where}[{index}].from: no tensor of {model.path} fits "{printable(rename.old)}" (or '
+                f'those that do fit an earlier one); the names look like "{example}"'
+            )
+    counts = Counter(names.get(name, name) for name in model.tensors)
+    twice = next((name for name, count in counts.items() if count > 1), None)
+    if twice is not None:
+        raise RecipeError(f"{where}: two tensors would be called {printable(twice)}")
+    return names
+
+
+def _pattern(rename: Rename, *, where: str) -> re.Pattern[str]:
+    """Return what matches names: a beginning, or all of a glob."""
+    stars = rename.old.count("*")
+    if stars != rename.new.count("*"):
+        raise RecipeError(
+            f"{where}: `from` has {stars} stars and `to` has {rename.new.count('*')}; each star "
+            "stands for what stays, so there must be as many"
+        )
+    pattern = "(.*)".join(re.escape(part) for part in rename.old.split("*"))
+    return re.compile(pattern + (r"\Z" if stars else ""))
+
+
+def _filled(new: str, found: re.Match[str]) -> str:
+    first, *rest = new.split("*")
+    return first + "".join(kept + part for kept, part in zip(found.groups(), rest, strict=True))
+
+
+def _known(model: Checkpoint, first: Checkpoint) -> dict[str, str]:
+    """Return the names that are known to be other spellings of names of the first model."""
+    strange = [name for name in model.tensors if name not in first.tensors]
+    free = {name: entry for name, entry in first.tensors.items() if name not in model.tensors}
+    if not strange or not free:
+        return {}
+    wanted = {_modern(name, free): name for name in strange}
+    located = locate(
+        [Wanted(path, partial(_fits, model.tensors[name].shape)) for path, name in wanted.items()],
+        BaseNames(free),
+    )
+    counts = Counter(located.names.values())
+    return {
+        wanted[path]: found
+        for path, found in located.names.items()
+        if counts[found] == 1
+        and len(first.tensors[found].shape) == len(model.tensors[wanted[path]].shape)
+    }
+
+
+def _modern(name: str, free: Mapping[str, TensorEntry]) -> str:
+    """Return a name with today's spelling of the parameters of norms, if the first model has it."""
+    outer, _, last = name.rpartition(".")
+    if last not in _OLD_NORMS:
+        return name
+    module = outer.rpartition(".")[2]
+    modern = f"{outer}.{_OLD_NORMS[last]}"
+    ending = f"{module}.{_OLD_NORMS[last]}"
+    return modern if any(each.endswith(ending) for each in free) else name
+
+
+def _fits(shape: Shape, other: Shape) -> bool:
+    return shape == other
+
+
+def _describe(names: Mapping[str, str], label: str) -> list[Note]:
+    """Return what was renamed, by what changed in the names."""
+    kinds = Counter(_difference(old, new) for old, new in names.items())
+    notes = [
+        Note("renamed", f'{label}: "{old}" is "{new}" in {count} name(s)')
+        for (old, new), count in kinds.most_common(_SHOWN)
+    ]
+    if len(kinds) > _SHOWN:
+        rest = sum(count for _, count in kinds.most_common()[_SHOWN:])
+        notes.append(
+            Note("renamed", f"{label}: {rest} more name(s), by {len(kinds) - _SHOWN} rules")
+        )
+    return notes
+
+
+def _difference(old: str, new: str) -> tuple[str, str]:
+    """Return the parts of two names that differ, numbers apart."""
+    one, other = old.split("."), new.split(".")
+    while one and other and one[-1] == other[-1]:
+        one.pop()
+        other.pop()
+    while one and other and one[0] == other[0]:
+        one.pop(0)
+        other.pop(0)
+    return _without_numbers(one), _without_numbers(other)
+
+
+def _without_numbers(parts: Sequence[str]) -> str:
+    return ".".join("*" if part.isdecimal() else part for part in parts)
