@@ -110,8 +110,11 @@ def _parser() -> argparse.ArgumentParser:
 
     inspect = commands.add_parser("inspect", help="show what a checkpoint or adapter holds")
     inspect.add_argument(
-        "path", metavar="PATH", help="a checkpoint or adapter: a directory or file"
+        "path",
+        metavar="PATH",
+        help="a checkpoint or adapter: a directory, a file, or org/model[@revision]",
     )
+    _add_download(inspect)
     inspect.add_argument("--json", action="store_true", help="every tensor as JSON")
     inspect.set_defaults(command=_inspect)
 
@@ -133,6 +136,7 @@ def _parser() -> argparse.ArgumentParser:
         "--memory", type=_size, metavar="SIZE", help="most memory that --against may use"
     )
     _add_device(verify)
+    _add_download(verify)
     verify.add_argument("--quiet", action="store_true", help="no progress on standard error")
     verify.add_argument("--json", action="store_true", help="the findings as JSON")
     verify.set_defaults(command=_verify)
@@ -163,6 +167,16 @@ def _add_resources(parser: argparse.ArgumentParser) -> None:
         type=_size,
         metavar="SIZE",
         help="most memory on each accelerator (default: what is useful, of what is free)",
+    )
+    _add_download(parser)
+
+
+def _add_download(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--download",
+        action="store_true",
+        help="fetch models named as org/model[@revision] from the Hugging Face hub, where its cache "
+        "here has them not",
     )
 
 
@@ -284,6 +298,7 @@ def _plan_of(options: argparse.Namespace) -> MergePlan | CombinationPlan:
         workers=options.workers,
         device=options.device,
         device_memory=options.device_memory,
+        download=options.download,
     )
 
 
@@ -320,6 +335,7 @@ def _verify(options: argparse.Namespace) -> int:
                 fraction=options.sample,
                 memory=options.memory,
                 device=options.device,
+                download=options.download,
                 on_progress=on_progress,
             )
     if options.json:
@@ -341,17 +357,19 @@ def _verify(options: argparse.Namespace) -> int:
 def _inspect(options: argparse.Namespace) -> int:
     from streammerge.adapters.inspecting import describe_adapter, describe_adapter_as_json
     from streammerge.adapters.reading import is_adapter, read_adapter
+    from streammerge.checkpoint.hub import locate_model
     from streammerge.checkpoint.inspecting import describe, describe_as_json
     from streammerge.checkpoint.reading import read_checkpoint
 
-    if is_adapter(Path(options.path)):
-        adapter = read_adapter(Path(options.path))
+    path = locate_model(Path(options.path), download=options.download)
+    if is_adapter(path):
+        adapter = read_adapter(path)
         if options.json:
             print_result(json.dumps(describe_adapter_as_json(adapter)))
         else:
             print_result(describe_adapter(adapter))
         return 0
-    checkpoint = read_checkpoint(Path(options.path))
+    checkpoint = read_checkpoint(path)
     if options.json:
         print_result(json.dumps(describe_as_json(checkpoint)))
     else:

@@ -208,6 +208,7 @@ def _manifest(
         tensors=_tensor_records(planned, report),
         run=run,
         notes=planned.notes,
+        revisions={model.label: model.hub for model in planned.models if model.hub is not None},
     )
 
 

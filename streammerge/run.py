@@ -14,7 +14,7 @@ from streammerge.adapters.components import choose_component
 from streammerge.adapters.planning import plan_combination
 from streammerge.adapters.plans import CombinationPlan
 from streammerge.adapters.reading import is_adapter, read_adapter
-from streammerge.adapters.recipes import is_combination, methods_for
+from streammerge.adapters.recipes import is_combination, methods_for, sources_of
 from streammerge.adapters.types import Adapter
 from streammerge.checkpoint.bytesource import (
     ByteSourceKind,
@@ -22,6 +22,7 @@ from streammerge.checkpoint.bytesource import (
 )
 from streammerge.checkpoint.coded import read_codes
 from streammerge.checkpoint.finished import find_finished
+from streammerge.checkpoint.hub import locate_model
 from streammerge.checkpoint.inputs import parse_path
 from streammerge.checkpoint.manifest import MANIFEST_NAME, Manifest, digest_identity
 from streammerge.checkpoint.quantised import check_not_quantized
@@ -48,7 +49,12 @@ from streammerge.methods import discover_methods
 from streammerge.plan.checking import check_runnable
 from streammerge.plan.planning import find_method, plan_merge, takes_in_turn
 from streammerge.plan.types import MergePlan
-from streammerge.recipe.parsing import MAX_TEXT_BYTES, load_document, recipe_from_mapping
+from streammerge.recipe.parsing import (
+    MAX_TEXT_BYTES,
+    dump_recipe,
+    load_document,
+    recipe_from_mapping,
+)
 from streammerge.recipe.types import Recipe, Source
 
 RecipeLike = str | os.PathLike[str] | Mapping[str, Any] | Recipe
@@ -63,6 +69,7 @@ def plan(
     workers: int | None = None,
     device: str = "auto",
     device_memory: int | str | None = None,
+    download: bool = False,
 ) -> MergePlan | CombinationPlan:
     """Return what a merge would do, having read headers only.
 
@@ -76,6 +83,8 @@ def plan(
         device: Where tensors are merged: ``"cpu"``, ``"cuda:0"``, several as ``"cuda:0,cuda:1"``,
             or ``"auto"``, which is the CPU.
         device_memory: Most memory of each accelerator; None takes what is useful and free.
+        download: Whether models that the recipe names as ``org/model[@revision]`` are fetched from
+            the Hugging Face hub, where its cache on this machine has them not.
 
     Raises:
         RecipeError: The recipe asks for something that cannot be.
@@ -85,14 +94,15 @@ def plan(
     """
     names = choose_devices(device)
     device_budget = choose_device_budget(names, device_memory)
-    parsed = load_recipe(recipe)
+    asked = load_recipe(recipe, download=download)
+    parsed = _locate_models(asked, download=download)
     _check_planning_room(parsed, memory)
     if is_combination(parsed):
         if names:
             raise DeviceError(
                 f"device: {device!r}, but adapters are combined on the cpu, in seconds; leave it out"
             )
-        return _plan_combination(parsed, memory)
+        return replace(_plan_combination(parsed, memory), recipe=dump_recipe(asked))
     # Before the files are opened: a method that does not exist is a matter of the recipe.
     shares_ties = takes_in_turn(parsed, find_method(parsed.method))
     base = None if parsed.base is None else _read_model(parsed.base, "base")
@@ -104,7 +114,12 @@ def plan(
         memory=memory, workers=workers, devices=names, device_budget=device_budget
     )
     planned = plan_merge(parsed, base, sources, machine)
-    return replace(planned, companions=read_companions(companion_directory(planned)))
+    return replace(
+        planned,
+        # As it was given: another machine has its cache elsewhere.
+        recipe=dump_recipe(asked),
+        companions=read_companions(companion_directory(planned)),
+    )
 
 
 @naming_limits()
@@ -116,6 +131,7 @@ def merge(
     workers: int | None = None,
     device: str | None = None,
     device_memory: int | str | None = None,
+    download: bool = False,
     overwrite: bool = False,
     resume: bool = False,
     byte_source: ByteSourceKind | str = ByteSourceKind.PREAD,
@@ -134,6 +150,7 @@ def merge(
         workers: As for :func:`plan`.
         device: As for :func:`plan`; None is ``"auto"``.
         device_memory: As for :func:`plan`.
+        download: As for :func:`plan`.
         overwrite: Whether an earlier merge in ``out``, or an unfinished one beside it, may be
             replaced.
         resume: Whether to continue an unfinished merge, if there is one; if this very merge is
@@ -162,6 +179,7 @@ def merge(
             workers=workers,
             device=device or "auto",
             device_memory=device_memory,
+            download=download,
         )
     if isinstance(planned, MergePlan):
         check_runnable(planned)
@@ -219,6 +237,7 @@ def verify_against(
     seed: int | None = None,
     memory: int | str | None = None,
     device: str = "auto",
+    download: bool = False,
     on_progress: OnProgress | None = None,
 ) -> Comparison:
     """Merge a random sample of a model again and compare it, bit by bit, with what is in ``out``.
@@ -232,6 +251,7 @@ def verify_against(
         seed: Chooses the sample; None takes another one each time.
         memory: As for :func:`plan`.
         device: As for :func:`plan`.
+        download: As for :func:`plan`.
         on_progress: Told several times per second how far the work is.
 
     Raises:
@@ -240,7 +260,7 @@ def verify_against(
     """
     directory = parse_path(out, "out")
     check_sample(fraction=fraction, seed=seed)
-    planned = plan(recipe, memory=memory, device=device)
+    planned = plan(recipe, memory=memory, device=device, download=download)
     if isinstance(planned, CombinationPlan):
         raise RecipeError(
             "the recipe combines adapters, which takes seconds; combine them again into another "
@@ -255,8 +275,13 @@ def verify_against(
     return run_sheltered(job.run, on_progress or (lambda _: None))
 
 
-def load_recipe(recipe: RecipeLike) -> Recipe:
+def load_recipe(recipe: RecipeLike, *, download: bool = False) -> Recipe:
     """Return a parsed and checked recipe.
+
+    Args:
+        recipe: A recipe file, its document, or a parsed recipe.
+        download: As for :func:`plan`. What a recipe may say depends on whether its sources are
+            adapters, so they have to be there before it is parsed.
 
     Raises:
         RecipeError: The file cannot be read, or the recipe asks for something that cannot be.
@@ -265,6 +290,8 @@ def load_recipe(recipe: RecipeLike) -> Recipe:
         return recipe
     models = {name: method.parameters for name, method in discover_methods().items()}
     if isinstance(recipe, Mapping):
+        if download:
+            _download_sources(recipe)
         methods = methods_for(recipe, origin="recipe", models=models)
         return recipe_from_mapping(recipe, origin="recipe", methods=methods)
     path = parse_path(recipe, "recipe")
@@ -282,8 +309,30 @@ def load_recipe(recipe: RecipeLike) -> Recipe:
             f"{path}: has more than {MAX_TEXT_BYTES} bytes; a recipe has tens of lines, name one"
         )
     document = load_document(text, origin=str(path))
+    if download:
+        _download_sources(document)
     methods = methods_for(document, origin=str(path), models=models)
     return recipe_from_mapping(document, origin=str(path), methods=methods)
+
+
+def _download_sources(document: object) -> None:
+    """Fetch the sources that an unchecked recipe names, where they are not on this machine."""
+    for index, path in sources_of(document):
+        with _naming_source(f"sources[{index}]"):
+            locate_model(path, download=True)
+
+
+def _locate_models(recipe: Recipe, *, download: bool) -> Recipe:
+    """Return the recipe with the paths of all models in the place of their names."""
+    base = recipe.base
+    if base is not None:
+        with _naming_source("base"):
+            base = locate_model(base, download=download)
+    sources = []
+    for index, source in enumerate(recipe.sources):
+        with _naming_source(f"sources[{index}]"):
+            sources.append(replace(source, path=locate_model(source.path, download=download)))
+    return replace(recipe, base=base, sources=tuple(sources))
 
 
 def _check_planning_room(recipe: Recipe, memory: int | str | None) -> None:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from streammerge.adapters.combinations import COMBINATIONS
 from streammerge.adapters.reading import is_adapter
-from streammerge.errors import RecipeError
+from streammerge.checkpoint.hub import locate_model
+from streammerge.errors import CheckpointError, RecipeError
 from streammerge.recipe.types import ParameterSpec, Recipe
 
 Methods = Mapping[str, tuple[ParameterSpec, ...]]
@@ -56,8 +57,8 @@ def methods_for(document: object, *, origin: str, models: Methods) -> Methods:
     has_base = document.get("base") is not None
     if has_base and not foreign:
         return models
-    paths = _source_paths(document)
-    adapters = [is_adapter(path) for path in paths]
+    paths = [path for _, path in sources_of(document)]
+    adapters = [is_adapter(_located(path)) for path in paths]
     if paths and all(adapters) and not has_base:
         given = document.get("parameters")
         for key in given if isinstance(given, dict) else ():
@@ -73,11 +74,24 @@ def methods_for(document: object, *, origin: str, models: Methods) -> Methods:
     return models
 
 
-def _source_paths(document: Mapping[object, object]) -> list[Path]:
-    sources = document.get("sources")
+def sources_of(document: object) -> list[tuple[int, Path]]:
+    """Return the index and the path of each source that an unchecked recipe names.
+
+    Args:
+        document: The recipe's plain values; whatever has no path is skipped.
+    """
+    sources = document.get("sources") if isinstance(document, Mapping) else None
     paths = []
-    for source in sources if isinstance(sources, list) else ():
+    for index, source in enumerate(sources if isinstance(sources, list) else ()):
         path = source.get("path") if isinstance(source, dict) else None
         if isinstance(path, str) and "\0" not in path:
-            paths.append(Path(path))
+            paths.append((index, Path(path)))
     return paths
+
+
+def _located(path: Path) -> Path:
+    """Return where a source is, if that is known yet; whoever reads it says what is wrong."""
+    try:
+        return locate_model(path, download=False)
+    except CheckpointError:
+        return path

@@ -23,6 +23,7 @@ from streammerge.checkpoint.bytesource import (
     check_unchanged,
 )
 from streammerge.checkpoint.digests import FileDigest, digest_file
+from streammerge.checkpoint.hub import hub_revision
 from streammerge.checkpoint.manifest import (
     MANIFEST_NAME,
     MANIFEST_VERSION,
@@ -236,6 +237,11 @@ def _manifest(
             byte_source=byte_source.value,
             identity=identity,
         ),
+        revisions={
+            f"sources[{index}]": revision
+            for index, adapter in enumerate(plan.adapters)
+            if (revision := hub_revision(adapter.path)) is not None
+        },
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
+from streammerge.checkpoint.hub import hub_revision
 from streammerge.checkpoint.types import Checkpoint
 from streammerge.errors import printable
 from streammerge.units import format_size
@@ -18,8 +19,10 @@ def describe(checkpoint: Checkpoint) -> str:
     by_dtype: Counter[str] = Counter()
     for entry in tensors:
         by_dtype[entry.dtype.value] += entry.nbytes
+    revision = hub_revision(checkpoint.path)
     rows = [
         ("path", str(checkpoint.path)),
+        *([] if revision is None else [("hub", revision)]),
         (
             "files",
             f"{len(checkpoint.files)}, {format_size(sum(f.nbytes for f in checkpoint.files))}",
@@ -33,6 +36,7 @@ def describe(checkpoint: Checkpoint) -> str:
         if isinstance(names, list):
             texts = [name for name in names if isinstance(name, str)]
             rows.append(("architecture", ", ".join(texts)))
+    rows += [("note", note) for note in checkpoint.notes]
     largest = sorted(tensors, key=lambda entry: (-entry.nbytes, entry.name))[:_LARGEST]
     rows += [
         ("largest", f"{entry.name} {list(entry.shape)} {entry.dtype} {format_size(entry.nbytes)}")
@@ -46,6 +50,7 @@ def describe_as_json(checkpoint: Checkpoint) -> dict[str, Any]:
     """Return everything: files with size and digest, tensors with place, dtype and shape."""
     return {
         "path": str(checkpoint.path),
+        "notes": list(checkpoint.notes),
         "files": [
             {
                 "path": str(file.path),

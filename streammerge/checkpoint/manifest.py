@@ -12,7 +12,7 @@ import os
 import platform
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, is_dataclass
+from dataclasses import dataclass, field, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +127,8 @@ class Manifest:
     """What this run took."""
     notes: tuple[Note, ...] = ()
     """What the plan decided without being asked for."""
+    revisions: dict[str, str] = field(default_factory=dict)
+    """``"org/model@commit"`` of each model that came from the Hugging Face hub, by its label."""
 
 
 def digest_recipe(recipe: str) -> str:

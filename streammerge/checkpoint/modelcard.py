@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 
@@ -12,6 +13,9 @@ from streammerge.errors import printable
 _ARXIV = re.compile(r"arXiv:([0-9]{4}\.[0-9]{4,5})")
 _HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*)/([A-Za-z0-9][\w.-]*)", flags=re.ASCII)
 _HUB_CACHE = re.compile(r"(?:^|/)models--([^/]+?)--([^/]+)/snapshots/")
+# Lines of a canonical recipe that name a model.
+_PATH_LINE = re.compile(r"^(base: |- path: )(.+)$", flags=re.MULTILINE)
+_ABSOLUTE = re.compile(r"[/~]|[A-Za-z]:[/\\]|\\\\")
 _WEIGHT_FILE = re.compile(r".*\.(safetensors|json|bin|pt|pth)")
 # "models/math" reads like a hub id and is a folder. The hub gives none of these names to anyone who
 # publishes models; a false entry would show a made-up ancestor on the model's page.
@@ -39,9 +43,11 @@ def render_model_card(
         method: Name of the merge method.
         summary: What the method does, in one sentence of Markdown.
         reference: Where the method comes from; arXiv ids become links. May be empty.
-        recipe_yaml: The recipe, shown as it is.
+        recipe_yaml: The recipe, shown as it is but for the models' paths from the root, of which
+            only the last part is shown: a card is published.
         models: Role and name of each model, such as ``("base", "org/name")``. Names that are hub
-            ids, or paths into the hub's cache, are listed as ``base_model``; other paths are not.
+            ids, or paths into the hub's cache, are listed as ``base_model``; other paths are not,
+            and of those from the root the last part is shown.
         version: Version of streammerge.
         library_name: The library that loads the model, such as ``"transformers"``; None names none.
 
@@ -56,11 +62,12 @@ def render_model_card(
         # The same model may take part twice, with two weights.
         front_matter["base_model"] = list(dict.fromkeys(hub_ids))
     rows = "\n".join(
-        f"| {_table_cell(_plain(role))} | {_table_cell(_code(_hub_id(name) or name))} |"
+        f"| {_table_cell(_plain(role))} | {_table_cell(_code(_public(name)))} |"
         for role, name in models
     )
     linked = _ARXIV.sub(r"[arXiv:\1](https://arxiv.org/abs/\1)", reference)
     sentences = [f"Method: {_code(method)}.", summary, f"Reference: {linked}." if reference else ""]
+    recipe_yaml = _PATH_LINE.sub(_public_line, recipe_yaml)
     fence = _fence(recipe_yaml, 3)
     ending = "" if recipe_yaml.endswith("\n") else "\n"
     return f"""\
@@ -96,6 +103,27 @@ def _hub_id(name: str) -> str | None:
     if parts is None or parts[1].lower() in _FOLDERS or _WEIGHT_FILE.fullmatch(candidate):
         return None
     return candidate
+
+
+def _public(name: str) -> str:
+    """Return a model's name without the folders of the machine that it lies on."""
+    hub_id = _hub_id(name)
+    if hub_id is not None:
+        return hub_id
+    if not _ABSOLUTE.match(name):
+        return name
+    return re.split(r"[/\\]", name.rstrip("/\\"))[-1] or name
+
+
+def _public_line(line: re.Match[str]) -> str:
+    """Return a line of a recipe with a path that may be published."""
+    try:
+        path = yaml.safe_load(line[2])
+    except yaml.YAMLError:
+        return line[0]
+    if not isinstance(path, str) or _public(path) == path:
+        return line[0]
+    return f"{line[1]}{json.dumps(_public(path), ensure_ascii=False)}"
 
 
 def _plain(text: str) -> str:

@@ -14,6 +14,7 @@ from streammerge.assignment.naming import match_names
 from streammerge.assignment.ties import settle_ties
 from streammerge.assignment.types import Action, AssignedTensor, Assignment, Model, Setting, Twins
 from streammerge.checkpoint.coded import QUANTIZATION_KEY
+from streammerge.checkpoint.hub import hub_revision
 from streammerge.checkpoint.ties import TIE_KEY
 from streammerge.checkpoint.types import Checkpoint, Note, ShardFile, TensorEntry, coded_bits
 from streammerge.dtypes import DType
@@ -196,12 +197,10 @@ def plan_merge(
 
 
 def _models(recipe: Recipe) -> tuple[InputModel, ...]:
-    base = [] if recipe.base is None else [InputModel("base", str(recipe.base))]
-    sources = [
-        InputModel(f"sources[{index}]", str(source.path))
-        for index, source in enumerate(recipe.sources)
-    ]
-    return (*base, *sources)
+    paths = {f"sources[{index}]": source.path for index, source in enumerate(recipe.sources)}
+    if recipe.base is not None:
+        paths = {"base": recipe.base} | paths
+    return tuple(InputModel(label, str(path), hub_revision(path)) for label, path in paths.items())
 
 
 def _compute_dtype(recipe: Recipe) -> DType:

@@ -21,7 +21,10 @@ def render_plan(plan: MergePlan) -> str:
         by = "by compiled kernels and torch" if plan.needs_torch else "by compiled kernels"
     how = f"({plan.semantics} semantics), computed in {plan.compute_dtype} {by}"
     rows: list[tuple[str, str]] = [("method", f"{plan.method} {how}")]
-    rows += [(model.label, model.path) for model in plan.models]
+    rows += [
+        (model.label, f"{model.hub}, {model.path}" if model.hub else model.path)
+        for model in plan.models
+    ]
     rows += _tensor_rows(plan)
     rows += _setting_rows(plan)
     twice = plan.bytes_to_read - plan.input_nbytes

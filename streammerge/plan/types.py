@@ -27,7 +27,9 @@ class InputModel:
     label: str
     """``"base"`` or ``"sources[0]"``, as messages name it."""
     path: str
-    """Where it is, as the recipe spells it."""
+    """Where it is."""
+    hub: str | None = None
+    """``"org/model@commit"`` of a snapshot in the cache of the Hugging Face hub; None for others."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -123,6 +123,33 @@ def test_a_path_into_the_hub_cache_is_shown_as_the_model_it_holds() -> None:
     assert "someone" not in text
 
 
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("/home/someone/models/base", "base"),
+        ("/home/someone/models/base/", "base"),
+        ("~/models/base.safetensors", "base.safetensors"),
+        ("C:\\Users\\someone\\base", "base"),
+        ("/home/someone/.cache/huggingface/hub/models--org--m/snapshots/4c1f", "org/m"),
+        ("models/base", "models/base"),
+        ("org/base", "org/base"),
+        ("/", "/"),
+    ],
+)
+def test_no_folder_of_the_machine_is_published(name: str, shown: str) -> None:
+    recipe = yaml.safe_dump(
+        {"method": "ties", "base": name, "sources": [{"path": name, "weight": 1.0}]},
+        sort_keys=False,
+    )
+
+    text = card(models=[("base", name)], recipe_yaml=recipe)
+
+    assert "someone" not in text
+    assert f"| base | `{shown}` |" in text
+    expected = {"method": "ties", "base": shown, "sources": [{"path": shown, "weight": 1.0}]}
+    assert yaml.safe_load(fenced(text)) == expected
+
+
 @pytest.mark.parametrize("name", ["yes/no", "1.0/2", "null/null"])
 def test_ids_that_yaml_could_misread_stay_text(name: str) -> None:
     assert front_matter(card(models=[("base", name)]))["base_model"] == [name]
