@@ -57,7 +57,7 @@ def gguf_advice(path: Path) -> str:
     )
     return (
         "is a GGUF file, whose weights are quantised or rearranged; use the safetensors original, or "
-        f"dequantise it (pip install transformers gguf): {_python(code)}"
+        f"dequantise it (pip install transformers accelerate gguf): {_python(code)}"
     )
 
 
@@ -72,11 +72,11 @@ def _command(method: str, directory: Path) -> tuple[str, str] | None:
         code = _BY_TRANSFORMERS.format(
             names=_NAMES, path=path, out=out, options="", then=".dequantize()", file=""
         )
-        return "transformers bitsandbytes", _python(code)
+        return "transformers accelerate bitsandbytes", _python(code)
     configured = {
         "compressed-tensors": ("CompressedTensorsConfig", " compressed-tensors"),
         "fp8": ("FineGrainedFP8Config", ""),
-        "mxfp4": ("Mxfp4Config", ""),
+        "mxfp4": ("Mxfp4Config", " accelerate"),
     }.get(method)
     if configured is None:
         return None

@@ -274,7 +274,7 @@ class SourceDocument(_Document):
 
     path: _PathText = Field(
         description="Model or adapter to merge: a directory or a file, relative to the working "
-        "directory."
+        "directory, or org/model[@revision] on the Hugging Face hub."
     )
     component: str | None = Field(
         default=None,
@@ -333,7 +333,7 @@ class RecipeDocument(_Document):
     base: _PathText | None = Field(
         default=None,
         description="Model the sources were tuned from: a directory or a file, relative to the "
-        "working directory.",
+        "working directory, or org/model[@revision] on the Hugging Face hub.",
     )
     sources: list[SourceDocument] = Field(
         min_length=1, description="The models being merged, in order."

@@ -226,7 +226,10 @@ def test_the_quantised_refusal_comes_before_that_of_a_type(dtype: str, tmp_path:
     [
         ("gptq", ["pip install gptqmodel", "from gptqmodel.utils.model_dequant import"]),
         ("awq", ["pip install gptqmodel", "dequantize_model("]),
-        ("bitsandbytes", [".dequantize().save_pretrained(o)", "transformers bitsandbytes"]),
+        (
+            "bitsandbytes",
+            [".dequantize().save_pretrained(o)", "transformers accelerate bitsandbytes"],
+        ),
         ("compressed-tensors", ["CompressedTensorsConfig(dequantize=True)"]),
         ("fp8", ["FineGrainedFP8Config(dequantize=True)"]),
         ("mxfp4", ["Mxfp4Config(dequantize=True)"]),
