@@ -36,6 +36,11 @@ def describe(checkpoint: Checkpoint) -> str:
         if isinstance(names, list):
             texts = [name for name in names if isinstance(name, str)]
             rows.append(("architecture", ", ".join(texts)))
+    rows += [
+        ("left out", f"{', '.join(file.left_out)} of {file.path.name}")
+        for file in checkpoint.files
+        if file.left_out
+    ]
     rows += [("note", note) for note in checkpoint.notes]
     largest = sorted(tensors, key=lambda entry: (-entry.nbytes, entry.name))[:_LARGEST]
     rows += [
@@ -57,6 +62,7 @@ def describe_as_json(checkpoint: Checkpoint) -> dict[str, Any]:
                 "nbytes": file.nbytes,
                 "mtime_ns": file.mtime_ns,
                 "header_digest": file.header_digest,
+                "left_out": list(file.left_out),
             }
             for file in checkpoint.files
         ],

@@ -74,9 +74,6 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     else:
         shard, entries = read_file(chosen, 0)
         files = [shard]
-    notes += [
-        f"{file.path.name}: left out: {', '.join(file.left_out)}" for file in files if file.left_out
-    ]
     config = _read_config(chosen.parent / "config.json", notes)
     return Checkpoint(
         path=path,

@@ -25,6 +25,11 @@ def render_plan(plan: MergePlan) -> str:
         (model.label, f"{model.hub}, {model.path}" if model.hub else model.path)
         for model in plan.models
     ]
+    rows += [
+        ("left out", f"{', '.join(file.left_out)} of {file.path}")
+        for file in plan.files
+        if file.left_out
+    ]
     rows += _tensor_rows(plan)
     rows += _setting_rows(plan)
     twice = plan.bytes_to_read - plan.input_nbytes
