@@ -303,7 +303,7 @@ def test_missing_tensors_are_listed_with_who_lacks_them(
             "not in sources[0]",
             "extra.0",
             "and 3 more",
-            '{tensors: "extra.*", copy: 1}',
+            '{tensors: "extra.*", drop: true}',
         ),
     )
     # There is no base that could lend its tensors.
