@@ -81,7 +81,9 @@ def _parser() -> argparse.ArgumentParser:
 
     merge = commands.add_parser("merge", help="merge models as a recipe says")
     merge.add_argument("recipe", metavar="RECIPE", help="a YAML or JSON recipe")
-    merge.add_argument("out", metavar="OUT", help="directory to make")
+    merge.add_argument(
+        "out", metavar="OUT", help="directory to make, or one file if it ends with .safetensors"
+    )
     _add_resources(merge)
     anew = merge.add_mutually_exclusive_group()
     anew.add_argument(
@@ -119,7 +121,7 @@ def _parser() -> argparse.ArgumentParser:
     inspect.set_defaults(command=_inspect)
 
     verify = commands.add_parser("verify", help="compare a merged model with its manifest")
-    verify.add_argument("out", metavar="OUT", help="the directory of the merged model")
+    verify.add_argument("out", metavar="OUT", help="the merged model: a directory or file")
     verify.add_argument(
         "--against",
         metavar="RECIPE",

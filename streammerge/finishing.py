@@ -9,9 +9,7 @@ import safetensors
 from streammerge.checkpoint.bytesource import ByteSourceKind
 from streammerge.checkpoint.digests import FileDigest, digest_file, tree_digest
 from streammerge.checkpoint.manifest import (
-    MANIFEST_NAME,
     MANIFEST_VERSION,
-    RECIPE_NAME,
     Manifest,
     RunRecord,
     TensorRecord,
@@ -21,6 +19,7 @@ from streammerge.checkpoint.manifest import (
 )
 from streammerge.checkpoint.modelcard import render_model_card
 from streammerge.checkpoint.outputfile import write_durably
+from streammerge.checkpoint.outputform import OutputForm
 from streammerge.checkpoint.sidecars import write_sidecars
 from streammerge.engine.pipeline import RunReport
 from streammerge.errors import OutputError
@@ -34,8 +33,6 @@ from streammerge.recipe.parsing import parse_recipe
 from streammerge.recipe.types import Recipe
 from streammerge.units import MIB
 from streammerge.version import VERSION
-
-CARD_NAME = "README.md"
 
 
 def check_shards(planned: MergePlan, directory: Path) -> None:
@@ -63,13 +60,14 @@ def check_shards(planned: MergePlan, directory: Path) -> None:
             raise OutputError(f"{path}: does not open: {error}") from error
 
 
-def output_names(planned: MergePlan) -> tuple[str, ...]:
-    """Return the name of every file that the merge writes, relative to the output."""
+def output_names(planned: MergePlan, form: OutputForm) -> tuple[str, ...]:
+    """Return the name of every file that the merge writes, relative to the output's folder."""
     index = () if planned.layout.index_name is None else (planned.layout.index_name,)
     return (
         *(shard.name for shard in planned.layout.shards),
         *(companion.name for companion in planned.companions),
-        *(*index, RECIPE_NAME, CARD_NAME, MANIFEST_NAME),
+        *(*index, form.recipe, form.manifest),
+        *(() if form.card is None else (form.card,)),
     )
 
 
@@ -89,7 +87,7 @@ def copy_companions(planned: MergePlan, directory: Path) -> dict[str, FileDigest
         DiskSpaceError: The disk is full.
         OutputError: A file cannot be written.
     """
-    dtype = _recipe_of(planned).output.dtype
+    dtype = recipe_of(planned).output.dtype
     return write_sidecars(
         companion_directory(planned),
         planned.companions,
@@ -104,6 +102,7 @@ def write_companions(
     directory: Path,
     report: RunReport,
     *,
+    form: OutputForm,
     copied: dict[str, FileDigest],
     identity: str,
     resumed: bool,
@@ -116,6 +115,7 @@ def write_companions(
         planned: The plan.
         directory: Where the shards are.
         report: What running the plan came to.
+        form: What the files are called.
         copied: What :func:`copy_companions` wrote.
         identity: Digest of what decided every byte.
         resumed: Whether an interrupted run had begun it.
@@ -129,19 +129,20 @@ def write_companions(
     method = find_method(planned.method)
     for name, digest in copied.items():
         _check_copy(directory / name, digest)
-    texts = {RECIPE_NAME: planned.recipe.encode()}
+    texts = {form.recipe: planned.recipe.encode()}
     if planned.layout.index_name is not None:
         texts[planned.layout.index_name] = render_index(planned)
-    texts[CARD_NAME] = render_model_card(
-        title=directory.name.removesuffix(".partial"),
-        method=method.name,
-        summary=method.summary,
-        reference=method.reference,
-        recipe_yaml=planned.recipe,
-        models=[(model.label, model.path) for model in planned.models],
-        library_name="transformers" if (directory / "config.json").exists() else None,
-        version=VERSION,
-    ).encode()
+    if form.card is not None:
+        texts[form.card] = render_model_card(
+            title=form.out.name,
+            method=method.name,
+            summary=method.summary,
+            reference=method.reference,
+            recipe_yaml=planned.recipe,
+            models=[(model.label, model.path) for model in planned.models],
+            library_name="transformers" if (directory / "config.json").exists() else None,
+            version=VERSION,
+        ).encode()
     for name, content in texts.items():
         write_durably(directory / name, [content])
     files = copied | {name: digest_file(directory / name) for name in texts}
@@ -155,7 +156,7 @@ def write_companions(
         byte_source=byte_source,
     )
     manifest = _manifest(planned, report, dict(sorted(files.items())), run)
-    write_manifest(manifest, directory)
+    write_manifest(manifest, directory / form.manifest)
     return manifest
 
 
@@ -165,7 +166,8 @@ def companion_directory(planned: MergePlan) -> Path:
     return first if first.is_dir() else first.parent
 
 
-def _recipe_of(planned: MergePlan) -> Recipe:
+def recipe_of(planned: MergePlan) -> Recipe:
+    """Return the recipe that a plan was made from."""
     methods = {name: each.parameters for name, each in discover_methods().items()}
     return parse_recipe(planned.recipe, origin="recipe", methods=methods)
 
@@ -209,6 +211,8 @@ def _manifest(
         run=run,
         notes=planned.notes,
         revisions={model.label: model.hub for model in planned.models if model.hub is not None},
+        left_behind=planned.left_behind,
+        metadata_left_out=planned.metadata_left_out,
     )
 
 

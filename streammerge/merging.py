@@ -19,6 +19,7 @@ from streammerge.checkpoint.bytesource import (
 from streammerge.checkpoint.manifest import Manifest, digest_identity
 from streammerge.checkpoint.outputdir import OutputDirectory
 from streammerge.checkpoint.outputfile import OutputFile
+from streammerge.checkpoint.outputform import form_of
 from streammerge.checkpoint.snapshot import SNAPSHOT_NAME
 from streammerge.comparing import ComparedFile, Comparison, Sample, compare_results
 from streammerge.engine.memory import resident_memory
@@ -100,7 +101,7 @@ class MergeJob:
                 ],
                 nbytes=planned.bytes_to_write,
                 nbytes_beside=room_beside(planned),
-                names=output_names(planned),
+                names=output_names(planned, form_of(self.out)),
                 identity=identity,
                 overwrite=self.overwrite,
                 resume=self.resume,
@@ -124,6 +125,7 @@ class MergeJob:
                 planned,
                 output.partial,
                 report,
+                form=form_of(output.out),
                 copied=copied,
                 identity=digest_identity(identity),
                 resumed=bool(output.entries),

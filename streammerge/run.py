@@ -24,7 +24,9 @@ from streammerge.checkpoint.coded import read_codes
 from streammerge.checkpoint.finished import find_finished
 from streammerge.checkpoint.hub import locate_model
 from streammerge.checkpoint.inputs import parse_path
-from streammerge.checkpoint.manifest import MANIFEST_NAME, Manifest, digest_identity
+from streammerge.checkpoint.manifest import Manifest, digest_identity
+from streammerge.checkpoint.metadata import read_metadata
+from streammerge.checkpoint.outputform import form_of
 from streammerge.checkpoint.quantised import check_not_quantized
 from streammerge.checkpoint.reading import check_gathered, read_checkpoint
 from streammerge.checkpoint.sidecars import read_companions
@@ -34,7 +36,7 @@ from streammerge.engine.accelerator.opening import choose_devices
 from streammerge.engine.progress import OnProgress
 from streammerge.engine.shelter import run_sheltered
 from streammerge.errors import CheckpointError, DeviceError, RecipeError
-from streammerge.finishing import companion_directory
+from streammerge.finishing import companion_directory, recipe_of
 from streammerge.identity import identify
 from streammerge.limits import naming_limits
 from streammerge.machine import (
@@ -47,6 +49,7 @@ from streammerge.machine import (
 from streammerge.merging import MergeJob, SampleJob
 from streammerge.methods import discover_methods
 from streammerge.plan.checking import check_runnable
+from streammerge.plan.layout import in_one_file
 from streammerge.plan.planning import find_method, plan_merge, takes_in_turn
 from streammerge.plan.types import MergePlan
 from streammerge.recipe.parsing import (
@@ -110,6 +113,11 @@ def plan(
         _read_source(source, f"sources[{index}]", base, shares_ties=shares_ties)
         for index, source in enumerate(parsed.sources)
     ]
+    first = sources[0] if base is None else base
+    assert isinstance(first, Checkpoint)  # noqa: S101 - adapters without a base are refused
+    metadata, left_out = read_metadata([file.path for file in first.files])
+    first = replace(first, metadata=metadata)
+    base, sources = (None, [first, *sources[1:]]) if base is None else (first, sources)
     machine = describe_machine(
         memory=memory, workers=workers, devices=names, device_budget=device_budget
     )
@@ -119,6 +127,7 @@ def plan(
         # As it was given: another machine has its cache elsewhere.
         recipe=dump_recipe(asked),
         companions=read_companions(companion_directory(planned)),
+        metadata_left_out=left_out,
     )
 
 
@@ -140,12 +149,13 @@ def merge(
     """Merge into the directory ``out``, which exists when this returns and not before.
 
     Until then the work lies in ``out.partial``. It stays there when the merge is interrupted or
-    fails, and ``resume`` continues it.
+    fails, and ``resume`` continues it. If ``out`` is called ``.safetensors`` it becomes one file, with
+    its manifest and recipe beside it, and with the same guarantees.
 
     Args:
         recipe: What :func:`plan` takes, or its result; a plan brings its own memory, workers and
             device.
-        out: The directory to make.
+        out: The directory to make, or the file.
         memory: As for :func:`plan`.
         workers: As for :func:`plan`.
         device: As for :func:`plan`; None is ``"auto"``.
@@ -160,7 +170,7 @@ def merge(
         on_progress: Told several times per second how far the work is.
 
     Returns:
-        What is also written to ``out/streammerge_manifest.json``.
+        What is also written to ``out/streammerge_manifest.json``, or ``out.manifest.json``.
 
     Raises:
         StreamMergeError: One of the errors that :mod:`streammerge.errors` lists; ``out`` is then
@@ -185,6 +195,7 @@ def merge(
         check_runnable(planned)
     if overwrite and resume:
         raise ValueError("resume continues an unfinished merge, overwrite discards it; choose one")
+    planned = _as_output(planned, out)
     finished = find_complete(planned, out) if resume else None
     if finished is not None:
         return finished
@@ -197,6 +208,21 @@ def merge(
         open_files=kind.open_files,
     )
     return run_sheltered(job.run, on_progress or (lambda _: None))
+
+
+def _as_output(planned: MergePlan | CombinationPlan, out: Path) -> MergePlan | CombinationPlan:
+    """Return the plan with the files that ``out`` asks for: its own, or one file of that name."""
+    name = form_of(out).file
+    if name is None:
+        return planned
+    if isinstance(planned, MergePlan):
+        return in_one_file(planned, name, recipe_of(planned).output.max_shard_bytes)
+    if planned.config is not None:
+        raise RecipeError(
+            f"{out}: is one file, and a PEFT adapter is a directory with adapter_config.json; name a "
+            "directory as the output"
+        )
+    return replace(planned, file_name=name)
 
 
 def _parse_byte_source(byte_source: ByteSourceKind | str) -> ByteSourceKind:
@@ -214,8 +240,10 @@ def find_complete(
     """
     # Who asks from the beginning, as scripts do, need not wait for what identifies 50,000 tensors.
     # Unlike pathlib, this has an answer for any name.
-    if not os.path.isfile(os.path.join(out, MANIFEST_NAME)):  # noqa: PTH113, PTH118
+    form = form_of(Path(out))
+    if not os.path.isfile(form.manifest_path):  # noqa: PTH113 - odd names are no files
         return None
+    planned = _as_output(planned, form.out)
     if isinstance(planned, CombinationPlan):
         shards = {planned.file_name: planned.bytes_to_write}
     else:
@@ -261,6 +289,7 @@ def verify_against(
     directory = parse_path(out, "out")
     check_sample(fraction=fraction, seed=seed)
     planned = plan(recipe, memory=memory, device=device, download=download)
+    planned = _as_output(planned, directory)
     if isinstance(planned, CombinationPlan):
         raise RecipeError(
             "the recipe combines adapters, which takes seconds; combine them again into another "
@@ -268,7 +297,7 @@ def verify_against(
         )
     job = SampleJob(
         planned,
-        directory,
+        form_of(directory).folder,
         sample=Sample(planned, fraction=fraction, seed=seed),
         opener=choose_byte_source(ByteSourceKind.PREAD),
     )

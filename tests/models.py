@@ -129,7 +129,8 @@ def load_model(directory: Path) -> Tensors:
     """Read a merged directory the way transformers does: by its index, or its only file."""
     index = directory / INDEX_NAME
     if not index.exists():
-        return load_file(directory / "model.safetensors")
+        (only,) = directory.glob("*.safetensors")
+        return load_file(only)
     weight_map = json.loads(index.read_text())["weight_map"]
     files = {name: load_file(directory / name) for name in sorted(set(weight_map.values()))}
     assert sorted(itertools.chain.from_iterable(files.values())) == sorted(weight_map)

@@ -28,7 +28,7 @@ import streammerge
 from streammerge import run
 from streammerge.checkpoint import bytesource
 from streammerge.checkpoint.bytesource import ByteSourceKind, PreadSource, choose_byte_source
-from streammerge.checkpoint.manifest import MANIFEST_NAME
+from streammerge.checkpoint.outputform import MANIFEST_NAME
 from streammerge.checkpoint.places import MARKER_NAME
 from streammerge.cli import main
 from streammerge.errors import CheckpointError, TruncatedShardError

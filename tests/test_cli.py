@@ -18,7 +18,8 @@ from models import MEMORY, Models, load_model, recipe_of
 import streammerge
 from streammerge import display, merging, run
 from streammerge.adapters.combinations import COMBINATIONS
-from streammerge.checkpoint.manifest import MANIFEST_NAME, RECIPE_NAME, read_manifest_files
+from streammerge.checkpoint.manifest import read_manifest_files
+from streammerge.checkpoint.outputform import MANIFEST_NAME, RECIPE_NAME
 from streammerge.cli import main
 from streammerge.display import show_progress
 from streammerge.engine.progress import ProgressEvent

@@ -33,7 +33,15 @@ from streammerge.errors import OutputExistsError
 
 job = json.loads(sys.argv[1])
 out = Path(job["out"])
-reference = {p.name: p.read_bytes() for p in Path(job["reference"]).glob("*.safetensors")}
+one_file = out.suffix == ".safetensors"
+manifest = out.with_suffix(".manifest.json") if one_file else out / "streammerge_manifest.json"
+
+def tensors_of(path):
+    # The name of the one file is that of the output, the others' are the same.
+    files = [path] if path.suffix == ".safetensors" else sorted(path.glob("*.safetensors"))
+    return [p.read_bytes() for p in files]
+
+reference = tensors_of(Path(job["reference"]))
 outputfile.SYNC_BYTES = job["sync_bytes"]
 if job["inside"]:
     places._can_be_renamed = lambda directory: directory != out
@@ -71,8 +79,8 @@ def exit_at(number):
         setattr(os, name, wrap(getattr(os, name)))
     io.open = wrap(io.open)
 
-def is_complete(directory):
-    return (directory / "streammerge_manifest.json").exists()
+def is_complete():
+    return out.exists() if one_file else manifest.exists()
 
 def check_complete(directory):
     damages = [d for d in streammerge.verify_files(directory).damages if d.kind != "extra"]
@@ -82,6 +90,9 @@ def prepare():
     # Another kind of thing may be there: nothing, an unfinished merge, or an earlier one.
     for path in (out, out.with_name(out.name + ".partial"), out.with_name(out.name + ".replaced")):
         shutil.rmtree(path, ignore_errors=True)
+    if one_file:
+        for path in (out, manifest, out.with_suffix(".recipe.yaml")):
+            path.unlink(missing_ok=True)
     if job["inside"]:
         out.mkdir()
     if job["start"] == "unfinished":
@@ -101,13 +112,15 @@ def disturbed(number):
 def look():
     replaced = (out if job["inside"] else out.parent) / (out.name + ".replaced")
     if not job["inside"] and out.exists():
-        assert is_complete(out), sorted(out.iterdir())
-    if is_complete(out):
+        assert is_complete(), sorted(out.iterdir())
+    if is_complete():
         check_complete(out)
     elif job["start"] == "overwriting":
-        names = {p.name for p in [*out.glob("*"), *replaced.glob("*")]}
+        there = out.parent if one_file else out
+        names = {p.name for p in [*there.glob("*"), *replaced.glob("*")]}
         # Nothing of the earlier merge is gone, wherever it is.
-        assert {"streammerge_manifest.json", "model.safetensors"} <= names, names
+        whole = {manifest.name, out.name if one_file else "model.safetensors"}
+        assert whole <= names, names
 
 def resumed():
     try:
@@ -116,8 +129,7 @@ def resumed():
         # It had not begun: the earlier merge is still there, and is not replaced unasked.
         assert job["start"] == "overwriting"
         streammerge.merge(plan, out, overwrite=True)
-    found = {p.name: p.read_bytes() for p in out.glob("*.safetensors")}
-    assert found == reference, sorted(found)
+    assert tensors_of(out) == reference
     assert not streammerge.verify_files(out).damages
     beside = out if job["inside"] else out.parent
     left = [p.name for p in beside.iterdir() if p.name.endswith((".partial", ".replaced"))]
@@ -138,7 +150,7 @@ print(ends)
 
 
 @pytest.mark.parametrize("start", ["nothing", "unfinished", "overwriting"])
-@pytest.mark.parametrize("place", ["beside", "inside"])
+@pytest.mark.parametrize("place", ["beside", "inside", "one file"])
 def test_a_merge_that_ends_at_any_call_is_resumed_to_the_right_bytes(
     start: str, place: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
@@ -153,13 +165,15 @@ def test_a_merge_that_ends_at_any_call_is_resumed_to_the_right_bytes(
     (base / "config.json").write_text("{}")
     parameters = {"density": 0.4}
     recipe = recipe_of("ties", base, sources, parameters=parameters)
-    recipe["output"] = {"max_shard_size": "1MB"}
+    suffix = ".safetensors" if place == "one file" else ""
+    if not suffix:
+        recipe["output"] = {"max_shard_size": "1MB"}
     (tmp_path / "recipe.json").write_text(json.dumps(recipe))
 
-    streammerge.merge(recipe, tmp_path / "reference", memory=MEMORY)
+    streammerge.merge(recipe, tmp_path / f"reference{suffix}", memory=MEMORY)
     job = {
-        "out": str(tmp_path / "out"),
-        "reference": str(tmp_path / "reference"),
+        "out": str(tmp_path / f"out{suffix}"),
+        "reference": str(tmp_path / f"reference{suffix}"),
         "recipe": recipe,
         "earlier": recipe_of("linear", None, [base, *sources]),
         "memory": MEMORY,

@@ -27,7 +27,7 @@ from safetensors.torch import load_file
 
 import streammerge
 from streammerge.checkpoint.bytesource import ByteSourceKind
-from streammerge.checkpoint.manifest import MANIFEST_NAME, RECIPE_NAME
+from streammerge.checkpoint.outputform import MANIFEST_NAME, RECIPE_NAME
 from streammerge.errors import MemoryBudgetError
 from streammerge.plan.chunking import Residence
 from streammerge.plan.codec import dump_plan, parse_plan

@@ -11,7 +11,7 @@ from models import MEMORY, Models, recipe_of
 
 import streammerge
 from streammerge.checkpoint.journal import JOURNAL_NAME
-from streammerge.checkpoint.manifest import MANIFEST_NAME
+from streammerge.checkpoint.outputform import MANIFEST_NAME
 from streammerge.checkpoint.ownfiles import NEW_NAME
 from streammerge.checkpoint.verifying import verify_files
 from streammerge.errors import OutputError

@@ -16,7 +16,7 @@ import yaml
 from models import write_adapter, write_model
 
 import streammerge
-from streammerge.checkpoint.manifest import MANIFEST_NAME
+from streammerge.checkpoint.outputform import MANIFEST_NAME
 
 ROOT = Path(__file__).resolve().parent.parent
 SHAPES = {

@@ -33,7 +33,7 @@ from streammerge.checkpoint.journal import (
     parse_entries,
     read_journal,
 )
-from streammerge.checkpoint.manifest import MANIFEST_NAME
+from streammerge.checkpoint.outputform import MANIFEST_NAME
 from streammerge.checkpoint.snapshot import SNAPSHOT_NAME, load_snapshot, save_snapshot
 from streammerge.checkpoint.verifying import verify_files
 from streammerge.cli import main

@@ -17,7 +17,8 @@ import streammerge
 from streammerge.checkpoint import manifest, torchfile
 from streammerge.checkpoint.inputs import MAX_JSON_DEPTH, _json_depth, parse_json
 from streammerge.checkpoint.inspecting import describe
-from streammerge.checkpoint.manifest import MANIFEST_NAME, read_manifest_files
+from streammerge.checkpoint.manifest import read_manifest_files
+from streammerge.checkpoint.outputform import MANIFEST_NAME
 from streammerge.checkpoint.reading import read_checkpoint
 from streammerge.checkpoint.sidecars import plan_sidecars, read_companions, write_sidecars
 from streammerge.checkpoint.torchfile import read_torch_header

@@ -22,7 +22,8 @@ from streammerge.checkpoint.digests import (
     tree_digest,
 )
 from streammerge.checkpoint.header import read_safetensors_header
-from streammerge.checkpoint.manifest import MANIFEST_NAME, is_plain_path
+from streammerge.checkpoint.manifest import is_plain_path
+from streammerge.checkpoint.outputform import MANIFEST_NAME
 from streammerge.checkpoint.verifying import verify_files
 from streammerge.cli import main
 from streammerge.errors import CheckpointError, HeaderError, OutputError

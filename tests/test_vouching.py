@@ -16,7 +16,7 @@ import torch
 from models import MEMORY, Models, recipe_of
 
 import streammerge
-from streammerge.checkpoint.manifest import MANIFEST_NAME
+from streammerge.checkpoint.outputform import MANIFEST_NAME
 from streammerge.cli import main
 from streammerge.errors import CheckpointError, HeaderError, OutputExistsError
 

@@ -25,9 +25,7 @@ from streammerge.checkpoint.bytesource import (
 from streammerge.checkpoint.digests import FileDigest, digest_file
 from streammerge.checkpoint.hub import hub_revision
 from streammerge.checkpoint.manifest import (
-    MANIFEST_NAME,
     MANIFEST_VERSION,
-    RECIPE_NAME,
     Manifest,
     RunRecord,
     TensorRecord,
@@ -39,6 +37,7 @@ from streammerge.checkpoint.manifest import (
 from streammerge.checkpoint.modelcard import render_model_card
 from streammerge.checkpoint.outputdir import OutputDirectory
 from streammerge.checkpoint.outputfile import OutputFile, write_durably
+from streammerge.checkpoint.outputform import OutputForm, form_of
 from streammerge.errors import OutputError
 from streammerge.lazily import torch_version
 from streammerge.units import MIB
@@ -65,7 +64,7 @@ def run_combination(
 
     Args:
         plan: What :func:`~streammerge.adapters.planning.plan_combination` returned.
-        out: The directory to make.
+        out: The directory to make; the one file, if it is called ``.safetensors``.
         identity: What decides every byte of the result, as JSON.
         overwrite: Whether an earlier merge in ``out`` may be replaced.
         resume: Whether the command was told to continue; there is never anything to go on from,
@@ -77,12 +76,13 @@ def run_combination(
     Returns:
         What is also written to ``out/streammerge_manifest.json``.
     """
+    form = form_of(out)
     directory = OutputDirectory(
         out,
         inputs=[adapter.path for adapter in plan.adapters],
         nbytes=plan.bytes_to_write,
         nbytes_beside=_NBYTES_BESIDE,
-        names=(plan.file_name, CONFIG_NAME, RECIPE_NAME, "README.md", MANIFEST_NAME),
+        names=(plan.file_name, CONFIG_NAME, form.recipe, form.card or form.recipe, form.manifest),
         identity=identity,
         overwrite=overwrite,
         resume=resume,
@@ -97,7 +97,12 @@ def run_combination(
         check_unchanged(plan.files, sources)
         _check_file(plan, partial / plan.file_name)
         manifest = _write_companions(
-            plan, partial, meter, digest_identity(identity), byte_source=sources[0].kind
+            plan,
+            partial,
+            meter,
+            digest_identity(identity),
+            form=form_of(directory.out),
+            byte_source=sources[0].kind,
         )
         directory.publish()
     return manifest
@@ -170,32 +175,34 @@ def _write_companions(
     meter: _Meter,
     identity: str,
     *,
+    form: OutputForm,
     byte_source: ByteSourceKind,
 ) -> Manifest:
     """Write everything beside the tensors; the manifest last."""
     combination = COMBINATIONS[plan.method]
-    texts = {RECIPE_NAME: plan.recipe.encode()}
+    texts = {form.recipe: plan.recipe.encode()}
     if plan.config is not None:
         texts[CONFIG_NAME] = render_config(plan.config)
     is_peft = plan.adapters[0].naming is Naming.PEFT
-    texts["README.md"] = render_model_card(
-        title=directory.name.removesuffix(".partial"),
-        method=combination.name,
-        summary=combination.summary,
-        reference=combination.reference,
-        recipe_yaml=plan.recipe,
-        models=[
-            *[(f"sources[{i}]", str(each.path)) for i, each in enumerate(plan.adapters)],
-            *_base_rows(plan),
-        ],
-        library_name="peft" if is_peft else None,
-        version=VERSION,
-    ).encode()
+    if form.card is not None:
+        texts[form.card] = render_model_card(
+            title=form.out.name,
+            method=combination.name,
+            summary=combination.summary,
+            reference=combination.reference,
+            recipe_yaml=plan.recipe,
+            models=[
+                *[(f"sources[{i}]", str(each.path)) for i, each in enumerate(plan.adapters)],
+                *_base_rows(plan),
+            ],
+            library_name="peft" if is_peft else None,
+            version=VERSION,
+        ).encode()
     for name, content in texts.items():
         write_durably(directory / name, [content])
     files = {name: digest_file(directory / name) for name in sorted([plan.file_name, *texts])}
     manifest = _manifest(plan, meter, files, identity, byte_source=byte_source)
-    write_manifest(manifest, directory)
+    write_manifest(manifest, directory / form.manifest)
     return manifest
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from pydantic import TypeAdapter
 
 from streammerge.checkpoint.journal import JOURNAL_NAME, read_journal
-from streammerge.checkpoint.manifest import MANIFEST_NAME, MANIFEST_VERSION, Manifest, read_manifest
+from streammerge.checkpoint.manifest import MANIFEST_VERSION, Manifest, read_manifest
 from streammerge.checkpoint.places import choose_place, clear_away
 from streammerge.checkpoint.types import ShardFile
 from streammerge.errors import CheckpointError, OutputError
@@ -29,7 +29,7 @@ def find_finished(
     looks at their bytes. What the merge has left is then cleared away.
 
     Args:
-        out: The directory.
+        out: The directory, or the one file.
         identity: Digest of what decides every byte of the result.
         shards: Sizes of the files with tensors, by name.
         inputs: The input files as they were planned.
@@ -41,16 +41,17 @@ def find_finished(
     if not out.name:
         return None
     place = choose_place(out)
+    folder, manifest_path = place.folder, place.form.manifest_path
     unfinished = (place.partial / JOURNAL_NAME).exists() and not place.is_moved()
     try:
-        if out.is_symlink() or unfinished or not (out / MANIFEST_NAME).is_file():
+        if out.is_symlink() or unfinished or not manifest_path.is_file():
             return None
         manifest = TypeAdapter(Manifest).validate_python(read_manifest(out))
         if manifest.version != MANIFEST_VERSION or manifest.run.identity != identity:
             return None
-        if _has_changed(inputs) or not _is_whole(out, manifest, shards):
+        if _has_changed(inputs) or not _is_whole(folder, manifest, shards):
             return None
-        journal = read_journal((place.partial if place.inside else out) / JOURNAL_NAME)
+        journal = read_journal(place.leftovers / JOURNAL_NAME)
     except (CheckpointError, OutputError, OSError, ValueError):
         # Names in a manifest may be no names of files, and then Python raises a ValueError.
         return None
@@ -64,8 +65,8 @@ def _has_changed(inputs: Sequence[ShardFile]) -> bool:
     return any((s.st_size, s.st_mtime_ns) != (file.nbytes, file.mtime_ns) for file, s in statuses)
 
 
-def _is_whole(out: Path, manifest: Manifest, shards: Mapping[str, int]) -> bool:
+def _is_whole(folder: Path, manifest: Manifest, shards: Mapping[str, int]) -> bool:
     listed = {name: file.nbytes for name, file in manifest.files.items()}
     return shards.items() <= listed.items() and all(
-        (out / name).stat().st_size == nbytes for name, nbytes in listed.items()
+        (folder / name).stat().st_size == nbytes for name, nbytes in listed.items()
     )

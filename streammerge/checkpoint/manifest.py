@@ -27,13 +27,12 @@ from streammerge.checkpoint.inputs import (
     refuse_constant,
 )
 from streammerge.checkpoint.outputfile import write_durably
+from streammerge.checkpoint.outputform import found_form
 from streammerge.checkpoint.types import Note, ShardFile
 from streammerge.errors import HeaderError, printable
 from streammerge.units import MIB
 from streammerge.version import VERSION
 
-MANIFEST_NAME = "streammerge_manifest.json"
-RECIPE_NAME = "streammerge_recipe.yaml"
 MANIFEST_VERSION = 2
 _FIRST_WITH_DIGEST = 2
 MAX_MANIFEST_BYTES = 256 * MIB
@@ -129,6 +128,10 @@ class Manifest:
     """What the plan decided without being asked for."""
     revisions: dict[str, str] = field(default_factory=dict)
     """``"org/model@commit"`` of each model that came from the Hugging Face hub, by its label."""
+    left_behind: tuple[str, ...] = ()
+    """What lies beside the tensors of the base, or the first source, and is not in the output."""
+    metadata_left_out: tuple[str, ...] = ()
+    """What their headers say and the output's do not, because it does not hold any more."""
 
 
 def digest_recipe(recipe: str) -> str:
@@ -158,8 +161,8 @@ def collect_versions(torch_version: str) -> dict[str, str]:
     }
 
 
-def write_manifest(manifest: Manifest, directory: Path) -> None:
-    """Write ``streammerge_manifest.json``, durably.
+def write_manifest(manifest: Manifest, path: Path) -> None:
+    """Write the manifest to ``path``, durably.
 
     Names of files that are not Unicode get the escapes that JSON has for what Python makes of them.
 
@@ -168,7 +171,7 @@ def write_manifest(manifest: Manifest, directory: Path) -> None:
         OutputError: The system refuses.
     """
     data = f"{_render(manifest)}\n".encode(errors="backslashreplace")
-    write_durably(directory / MANIFEST_NAME, [_with_digest(data)])
+    write_durably(path, [_with_digest(data)])
 
 
 def _render(manifest: Manifest) -> str:
@@ -207,7 +210,7 @@ def _as_plain_value(value: Any) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class FoundManifest:
-    """A manifest as it is found in a directory."""
+    """A manifest as it is found."""
 
     document: dict[str, object]
     """What it says; ``files`` is of sound form."""
@@ -217,27 +220,30 @@ class FoundManifest:
     """Whether it has a digest of itself; those before version 2 have none."""
 
 
-def read_manifest(directory: Path) -> dict[str, object]:
-    """Return a directory's manifest as the document that it is; it is what was written.
+def read_manifest(out: Path) -> dict[str, object]:
+    """Return the manifest of an output as the document that it is; it is what was written.
 
     Raises:
         CheckpointError: There is none, or it cannot be read.
         HeaderError: It is not a manifest, or no longer what was written.
     """
-    found = find_manifest(directory)
+    found = find_manifest(out)
     if found.flaw is not None:
-        raise HeaderError(f"{directory / MANIFEST_NAME}: {found.flaw}")
+        raise HeaderError(f"{found_form(out).manifest_path}: {found.flaw}")
     return found.document
 
 
-def find_manifest(directory: Path) -> FoundManifest:
-    """Return a directory's manifest, and whether it is still what was written.
+def find_manifest(out: Path) -> FoundManifest:
+    """Return the manifest of an output, and whether it is still what was written.
+
+    Args:
+        out: A directory, or the one file with tensors beside which the manifest lies.
 
     Raises:
         CheckpointError: There is none, or it cannot be read.
         HeaderError: It is not a manifest.
     """
-    path = directory / MANIFEST_NAME
+    path = found_form(out).manifest_path
     if path.is_symlink():
         raise HeaderError(f"{path}: is a symbolic link, not the manifest itself; copy it here")
     with open_input(path) as (stream, status):
@@ -251,7 +257,7 @@ def find_manifest(directory: Path) -> FoundManifest:
     document = parse_json_object(raw, where=where, parse_constant=refuse_constant)
     files = document.get("files")
     if not isinstance(files, dict):
-        raise HeaderError(f"{where}: files: expected an object; move the directory away")
+        raise HeaderError(f"{where}: files: expected an object; move it away")
     for name, fields in files.items():
         _check_file(name, fields, where=where)
     flaw, vouched = _judge(raw, document)
@@ -283,8 +289,7 @@ def _check_file(name: str, fields: object, *, where: str) -> None:
     found = {key: type(value) for key, value in fields.items()} if type(fields) is dict else None
     if found != kinds:
         raise HeaderError(
-            f"{where}: files: {printable(name)}: expected nbytes, digest and tree; move the "
-            "directory away"
+            f"{where}: files: {printable(name)}: expected nbytes, digest and tree; move it away"
         )
 
 
@@ -295,16 +300,16 @@ def manifest_files(document: dict[str, object]) -> dict[str, FileDigest]:
     return {name: FileDigest(**fields) for name, fields in files.items()}
 
 
-def read_manifest_files(directory: Path) -> tuple[str, ...] | None:
-    """Return the names that a directory's manifest lists; None when it has no manifest.
+def read_manifest_files(out: Path) -> tuple[str, ...] | None:
+    """Return the names that the manifest of an output lists; None when it has no manifest.
 
     Raises:
         CheckpointError: There is one, but it cannot be read.
         HeaderError: There is one, but it is not a manifest.
     """
-    if not os.path.lexists(directory / MANIFEST_NAME):
+    if not os.path.lexists(found_form(out).manifest_path):
         return None
-    return tuple(manifest_files(read_manifest(directory)))
+    return tuple(manifest_files(read_manifest(out)))
 
 
 def is_plain_path(name: str) -> bool:

@@ -1,7 +1,8 @@
 """The output directory: built under another name, and put in place when it is complete.
 
 Work happens in ``OUT.partial``; :mod:`streammerge.checkpoint.places` knows where that lies. Nothing is
-ever called ``OUT`` before it is whole, and what was there before stays until then.
+ever called ``OUT`` before it is whole, and what was there before stays until then. That holds too where
+``OUT.safetensors`` is one file, with its manifest and recipe beside it.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from streammerge.checkpoint.journal import (
     read_journal,
 )
 from streammerge.checkpoint.locking import FileLock
-from streammerge.checkpoint.manifest import MANIFEST_NAME, read_manifest_files
+from streammerge.checkpoint.manifest import read_manifest_files
+from streammerge.checkpoint.outputform import OutputForm
 from streammerge.checkpoint.ownfiles import NEW_NAME
 from streammerge.checkpoint.places import (
     MARKER_NAME,
@@ -64,11 +66,11 @@ class OutputDirectory:
         """Check that the output may be written, before anything is.
 
         Args:
-            out: The directory to make.
+            out: The directory to make; the one file, if it is called ``.safetensors``.
             inputs: Paths of the models being merged.
             nbytes: Bytes of all shards.
             nbytes_beside: Most bytes of all that comes beside them.
-            names: Every file that the merge will write, relative to the directory.
+            names: Every file that the merge will write, relative to ``OUT.partial``.
             identity: What must not differ for a merge to go on where another one stopped, as JSON.
             overwrite: Whether an earlier merge in ``out``, or an unfinished one, may be replaced.
             resume: Whether an unfinished merge is to be continued, if there is one.
@@ -158,7 +160,7 @@ class OutputDirectory:
         if self._found is not None and self._overwrite and not self.out.exists():
             # The merge stopped between setting the earlier one aside and taking its place.
             return
-        if self._place.inside:
+        if self._place.moves:
             raise OutputExistsError(
                 f"{replaced}: holds the merge that a later one was about to replace; give "
                 "--resume to finish that, or --overwrite to start anew"
@@ -235,7 +237,7 @@ class OutputDirectory:
         _check_existing(self._place, overwrite=self._overwrite)
         self._check_foreign()
         replaces = os.path.lexists(self._place.replaced) or self.out.exists()
-        if not self._place.inside:
+        if not self._place.moves:
             # Some systems do not rename the directories of open files.
             self._unlock()
         # No merge has made these; what cannot be removed does no harm.
@@ -358,9 +360,12 @@ def _real(path: Path) -> Path:
 
 def _check_existing(place: Place, *, overwrite: bool) -> None:
     out = place.out
-    if not os.path.lexists(out):
+    form = place.form
+    if form.file is not None:
+        _check_file_place(form)
+    elif not os.path.lexists(out):
         return
-    if not out.is_dir() or out.is_symlink():
+    elif not out.is_dir() or out.is_symlink():
         raise OutputExistsError(f"{out}: is not a directory; choose another place")
     entries = list(place.iter_entries())
     if not entries:
@@ -373,20 +378,37 @@ def _check_existing(place: Place, *, overwrite: bool) -> None:
         raise OutputExistsError(
             f"{out}: already holds {len(present)} file(s); give --overwrite to replace an earlier "
             "merge, or choose another place"
+            if form.file is None
+            else f"{out}: {' and '.join(present)} already there; give --overwrite to replace an "
+            "earlier merge, or choose another name"
         )
     present = [name for name in present if name not in OWN_FILES]
     written = read_manifest_files(out)
     if written is None:
+        holds = f"holds {len(present)} file(s) but"
+        if form.file is not None:
+            holds = f"{' and '.join(present)} already there, but"
         raise OutputExistsError(
-            f"{out}: holds {len(present)} file(s) but no {MANIFEST_NAME}, so no merge of ours made "
+            f"{out}: {holds} no {form.manifest}, so no merge of ours made "
             "it; --overwrite only replaces earlier merges, remove it yourself"
         )
-    foreign = [name for name in present if name not in {MANIFEST_NAME, *written}]
+    foreign = [name for name in present if name not in {form.manifest, *written}]
     if foreign:
         raise OutputExistsError(
             f"{out}: holds {len(foreign)} file(s) that the earlier merge did not write "
             f"({', '.join(foreign[:_LISTED])}); --overwrite would lose them, move them away"
         )
+
+
+def _check_file_place(form: OutputForm) -> None:
+    """Return if nothing but files lies where an output of one file is to be."""
+    for name in form.entries or ():
+        path = form.folder / name
+        if os.path.lexists(path) and (path.is_symlink() or not path.is_file()):
+            raise OutputExistsError(
+                f"{path}: is not a file; an output called {form.file} is one file with its manifest "
+                "and recipe beside it; choose another name"
+            )
 
 
 def _check_partial(partial: Path) -> None:

@@ -10,6 +10,10 @@ finds it half done.
     note of the names in OUT/OUT.partial
     entries of OUT/OUT.partial, the manifest last ──▶ OUT
     OUT/OUT.replaced, OUT/OUT.partial are removed
+
+An output of one file, ``OUT.safetensors``, is put in place in the same way from the directory
+``OUT.safetensors.partial`` beside it. Its last entry is the file with tensors, so that whatever has that
+name is complete, and has its manifest and recipe beside it.
 """
 
 from __future__ import annotations
@@ -25,8 +29,9 @@ from pathlib import Path
 
 from streammerge.checkpoint.folders import is_folder
 from streammerge.checkpoint.journal import JOURNAL_NAME
-from streammerge.checkpoint.manifest import MANIFEST_NAME, read_manifest_files
+from streammerge.checkpoint.manifest import read_manifest_files
 from streammerge.checkpoint.outputfile import sync_directory, write_durably
+from streammerge.checkpoint.outputform import OutputForm, form_of
 from streammerge.checkpoint.ownfiles import read_own
 from streammerge.checkpoint.snapshot import SNAPSHOT_NAME
 from streammerge.errors import OutputError
@@ -54,9 +59,31 @@ class Place:
     """Where an earlier merge is put while another one takes its place."""
     inside: bool
     """Whether those two lie in ``out``."""
+    form: OutputForm
+    """What the output consists of, and where that lies in the end."""
+
+    @property
+    def moves(self) -> bool:
+        """Whether entries are moved one by one, instead of the directory at once."""
+        return self.inside or self.form.file is not None
+
+    @property
+    def folder(self) -> Path:
+        """The directory whose entries are the output's in the end."""
+        return self.form.folder
+
+    @property
+    def leftovers(self) -> Path:
+        """The directory that a merge's own files lie in once it is in place."""
+        return self.partial if self.moves else self.out
 
     def iter_entries(self) -> Iterator[Path]:
         """Yield what lies in ``out`` and belongs to a merge, or to nobody known."""
+        if self.form.entries is not None:
+            for name in sorted(self.form.entries):
+                if os.path.lexists(self.folder / name):
+                    yield self.folder / name
+            return
         for path in sorted(self.out.iterdir()):
             if path in {self.partial, self.replaced}:
                 continue
@@ -66,17 +93,17 @@ class Place:
 
     def is_half_moved(self) -> bool:
         """Return whether entries are on their way between ``out`` and the other two."""
-        return self.inside and (
+        return self.moves and (
             os.path.lexists(self.partial / _MOVING_NAME) or os.path.lexists(self.replaced)
         )
 
     def is_moved(self) -> bool:
         """Return whether all entries have reached ``out``, and only the rest is to be removed."""
         return (
-            self.inside
+            self.moves
             and (self.partial / _MOVING_NAME).is_file()
-            and not os.path.lexists(self.partial / MANIFEST_NAME)
-            and (self.out / MANIFEST_NAME).is_file()
+            and not os.path.lexists(self.partial / self.form.last)
+            and (self.folder / self.form.last).is_file()
         )
 
 
@@ -84,15 +111,19 @@ def choose_place(out: Path) -> Place:
     """Return where an output grows; ``out`` need not exist.
 
     Args:
-        out: The directory to make; absolute.
+        out: The directory, or the one file, to make; absolute.
     """
-    inside = out.is_dir() and not out.is_symlink() and not _can_be_renamed(out)
+    form = form_of(out)
+    inside = (
+        form.file is None and out.is_dir() and not out.is_symlink() and not _can_be_renamed(out)
+    )
     parent = out if inside else out.parent
     return Place(
         out,
         partial=parent / f"{out.name}.partial",
         replaced=parent / f"{out.name}.replaced",
         inside=inside,
+        form=form,
     )
 
 
@@ -106,7 +137,7 @@ def put_in_place(place: Place) -> None:
     for path in (place.partial, *place.partial.iterdir()):
         if is_folder(path):
             sync_directory(path)
-    if not place.inside:
+    if not place.moves:
         _rename(place)
         return
     try:
@@ -124,12 +155,12 @@ def undo_moves(place: Place) -> None:
         OSError: The system refuses.
         OutputError: The note is not what it should be.
     """
-    if not place.inside:
+    if not place.moves:
         return
     note = place.partial / _MOVING_NAME
     if os.path.lexists(note):
-        names = _read_note(note)
-        _move(_in_order(names, first=MANIFEST_NAME), place.out, place.partial)
+        names = _read_note(note, place.form.entries)
+        _move(_in_order(names, first=place.form.last), place.folder, place.partial)
         sync_directory(place.partial)
         note.unlink()
         sync_directory(place.partial)
@@ -150,16 +181,15 @@ def clear_away(place: Place, *, replaced: bool) -> None:
     with contextlib.suppress(OSError):
         # A rename that a power cut undoes leaves the complete merge under its other name, to be
         # resumed, which needs the journal.
-        sync_directory(place.out if place.inside else place.out.parent)
+        sync_directory(place.folder if place.moves else place.out.parent)
     if replaced:
         shutil.rmtree(place.replaced, ignore_errors=True)
-    left = place.partial if place.inside else place.out
     for name in OWN_FILES:
         with contextlib.suppress(OSError):
-            (left / name).unlink()
-    if place.inside:
+            (place.leftovers / name).unlink()
+    if place.moves:
         with contextlib.suppress(OSError):
-            left.rmdir()
+            place.partial.rmdir()
 
 
 def _rename(place: Place) -> None:
@@ -180,32 +210,33 @@ def _move_entries(place: Place) -> None:
     earlier = _earlier_entries(place)
     if earlier:
         place.replaced.mkdir(exist_ok=True)
-        _move(_in_order(earlier, first=MANIFEST_NAME), place.out, place.replaced)
+        _move(_in_order(earlier, first=place.form.last), place.folder, place.replaced)
         sync_directory(place.replaced)
-        sync_directory(place.out)
+        sync_directory(place.folder)
     names = [path.name for path in place.partial.iterdir() if path.name not in OWN_FILES]
     write_durably(place.partial / _MOVING_NAME, [json.dumps(sorted(names)).encode()])
     sync_directory(place.partial)
-    _move((name for name in names if name != MANIFEST_NAME), place.partial, place.out)
-    sync_directory(place.out)
-    _move([MANIFEST_NAME], place.partial, place.out)
+    last = place.form.last
+    _move((name for name in names if name != last), place.partial, place.folder)
+    sync_directory(place.folder)
+    _move([last], place.partial, place.folder)
 
 
 def _earlier_entries(place: Place) -> list[str]:
     """Return what an earlier merge wrote; anything else that lies there is in the way."""
     written = read_manifest_files(place.out) or ()
-    ours = {name.partition("/")[0] for name in written} | {MANIFEST_NAME, *OWN_FILES}
+    ours = {name.partition("/")[0] for name in written} | {place.form.manifest, *OWN_FILES}
     names = [path.name for path in place.iter_entries()]
     for name in names:
         if not written or name not in ours:
-            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(place.out / name))
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(place.folder / name))
     return names
 
 
 def _restore(place: Place) -> None:
     names = [path.name for path in place.replaced.iterdir()]
-    _move(_in_order(names, last=MANIFEST_NAME), place.replaced, place.out)
-    sync_directory(place.out)
+    _move(_in_order(names, last=place.form.last), place.replaced, place.folder)
+    sync_directory(place.folder)
     place.replaced.rmdir()
 
 
@@ -225,12 +256,15 @@ def _in_order(
     return sorted(names, key=lambda name: (name != first, name == last, name))
 
 
-def _read_note(note: Path) -> list[str]:
+def _read_note(note: Path, allowed: tuple[str, ...] | None) -> list[str]:
+    """Return the names in the note; none but those allowed, where the folder has other files."""
     try:
         names = json.loads(read_own(note))
     except (ValueError, RecursionError) as error:
         raise _odd_note(note) from error
     if not isinstance(names, list) or not all(map(_is_entry_name, names)):
+        raise _odd_note(note)
+    if allowed is not None and not set(names) <= set(allowed):
         raise _odd_note(note)
     return names
 

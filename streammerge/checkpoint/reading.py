@@ -81,6 +81,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         tensors={entry.name: entry for entry in entries},
         config=config,
         notes=tuple(notes),
+        index_name=chosen.name if chosen.suffix == ".json" else None,
     )
 
 

@@ -131,6 +131,10 @@ class Checkpoint:
     ``quantization_config`` is not theirs."""
     notes: tuple[str, ...] = ()
     """What was decided while reading that a plan has to state, a sentence for each."""
+    index_name: str | None = None
+    """File name of the index; None for a single file."""
+    metadata: tuple[tuple[str, str], ...] = ()
+    """What its headers say beside the tensors and goes to the output; read for the first model only."""
 
     @property
     def directory(self) -> Path:

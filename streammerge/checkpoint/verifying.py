@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +15,8 @@ from streammerge.checkpoint.digests import FileDigest, digest_file, digest_shard
 from streammerge.checkpoint.folders import iter_empty_folders, iter_names
 from streammerge.checkpoint.header import read_safetensors_header
 from streammerge.checkpoint.inputs import parse_path
-from streammerge.checkpoint.manifest import MANIFEST_NAME, find_manifest, manifest_files
+from streammerge.checkpoint.manifest import find_manifest, manifest_files
+from streammerge.checkpoint.outputform import found_form
 from streammerge.checkpoint.places import OWN_FILES
 from streammerge.errors import CheckpointError
 
@@ -56,25 +57,27 @@ class Verification:
 
 
 def verify_files(
-    directory: str | os.PathLike[str], on_file: Callable[[str], None] = lambda _: None
+    out: str | os.PathLike[str], on_file: Callable[[str], None] = lambda _: None
 ) -> Verification:
     """Compare every file of a merged model with its manifest, and that with its own digest.
 
     Nothing but regular files is opened, and no link is followed.
 
     Args:
-        directory: The model.
+        out: The directory of the model, or its one file.
         on_file: Told the name of each file before it is read.
 
     Raises:
-        HeaderError: The directory has no manifest, or it is not one.
+        HeaderError: There is no manifest, or it is not one.
     """
-    directory = parse_path(directory, "directory")
-    manifest = find_manifest(directory)
+    path = parse_path(out, "out")
+    form = found_form(path)
+    directory = form.folder
+    manifest = find_manifest(path)
     listed = manifest_files(manifest.document)
     damages: list[Damage] = []
     if manifest.flaw is not None:
-        damages.append(Damage(MANIFEST_NAME, "corrupt", manifest.flaw))
+        damages.append(Damage(form.manifest, "corrupt", manifest.flaw))
     nbytes = 0
     for name, expected in sorted(listed.items()):
         on_file(name)
@@ -83,16 +86,22 @@ def verify_files(
             damages.append(damage)
         else:
             nbytes += expected.nbytes
+    if form.file is None:
+        damages += _extra_files(directory, {form.manifest, *listed})
+    elif form.file not in listed:
+        damages.append(Damage(form.file, "extra", f"{form.manifest} does not list it"))
+    return Verification(len(listed), nbytes, tuple(damages), manifest.vouched)
+
+
+def _extra_files(directory: Path, known: set[str]) -> Iterator[Damage]:
+    """Yield what lies in the directory of a model and does not belong there."""
     # A merge that was killed right after the last rename is complete, but not yet tidied up.
     partial = f"{Path(os.path.abspath(directory)).name}.partial"  # noqa: PTH100 - follows no link
     ours = {*OWN_FILES, partial, *(f"{partial}/{name}" for name in OWN_FILES)}
     empty = [path.relative_to(directory).as_posix() for path in iter_empty_folders(directory)]
-    damages += (
-        Damage(name, "extra", "the manifest does not list it")
-        for name in (*iter_names(directory), *empty)
-        if name not in {MANIFEST_NAME, *listed, *ours}
-    )
-    return Verification(len(listed), nbytes, tuple(damages), manifest.vouched)
+    for name in (*iter_names(directory), *empty):
+        if name not in known and name not in ours:
+            yield Damage(name, "extra", "the manifest does not list it")
 
 
 def _compare(directory: Path, name: str, expected: FileDigest) -> Damage | None:

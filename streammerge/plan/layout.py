@@ -10,27 +10,66 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from math import prod
 from typing import Protocol
 
-from streammerge.assignment.types import AssignedTensor
+from streammerge.checkpoint.metadata import FORMAT, Metadata
+from streammerge.checkpoint.naming import MODEL_NAMES, WeightNames, name_single, name_weights
+from streammerge.checkpoint.types import Checkpoint
 from streammerge.dtypes import DType
+from streammerge.errors import RecipeError
 from streammerge.plan.types import MergePlan, OutputLayout, OutputShard
+from streammerge.recipe.types import OutputSpec
+from streammerge.units import format_size
 
 # Not all digits at once: Python refuses to convert 4,300 of them, and a name may have more.
 _DIGITS = re.compile(r"(\d{1,18})")
 _HEADER_ALIGNMENT = 8
 """The data section starts at a multiple of this many bytes, as the format recommends."""
+USUAL_SHARD_BYTES = 5 * 10**9
+"""Largest shard where neither the recipe nor the base says otherwise; what transformers wrote for years."""
+
+
+def plan_layout_like(
+    tensors: Sequence[_Stored], first: Checkpoint, output: OutputSpec
+) -> tuple[OutputLayout, list[tuple[int, int]]]:
+    """Assign every tensor a place in files like those of the first model.
+
+    One file becomes one file, however large, unless the recipe limits its size: programs that take a
+    model from one file cannot use several.
+
+    Args:
+        tensors: Output tensors, in any order.
+        first: The base, or the first source.
+        output: What the recipe says about the output.
+
+    Returns:
+        As :func:`plan_layout`.
+    """
+    limit = output.max_shard_bytes
+    if limit is None and len(first.files) > 1:
+        limit = USUAL_SHARD_BYTES
+    return plan_layout(
+        tensors, limit, names=name_weights(first), metadata=first.metadata or (FORMAT,)
+    )
 
 
 def plan_layout(
-    tensors: Sequence[AssignedTensor], max_shard_bytes: int
+    tensors: Sequence[_Stored],
+    max_shard_bytes: int | None,
+    *,
+    names: WeightNames = MODEL_NAMES,
+    metadata: Metadata = (FORMAT,),
 ) -> tuple[OutputLayout, list[tuple[int, int]]]:
     """Assign every tensor a shard and an absolute offset.
 
     Args:
         tensors: Output tensors, in any order.
-        max_shard_bytes: Largest data size of a shard; a larger tensor gets its own.
+        max_shard_bytes: Largest data size of a shard; a larger tensor gets its own. None puts all
+            into one.
+        names: What the files are called.
+        metadata: What their headers say beside the tensors.
 
     Returns:
         The layout, and ``(shard, offset)`` per tensor in the order given.
@@ -40,7 +79,8 @@ def plan_layout(
     groups: list[list[int]] = [[]]
     filled = 0
     for index in order:
-        if groups[-1] and filled + nbytes[index] > max_shard_bytes:
+        full = max_shard_bytes is not None and filled + nbytes[index] > max_shard_bytes
+        if groups[-1] and full:
             groups.append([])
             filled = 0
         groups[-1].append(index)
@@ -50,24 +90,57 @@ def plan_layout(
     for shard_index, group in enumerate(groups):
         # sort() is stable: names stay in natural order within one element size.
         group.sort(key=lambda index: -tensors[index].dtype.itemsize)
-        header = _header([tensors[index] for index in group])
+        header = _header([tensors[index] for index in group], metadata)
         offset = len(header)
         for index in group:
             places[index] = (shard_index, offset)
             offset += nbytes[index]
-        name = _shard_name(shard_index, len(groups))
+        name = names.shard(shard_index, len(groups))
         shards.append(OutputShard(name, len(header), offset - len(header), tuple(group)))
-    index_name = "model.safetensors.index.json" if len(groups) > 1 else None
-    return OutputLayout(tuple(shards), index_name), places
+    index_name = names.index if len(groups) > 1 else None
+    return OutputLayout(tuple(shards), index_name, metadata), places
+
+
+def in_one_file(plan: MergePlan, name: str, limit: int | None) -> MergePlan:
+    """Return the same merge with all of its tensors in a file called ``name``, and nothing beside it.
+
+    Args:
+        plan: A merge.
+        name: Name of the file.
+        limit: What the recipe gives as ``output.max_shard_size``; None if it gives none.
+
+    Raises:
+        RecipeError: The recipe's limit makes several files.
+    """
+    if [shard.name for shard in plan.layout.shards] == [name] and not plan.companions:
+        return plan
+    if limit is not None and len(plan.layout.shards) > 1:
+        raise RecipeError(
+            f"output.max_shard_size: {format_size(limit)} makes {len(plan.layout.shards)} files of "
+            f"{format_size(plan.layout.data_nbytes)}, and {name} is one; leave the key out, or name "
+            "a directory as the output"
+        )
+    layout, places = plan_layout(
+        plan.tasks, None, names=name_single(name), metadata=plan.layout.metadata
+    )
+    tasks = tuple(
+        replace(task, shard=shard, offset=offset)
+        for task, (shard, offset) in zip(plan.tasks, places, strict=True)
+    )
+    beside = (*plan.left_behind, *(companion.name for companion in plan.companions))
+    return replace(
+        plan, tasks=tasks, layout=layout, companions=(), left_behind=tuple(sorted(beside))
+    )
 
 
 def render_header(plan: MergePlan, shard: int) -> bytes:
     """Return the bytes of a shard before its tensor data."""
-    return _header([plan.tasks[index] for index in plan.layout.shards[shard].tasks])
+    tasks = [plan.tasks[index] for index in plan.layout.shards[shard].tasks]
+    return _header(tasks, plan.layout.metadata)
 
 
 def render_index(plan: MergePlan) -> bytes:
-    """Return the bytes of ``model.safetensors.index.json``."""
+    """Return the bytes of the index, such as ``model.safetensors.index.json``."""
     weight_map = {
         plan.tasks[index].name: shard.name for shard in plan.layout.shards for index in shard.tasks
     }
@@ -90,8 +163,8 @@ class _Stored(Protocol):
     def shape(self) -> tuple[int, ...]: ...
 
 
-def _header(tensors: Sequence[_Stored]) -> bytes:
-    fields: dict[str, object] = {"__metadata__": {"format": "pt"}}
+def _header(tensors: Sequence[_Stored], metadata: Metadata) -> bytes:
+    fields: dict[str, object] = {"__metadata__": dict(metadata)}
     begin = 0
     for tensor in tensors:
         end = begin + _nbytes(tensor)
@@ -114,9 +187,3 @@ def _natural(name: str) -> tuple[list[tuple[int, int, str]], str]:
     """Order ``layers.2`` before ``layers.10``; names that only differ in zeros by themselves."""
     parts = _DIGITS.split(name)
     return [(0, int(p), "") if p.isdecimal() else (1, 0, p) for p in parts if p], name
-
-
-def _shard_name(index: int, count: int) -> str:
-    if count == 1:
-        return "model.safetensors"
-    return f"model-{index + 1:05d}-of-{count:05d}.safetensors"

@@ -26,7 +26,7 @@ from streammerge.plan.chunking import DECODING_BYTES, widest_input
 from streammerge.plan.devices import add_devices, choose_device_resources
 from streammerge.plan.factors import factors_nbytes, stored_nbytes
 from streammerge.plan.kernels import needs_torch
-from streammerge.plan.layout import plan_layout
+from streammerge.plan.layout import plan_layout_like
 from streammerge.plan.sweeps import Needs, bytes_beyond_once
 from streammerge.plan.types import (
     PLAN_VERSION,
@@ -127,7 +127,7 @@ def plan_merge(
     model_scope = _check_settings(method, assignment, len(sources))
     if takes_in_turn(recipe, method):
         _check_in_turn(recipe, assignment, sources)
-    layout, places = plan_layout(assignment.tensors, recipe.output.max_shard_bytes)
+    layout, places = plan_layout_like(assignment.tensors, _first(checkpoints), recipe.output)
     files, file_index = _files(checkpoints)
     tasks = _tasks(assignment.tensors, places, file_index, model_scope=model_scope)
     torch = bool(machine.devices) or needs_torch(
@@ -194,6 +194,13 @@ def plan_merge(
         free=machine.device_free,
     )
     return replace(plan, device=device)
+
+
+def _first(checkpoints: Sequence[Model]) -> Checkpoint:
+    """Return the model whose files the output's are like: adapters come with a base before them."""
+    first = checkpoints[0]
+    assert isinstance(first, Checkpoint)  # noqa: S101 - sources that are all adapters make an adapter
+    return first
 
 
 def _models(recipe: Recipe) -> tuple[InputModel, ...]:
@@ -418,7 +425,7 @@ def _reordered(layout: OutputLayout, order: Sequence[int]) -> OutputLayout:
         )
         for shard in layout.shards
     )
-    return OutputLayout(shards, layout.index_name)
+    return replace(layout, shards=shards)
 
 
 def _demand(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 
 from streammerge.assignment.types import Action
+from streammerge.checkpoint.metadata import FORMAT
 from streammerge.errors import printable
 from streammerge.plan.kernels import kernels_serve
 from streammerge.plan.types import DeviceResources, MergePlan
@@ -12,6 +14,7 @@ from streammerge.units import format_size
 
 _SHOWN_SETTINGS = 5
 _SHOWN_COMPANIONS = 4
+_SHOWN_NAMES = 8
 
 
 def render_plan(plan: MergePlan) -> str:
@@ -37,7 +40,8 @@ def render_plan(plan: MergePlan) -> str:
     rows.append(("passes", _passes(plan, twice)))
     rows.append(("read", f"{format_size(plan.bytes_to_read)}{again}"))
     shards = len(plan.layout.shards)
-    rows.append(("write", f"{format_size(plan.bytes_to_write)} in {shards} shard(s)"))
+    names = plan.layout.shards[0].name if shards == 1 else f"{shards} shards"
+    rows.append(("write", f"{format_size(plan.bytes_to_write)} in {names}"))
     if plan.companions:
         nbytes = sum(each.nbytes for each in plan.companions)
         names = ", ".join(printable(each.name) for each in plan.companions[:_SHOWN_COMPANIONS])
@@ -46,6 +50,7 @@ def render_plan(plan: MergePlan) -> str:
         rows.append(
             ("beside them", f"{names} ({format_size(nbytes)}), from {plan.models[0].label}")
         )
+    rows += _header_rows(plan)
     resources = plan.resources
     rows.append(
         (
@@ -109,6 +114,22 @@ _DONE = {
     Action.COPY_IF_EQUAL: "copied if equal everywhere",
     Action.CONVERT: "converted",
 }
+
+
+def _header_rows(plan: MergePlan) -> list[tuple[str, str]]:
+    """Say what of the base's headers goes to the output, if they say more than every file does."""
+    kept = [key for key, _ in plan.layout.metadata if key != FORMAT[0]]
+    rows = []
+    if kept:
+        rows.append(("header", f"{_listed(kept)} kept, from {plan.models[0].label}"))
+    if plan.metadata_left_out:
+        rows.append(("left out of it", f"{_listed(plan.metadata_left_out)} (no longer true)"))
+    return rows
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = len(names) - _SHOWN_NAMES
+    return ", ".join(names[:_SHOWN_NAMES]) + (f" and {more} more" if more > 0 else "")
 
 
 def _setting_rows(plan: MergePlan) -> list[tuple[str, str]]:

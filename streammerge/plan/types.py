@@ -120,6 +120,8 @@ class OutputLayout:
     """The files, in name order."""
     index_name: str | None
     """Name of the index file; None for a single shard."""
+    metadata: tuple[tuple[str, str], ...] = (("format", "pt"),)
+    """What every header says beside its tensors, sorted by key."""
 
     @property
     def nbytes(self) -> int:
@@ -261,6 +263,10 @@ class MergePlan:
     """What was decided without being asked for: tied tensors, names."""
     twins: tuple[StoredTwins, ...] = ()
     """Tensors of one model that must hold the same values; checked before the work begins."""
+    left_behind: tuple[str, ...] = ()
+    """What lies beside those shards and does not go to the output."""
+    metadata_left_out: tuple[str, ...] = ()
+    """What the headers of the base, or the first source, say that does not hold for the result."""
     device: DeviceResources | None = None
     """Where tensors are measured and merged; None for the CPU."""
     needs_torch: bool = True

@@ -126,7 +126,9 @@ def dump_recipe(recipe: Recipe) -> str:
     document["mismatch"] = recipe.mismatch.value
     document["non_finite"] = recipe.non_finite.value
     document["compute_dtype"] = recipe.compute_dtype.value
-    output: dict[str, object] = {"max_shard_size": recipe.output.max_shard_bytes}
+    output: dict[str, object] = {}
+    if recipe.output.max_shard_bytes is not None:
+        output["max_shard_size"] = recipe.output.max_shard_bytes
     if recipe.output.dtype is not None:
         output["dtype"] = recipe.output.dtype.torch_name
     document["output"] = output

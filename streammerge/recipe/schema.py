@@ -234,7 +234,7 @@ _OutputDType = Annotated[
     WithJsonSchema({"enum": [*OUTPUT_DTYPES, None]}),
 ]
 _ShardSize = Annotated[
-    int,
+    int | None,
     BeforeValidator(_parse_shard_size),
     WithJsonSchema(
         {
@@ -320,9 +320,9 @@ class OutputDocument(_Document):
         "first source's.",
     )
     max_shard_size: _ShardSize = Field(
-        default="5GB",
-        validate_default=True,
-        description="Largest output file: bytes, or text with GB (10^9) or GiB (2^30).",
+        default=None,
+        description="Largest output file: bytes, or text with GB (10^9) or GiB (2^30). Without it, one "
+        "file stays one file, and several are cut at 5GB.",
     )
 
 

@@ -142,8 +142,9 @@ class OutputSpec:
 
     dtype: DType | None
     """Element type of merged float tensors; None keeps the base's (or first source's) per tensor."""
-    max_shard_bytes: int
-    """Largest data size of one output file, in bytes; a larger tensor gets a file of its own."""
+    max_shard_bytes: int | None
+    """Largest data size of one output file, in bytes; a larger tensor gets a file of its own. None keeps
+    one file of the base (or first source) one file, and cuts others at 5 GB."""
 
 
 @dataclass(frozen=True, slots=True)

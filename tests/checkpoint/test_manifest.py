@@ -11,13 +11,13 @@ import pytest
 
 from streammerge.checkpoint.digests import FileDigest
 from streammerge.checkpoint.manifest import (
-    MANIFEST_NAME,
     MANIFEST_VERSION,
     Manifest,
     RunRecord,
     TensorRecord,
     write_manifest,
 )
+from streammerge.checkpoint.outputform import MANIFEST_NAME
 from streammerge.checkpoint.types import ShardFile
 
 
@@ -40,7 +40,7 @@ def test_the_file_is_the_record_field_by_field(tmp_path: Path, names: tuple[str,
         run=run,
     )
 
-    write_manifest(manifest, tmp_path)
+    write_manifest(manifest, tmp_path / MANIFEST_NAME)
 
     plain = json.dumps(asdict(manifest), default=os.fspath)
     found = json.loads((tmp_path / MANIFEST_NAME).read_bytes())

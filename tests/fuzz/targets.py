@@ -21,7 +21,8 @@ import generators
 from streammerge.adapters.changes import Change, ChangeKind
 from streammerge.assignment.types import Action
 from streammerge.checkpoint.inspecting import describe
-from streammerge.checkpoint.manifest import MANIFEST_NAME, read_manifest_files
+from streammerge.checkpoint.manifest import read_manifest_files
+from streammerge.checkpoint.outputform import MANIFEST_NAME
 from streammerge.checkpoint.quantised import check_not_quantized
 from streammerge.checkpoint.reading import read_checkpoint
 from streammerge.checkpoint.sidecars import read_companions, write_sidecars

@@ -567,7 +567,7 @@ def test_the_table_names_the_parts_that_a_person_decides_by() -> None:
         "3 merged, 1 copied, 1 copied if equal everywhere; stored as BF16, F32, I64",
         "density=0.5",
         "every input byte is read once",
-        "in 1 shard(s)",
+        ".safetensors",
         "of 4.0 GiB",
     ):
         assert words in table

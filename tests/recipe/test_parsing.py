@@ -157,7 +157,7 @@ def test_a_short_recipe_gets_the_defaults_of_the_schema():
         missing=MissingPolicy.ERROR,
         non_finite=NonFinitePolicy.ERROR,
         compute_dtype=ComputeDType.FLOAT32,
-        output=OutputSpec(dtype=None, max_shard_bytes=5 * 10**9),
+        output=OutputSpec(dtype=None, max_shard_bytes=None),
     )
 
     assert expected == parse("method: linear\nsources: [{path: a}]")
@@ -478,7 +478,7 @@ def test_the_dump_states_every_setting():
         "parameters:\n  density: 1.0e-07\n"
         "rules:\n- tensors: '*.w'\n  density:\n  - 0.1\n  - 1.0\n"
         "semantics: peft\nseed: 0\nmissing: error\nmismatch: error\nnon_finite: error\ncompute_dtype: float32\n"
-        "output:\n  max_shard_size: 5000000000\n"
+        "output: {}\n"
     )
 
 
