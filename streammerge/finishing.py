@@ -17,7 +17,7 @@ from streammerge.checkpoint.manifest import (
     digest_recipe,
     write_manifest,
 )
-from streammerge.checkpoint.modelcard import render_model_card
+from streammerge.checkpoint.modelcard import find_library, render_model_card
 from streammerge.checkpoint.outputfile import write_durably
 from streammerge.checkpoint.outputform import OutputForm
 from streammerge.checkpoint.sidecars import write_sidecars
@@ -140,7 +140,7 @@ def write_companions(
             reference=method.reference,
             recipe_yaml=planned.recipe,
             models=[(model.label, model.path) for model in planned.models],
-            library_name="transformers" if (directory / "config.json").exists() else None,
+            library_name=find_library(directory),
             version=VERSION,
         ).encode()
     for name, content in texts.items():

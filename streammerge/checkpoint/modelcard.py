@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
+from pathlib import Path
 
 import yaml
 
+from streammerge.checkpoint.inputs import open_input, parse_json_object, read_exactly
 from streammerge.errors import printable
 
 _ARXIV = re.compile(r"arXiv:([0-9]{4}\.[0-9]{4,5})")
@@ -22,6 +24,13 @@ _WEIGHT_FILE = re.compile(r".*\.(safetensors|json|bin|pt|pth)")
 _FOLDERS = frozenset(
     {"models", "model", "checkpoints", "checkpoint", "weights", "outputs", "output", "out"}
     | {"runs", "data", "datasets", "spaces", "tmp", "home", "mnt", "results", "experiments"}
+)
+
+# Files that only one library writes.
+_LIBRARIES = (
+    ("model_index.json", "diffusers"),
+    ("modules.json", "sentence-transformers"),
+    ("open_clip_config.json", "open_clip"),
 )
 
 
@@ -93,6 +102,30 @@ The recipe:
 {fence}yaml
 {recipe_yaml}{ending}{fence}
 """
+
+
+def find_library(directory: Path) -> str | None:
+    """Return the library that loads what is in a directory; None if no file there says.
+
+    Args:
+        directory: A merged model, its configuration written.
+
+    Raises:
+        CheckpointError: Its configuration cannot be read.
+        HeaderError: It is not a JSON object.
+    """
+    for name, library in _LIBRARIES:
+        if (directory / name).is_file():
+            return library
+    path = directory / "config.json"
+    if not path.is_file():
+        return None
+    with open_input(path) as (stream, status):
+        raw = read_exactly(stream, status.st_size, path=path)
+    config = parse_json_object(raw, where=str(path), parse_constant=float)
+    if "_diffusers_version" in config or "_class_name" in config:
+        return "diffusers"
+    return "timm" if "pretrained_cfg" in config else "transformers"
 
 
 def _hub_id(name: str) -> str | None:
