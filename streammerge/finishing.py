@@ -21,6 +21,7 @@ from streammerge.checkpoint.modelcard import find_library, render_model_card
 from streammerge.checkpoint.outputfile import write_durably
 from streammerge.checkpoint.outputform import OutputForm
 from streammerge.checkpoint.sidecars import write_sidecars
+from streammerge.companions.choosing import companion_directory
 from streammerge.engine.pipeline import RunReport
 from streammerge.errors import OutputError
 from streammerge.lazily import torch_version
@@ -89,7 +90,7 @@ def copy_companions(planned: MergePlan, directory: Path) -> dict[str, FileDigest
     """
     dtype = recipe_of(planned).output.dtype
     return write_sidecars(
-        companion_directory(planned),
+        companion_directory(Path(planned.models[0].path)),
         planned.companions,
         directory,
         dtype=None if dtype is None else dtype.torch_name,
@@ -160,12 +161,6 @@ def write_companions(
     return manifest
 
 
-def companion_directory(planned: MergePlan) -> Path:
-    """Return where configuration and tokenizer come from: the base, or the first source."""
-    first = Path(planned.models[0].path)
-    return first if first.is_dir() else first.parent
-
-
 def recipe_of(planned: MergePlan) -> Recipe:
     """Return the recipe that a plan was made from."""
     methods = {name: each.parameters for name, each in discover_methods().items()}
@@ -213,6 +208,7 @@ def _manifest(
         revisions={model.label: model.hub for model in planned.models if model.hub is not None},
         left_behind=planned.left_behind,
         metadata_left_out=planned.metadata_left_out,
+        differences=planned.differences,
     )
 
 

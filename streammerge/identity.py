@@ -30,7 +30,13 @@ def identify(planned: MergePlan | CombinationPlan) -> dict[str, Any]:
         "companions": (
             {}
             if isinstance(planned, CombinationPlan)
-            else {each.name: f"SHA-256 {each.digest}" for each in planned.companions}
+            else {
+                each.name: f"SHA-256 {each.digest}"
+                + "".join(
+                    f", {change.section}.{change.key} = {change.value}" for change in each.changes
+                )
+                for each in planned.companions
+            }
         ),
         # Another build may round differently.
         "versions": {"streammerge": VERSION, "torch": torch_version()},

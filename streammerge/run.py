@@ -29,14 +29,14 @@ from streammerge.checkpoint.metadata import read_metadata
 from streammerge.checkpoint.outputform import form_of
 from streammerge.checkpoint.quantised import check_not_quantized
 from streammerge.checkpoint.reading import check_gathered, read_checkpoint
-from streammerge.checkpoint.sidecars import read_companions
 from streammerge.checkpoint.types import Checkpoint
+from streammerge.companions.choosing import accompany
 from streammerge.comparing import Comparison, Sample, check_sample
 from streammerge.engine.accelerator.opening import choose_devices
 from streammerge.engine.progress import OnProgress
 from streammerge.engine.shelter import run_sheltered
 from streammerge.errors import CheckpointError, DeviceError, RecipeError
-from streammerge.finishing import companion_directory, recipe_of
+from streammerge.finishing import recipe_of
 from streammerge.identity import identify
 from streammerge.limits import naming_limits
 from streammerge.machine import (
@@ -122,11 +122,11 @@ def plan(
         memory=memory, workers=workers, devices=names, device_budget=device_budget
     )
     planned = plan_merge(parsed, base, sources, machine)
+    models = sources if base is None else [base, *sources]
     return replace(
-        planned,
+        accompany(planned, parsed, models),
         # As it was given: another machine has its cache elsewhere.
         recipe=dump_recipe(asked),
-        companions=read_companions(companion_directory(planned)),
         metadata_left_out=left_out,
     )
 

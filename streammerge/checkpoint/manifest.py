@@ -28,7 +28,7 @@ from streammerge.checkpoint.inputs import (
 )
 from streammerge.checkpoint.outputfile import write_durably
 from streammerge.checkpoint.outputform import found_form
-from streammerge.checkpoint.types import Note, ShardFile
+from streammerge.checkpoint.types import CompanionDifference, Note, ShardFile
 from streammerge.errors import HeaderError, printable
 from streammerge.units import MIB
 from streammerge.version import VERSION
@@ -130,6 +130,8 @@ class Manifest:
     """``"org/model@commit"`` of each model that came from the Hugging Face hub, by its label."""
     left_behind: tuple[str, ...] = ()
     """What lies beside the tensors of the base, or the first source, and is not in the output."""
+    differences: tuple[CompanionDifference, ...] = ()
+    """Settings in which the inputs differ beside their tensors, with whose is in the output."""
     metadata_left_out: tuple[str, ...] = ()
     """What their headers say and the output's do not, because it does not hold any more."""
 

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -20,11 +20,12 @@ from streammerge.checkpoint.inputs import (
     open_input,
     parse_config,
     parse_json,
+    parse_json_object,
     read_exactly,
 )
 from streammerge.checkpoint.outputfile import write_durably
 from streammerge.checkpoint.reading import MAX_CONFIG_BYTES
-from streammerge.checkpoint.types import Companion
+from streammerge.checkpoint.types import Companion, JsonChange
 from streammerge.errors import CheckpointError, HeaderError, OutputError
 from streammerge.units import MIB, format_size
 
@@ -46,6 +47,8 @@ _NAMES = frozenset(
     | {"chat_template.jinja", "chat_template.json"}
     # sentence-transformers.
     | {_MODULES, "config_sentence_transformers.json"}
+    # Mistral's own programs, and open_clip.
+    | {"params.json", "open_clip_config.json"}
 )
 _PATTERNS = (
     "*tokenizer_config.json",
@@ -54,13 +57,27 @@ _PATTERNS = (
     "*.model",
     "*.spm",
     "*.tiktoken",
+    # LeRobot: the steps around a policy, and the statistics that they normalise by, which no merge changes.
+    "policy_*processor.json",
+    "policy_*processor*.safetensors",
 )
+# System prompts that the model was trained with; compared in lower case.
+_PROMPTS = ("*prompt*.txt", "*prompt*.jinja", "*prompt*.jinja2")
 # Terms that a derived model has to carry; compared in lower case, because people spell them freely.
 _TERMS = ("license*", "licence*", "copying*", "notice*", "use_policy*")
 _WEIGHT_SUFFIXES = frozenset(
     {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack", ".npz"}
 )
 _TEMPLATES_DIRECTORY = "additional_chat_templates"
+_WHOLE_DIRECTORIES = {
+    _TEMPLATES_DIRECTORY: ("*.jinja",),
+    # What generate() of transformers runs instead of its own.
+    "custom_generate": ("*.py", "*.txt", "*.json"),
+    "prompts": ("*.txt", "*.md", "*.json", "*.jinja", "*.jinja2", "*.yaml"),
+}
+"""Directories whose files are copied, and which of them."""
+_REPLACED = frozenset({"README.md"})
+"""What the output has of its own."""
 # "1_Pooling": where sentence-transformers keeps the modules after the transformer.
 _MODULE_DIRECTORY = re.compile(r"[0-9]+_\w+")
 # Blanks alone: \s would take line ends too, and look at each empty line of a file once for every
@@ -77,9 +94,9 @@ _DIFFUSERS_KEYS = ("_class_name", "_diffusers_version")
 def plan_sidecars(directory: Path) -> tuple[Path, ...]:
     """Return the files beside the shards that a merged model needs: never weights, never a README.
 
-    Config, tokenizer, chat templates, processors, sentence-transformers modules, licence texts and
-    the Python modules that an ``auto_map`` names, with what those import from beside them. Hidden
-    files are passed over. Symbolic links are followed inside the directory and into the Hugging Face
+    Config, tokenizer, chat templates, processors, prompts, sentence-transformers modules, licence
+    texts, ``custom_generate``, and the Python modules that an ``auto_map`` names, with what those
+    import from beside them. Hidden files are passed over. Symbolic links are followed inside the directory and into the Hugging Face
     cache; a link to elsewhere is refused, because what it leads to would be published with the model.
 
     Args:
@@ -96,11 +113,10 @@ def plan_sidecars(directory: Path) -> tuple[Path, ...]:
     """
     files, subdirectories = _list_directory(directory)
     chosen = {name for name in files if _is_sidecar(name)}
-    if _TEMPLATES_DIRECTORY in subdirectories:
-        templates, _ = _list_directory(directory / _TEMPLATES_DIRECTORY)
-        chosen |= {
-            f"{_TEMPLATES_DIRECTORY}/{name}" for name in templates if name.endswith(".jinja")
-        }
+    for subdirectory in sorted(_WHOLE_DIRECTORIES.keys() & subdirectories):
+        inner, _ = _list_directory(directory / subdirectory)
+        patterns = _WHOLE_DIRECTORIES[subdirectory]
+        chosen |= {f"{subdirectory}/{name}" for name in inner if _matches(name, patterns)}
     if _MODULES in chosen:
         for subdirectory in sorted(subdirectories):
             if _MODULE_DIRECTORY.fullmatch(subdirectory):
@@ -131,6 +147,32 @@ def read_companions(directory: Path) -> tuple[Companion, ...]:
     return tuple(companions)
 
 
+def list_left_behind(directory: Path, taken: Collection[str]) -> tuple[str, ...]:
+    """Return what lies in the directory of a model and does not go to the output, sorted.
+
+    Hidden files are passed over, and so is what the output has of its own.
+
+    Args:
+        directory: The directory that holds the shards.
+        taken: Names relative to it that are read or copied.
+
+    Returns:
+        Names of files, and of folders with ``/`` at their end, where nothing in them is taken.
+
+    Raises:
+        CheckpointError: The directory cannot be listed.
+    """
+    files, subdirectories = _list_directory(directory)
+    left = files - set(taken) - _REPLACED
+    entered = {name.partition("/")[0] for name in taken if "/" in name}
+    for subdirectory in entered & subdirectories:
+        inner, deeper = _list_directory(directory / subdirectory)
+        left |= {f"{subdirectory}/{name}" for name in inner} - set(taken)
+        left |= {f"{subdirectory}/{name}/" for name in deeper}
+    left |= {f"{name}/" for name in subdirectories - entered}
+    return tuple(sorted(left))
+
+
 def write_sidecars(
     directory: Path,
     companions: Sequence[Companion],
@@ -153,6 +195,7 @@ def write_sidecars(
         dtype: Element type of the output by its torch name, such as ``"bfloat16"``; None copies
             those entries as they are.
         settings: Other keys of ``config.json`` with the values that they get; None removes one.
+            Changes that a companion brings come after them.
 
     Returns:
         What was written, by names relative to ``out``, with ``/`` between parts, sorted.
@@ -168,12 +211,16 @@ def write_sidecars(
         raise OutputError(f"{out}: is the directory of the input; name another output")
     written: dict[str, FileDigest] = {}
     for companion in companions:
-        path, target = directory / companion.name, out / companion.name
+        origin = directory if companion.directory is None else Path(companion.directory)
+        path, target = origin / companion.name, out / companion.name
         if target.parent != out:
             _make_directory(target.parent)
-        if companion.name == _CONFIG and (dtype is not None or settings):
+        is_config = companion.name == _CONFIG and (dtype is not None or settings)
+        if is_config or companion.changes:
             text = b"".join(_iter_unchanged(path, companion))
-            config = _changed_config(text, dtype, settings, where=str(path))
+            if is_config:
+                text = _changed_config(text, dtype, settings, where=str(path))
+            config = _with_changes(text, companion.changes, where=str(path))
             write_durably(target, [config])
             digest = FileDigest(len(config), hashlib.sha256(config).hexdigest(), tree=False)
         else:
@@ -207,13 +254,15 @@ def _is_directory(entry: os.DirEntry[str]) -> bool:
 
 
 def _is_sidecar(name: str) -> bool:
+    if name in _NAMES or _matches(name, _PATTERNS):
+        return True
     if Path(name).suffix.lower() in _WEIGHT_SUFFIXES:
         return False
-    return (
-        name in _NAMES
-        or any(fnmatchcase(name, pattern) for pattern in _PATTERNS)
-        or any(fnmatchcase(name.lower(), pattern) for pattern in _TERMS)
-    )
+    return _matches(name.lower(), _TERMS) or _matches(name.lower(), _PROMPTS)
+
+
+def _matches(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def _module_files(directory: Path, subdirectory: str) -> set[str]:
@@ -296,6 +345,24 @@ def _changed_config(
         elif not _set_everywhere(config, key, value) or key in _OUTERMOST:
             config[key] = value
     return (json.dumps(config, indent=2) + "\n").encode("ascii")
+
+
+def _with_changes(text: bytes, changes: Sequence[JsonChange], *, where: str) -> bytes:
+    """Return the text of a JSON object with other values at some of its keys."""
+    if not changes:
+        return text
+    document = parse_json_object(text, where=where, parse_constant=float)
+    for change in changes:
+        section = document if not change.section else document.get(change.section)
+        if not isinstance(section, dict):
+            raise HeaderError(
+                f"{where}: has no object {change.section}, which was planned to change"
+            )
+        if change.value is None:
+            section.pop(change.key, None)
+        else:
+            section[change.key] = json.loads(change.value)
+    return (json.dumps(document, indent=2) + "\n").encode("ascii")
 
 
 def _set_everywhere(config: dict[str, object], key: str, value: object) -> bool:

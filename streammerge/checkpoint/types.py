@@ -148,6 +148,41 @@ class Checkpoint:
 
 
 @dataclass(frozen=True, slots=True)
+class JsonChange:
+    """A key of a JSON file that gets another value in the output."""
+
+    section: str
+    """The object that has the key, such as ``text_config``; empty for the outermost."""
+    key: str
+    """The key."""
+    value: str | None
+    """Its value as JSON text; None removes the key."""
+    why: str
+    """What in the merge makes it so, for the plan."""
+
+
+@dataclass(frozen=True, slots=True)
+class CompanionDifference:
+    """A setting in which inputs differ beside their tensors."""
+
+    kind: str
+    """``config``, ``generation_config``, ``tokenizer`` or ``chat_template``."""
+    key: str
+    """The setting; empty where a whole file is missing."""
+    taken: str
+    """Whose is in the output."""
+    values: tuple[tuple[str, str | None], ...]
+    """Label and value: of the one that is taken, then of those that differ; None where it has none."""
+
+    def __str__(self) -> str:
+        """Return it as a line for people."""
+        (taken, mine), *others = self.values
+        said = ", ".join(f"{label} {'none' if v is None else v}" for label, v in others)
+        what = f"{self.kind}.{self.key}" if self.key else self.kind
+        return f"{what}: {'none' if mine is None else mine} of {taken} is taken; {said}"
+
+
+@dataclass(frozen=True, slots=True)
 class Companion:
     """A file beside the shards that goes to the output: a configuration, a tokenizer, a licence."""
 
@@ -157,6 +192,10 @@ class Companion:
     """Its size."""
     digest: str
     """SHA-256 of what it held when it was planned, in hex."""
+    directory: str | None = None
+    """Where it is taken from; None for the directory of the first model."""
+    changes: tuple[JsonChange, ...] = ()
+    """Keys that differ in the output, if it is a JSON object."""
 
 
 @dataclass(frozen=True, slots=True)

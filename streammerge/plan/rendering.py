@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from streammerge.assignment.types import Action
 from streammerge.checkpoint.metadata import FORMAT
+from streammerge.checkpoint.types import JsonChange
 from streammerge.errors import printable
 from streammerge.plan.kernels import kernels_serve
 from streammerge.plan.types import DeviceResources, MergePlan
@@ -15,6 +16,8 @@ from streammerge.units import format_size
 _SHOWN_SETTINGS = 5
 _SHOWN_COMPANIONS = 4
 _SHOWN_NAMES = 8
+_SHOWN_DIFFERENCES = 12
+_SHOWN_CHARACTERS = 60
 
 
 def render_plan(plan: MergePlan) -> str:
@@ -42,15 +45,8 @@ def render_plan(plan: MergePlan) -> str:
     shards = len(plan.layout.shards)
     names = plan.layout.shards[0].name if shards == 1 else f"{shards} shards"
     rows.append(("write", f"{format_size(plan.bytes_to_write)} in {names}"))
-    if plan.companions:
-        nbytes = sum(each.nbytes for each in plan.companions)
-        names = ", ".join(printable(each.name) for each in plan.companions[:_SHOWN_COMPANIONS])
-        more = len(plan.companions) - _SHOWN_COMPANIONS
-        names += f" and {more} more" if more > 0 else ""
-        rows.append(
-            ("beside them", f"{names} ({format_size(nbytes)}), from {plan.models[0].label}")
-        )
     rows += _header_rows(plan)
+    rows += _companion_rows(plan)
     resources = plan.resources
     rows.append(
         (
@@ -116,6 +112,39 @@ _DONE = {
 }
 
 
+def _companion_rows(plan: MergePlan) -> list[tuple[str, str]]:
+    """Say what goes to the output beside the shards, from where, what changes, and what differs."""
+    rows = []
+    for directory in dict.fromkeys(each.directory for each in plan.companions):
+        some = [each for each in plan.companions if each.directory == directory]
+        nbytes = format_size(sum(each.nbytes for each in some))
+        origin = plan.models[0].label if directory is None else directory
+        names = _listed([each.name for each in some], _SHOWN_COMPANIONS)
+        rows.append(("beside them", f"{names} ({nbytes}), from {origin}"))
+    for each in plan.companions:
+        rows += [
+            ("changed", f"{each.name}: {_key(change)} = {_short(change.value)} ({change.why})")
+            for change in each.changes
+        ]
+    if plan.left_behind:
+        rows.append(("left behind", _listed(plan.left_behind)))
+    rows += [("differs", str(each)) for each in plan.differences[:_SHOWN_DIFFERENCES]]
+    more = len(plan.differences) - _SHOWN_DIFFERENCES
+    if more > 0:
+        rows.append(("", f"and {more} more differences; --json has all"))
+    return rows
+
+
+def _key(change: JsonChange) -> str:
+    return f"{change.section}.{change.key}" if change.section else change.key
+
+
+def _short(value: str | None) -> str:
+    if value is None:
+        return "nothing"
+    return value if len(value) <= _SHOWN_CHARACTERS else f"{value[:_SHOWN_CHARACTERS]}…"
+
+
 def _header_rows(plan: MergePlan) -> list[tuple[str, str]]:
     """Say what of the base's headers goes to the output, if they say more than every file does."""
     kept = [key for key, _ in plan.layout.metadata if key != FORMAT[0]]
@@ -127,9 +156,9 @@ def _header_rows(plan: MergePlan) -> list[tuple[str, str]]:
     return rows
 
 
-def _listed(names: Sequence[str]) -> str:
-    more = len(names) - _SHOWN_NAMES
-    return ", ".join(names[:_SHOWN_NAMES]) + (f" and {more} more" if more > 0 else "")
+def _listed(names: Sequence[str], shown: int = _SHOWN_NAMES) -> str:
+    more = len(names) - shown
+    return ", ".join(names[:shown]) + (f" and {more} more" if more > 0 else "")
 
 
 def _setting_rows(plan: MergePlan) -> list[tuple[str, str]]:

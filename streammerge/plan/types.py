@@ -8,6 +8,7 @@ from streammerge.adapters.changes import Change
 from streammerge.assignment.types import Action, Setting
 from streammerge.checkpoint.types import (
     Companion,
+    CompanionDifference,
     Note,
     ShardFile,
     StoredPart,
@@ -265,6 +266,8 @@ class MergePlan:
     """Tensors of one model that must hold the same values; checked before the work begins."""
     left_behind: tuple[str, ...] = ()
     """What lies beside those shards and does not go to the output."""
+    differences: tuple[CompanionDifference, ...] = ()
+    """Settings in which the inputs differ beside their tensors, with whose is taken."""
     metadata_left_out: tuple[str, ...] = ()
     """What the headers of the base, or the first source, say that does not hold for the result."""
     device: DeviceResources | None = None

@@ -15,7 +15,7 @@ from typing import Any
 
 from streammerge.recipe.resolving import Place, may_stand
 from streammerge.recipe.schema import RecipeDocument
-from streammerge.recipe.types import ParameterKind, ParameterSpec
+from streammerge.recipe.types import CompanionKind, ParameterKind, ParameterSpec
 
 JsonSchema = dict[str, Any]
 """A schema, or a part of one, as plain JSON values."""
@@ -140,12 +140,30 @@ def _value(spec: ParameterSpec, place: Place) -> JsonSchema:
     return {"description": f"{spec.doc} A list has one value per source.", "anyOf": [one, each]}
 
 
+def _of_kind(kind: CompanionKind) -> JsonSchema:
+    """Return that files of a kind are taken from the base."""
+    return {
+        "type": "object",
+        "properties": {kind.value: {"const": "base"}},
+        "required": [kind.value],
+    }
+
+
 def _base_needed() -> list[JsonSchema]:
     """Return that whatever takes tensors from the base requires that there is one."""
     copies = {"properties": {"copy": {"const": "base"}}, "required": ["copy"]}
     conditions = [
         {"properties": {"rules": {"contains": copies}}, "required": ["rules"]},
         {"properties": {"missing": {"const": "base"}}, "required": ["missing"]},
+        *(
+            {
+                "properties": {
+                    "output": {"properties": {"companions": taken}, "required": ["companions"]}
+                },
+                "required": ["output"],
+            }
+            for taken in ({"const": "base"}, *map(_of_kind, CompanionKind))
+        ),
     ]
     there = {"properties": {"base": {"type": "string"}}, "required": ["base"]}
     return [{"if": condition, "then": there} for condition in conditions]

@@ -29,6 +29,7 @@ from streammerge.recipe.schema import (
 )
 from streammerge.recipe.types import (
     BASE,
+    CompanionKind,
     OutputSpec,
     ParameterKind,
     ParameterSpec,
@@ -125,12 +126,19 @@ def dump_recipe(recipe: Recipe) -> str:
     document["missing"] = recipe.missing.value
     document["mismatch"] = recipe.mismatch.value
     document["non_finite"] = recipe.non_finite.value
+    document["vocabulary"] = recipe.vocabulary.value
     document["compute_dtype"] = recipe.compute_dtype.value
     output: dict[str, object] = {}
     if recipe.output.max_shard_bytes is not None:
         output["max_shard_size"] = recipe.output.max_shard_bytes
     if recipe.output.dtype is not None:
         output["dtype"] = recipe.output.dtype.torch_name
+    if recipe.output.companions:
+        output["companions"] = {
+            kind.value: _plain_origin(recipe.output.companions[kind])
+            for kind in CompanionKind
+            if kind in recipe.output.companions
+        }
     document["output"] = output
     # A folded line would be legal YAML; one value a line is what people compare.
     return yaml.dump(
@@ -148,6 +156,12 @@ def _plain(parameters: Mapping[str, ParameterValue]) -> dict[str, object]:
 
 def _plain_rename(rename: Rename) -> dict[str, str]:
     return {"from": rename.old, "to": rename.new}
+
+
+def _plain_origin(origin: int | Path) -> object:
+    if origin == BASE:
+        return "base"
+    return origin if isinstance(origin, int) else str(origin)
 
 
 def _plain_rule(rule: Rule) -> dict[str, object]:
@@ -235,8 +249,25 @@ def _rule_problems(document: dict[Any, Any], parameter_names: list[str]) -> Iter
                 f"{path}: expected the index of one of {n_sources} sources, 0 to {n_sources - 1}, "
                 f"got {shown(copy)}"
             )
+    yield from _origin_problems(document, n_sources)
     if document.get("missing") == "base" and document.get("base") is None:
         yield 'missing: the recipe has no base to take tensors from; add the key "base"'
+
+
+def _origin_problems(document: dict[Any, Any], n_sources: int) -> Iterator[str]:
+    """Yield which files beside the tensors come from a model that the recipe does not have."""
+    output = document.get("output")
+    given = output.get("companions") if isinstance(output, dict) else None
+    each = given if isinstance(given, dict) else {None: given}
+    for kind, origin in each.items():
+        path = "output.companions" if kind is None else key_path("output", "companions", kind)
+        if origin == "base" and document.get("base") is None:
+            yield f'{path}: the recipe has no base to take files from; add the key "base"'
+        if isinstance(origin, int) and not isinstance(origin, bool) and origin >= n_sources > 0:
+            yield (
+                f"{path}: expected the index of one of {n_sources} sources, 0 to {n_sources - 1}, "
+                f"got {shown(origin)}"
+            )
 
 
 def _build(
@@ -275,7 +306,15 @@ def _build(
         mismatch=frame.mismatch,
         non_finite=frame.non_finite,
         compute_dtype=frame.compute_dtype,
-        output=OutputSpec(dtype=frame.output.dtype, max_shard_bytes=frame.output.max_shard_size),
+        output=OutputSpec(
+            dtype=frame.output.dtype,
+            max_shard_bytes=frame.output.max_shard_size,
+            companions={
+                kind: origin if isinstance(origin, int) else Path(origin)
+                for kind, origin in (frame.output.companions or {}).items()
+            },
+        ),
+        vocabulary=frame.vocabulary,
     )
 
 

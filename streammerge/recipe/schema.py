@@ -12,7 +12,7 @@ import math
 import re
 from collections.abc import Callable, Iterable
 from enum import StrEnum
-from typing import Annotated, TypeVar
+from typing import Annotated, Any, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -28,12 +28,14 @@ from streammerge.dtypes import DTYPES_BY_TORCH_NAME, DType
 from streammerge.errors import RecipeError, suggestion
 from streammerge.recipe.types import (
     BASE,
+    CompanionKind,
     ComputeDType,
     MismatchPolicy,
     MissingPolicy,
     NonFinitePolicy,
     RuleDType,
     Semantics,
+    VocabularyPolicy,
 )
 from streammerge.units import parse_size
 
@@ -209,6 +211,31 @@ def _parse_copy(value: object) -> int:
     raise PydanticCustomError("said", "{said}", {"said": said})
 
 
+def _parse_origin(value: object) -> int | str:
+    if value == "base":
+        return BASE
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+        return value
+    if isinstance(value, str) and 0 < len(value) <= MAX_PATH_CHARACTERS and "\0" not in value:
+        return value
+    said = "expected base, the index of a source counted from 0, or a directory, got " + shown(
+        value
+    )
+    raise PydanticCustomError("said", "{said}", {"said": said})
+
+
+def _parse_companions(value: object) -> dict[CompanionKind, int | str]:
+    """Return the origin of each kind; one for all is one for each."""
+    if not isinstance(value, dict):
+        return dict.fromkeys(CompanionKind, _parse_origin(value))
+    kinds = [kind.value for kind in CompanionKind]
+    for key in value:
+        if key not in kinds:
+            said = f"{shown(key)}: {unknown_key(key, kinds)}"
+            raise PydanticCustomError("said", "{said}", {"said": said})
+    return {CompanionKind(key): _parse_origin(origin) for key, origin in value.items()}
+
+
 OUTPUT_DTYPES = {
     name: dtype
     for torch_name, dtype in DTYPES_BY_TORCH_NAME.items()
@@ -227,6 +254,28 @@ _Copy = Annotated[
     int,
     BeforeValidator(_parse_copy),
     WithJsonSchema({"anyOf": [{"const": "base"}, {"type": "integer", "minimum": 0}]}),
+]
+_ORIGIN_SCHEMA: dict[str, Any] = {
+    "anyOf": [
+        {"type": "integer", "minimum": 0},
+        {"type": "string", "minLength": 1, "maxLength": MAX_PATH_CHARACTERS},
+    ]
+}
+_Companions = Annotated[
+    dict[CompanionKind, int | str] | None,
+    BeforeValidator(_parse_companions),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                *_ORIGIN_SCHEMA["anyOf"],
+                {
+                    "type": "object",
+                    "properties": {kind.value: _ORIGIN_SCHEMA for kind in CompanionKind},
+                    "additionalProperties": False,
+                },
+            ]
+        }
+    ),
 ]
 _OutputDType = Annotated[
     DType | None,
@@ -324,6 +373,11 @@ class OutputDocument(_Document):
         description="Largest output file: bytes, or text with GB (10^9) or GiB (2^30). Without it, one "
         "file stays one file, and several are cut at 5GB.",
     )
+    companions: _Companions = Field(
+        default=None,
+        description="Where configuration and tokenizer come from: base, the index of a source "
+        "counted from 0, or a directory; for all, or by kind.",
+    )
 
 
 class RecipeDocument(_Document):
@@ -361,6 +415,11 @@ class RecipeDocument(_Document):
     non_finite: Annotated[NonFinitePolicy, BeforeValidator(_word_of(NonFinitePolicy))] = Field(
         default=NonFinitePolicy.ERROR,
         description="NaN or infinity in an input: refuse it, or keep it.",
+    )
+    vocabulary: Annotated[VocabularyPolicy, BeforeValidator(_word_of(VocabularyPolicy))] = Field(
+        default=VocabularyPolicy.ERROR,
+        description="Tokenizers in which one number stands for two tokens: refuse them, or merge "
+        "all the same.",
     )
     compute_dtype: Annotated[ComputeDType, BeforeValidator(_word_of(ComputeDType))] = Field(
         default=ComputeDType.FLOAT32, description="The type that merges are computed in."

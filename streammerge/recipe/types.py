@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 
@@ -90,6 +90,22 @@ class ComputeDType(StrEnum):
     FLOAT64 = "float64"
 
 
+class VocabularyPolicy(StrEnum):
+    """What to do with tokenizers in which one number stands for two tokens."""
+
+    ERROR = "error"
+    IGNORE = "ignore"
+
+
+class CompanionKind(StrEnum):
+    """What files beside the tensors belong to."""
+
+    CONFIG = "config"
+    GENERATION_CONFIG = "generation_config"
+    TOKENIZER = "tokenizer"
+    CHAT_TEMPLATE = "chat_template"
+
+
 BASE = -1
 """As :attr:`Rule.copy`: copy the tensor from the base."""
 
@@ -145,6 +161,10 @@ class OutputSpec:
     max_shard_bytes: int | None
     """Largest data size of one output file, in bytes; a larger tensor gets a file of its own. None keeps
     one file of the base (or first source) one file, and cuts others at 5 GB."""
+    companions: Mapping[CompanionKind, int | Path] = field(default_factory=dict)
+    """Where configuration and tokenizer come from: a source's index, BASE, or a directory. A kind that is
+    not there comes from the base, or the first source; without their own entries a chat template comes
+    with the tokenizer, and a generation config with the config."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,3 +195,5 @@ class Recipe:
     """How the result is stored."""
     mismatch: MismatchPolicy = MismatchPolicy.ERROR
     """What to do with a tensor that has several shapes."""
+    vocabulary: VocabularyPolicy = VocabularyPolicy.ERROR
+    """What to do with tokenizers in which one number stands for two tokens."""

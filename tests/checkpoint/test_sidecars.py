@@ -21,6 +21,7 @@ from streammerge.checkpoint.reading import MAX_CONFIG_BYTES
 from streammerge.checkpoint.sidecars import (
     COPY_BYTES,
     MAX_SIDECAR_BYTES,
+    list_left_behind,
     plan_sidecars,
     read_companions,
     write_sidecars,
@@ -37,17 +38,26 @@ COPIED = (
     "LICENSE",
     "License.txt",
     "NOTICE.md",
+    "SYSTEM_PROMPT.txt",
     "USE_POLICY.md",
     "added_tokens.json",
     "additional_chat_templates/tool_use.jinja",
     "chat_template.jinja",
     "chat_template.json",
     "config.json",
+    "custom_generate/generate.py",
+    "custom_generate/requirements.txt",
     "generation_config.json",
     "image_processor_config.json",
     "merges.txt",
+    "open_clip_config.json",
+    "params.json",
+    "policy_postprocessor.json",
+    "policy_preprocessor.json",
+    "policy_preprocessor_step_5_normalizer_processor.safetensors",
     "preprocessor_config.json",
     "processor_config.json",
+    "prompts/default.md",
     "qwen.tiktoken",
     "sentencepiece.bpe.model",
     "source.spm",
@@ -68,6 +78,11 @@ LEFT = (
     "README.md",
     "additional_chat_templates/.hidden.jinja",
     "additional_chat_templates/notes.txt",
+    "custom_generate/weights.bin",
+    "hf_quant_config.json",
+    "policy.safetensors",
+    "spk_dict.pt",
+    "system_prompt.bin",
     "licensed.safetensors",
     "model.safetensors",
     "model.safetensors.index.json",
@@ -127,6 +142,17 @@ def test_plan_holds_what_a_model_needs_and_nothing_else(model: Path) -> None:
     put(model, *COPIED, *LEFT)
 
     assert planned(model) == sorted(COPIED)
+
+
+def test_what_is_left_behind_is_named_but_for_hidden_files_and_the_readme(model: Path) -> None:
+    put(model, *COPIED, *LEFT)
+    shards = ["model.safetensors", "model.safetensors.index.json"]
+
+    left = list_left_behind(model, [*planned(model), *shards])
+
+    hidden = {name for name in LEFT if any(part.startswith(".") for part in name.split("/"))}
+    expected = {*LEFT} - hidden - {*shards, "README.md", "original/tokenizer.model"}
+    assert left == tuple(sorted(expected | {"original/"}))
 
 
 def test_plan_of_a_directory_without_such_files_is_empty(model: Path) -> None:

@@ -71,6 +71,11 @@ GOOD = [
     linear(base="b", seed=2**64 - 1, missing="base", non_finite="keep", compute_dtype="float64"),
     linear(output={"dtype": "BF16", "max_shard_size": "2.5 GiB"}),
     linear(output={"dtype": None, "max_shard_size": 1}),
+    linear(output={"companions": 0}, vocabulary="ignore"),
+    linear(output={"companions": "models/chat"}),
+    linear(
+        base="b", output={"companions": {"config": "base", "tokenizer": 0, "chat_template": "a"}}
+    ),
     linear(parameters={"weight": [2], "normalize": False}),
     linear(rules=[{"tensors": "*", "copy": 0}, {"tensors": "*", "drop": True}]),
     linear(base="b", rules=[{"tensors": "*", "copy": "base"}]),
@@ -106,6 +111,14 @@ BAD = [
     linear(output={"max_shard_size": "5 apples"}),
     linear(output={"max_shard_size": 0}),
     linear(output={"shards": 1}),
+    linear(output={"companions": -1}),
+    linear(output={"companions": None}),
+    linear(output={"companions": ""}),
+    linear(output={"companions": {"tokeniser": 0}}),
+    linear(output={"companions": {"tokenizer": 0.5}}),
+    linear(output={"companions": "base"}),  # without a base
+    linear(output={"companions": {"config": "base"}}),  # without a base
+    linear(vocabulary="other"),
     linear(parameters={"wieght": 1}),
     linear(parameters={"normalize": 1}),
     linear(rules=[{"tensors": ""}]),
@@ -219,7 +232,8 @@ documents = st.fixed_dictionaries(
         "mismatch": values,
         "non_finite": values,
         "seed": values,
-        "output": tables("dtype", "max_shard_size"),
+        "vocabulary": values,
+        "output": tables("dtype", "max_shard_size", "companions"),
     },
 )
 
@@ -233,6 +247,7 @@ def test_what_the_schema_refuses_the_parser_refuses(document):
 @unhurried
 @given(documents)
 def test_what_the_parser_refuses_the_schema_refuses_but_for_indices(document):
-    """One source, lists of one value at most: only ``copy: 1`` is beyond a schema."""
-    if all(rule.get("copy") != 1 for rule in document.get("rules", [])):
+    """One source, lists of one value at most: only indices of others are beyond a schema."""
+    companions = document.get("output", {}).get("companions")
+    if companions != 1 and all(rule.get("copy") != 1 for rule in document.get("rules", [])):
         assert VALIDATOR.is_valid(document) == parses(document)

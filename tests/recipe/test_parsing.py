@@ -244,7 +244,7 @@ def test_anchors_and_merge_keys_are_allowed():
         (linear("rules: [{tensor: a, tensors: b, drop: true}]"), 'rules[0].tensor: unknown key; did you mean "tensors"?'),
         (linear("rules: [{tensors: b, normalise: true}]"), 'rules[0].normalise: unknown key; did you mean "normalize"?'),
         (linear("output: {dtyp: BF16}"), 'output.dtyp: unknown key; did you mean "dtype"?'),
-        (linear("'two words': 1"), '"two words": unknown key; known: base, compute_dtype, method, mismatch, missing, non_finite, output, parameters, rules, seed, semantics, sources'),
+        (linear("'two words': 1"), '"two words": unknown key; known: base, compute_dtype, method, mismatch, missing, non_finite, output, parameters, rules, seed, semantics, sources, vocabulary'),
         (linear("parameters: {3: 1}"), "parameters[3]: unknown key; known: normalize, weight"),
         # Known keys in the wrong place.
         (linear("normalize: true"), 'normalize: a parameter of the method; move it under "parameters": parameters.normalize'),
@@ -477,7 +477,7 @@ def test_the_dump_states_every_setting():
         "method: ties\nbase: m/base\nsources:\n- path: a\n- path: b\n"
         "parameters:\n  density: 1.0e-07\n"
         "rules:\n- tensors: '*.w'\n  density:\n  - 0.1\n  - 1.0\n"
-        "semantics: peft\nseed: 0\nmissing: error\nmismatch: error\nnon_finite: error\ncompute_dtype: float32\n"
+        "semantics: peft\nseed: 0\nmissing: error\nmismatch: error\nnon_finite: error\nvocabulary: error\ncompute_dtype: float32\n"
         "output: {}\n"
     )
 
@@ -494,6 +494,7 @@ def one_or_each(values):
     return values | st.lists(values, min_size=2, max_size=2)
 
 
+origins = st.sampled_from(["base", 0]) | awkward_paths
 common = st.fixed_dictionaries(
     {"density": one_or_each(densities)},
     optional={
@@ -524,12 +525,18 @@ good_documents = st.fixed_dictionaries(
         "seed": st.integers(0, 2**64 - 1),
         "missing": st.sampled_from(["error", "base"]),
         "non_finite": st.sampled_from(["error", "keep"]),
+        "vocabulary": st.sampled_from(["error", "ignore"]),
         "compute_dtype": st.sampled_from(["float32", "float64"]),
         "output": st.fixed_dictionaries(
             {},
             optional={
                 "dtype": st.sampled_from(["bfloat16", "F32", "F8_E5M2", "float64", None]),
                 "max_shard_size": st.integers(1, 2**63 - 1) | st.sampled_from(["5GB", "1.5 KiB"]),
+                "companions": origins
+                | st.dictionaries(
+                    st.sampled_from(["config", "generation_config", "tokenizer", "chat_template"]),
+                    origins,
+                ),
             },
         ),
     },

@@ -1,0 +1,359 @@
+"""What ``config.json`` has to say of a result whose tensors are not those that it was written for.
+
+A rule that copies a head with other labels, another layer, or a first convolution with more channels
+makes a model that its configuration does not describe: it does not load, or loads with tensors ignored.
+The keys that are known are changed, and what no known key describes is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from streammerge.checkpoint.types import JsonChange
+from streammerge.errors import RecipeError, printable
+
+Shapes = Mapping[str, tuple[int, ...]]
+Config = Mapping[str, object]
+
+_NUMBER = re.compile(r"\.\d{1,9}(?=\.|$)")
+_STACK = re.compile(r"(?P<stack>(?:[^.]+\.)*?[^.]+)\.(?P<number>\d{1,9})\.")
+_LAYERS = (
+    *("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_single_layers", "depth"),
+    *("encoder_layers", "decoder_layers", "num_encoder_layers", "num_decoder_layers"),
+)
+_PER_LAYER = ("layer_types", "layers_block_type", "no_rope_layers", "hybrid_layer_pattern")
+_LABELLED = re.compile(
+    r"(?:.*\.)?(?:score|classifier|classifier\.out_proj|classification_head\.out_proj|"
+    r"sequence_summary\.summary|logits_proj)\.(?:weight|bias)"
+)
+_CHANNELS = (
+    (re.compile(r"(?:encoder\.)?conv_in\.weight"), 1, "in_channels"),
+    (re.compile(r"(?:x_embedder|pos_embed\.proj)\.weight"), 1, "in_channels"),
+    (re.compile(r"conv_out\.(?:weight|bias)"), 0, "out_channels"),
+    (re.compile(r".*patch_embeddings?\.projection\.weight"), 1, "num_channels"),
+)
+# Input and output embeddings, which may be one tensor: what is stored of them is decided elsewhere.
+_EMBEDDING = re.compile(
+    r"(?:.*\.)?(?:embed_tokens|wte|word_embeddings|embed_in|shared|tok_embeddings|"
+    r"lm_head|embed_out|output|proj_out|predictions\.decoder|lm_head\.decoder|vocab_projector)"
+    r"\.(?:weight|bias)"
+)
+_BUFFER = re.compile(
+    r"(?:.*\.)?(?:inv_freq|position_ids|masked_bias|attn\.bias|num_batches_tracked)"
+)
+_LISTED = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Described:
+    """A model and what its configuration says."""
+
+    label: str
+    """As messages name it."""
+    config: Config
+    """Its ``config.json``."""
+    shapes: Shapes
+    """Its tensors."""
+
+
+def fit_config(
+    own: Described, others: Sequence[Described], result: Shapes, copied: Mapping[str, str]
+) -> tuple[JsonChange, ...]:
+    """Return what a configuration has to say of other tensors than those of its own model.
+
+    Args:
+        own: The model whose configuration the output has.
+        others: The other models that take part.
+        result: The tensors of the output.
+        copied: Label of the model that each tensor is copied from by a rule.
+
+    Raises:
+        RecipeError: No key that is known here describes what a rule copies.
+    """
+    brought = {name: shape for name, shape in result.items() if name in copied}
+    differs = any(own.shapes.get(name) != shape for name, shape in brought.items())
+    if not differs and not _stacks(own.shapes).items() - _stacks(result).items():
+        return ()
+    if not {"model_type", "architectures", "_class_name"} & own.config.keys():
+        return ()
+    changes = [
+        *_fit_architectures(own, others, result, copied),
+        *_fit_layers(own, others, result),
+        *_fit_labels(own, others, result),
+        *_fit_channels(own, result),
+    ]
+    _check_embeddings(own, result)
+    _check_explained(own, brought, copied)
+    return tuple(changes)
+
+
+def _fit_architectures(
+    own: Described, others: Sequence[Described], result: Shapes, copied: Mapping[str, str]
+) -> Iterator[JsonChange]:
+    """Yield the class of the model that the result has the tensors of, if it is not its own."""
+    made, mine = _form(result), _form(own.shapes)
+    extra = made - mine
+    if not extra:
+        return
+    for other in others:
+        if _form(other.shapes) != made:
+            continue
+        if other.config.get("model_type") == own.config.get("model_type") and (
+            "architectures" in other.config
+        ):
+            value = json.dumps(other.config["architectures"])
+            yield JsonChange("", "architectures", value, f"the tensors are those of {other.label}")
+            return
+    names = [name for name in result if _normal(name) in extra]
+    labels = sorted({copied[name] for name in names if name in copied})
+    raise RecipeError(
+        f"rules: {_listed(names)} come(s) from {' and '.join(labels) or 'elsewhere'}, and "
+        f"{_class_of(own)} of {own.label} has no such tensor: a loader would ignore it; "
+        f"{_advice(others, result, made)}"
+    )
+
+
+def _advice(others: Sequence[Described], result: Shapes, made: frozenset[str]) -> str:
+    for other in others:
+        form = _form(other.shapes)
+        if form == made:
+            return (
+                f"take the configuration from there too, with `output.companions` of {other.label}"
+            )
+        surplus = [name for name in result if _normal(name) in made - form]
+        if form <= made and surplus:
+            rule = f'{{tensors: "{printable(surplus[0])}", drop: true}}'
+            return (
+                f"without {_listed(surplus)} it would be a {_class_of(other)}: add "
+                f"{'rules' if len(surplus) > 1 else 'a rule'} such as `{rule}`"
+            )
+    return "leave these tensors out of the rule, or copy the whole of what they belong to"
+
+
+def _fit_layers(
+    own: Described, others: Sequence[Described], result: Shapes
+) -> Iterator[JsonChange]:
+    """Yield how many layers there are, where that has changed, and what is listed for each of them."""
+    before, after = _stacks(own.shapes), _stacks(result)
+    for stack in sorted(before.keys() & after.keys()):
+        old, new = len(before[stack]), len(after[stack])
+        if before[stack] == after[stack]:
+            continue
+        if sorted(after[stack]) != list(range(new)):
+            missing = sorted(set(range(max(after[stack]) + 1)) - after[stack])
+            raise RecipeError(
+                f"rules: {stack} would have layers up to {max(after[stack])} without "
+                f"{', '.join(map(str, missing[:_LISTED]))}; copy or drop them so that none is missing"
+            )
+        section, key = _layer_key(own, stack, old)
+        why = f"{stack} has {new} layers, {own.label} has {old}"
+        yield JsonChange(section, key, json.dumps(new), why)
+        yield from _per_layer(own, others, section, (old, new), why)
+
+
+def _layer_key(own: Described, stack: str, count: int) -> tuple[str, str]:
+    found = [
+        (section, key)
+        for section, settings in _sections(own.config)
+        for key in _LAYERS
+        if settings.get(key) == count and type(settings[key]) is int
+    ]
+    words = set(stack.replace("_", ".").split("."))
+    for narrowed in (
+        [(s, k) for s, k in found if ("decoder" in k) == ("decoder" in words)],
+        [(s, k) for s, k in found if ("single" in k) == ("single" in words)],
+        [(s, k) for s, k in found if ("vision" in s) == bool({"vision", "visual"} & words)],
+    ):
+        if len(found) > 1 and narrowed:
+            found = [each for each in found if each in narrowed]
+    if len(found) != 1:
+        keys = ", ".join(f"{s}.{k}" if s else k for s, k in found) or "no known key"
+        raise RecipeError(
+            f"rules: the number of layers in {stack} changes from {count}, and {keys} of the config "
+            f"of {own.label} may say it; copy no layers, or choose a model whose configuration fits "
+            "with `output.companions: {config: …}`"
+        )
+    return found[0]
+
+
+def _per_layer(
+    own: Described,
+    others: Sequence[Described],
+    section: str,
+    counts: tuple[int, int],
+    why: str,
+) -> Iterator[JsonChange]:
+    old, new = counts
+    settings = dict(_sections(own.config))[section]
+    for key in _PER_LAYER:
+        value = settings.get(key)
+        if not isinstance(value, list) or len(value) != old:
+            continue
+        lists = [dict(_sections(other.config)).get(section, {}).get(key) for other in others]
+        fitting = [each for each in lists if isinstance(each, list) and len(each) == new]
+        if new < old:
+            value = value[:new]
+        elif fitting and fitting[0][:old] == value:
+            value = fitting[0]
+        elif all(each == value[0] for each in value):
+            value = value[:1] * new
+        else:
+            raise RecipeError(
+                f"rules: {why}, and {key} lists what each layer is: nobody says it of the new ones; "
+                "choose a model whose configuration fits with `output.companions: {config: …}`"
+            )
+        yield JsonChange(section, key, json.dumps(value), why)
+
+
+def _fit_labels(
+    own: Described, others: Sequence[Described], result: Shapes
+) -> Iterator[JsonChange]:
+    """Yield the labels of a classifier whose rows are as many as another model has labels."""
+    for name, shape in result.items():
+        if not _LABELLED.fullmatch(name) or not shape:
+            continue
+        rows, before = shape[0], own.shapes.get(name)
+        count = len(_labels(own.config))
+        if rows == count or (before is not None and before[0] != count):
+            continue
+        # Of a head with one output for other reasons, a choice among several texts, labels say nothing.
+        owners = [other for other in others if other.shapes.get(name) == shape]
+        fitting = [_labels(other.config) for other in owners if len(_labels(other.config)) == rows]
+        if owners and not fitting:
+            continue
+        labels = fitting[0] if fitting else [f"LABEL_{index}" for index in range(rows)]
+        why = f"{name} has {rows} rows, {own.label} has {count} labels"
+        by_number = {str(index): label for index, label in enumerate(labels)}
+        yield JsonChange("", "id2label", json.dumps(by_number), why)
+        numbers = {label: index for index, label in enumerate(labels)}
+        yield JsonChange("", "label2id", json.dumps(numbers), why)
+        if "num_labels" in own.config:
+            yield JsonChange("", "num_labels", json.dumps(rows), why)
+        return
+
+
+def _labels(config: Config) -> list[str]:
+    """Return the labels in a configuration; two of no name, as in transformers, where it has none."""
+    given = config.get("id2label")
+    if isinstance(given, dict) and all(str(key).isdecimal() for key in given):
+        return [str(given[key]) for key in sorted(given, key=int)]
+    count = config.get("num_labels")
+    return [f"LABEL_{index}" for index in range(count if isinstance(count, int) else 2)]
+
+
+def _fit_channels(own: Described, result: Shapes) -> Iterator[JsonChange]:
+    changed: dict[str, int] = {}
+    for name, dimension, key in _channel_names(result):
+        shape, before = result[name], own.shapes.get(name)
+        if before is None or before == shape or len(before) != len(shape):
+            continue
+        if own.config.get(key) != before[dimension]:
+            continue
+        channels = shape[dimension]
+        if changed.setdefault(key, channels) != channels:
+            raise RecipeError(f"rules: {name} has {channels} {key}, another tensor {changed[key]}")
+    for key, channels in changed.items():
+        why = f"the copied tensors have {channels}, {own.label} has {own.config[key]}"
+        yield JsonChange("", key, json.dumps(channels), why)
+
+
+def _channel_names(shapes: Shapes) -> Iterator[tuple[str, int, str]]:
+    for name in shapes:
+        for pattern, dimension, key in _CHANNELS:
+            if pattern.fullmatch(name):
+                yield name, dimension, key
+
+
+def _check_embeddings(own: Described, result: Shapes) -> None:
+    """Raise if only some of the embeddings have other rows than they had."""
+    rows = _vocabulary(own.config)
+    mine = [
+        name
+        for name, shape in own.shapes.items()
+        if name in result and shape[:1] == (rows,) and _EMBEDDING.fullmatch(name)
+    ]
+    changed = [name for name in mine if result[name][0] != rows]
+    if not changed:
+        return
+    counts = {result[name][0] for name in mine}
+    if len(counts) > 1:
+        kept = [name for name in mine if result[name][0] == rows] or mine[1:]
+        raise RecipeError(
+            f"rules: {changed[0]} would have {result[changed[0]][0]} rows and {kept[0]} "
+            f"{result[kept[0]][0]}, and one vocab_size describes both; copy them from the same "
+            f'model: {{tensors: "{printable(kept[0])}", copy: …}}'
+        )
+
+
+def _check_explained(own: Described, brought: Shapes, copied: Mapping[str, str]) -> None:
+    """Raise if a copied tensor has another shape and no key that is known says so."""
+    rows = _vocabulary(own.config)
+    channels = {
+        name
+        for name, dimension, key in _channel_names(brought)
+        if name in own.shapes and own.config.get(key) == own.shapes[name][dimension]
+    }
+    unexplained = [
+        name
+        for name, shape in brought.items()
+        if own.shapes.get(name, shape) != shape
+        and name not in channels
+        and not _LABELLED.fullmatch(name)
+        and not (own.shapes[name][:1] == (rows,) and own.shapes[name][1:] == shape[1:])
+    ]
+    if unexplained:
+        name = unexplained[0]
+        raise RecipeError(
+            f"rules: {_listed(unexplained)} of {copied[name]}: {name} has the shape "
+            f"{list(brought[name])}, {list(own.shapes[name])} in {own.label}, and no key of the config "
+            "that is known here says so: the result would not load; copy it from a model of that "
+            "shape, or take the configuration from there too with `output.companions`"
+        )
+
+
+def _vocabulary(config: Config) -> object:
+    sections = [settings.get("vocab_size") for _, settings in _sections(config)]
+    return next((size for size in sections if isinstance(size, int)), None)
+
+
+def _sections(config: Config) -> list[tuple[str, Config]]:
+    inner = [(k, v) for k, v in config.items() if isinstance(v, dict) and k.endswith("config")]
+    return [("", config), *inner]
+
+
+def _stacks(shapes: Shapes) -> dict[str, frozenset[int]]:
+    """Return the numbers of the layers in every list of modules, by the list's name."""
+    found: dict[str, set[int]] = {}
+    for name in shapes:
+        stack = _STACK.match(name)
+        if stack is not None:
+            found.setdefault(stack["stack"], set()).add(int(stack["number"]))
+    return {name: frozenset(numbers) for name, numbers in found.items()}
+
+
+def _form(shapes: Shapes) -> frozenset[str]:
+    """Return the names of a model's tensors without numbers, embeddings and what is only kept."""
+    return frozenset(
+        _normal(name)
+        for name in shapes
+        if not _EMBEDDING.fullmatch(name) and not _BUFFER.fullmatch(name)
+    )
+
+
+def _normal(name: str) -> str:
+    return _NUMBER.sub(".N", name)
+
+
+def _class_of(model: Described) -> str:
+    named = model.config.get("architectures")
+    if isinstance(named, list) and named:
+        return str(named[0])
+    return str(model.config.get("_class_name") or model.config.get("model_type"))
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = len(names) - _LISTED
+    return ", ".join(map(printable, names[:_LISTED])) + (f" and {more} more" if more > 0 else "")
