@@ -359,9 +359,9 @@ def _verify(options: argparse.Namespace) -> int:
 def _inspect(options: argparse.Namespace) -> int:
     from streammerge.adapters.inspecting import describe_adapter, describe_adapter_as_json
     from streammerge.adapters.reading import is_adapter, read_adapter
+    from streammerge.checkpoint.composite import read_model
     from streammerge.checkpoint.hub import locate_model
     from streammerge.checkpoint.inspecting import describe, describe_as_json
-    from streammerge.checkpoint.reading import read_checkpoint
 
     path = locate_model(Path(options.path), download=options.download)
     if is_adapter(path):
@@ -371,7 +371,7 @@ def _inspect(options: argparse.Namespace) -> int:
         else:
             print_result(describe_adapter(adapter))
         return 0
-    checkpoint = read_checkpoint(path)
+    checkpoint = read_model(path)
     if options.json:
         print_result(json.dumps(describe_as_json(checkpoint)))
     else:

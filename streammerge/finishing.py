@@ -27,7 +27,7 @@ from streammerge.errors import OutputError
 from streammerge.lazily import torch_version
 from streammerge.methods import discover_methods
 from streammerge.plan.kernels import kernels_serve
-from streammerge.plan.layout import render_header, render_index
+from streammerge.plan.layout import render_header, render_indexes
 from streammerge.plan.planning import find_method
 from streammerge.plan.types import MergePlan
 from streammerge.recipe.parsing import parse_recipe
@@ -44,7 +44,10 @@ def check_shards(planned: MergePlan, directory: Path) -> None:
     """
     for shard in planned.layout.shards:
         path = directory / shard.name
-        tasks = {planned.tasks[index].name: planned.tasks[index] for index in shard.tasks}
+        tasks = {
+            planned.tasks[index].name.removeprefix(shard.folder): planned.tasks[index]
+            for index in shard.tasks
+        }
         try:
             with safetensors.safe_open(path, framework="numpy") as opened:
                 names = set(opened.keys())
@@ -63,11 +66,10 @@ def check_shards(planned: MergePlan, directory: Path) -> None:
 
 def output_names(planned: MergePlan, form: OutputForm) -> tuple[str, ...]:
     """Return the name of every file that the merge writes, relative to the output's folder."""
-    index = () if planned.layout.index_name is None else (planned.layout.index_name,)
     return (
         *(shard.name for shard in planned.layout.shards),
         *(companion.name for companion in planned.companions),
-        *(*index, form.recipe, form.manifest),
+        *(*render_indexes(planned), form.recipe, form.manifest),
         *(() if form.card is None else (form.card,)),
     )
 
@@ -131,8 +133,7 @@ def write_companions(
     for name, digest in copied.items():
         _check_copy(directory / name, digest)
     texts = {form.recipe: planned.recipe.encode()}
-    if planned.layout.index_name is not None:
-        texts[planned.layout.index_name] = render_index(planned)
+    texts |= render_indexes(planned)
     if form.card is not None:
         texts[form.card] = render_model_card(
             title=form.out.name,

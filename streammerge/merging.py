@@ -20,6 +20,7 @@ from streammerge.checkpoint.manifest import Manifest, digest_identity
 from streammerge.checkpoint.outputdir import OutputDirectory
 from streammerge.checkpoint.outputfile import OutputFile
 from streammerge.checkpoint.outputform import form_of
+from streammerge.checkpoint.sidecars import make_folder
 from streammerge.checkpoint.snapshot import SNAPSHOT_NAME
 from streammerge.comparing import ComparedFile, Comparison, Sample, compare_results
 from streammerge.engine.memory import resident_memory
@@ -212,6 +213,7 @@ def _write_shards(
     check_entries(planned, output.entries)
     try:
         for index, shard in enumerate(planned.layout.shards):
+            make_folder(output.partial / shard.folder)
             opened = OutputFile(
                 output.partial / shard.name,
                 shard.nbytes,

@@ -21,6 +21,7 @@ from streammerge.checkpoint.bytesource import (
     choose_byte_source,
 )
 from streammerge.checkpoint.coded import read_codes
+from streammerge.checkpoint.composite import fit_parts, read_model
 from streammerge.checkpoint.finished import find_finished
 from streammerge.checkpoint.hub import locate_model
 from streammerge.checkpoint.inputs import parse_path
@@ -28,7 +29,7 @@ from streammerge.checkpoint.manifest import Manifest, digest_identity
 from streammerge.checkpoint.metadata import read_metadata
 from streammerge.checkpoint.outputform import form_of
 from streammerge.checkpoint.quantised import check_not_quantized
-from streammerge.checkpoint.reading import check_gathered, read_checkpoint
+from streammerge.checkpoint.reading import check_gathered
 from streammerge.checkpoint.types import Checkpoint
 from streammerge.companions.choosing import accompany
 from streammerge.comparing import Comparison, Sample, check_sample
@@ -50,6 +51,7 @@ from streammerge.merging import MergeJob, SampleJob
 from streammerge.methods import discover_methods
 from streammerge.plan.checking import check_runnable
 from streammerge.plan.layout import in_one_file
+from streammerge.plan.partners import settle_parts
 from streammerge.plan.planning import find_method, plan_merge, takes_in_turn
 from streammerge.plan.types import MergePlan
 from streammerge.recipe.parsing import (
@@ -58,6 +60,7 @@ from streammerge.recipe.parsing import (
     load_document,
     recipe_from_mapping,
 )
+from streammerge.recipe.resolving import build_resolver
 from streammerge.recipe.types import Recipe, Source
 
 RecipeLike = str | os.PathLike[str] | Mapping[str, Any] | Recipe
@@ -113,11 +116,16 @@ def plan(
         _read_source(source, f"sources[{index}]", base, shares_ties=shares_ties)
         for index, source in enumerate(parsed.sources)
     ]
-    first = sources[0] if base is None else base
-    assert isinstance(first, Checkpoint)  # noqa: S101 - adapters without a base are refused
-    metadata, left_out = read_metadata([file.path for file in first.files])
-    first = replace(first, metadata=metadata)
+    first, left_out = _with_metadata(sources[0] if base is None else base)
     base, sources = (None, [first, *sources[1:]]) if base is None else (first, sources)
+    sources = [
+        _fitted(source, first, parsed.sources[index], f"sources[{index}]")
+        for index, source in enumerate(sources)
+    ]
+    if first.parts:
+        full = [source for source in sources if isinstance(source, Checkpoint)]
+        specs = find_method(parsed.method).parameters
+        parsed = settle_parts(parsed, first, full, build_resolver(parsed, specs))
     machine = describe_machine(
         memory=memory, workers=workers, devices=names, device_budget=device_budget
     )
@@ -387,13 +395,13 @@ def _read_source(
     with _naming_source(label):
         adapted = is_adapter(source.path)
     if not adapted:
-        if source.component is not None:
-            raise RecipeError(
-                f"{label}.component: {source.path} is a model, and only adapters have parts; name "
-                "the part's own directory as path, and remove the key"
-            )
         return _read_model(source.path, label)
     where = _where(source, label)
+    if base is not None and any(folder for folder, _ in base.parts) and base.config is None:
+        raise RecipeError(
+            f"{where} is an adapter and the base a pipeline; name the folder of the part that it "
+            f"changes as the base: {base.path / base.parts[0][0]}"
+        )
     if base is None:
         raise RecipeError(
             f"{where} is an adapter and others are models; add `base: PATH`, the model that it was "
@@ -415,10 +423,35 @@ def _where(source: Source, label: str) -> str:
 
 def _read_model(path: Path, label: str) -> Checkpoint:
     with _naming_source(label):
-        checkpoint = read_codes(read_checkpoint(path))
+        checkpoint = read_codes(read_model(path))
         check_gathered(checkpoint)
-        check_not_quantized(checkpoint)
+        for part in (checkpoint, *(part for _, part in checkpoint.parts)):
+            check_not_quantized(part)
     return checkpoint
+
+
+def _with_metadata(first: Checkpoint | AdaptedModel) -> tuple[Checkpoint, tuple[str, ...]]:
+    """Return the first model with what its headers say, and which of their keys hold no more."""
+    assert isinstance(first, Checkpoint)  # noqa: S101 - adapters without a base are refused
+    parts = []
+    left_out: set[str] = set()
+    for folder, part in first.parts or (("", first),):
+        metadata, stale = read_metadata([file.path for file in part.files])
+        parts.append((folder, replace(part, metadata=metadata)))
+        left_out |= {*stale}
+    if first.parts:
+        return replace(first, parts=tuple(parts)), tuple(sorted(left_out))
+    return parts[0][1], tuple(sorted(left_out))
+
+
+def _fitted(
+    source: Checkpoint | AdaptedModel, first: Checkpoint, named: Source, label: str
+) -> Checkpoint | AdaptedModel:
+    """Return a source whose parts are called as those of the first model."""
+    if isinstance(source, AdaptedModel) or source is first:
+        return source
+    with _naming_source(label):
+        return fit_parts(source, first, named.component, where=_where(named, label))
 
 
 @contextmanager

@@ -94,7 +94,7 @@ def test_of_shards_it_is_what_all_say(tmp_path: Path) -> None:
 
     planned = plan_of(recipe_of("linear", None, [base]))
 
-    assert dict(planned.layout.metadata) == {"format": "pt", "of": "all"}
+    assert dict(planned.layout.shards[0].metadata) == {"format": "pt", "of": "all"}
     assert planned.metadata_left_out == ("n",)
 
 

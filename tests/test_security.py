@@ -176,12 +176,19 @@ def test_a_manifest_that_is_a_pipe_is_refused_and_not_waited_for(tmp_path: Path)
 
 
 @pytest.mark.parametrize("name", ["../a", "/a", "a/b", "", "..", ".", "a\\b", "C:a", "a\0", "a\n"])
-@pytest.mark.parametrize("key", ["shards", "index_name"])
+@pytest.mark.parametrize("key", ["shards", "index_name", "part_indexes", "companions"])
 def test_a_plan_writes_nowhere_but_in_its_output(key: str, name: str, models: Models) -> None:
-    planned = streammerge.plan(recipe_of("linear", None, [models.write(TENSORS)]), memory=MEMORY)
+    model = models.write(TENSORS)
+    (model / "config.json").write_text("{}")
+    planned = streammerge.plan(recipe_of("linear", None, [model]), memory=MEMORY)
     document = json.loads(dump_plan(planned))
     if key == "shards":
         document["layout"]["shards"][0]["name"] = name
+    elif key == "part_indexes":
+        document["layout"]["part_indexes"] = [[name, "index.json"]]
+    elif key == "companions":
+        # A companion may lie in a folder.
+        document["companions"][0]["name"] = name.replace("a/b", "a//b")
     else:
         document["layout"]["index_name"] = name
     with pytest.raises(PlanError, match="not a plain name; plan again"):

@@ -18,6 +18,7 @@ from pathlib import Path
 _STEP = 1 << 20
 _MAX_HEADER_BYTES = 100_000_000
 _INDEX_SUFFIX = ".index.json"
+_LISTS_OF_PARTS = ("model_index.json", "modules.json")
 _ENTRY_BYTES = 100
 """Of a tensor's entry and its place in a mapping, without its numbers; measured: 56 + 40."""
 _NUMBER_BYTES = 40
@@ -76,10 +77,13 @@ def _files(path: Path) -> list[Path]:
     try:
         if not directory.is_dir():
             return [path]
+        entries = [*directory.iterdir()]
+        if any(each.name in _LISTS_OF_PARTS for each in entries):
+            # Each folder may be a part.
+            folders = [each for each in entries if each.is_dir()]
+            entries += [inner for folder in folders for inner in folder.iterdir()]
         return sorted(
-            each
-            for each in directory.iterdir()
-            if each.name.endswith((".safetensors", _INDEX_SUFFIX))
+            each for each in entries if each.name.endswith((".safetensors", _INDEX_SUFFIX))
         )
     except (OSError, ValueError):
         return []

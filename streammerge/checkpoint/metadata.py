@@ -83,6 +83,6 @@ def _find_first(raw: bytes) -> object | None:
     # No longer than the first tensor's place: the entry ends before that.
     try:
         value, _ = json.JSONDecoder().raw_decode(raw[begin.end() :].decode("utf-8"))
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None

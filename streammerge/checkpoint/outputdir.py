@@ -331,7 +331,7 @@ def _clear(directory: Path) -> None:
 def _allocated(directory: Path) -> int:
     """Return the bytes of disk that the files of an unfinished merge have."""
     try:
-        return sum(getattr(path.stat(), "st_blocks", 0) * 512 for path in directory.iterdir())
+        return sum(getattr(path.stat(), "st_blocks", 0) * 512 for path in directory.rglob("*"))
     except OSError:
         return 0
 

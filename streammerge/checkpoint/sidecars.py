@@ -14,6 +14,11 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from streammerge.checkpoint.composite import (
+    PIPELINE_INDEX,
+    READ_SUFFIXES,
+    list_component_folders,
+)
 from streammerge.checkpoint.digests import FileDigest
 from streammerge.checkpoint.inputs import (
     check_inside,
@@ -57,6 +62,7 @@ _PATTERNS = (
     "*.model",
     "*.spm",
     "*.tiktoken",
+    "scheduler_config.json",
     # LeRobot: the steps around a policy, and the statistics that they normalise by, which no merge changes.
     "policy_*processor.json",
     "policy_*processor*.safetensors",
@@ -108,7 +114,7 @@ def plan_sidecars(directory: Path) -> tuple[Path, ...]:
     Raises:
         CheckpointError: The directory or one of the files cannot be read, a file is larger than
             :data:`MAX_SIDECAR_BYTES`, a name is not printable, a link leads out of the directory,
-            or a sentence-transformers module has weights of its own.
+            or a sentence-transformers module has weights that nobody here can read.
         HeaderError: A config is not JSON.
     """
     files, subdirectories = _list_directory(directory)
@@ -123,6 +129,8 @@ def plan_sidecars(directory: Path) -> tuple[Path, ...]:
                 chosen |= _module_files(directory, subdirectory)
     for name in chosen:
         _check_sidecar(directory, name)
+    if PIPELINE_INDEX in files:
+        chosen |= _pipeline_files(directory, files)
     code = _custom_code(directory, chosen, files)
     for name in code - chosen:
         _check_sidecar(directory, name)
@@ -206,7 +214,7 @@ def write_sidecars(
         DiskSpaceError: The disk is full.
         OutputError: A file cannot be written, or ``out`` is ``directory``.
     """
-    _make_directory(out)
+    make_folder(out)
     if out.samefile(directory):
         raise OutputError(f"{out}: is the directory of the input; name another output")
     written: dict[str, FileDigest] = {}
@@ -214,7 +222,7 @@ def write_sidecars(
         origin = directory if companion.directory is None else Path(companion.directory)
         path, target = origin / companion.name, out / companion.name
         if target.parent != out:
-            _make_directory(target.parent)
+            make_folder(target.parent)
         is_config = companion.name == _CONFIG and (dtype is not None or settings)
         if is_config or companion.changes:
             text = b"".join(_iter_unchanged(path, companion))
@@ -265,16 +273,45 @@ def _matches(name: str, patterns: Iterable[str]) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
+def _pipeline_files(directory: Path, files: set[str]) -> set[str]:
+    """Return the index of a pipeline, the files of its folders, and code that the index names."""
+    chosen = {PIPELINE_INDEX}
+    _check_sidecar(directory, PIPELINE_INDEX)
+    index = _read_json(directory / PIPELINE_INDEX)
+    values = index if isinstance(index, dict) else {}
+    for folder in list_component_folders(directory):
+        inner, _ = _list_directory(directory / folder)
+        wanted = {
+            path.relative_to(directory).as_posix() for path in plan_sidecars(directory / folder)
+        }
+        wanted |= {
+            f"{folder}/{name}"
+            for name in inner
+            if name.endswith((".json", ".txt")) and ".index." not in name
+        }
+        wanted |= {f"{folder}/{name}" for name in _code_of(values.get(folder)) & inner}
+        for name in wanted:
+            _check_sidecar(directory, name)
+        chosen |= wanted
+    return chosen | (_code_of(values.get("_class_name")) & files)
+
+
+def _code_of(value: object) -> set[str]:
+    """Return the Python file that a pipeline takes a class from, if it lies beside it."""
+    library = value[0] if isinstance(value, list) and value else None
+    return {f"{library}.py"} if isinstance(library, str) else set()
+
+
 def _module_files(directory: Path, subdirectory: str) -> set[str]:
     """Return the configs of one sentence-transformers module."""
     files, _ = _list_directory(directory / subdirectory)
-    for name in sorted(files):
-        if Path(name).suffix.lower() in _WEIGHT_SUFFIXES:
-            raise CheckpointError(
-                f"{directory / subdirectory / name}: weights of a sentence-transformers module "
-                "outside the merged checkpoint, which the output would lack; to merge the "
-                f"transformer alone, leave {_MODULES} out of a copy of the directory"
-            )
+    weights = sorted(name for name in files if Path(name).suffix.lower() in _WEIGHT_SUFFIXES)
+    if weights and not any(name.endswith(READ_SUFFIXES) for name in weights):
+        raise CheckpointError(
+            f"{directory / subdirectory / weights[0]}: weights of a sentence-transformers module "
+            "that cannot be read, which the output would lack; save them as safetensors, or, to merge "
+            f"the transformer alone, leave {_MODULES} out of a copy of the directory"
+        )
     return {f"{subdirectory}/{name}" for name in files if name.endswith(".json")}
 
 
@@ -439,7 +476,12 @@ def _iter_unchanged(path: Path, companion: Companion) -> Iterator[bytes]:
         )
 
 
-def _make_directory(path: Path) -> None:
+def make_folder(path: Path) -> None:
+    """Make a folder of the output, unless it is there.
+
+    Raises:
+        OutputError: The system refuses, or it is a link.
+    """
     try:
         path.mkdir(parents=True, exist_ok=True)
         if path.is_symlink():

@@ -135,6 +135,8 @@ class Checkpoint:
     """File name of the index; None for a single file."""
     metadata: tuple[tuple[str, str], ...] = ()
     """What its headers say beside the tensors and goes to the output; read for the first model only."""
+    parts: tuple[tuple[str, Checkpoint], ...] = ()
+    """Of a model in several folders, each with its folder; ``""`` is the directory itself."""
 
     @property
     def directory(self) -> Path:

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from streammerge.adapters.adapted import AdaptedModel
 from streammerge.assignment.types import Action
+from streammerge.checkpoint.composite import MODULES, list_component_folders, list_parts
 from streammerge.checkpoint.sidecars import list_left_behind
-from streammerge.checkpoint.types import Checkpoint, Companion, JsonChange
+from streammerge.checkpoint.types import (
+    Checkpoint,
+    Companion,
+    CompanionDifference,
+    JsonChange,
+)
 from streammerge.companions.comparing import Participant, compare_companions
 from streammerge.companions.fitting import Described, fit_config
 from streammerge.companions.kinds import gather_companions, kind_of, read_template
-from streammerge.errors import RecipeError
+from streammerge.dtypes import DType
+from streammerge.errors import CheckpointError, RecipeError
 from streammerge.plan.types import MergePlan
 from streammerge.recipe.types import BASE, CompanionKind, Recipe
 
@@ -48,21 +56,15 @@ def accompany(
     default = participants[0].directory
     companions = gather_companions({k: each.directory for k, each in taken.items()}, default)
     _check_given(recipe, taken, companions)
-    full = [
-        participant
-        for participant, model in zip(participants, models, strict=True)
-        if isinstance(model, Checkpoint)
-    ]
-    differences = compare_companions(full, taken, vocabulary=recipe.vocabulary)
+    _check_modules(taken[CompanionKind.CONFIG].directory, models[0], companions)
     changes = _fit(planned, models, taken[CompanionKind.CONFIG])
     companions = tuple(
-        replace(each, changes=(*each.changes, *changes)) if each.name == _CONFIG else each
-        for each in companions
+        replace(each, changes=(*each.changes, *changes.get(each.name, ()))) for each in companions
     )
     return replace(
         planned,
         companions=companions,
-        differences=differences,
+        differences=tuple(_compare(recipe, participants, models, taken)),
         left_behind=_left_behind(planned, models[0], default, companions),
     )
 
@@ -114,35 +116,112 @@ def _check_given(
         )
 
 
-def _fit(
-    planned: MergePlan, models: Sequence[Checkpoint | AdaptedModel], origin: Participant
-) -> tuple[JsonChange, ...]:
-    """Return what the chosen configuration has to say of the planned tensors."""
-    described = [
-        (
-            companion_directory(Path(named.path)),
-            Described(
-                named.label,
-                model.config or {},
-                {name: entry.shape for name, entry in model.tensors.items()},
-            ),
+def _check_modules(
+    directory: Path, first: Checkpoint | AdaptedModel, companions: Sequence[Companion]
+) -> None:
+    """Raise if the configuration lists modules whose tensors the output lacks."""
+    if not any(companion.name == MODULES for companion in companions):
+        return
+    held = {folder for folder, _ in first.parts} if isinstance(first, Checkpoint) else set()
+    missing = [folder for folder in list_parts(directory) if folder not in held]
+    if missing:
+        raise CheckpointError(
+            f"{directory / missing[0]}: weights of a sentence-transformers module outside the merged "
+            "checkpoint, which the output would lack; name the directory of the whole model, not its "
+            f"file, or leave {MODULES} out of a copy of it"
         )
-        for named, model in zip(planned.models, models, strict=True)
+
+
+def _compare(
+    recipe: Recipe,
+    participants: Sequence[Participant],
+    models: Sequence[Checkpoint | AdaptedModel],
+    taken: Mapping[CompanionKind, Participant],
+) -> Iterator[CompanionDifference]:
+    """Yield what differs, in the directory of the model and in the folder of each part."""
+    full = [
+        (participant, model)
+        for participant, model in zip(participants, models, strict=True)
         if isinstance(model, Checkpoint)
     ]
-    own = next((each for directory, each in described if directory == origin.directory), None)
-    if own is None or not own.config:
-        return ()
+    for folder in ("", *list_component_folders(participants[0].directory)):
+        inside = [
+            Participant(participant.label, directory)
+            for participant, model in full
+            if (directory := _folder_of(participant, model, folder)).is_dir()
+        ]
+        by_directory = {participant.directory: model for participant, model in full}
+        chosen = {
+            kind: Participant(
+                each.label, _folder_of(each, by_directory.get(each.directory), folder)
+            )
+            for kind, each in taken.items()
+        }
+        for difference in compare_companions(inside, chosen, vocabulary=recipe.vocabulary):
+            name = "/".join(filter(None, (folder, difference.key)))
+            yield replace(difference, key=name)
+
+
+def _folder_of(participant: Participant, model: Checkpoint | None, folder: str) -> Path:
+    """Return where a model has the files of a part: a part alone has them in its own directory."""
+    part = dict(model.parts).get(folder) if model is not None else None
+    return participant.directory / folder if part is None else part.directory
+
+
+def _fit(
+    planned: MergePlan, models: Sequence[Checkpoint | AdaptedModel], origin: Participant
+) -> dict[str, tuple[JsonChange, ...]]:
+    """Return what the chosen configurations have to say of the planned tensors, by their file's name."""
+    named = [
+        (model.label, companion_directory(Path(model.path)), dict(each.parts) or {"": each})
+        for model, each in zip(planned.models, models, strict=True)
+        if isinstance(each, Checkpoint)
+    ]
+    folders = {folder for _, _, parts in named for folder in parts if folder}
+    results: dict[str, dict[str, tuple[int, ...]]] = {}
+    copied: dict[str, dict[str, str]] = {}
+    merged: dict[str, set[DType]] = {}
     full = {index for index, model in enumerate(models) if isinstance(model, Checkpoint)}
-    copied = {}
     for task in planned.tasks:
+        head, slash, rest = task.name.partition("/")
+        folder, name = (head, rest) if slash and head in folders else ("", task.name)
+        results.setdefault(folder, {})[name] = task.shape
         present = [index for index, entry in enumerate(task.inputs) if entry is not None]
         copies = task.action in (Action.COPY, Action.CONVERT) and not task.changes
         if copies and len(present) == 1 and present[0] in full:
-            copied[task.name] = planned.models[present[0]].label
-    result = {task.name: task.shape for task in planned.tasks}
-    others = [each for _, each in described if each is not own]
-    return fit_config(own, others, result, copied)
+            copied.setdefault(folder, {})[name] = planned.models[present[0]].label
+        elif task.action is Action.MERGE:
+            merged.setdefault(folder, set()).add(task.dtype)
+    changes: dict[str, tuple[JsonChange, ...]] = {}
+    for folder, result in results.items():
+        described = [
+            (directory, _describe(label, parts[folder]))
+            for label, directory, parts in named
+            if folder in parts
+        ]
+        own = next((each for directory, each in described if directory == origin.directory), None)
+        if own is None or not own.config:
+            continue
+        others = [each for _, each in described if each is not own]
+        found = fit_config(own, others, result, copied.get(folder, {}))
+        if folder:
+            found += tuple(_dtype_changes(merged.get(folder, set()), own.config))
+        changes[f"{folder}/{_CONFIG}" if folder else _CONFIG] = found
+    return changes
+
+
+def _describe(label: str, model: Checkpoint) -> Described:
+    shapes = {name: entry.shape for name, entry in model.tensors.items()}
+    return Described(label, model.config or {}, shapes)
+
+
+def _dtype_changes(merged: set[DType], config: Mapping[str, object]) -> Iterator[JsonChange]:
+    """Yield the element type of a merged part, where its configuration says another one."""
+    if len(merged) == 1:
+        (dtype,) = merged
+        for key in ("dtype", "torch_dtype"):
+            if isinstance(config.get(key), str) and config[key] != dtype.torch_name:
+                yield JsonChange("", key, json.dumps(dtype.torch_name), "the type of the output")
 
 
 def _left_behind(
@@ -156,5 +235,9 @@ def _left_behind(
         return ()
     taken = [each.name for each in companions if each.directory is None]
     taken += [file.path.relative_to(first.directory).as_posix() for file in first.files]
-    taken += [] if first.index_name is None else [first.index_name]
+    taken += [
+        f"{folder}/{part.index_name}" if folder else part.index_name
+        for folder, part in (first.parts or (("", first),))
+        if part.index_name is not None
+    ]
     return list_left_behind(directory, taken)

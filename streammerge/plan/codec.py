@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import PurePosixPath, PureWindowsPath
 
 from pydantic import TypeAdapter, ValidationError
@@ -33,12 +34,33 @@ def parse_plan(text: str) -> MergePlan:
         raise PlanError(
             f"the plan has version {plan.version}, this is version {PLAN_VERSION}; plan again"
         )
-    for name in (*(shard.name for shard in plan.layout.shards), plan.layout.index_name):
-        if name is not None and not _is_plain(name):
-            raise PlanError(
-                f"the plan names the output file {name!r}, not a plain name; plan again"
-            )
+    for name in _odd_names(plan):
+        raise PlanError(f"the plan names the output file {name!r}, not a plain name; plan again")
     return plan
+
+
+def _odd_names(plan: MergePlan) -> Iterator[str]:
+    """Yield the names of output files that are not where such files lie."""
+    layout = plan.layout
+    for shard in layout.shards:
+        # A folder is that of a part, after which its tensors are called.
+        inside = not shard.folder or all(
+            0 <= index < len(plan.tasks) and plan.tasks[index].name.startswith(shard.folder)
+            for index in shard.tasks
+        )
+        if not (
+            inside and shard.name.count("/") < 2 and all(map(_is_plain, shard.name.split("/")))
+        ):
+            yield shard.name
+    folders = {shard.folder for shard in layout.shards}
+    if layout.index_name is not None and not _is_plain(layout.index_name):
+        yield layout.index_name
+    for folder, name in layout.part_indexes:
+        if f"{folder}/" not in folders or not _is_plain(name):
+            yield f"{folder}/{name}"
+    for companion in plan.companions:
+        if not all(map(_is_plain, companion.name.split("/"))):
+            yield companion.name
 
 
 def _is_plain(name: str) -> bool:

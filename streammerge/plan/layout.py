@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Protocol
 
@@ -47,12 +47,52 @@ def plan_layout_like(
     Returns:
         As :func:`plan_layout`.
     """
+    if first.parts:
+        return _plan_parts(tensors, first, output)
     limit = output.max_shard_bytes
     if limit is None and len(first.files) > 1:
         limit = USUAL_SHARD_BYTES
     return plan_layout(
         tensors, limit, names=name_weights(first), metadata=first.metadata or (FORMAT,)
     )
+
+
+def _plan_parts(
+    tensors: Sequence[_Stored], first: Checkpoint, output: OutputSpec
+) -> tuple[OutputLayout, list[tuple[int, int]]]:
+    """Assign every tensor a place in the folder that it is called after."""
+    folders = {folder: part for folder, part in first.parts if folder}
+    root = dict(first.parts).get("")
+    members: dict[str, list[int]] = {}
+    for index, tensor in enumerate(tensors):
+        folder = tensor.name.partition("/")[0]
+        members.setdefault(folder if folder in folders else "", []).append(index)
+    shards: list[OutputShard] = []
+    places: list[tuple[int, int]] = [(0, 0)] * len(tensors)
+    indexes: list[tuple[str, str]] = []
+    for folder, part in (*([] if root is None else [("", root)]), *folders.items()):
+        indices = members.get(folder, [])
+        prefix = f"{folder}/" if folder else ""
+        if folder and not indices:
+            # A rule drops all of it.
+            continue
+        inside = [_inside(tensors[index], prefix) for index in indices]
+        layout, own = plan_layout_like(inside, part, output)
+        if layout.index_name is not None:
+            indexes.append((folder, layout.index_name))
+        for index, (shard, offset) in zip(indices, own, strict=True):
+            places[index] = (len(shards) + shard, offset)
+        shards += (
+            replace(
+                shard,
+                name=prefix + shard.name,
+                tasks=tuple(indices[position] for position in shard.tasks),
+            )
+            for shard in layout.shards
+        )
+    own_index = next((name for folder, name in indexes if not folder), None)
+    of_parts = tuple((folder, name) for folder, name in indexes if folder)
+    return OutputLayout(tuple(shards), own_index, of_parts), places
 
 
 def plan_layout(
@@ -96,9 +136,10 @@ def plan_layout(
             places[index] = (shard_index, offset)
             offset += nbytes[index]
         name = names.shard(shard_index, len(groups))
-        shards.append(OutputShard(name, len(header), offset - len(header), tuple(group)))
+        data_nbytes = offset - len(header)
+        shards.append(OutputShard(name, len(header), data_nbytes, tuple(group), metadata))
     index_name = names.index if len(groups) > 1 else None
-    return OutputLayout(tuple(shards), index_name, metadata), places
+    return OutputLayout(tuple(shards), index_name), places
 
 
 def in_one_file(plan: MergePlan, name: str, limit: int | None) -> MergePlan:
@@ -114,6 +155,12 @@ def in_one_file(plan: MergePlan, name: str, limit: int | None) -> MergePlan:
     """
     if [shard.name for shard in plan.layout.shards] == [name] and not plan.companions:
         return plan
+    folders = sorted({shard.folder for shard in plan.layout.shards})
+    if folders != [""]:
+        raise RecipeError(
+            f"{name} is one file, and the first model has tensors in {', '.join(folders)}; name a "
+            "directory as the output"
+        )
     if limit is not None and len(plan.layout.shards) > 1:
         raise RecipeError(
             f"output.max_shard_size: {format_size(limit)} makes {len(plan.layout.shards)} files of "
@@ -121,7 +168,7 @@ def in_one_file(plan: MergePlan, name: str, limit: int | None) -> MergePlan:
             "a directory as the output"
         )
     layout, places = plan_layout(
-        plan.tasks, None, names=name_single(name), metadata=plan.layout.metadata
+        plan.tasks, None, names=name_single(name), metadata=plan.layout.shards[0].metadata
     )
     tasks = tuple(
         replace(task, shard=shard, offset=offset)
@@ -135,18 +182,30 @@ def in_one_file(plan: MergePlan, name: str, limit: int | None) -> MergePlan:
 
 def render_header(plan: MergePlan, shard: int) -> bytes:
     """Return the bytes of a shard before its tensor data."""
-    tasks = [plan.tasks[index] for index in plan.layout.shards[shard].tasks]
-    return _header(tasks, plan.layout.metadata)
+    planned = plan.layout.shards[shard]
+    tasks = [_inside(plan.tasks[index], planned.folder) for index in planned.tasks]
+    return _header(tasks, planned.metadata)
 
 
-def render_index(plan: MergePlan) -> bytes:
-    """Return the bytes of the index, such as ``model.safetensors.index.json``."""
+def render_indexes(plan: MergePlan) -> dict[str, bytes]:
+    """Return the bytes of every index, such as ``model.safetensors.index.json``, by its name."""
+    layout = plan.layout
+    named = [(f"{folder}/", name) for folder, name in layout.part_indexes]
+    named += [] if layout.index_name is None else [("", layout.index_name)]
+    return {folder + name: _render_index(plan, folder) for folder, name in named}
+
+
+def _render_index(plan: MergePlan, folder: str) -> bytes:
+    shards = [shard for shard in plan.layout.shards if shard.folder == folder]
     weight_map = {
-        plan.tasks[index].name: shard.name for shard in plan.layout.shards for index in shard.tasks
+        plan.tasks[index].name.removeprefix(folder): shard.name.removeprefix(folder)
+        for shard in shards
+        for index in shard.tasks
     }
-    parameters = sum(task.numel for task in plan.tasks)
+    parameters = sum(plan.tasks[index].numel for shard in shards for index in shard.tasks)
+    total = sum(shard.data_nbytes for shard in shards)
     index = {
-        "metadata": {"total_parameters": parameters, "total_size": plan.layout.data_nbytes},
+        "metadata": {"total_parameters": parameters, "total_size": total},
         "weight_map": dict(sorted(weight_map.items())),
     }
     return (json.dumps(index, indent=2, ensure_ascii=False) + "\n").encode()
@@ -161,6 +220,22 @@ class _Stored(Protocol):
     def dtype(self) -> DType: ...
     @property
     def shape(self) -> tuple[int, ...]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Inside:
+    """A tensor as the file in its folder calls it."""
+
+    name: str
+    """Without the folder."""
+    dtype: DType
+    """Stored element type."""
+    shape: tuple[int, ...]
+    """Elements per dimension."""
+
+
+def _inside(tensor: _Stored, folder: str) -> _Inside:
+    return _Inside(tensor.name.removeprefix(folder), tensor.dtype, tensor.shape)
 
 
 def _header(tensors: Sequence[_Stored], metadata: Metadata) -> bytes:

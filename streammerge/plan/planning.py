@@ -417,12 +417,7 @@ def _reordered(layout: OutputLayout, order: Sequence[int]) -> OutputLayout:
     """Let the layout refer to tasks by their place in the order of work."""
     place = {old: new for new, old in enumerate(order)}
     shards = tuple(
-        type(shard)(
-            shard.name,
-            shard.header_nbytes,
-            shard.data_nbytes,
-            tuple(place[index] for index in shard.tasks),
-        )
+        replace(shard, tasks=tuple(place[index] for index in shard.tasks))
         for shard in layout.shards
     )
     return replace(layout, shards=shards)

@@ -98,10 +98,25 @@ def _tensor_rows(plan: MergePlan) -> list[tuple[str, str]]:
         ("tensors", f"{', '.join(parts)}; stored as {', '.join(sorted(dtypes))}"),
         ("parameters", f"{sum(task.numel for task in plan.tasks):,}"),
     ]
+    rows += _part_rows(plan)
     if plan.copied_from_base:
         names = ", ".join(plan.copied_from_base[:_SHOWN_SETTINGS])
         rows.append(("from base", f"{len(plan.copied_from_base)} missing elsewhere: {names}"))
     return rows + [(note.topic, note.text) for note in plan.notes]
+
+
+def _part_rows(plan: MergePlan) -> list[tuple[str, str]]:
+    """Say what becomes of each part of a model in several folders."""
+    folders = dict.fromkeys(shard.folder for shard in plan.layout.shards)
+    if list(folders) == [""]:
+        return []
+    rows = []
+    for folder in folders:
+        indices = [i for shard in plan.layout.shards if shard.folder == folder for i in shard.tasks]
+        actions = Counter(plan.tasks[index].action for index in indices)
+        done = [f"{actions[action]} {_DONE[action]}" for action in Action if actions[action]]
+        rows.append(("part", f"{folder or 'the directory itself'}: {', '.join(done)}"))
+    return rows
 
 
 _DONE = {
@@ -147,7 +162,8 @@ def _short(value: str | None) -> str:
 
 def _header_rows(plan: MergePlan) -> list[tuple[str, str]]:
     """Say what of the base's headers goes to the output, if they say more than every file does."""
-    kept = [key for key, _ in plan.layout.metadata if key != FORMAT[0]]
+    said = dict.fromkeys(key for shard in plan.layout.shards for key, _ in shard.metadata)
+    kept = [key for key in said if key != FORMAT[0]]
     rows = []
     if kept:
         rows.append(("header", f"{_listed(kept)} kept, from {plan.models[0].label}"))

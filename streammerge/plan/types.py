@@ -99,18 +99,26 @@ class OutputShard:
     """One output file."""
 
     name: str
-    """File name."""
+    """File name; of a model in several folders with the folder and ``/`` before it, as its tensors have."""
     header_nbytes: int
     """Bytes before the tensor data: the length field, the JSON and its padding."""
     data_nbytes: int
     """Bytes of tensor data."""
     tasks: tuple[int, ...]
     """Tasks stored here, in the order of their data."""
+    metadata: tuple[tuple[str, str], ...] = (("format", "pt"),)
+    """What the header says beside the tensors, sorted by key."""
 
     @property
     def nbytes(self) -> int:
         """Size of the file."""
         return self.header_nbytes + self.data_nbytes
+
+    @property
+    def folder(self) -> str:
+        """The folder that it lies in, with ``/`` at its end; empty for the output's own directory."""
+        folder, slash, _ = self.name.rpartition("/")
+        return folder + slash
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,8 +129,8 @@ class OutputLayout:
     """The files, in name order."""
     index_name: str | None
     """Name of the index file; None for a single shard."""
-    metadata: tuple[tuple[str, str], ...] = (("format", "pt"),)
-    """What every header says beside its tensors, sorted by key."""
+    part_indexes: tuple[tuple[str, str], ...] = ()
+    """Folder and name of the index of each part that has several shards."""
 
     @property
     def nbytes(self) -> int:

@@ -296,11 +296,13 @@ def test_numbered_directories_are_nothing_special_without_modules(model: Path) -
     assert planned(model) == []
 
 
-def test_a_module_with_weights_of_its_own_is_refused(model: Path) -> None:
+def test_a_module_with_weights_that_nobody_reads_is_refused(model: Path) -> None:
     put(model, "modules.json", content=[])
-    put(model, "2_Dense/config.json", "2_Dense/model.safetensors")
+    put(model, "2_Dense/config.json", "2_Dense/model.h5")
 
-    assert "2_Dense/model.safetensors: weights of a sentence-transformers module" in refusal(model)
+    assert "2_Dense/model.h5: weights of a sentence-transformers module" in refusal(model)
+    put(model, "2_Dense/model.safetensors")
+    assert planned(model) == ["2_Dense/config.json", "modules.json"]
 
 
 def test_dtype_is_replaced_in_place(model: Path, out: Path) -> None:
