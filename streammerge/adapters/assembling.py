@@ -6,8 +6,9 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from streammerge.adapters.naming import Parsed, Role
+from streammerge.adapters.naming import Parsed
 from streammerge.adapters.patterns import Lookup, build_lookup, check_path, matches_targets
+from streammerge.adapters.roles import Role
 from streammerge.adapters.stacks import wrapped_parameters
 from streammerge.adapters.types import AdapterConfig, LayerKind, LowRankModule, strip_wrappers
 from streammerge.checkpoint.types import TensorEntry
@@ -127,7 +128,7 @@ class ModuleBuilder:
                 f"{self._where}: {down.name!r} has {rank} rows, which is no multiple of the rank "
                 f"{configured} that {self._config_where} says"
             )
-        self._check_extras(stem, up, parts, layer)
+        self._check_extras(stem, down, up, parts, layer)
         divisor = math.sqrt(configured) if self._config.use_rslora else configured
         return LowRankModule(
             stem=stem,
@@ -136,6 +137,7 @@ class ModuleBuilder:
             up=up,
             bias=parts.get(Role.UP_BIAS),
             magnitude=parts.get(Role.MAGNITUDE),
+            magnitude_of_inputs=_is_per_input(parts.get(Role.MAGNITUDE), down, up),
             rank=rank,
             alpha=alpha,
             scaling=alpha / divisor,
@@ -192,7 +194,9 @@ class ModuleBuilder:
             )
         return found.pop()
 
-    def _check_extras(self, stem: str, up: TensorEntry, parts: Parts, layer: LayerKind) -> None:
+    def _check_extras(
+        self, stem: str, down: TensorEntry, up: TensorEntry, parts: Parts, layer: LayerKind
+    ) -> None:
         """Return if bias and magnitude are there exactly when the configuration says so."""
         expected = {
             Role.UP_BIAS: ("lora_bias", self._config.lora_bias),
@@ -200,10 +204,14 @@ class ModuleBuilder:
         }
         for role, (key, configured) in expected.items():
             entry = parts.get(role)
-            if (entry is not None) == configured:
+            # A raw file says it of each module by itself.
+            if (entry is not None) == configured or self._alphas is not None:
                 if entry is not None:
                     _check_gathered(entry, self._where, dimensions=1)
-                    if layer is not LayerKind.EXPERTS and entry.numel != up.shape[0]:
+                    per_input = role is Role.MAGNITUDE and _is_per_input(entry, down, up)
+                    if layer is not LayerKind.EXPERTS and not (
+                        entry.numel == up.shape[0] or per_input
+                    ):
                         raise ShapeMismatchError(
                             f"{self._where}: {entry.name!r} has {entry.numel} elements, the "
                             f"module has {up.shape[0]} outputs"
@@ -216,6 +224,17 @@ class ModuleBuilder:
                 f"{self._where}: {there}, but {self._config_where} says {key}: "
                 f"{str(configured).lower()}; the two files do not belong together"
             )
+
+
+def _is_per_input(magnitude: TensorEntry | None, down: TensorEntry, up: TensorEntry) -> bool:
+    """Return whether DoRA's magnitudes are those of inputs, as LyCORIS had it: ``[1, in, 1, ...]``.
+
+    PEFT's are those of outputs, and for convolutions of the shape ``[1, out, 1, ...]``.
+    """
+    if magnitude is None or not magnitude.name.endswith(".dora_scale"):
+        return False
+    shape = magnitude.shape
+    return len(shape) > 1 and shape[0] == 1 != up.shape[0] and magnitude.numel == down.shape[1]
 
 
 def _check_gathered(entry: TensorEntry, where: str, *, dimensions: int = 2) -> None:

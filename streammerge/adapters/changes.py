@@ -11,8 +11,10 @@ from dataclasses import dataclass
 from enum import StrEnum
 from math import prod
 
+from streammerge.adapters.forms import Form, FormedModule
 from streammerge.adapters.homes import Homes, ModuleHome, TokensHome, VectorHome
-from streammerge.adapters.types import LayerKind
+from streammerge.adapters.types import LayerKind, LowRankModule
+from streammerge.adapters.workings import Working, form_workings
 from streammerge.checkpoint.types import TensorEntry
 
 DELTA_ROWS = 3
@@ -30,14 +32,32 @@ class ChangeKind(StrEnum):
 
     LOW_RANK = "low rank"
     """``W + scaling * B @ A``; factors are A and B."""
-    NORMED = "normed low rank"
-    """DoRA: ``m * V / norm(V)`` with ``V = W + scaling * B @ A``; factors are A, B and m."""
+    HADAMARD = "product of products"
+    """``W + scaling * (B1 @ A1) * (B2 @ A2)``, multiplied element by element; factors are A1, B1, A2
+    and B2."""
+    KRONECKER = "Kronecker product"
+    """``W + scaling * kron(w1, w2)``; factors are w1 and w2."""
+    NORMED = "normed"
+    """DoRA: ``m * V / norm(V)``, where V is W with what is added; factors are those of what is added,
+    and m."""
     ADDED = "added"
     """``W + scaling * v``, element by element; the factor is v."""
     SCALED = "scaled"
     """IA3: rows or columns times v; the factor is v."""
     ROWS = "rows"
     """Some rows are replaced; the factor holds them."""
+
+
+_SUMS = frozenset(
+    {ChangeKind.LOW_RANK, ChangeKind.HADAMARD, ChangeKind.KRONECKER, ChangeKind.ADDED}
+)
+_KINDS = {
+    Form.LOKR: ChangeKind.KRONECKER,
+    Form.LOHA: ChangeKind.HADAMARD,
+    Form.LOCON: ChangeKind.LOW_RANK,
+    Form.GLORA: ChangeKind.LOW_RANK,
+    Form.DIFFERENCE: ChangeKind.ADDED,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +67,8 @@ class Change:
     kind: ChangeKind
     """How it changes."""
     factors: tuple[TensorEntry, ...]
-    """The adapter's tensors that say how, in the order that :class:`ChangeKind` gives."""
+    """The adapter's tensors that say how, in the order that :class:`ChangeKind` gives; with workings
+    those that they are made of, and m last."""
     matrix: tuple[int, int]
     """Rows and columns of the tensor, or of each matrix in a stack, as they are stored."""
     model: int = -1
@@ -68,18 +89,26 @@ class Change:
     """ROWS: which rows."""
     rounds_product: bool = False
     """Whether PEFT rounds the product to the base's dtype before it adds it."""
+    added: ChangeKind = ChangeKind.LOW_RANK
+    """NORMED: what is added before."""
+    workings: tuple[Working, ...] = ()
+    """The factors, made of those that are stored; none where they are stored as they are needed."""
 
     @property
     def is_sum(self) -> bool:
-        """Whether the change is added, whatever the base's values are."""
-        return self.kind in (ChangeKind.LOW_RANK, ChangeKind.ADDED)
+        """Whether the change is added, whatever the other adapters' changes are."""
+        return self.kind in _SUMS
 
     @property
-    def rank(self) -> int:
-        """Inner dimension of the product, of one expert; 0 where there is none."""
-        if self.kind not in (ChangeKind.LOW_RANK, ChangeKind.NORMED):
-            return 0
-        return self.factors[0].shape[0] // self.experts
+    def sum_kind(self) -> ChangeKind:
+        """What is added, before norms or without."""
+        return self.added if self.kind is ChangeKind.NORMED else self.kind
+
+    @property
+    def reads_base(self) -> bool:
+        """Whether the stored tensor is read once more before it is changed."""
+        made = any(working.reads_base for working in self.workings)
+        return made or self.kind is ChangeKind.NORMED
 
 
 def list_changes(homes: Homes, base: dict[str, TensorEntry]) -> dict[str, list[Change]]:
@@ -97,14 +126,15 @@ def list_changes(homes: Homes, base: dict[str, TensorEntry]) -> dict[str, list[C
 
 def _iter_changes(homes: Homes, base: dict[str, TensorEntry]) -> Iterator[tuple[str, Change]]:
     for home in homes.modules:
-        yield home.weight, _product(home, base[home.weight])
-        if home.module.bias is not None and home.bias is not None:
+        module = home.module
+        if isinstance(module, FormedModule):
+            yield home.weight, _formed(module, base[home.weight])
+            continue
+        yield home.weight, _product(home, module, base[home.weight])
+        if module.bias is not None and home.bias is not None:
             matrix = (base[home.bias].numel, 1)
-            scaling = home.module.scaling
-            yield (
-                home.bias,
-                Change(ChangeKind.ADDED, (home.module.bias,), matrix, scaling=scaling),
-            )
+            scaling = module.scaling
+            yield home.bias, Change(ChangeKind.ADDED, (module.bias,), matrix, scaling=scaling)
     for vector in homes.vectors:
         yield vector.weight, _scaled(vector, base[vector.weight], along_rows=vector.along_rows)
         if vector.bias is not None:
@@ -113,8 +143,7 @@ def _iter_changes(homes: Homes, base: dict[str, TensorEntry]) -> Iterator[tuple[
         yield tokens.weight, _rows(tokens, base[tokens.weight])
 
 
-def _product(home: ModuleHome, entry: TensorEntry) -> Change:
-    module = home.module
+def _product(home: ModuleHome, module: LowRankModule, entry: TensorEntry) -> Change:
     # A stack that the base stores whole has the experts in front.
     stacked = home.experts > 1 and home.expert is None
     rows, *others = entry.shape[1:] if stacked else entry.shape
@@ -130,10 +159,26 @@ def _product(home: ModuleHome, entry: TensorEntry) -> Change:
         experts=home.experts,
         expert=home.expert,
         first_row=home.first_row,
-        along_rows=not home.transposed,
+        along_rows=home.transposed is module.magnitude_of_inputs,
         # Linear layers and convolutions add it as it is, and so does DoRA everywhere.
         rounds_product=module.magnitude is None
         and module.layer in (LayerKind.EMBEDDING, LayerKind.EXPERTS),
+    )
+
+
+def _formed(module: FormedModule, entry: TensorEntry) -> Change:
+    rows, *others = entry.shape or (1,)
+    factors, workings = form_workings(module, entry.shape)
+    kind = _KINDS[module.form]
+    magnitude = module.magnitude
+    return Change(
+        kind=kind if magnitude is None else ChangeKind.NORMED,
+        factors=factors if magnitude is None else (*factors, magnitude),
+        matrix=(rows, prod(others)),
+        scaling=module.scaling,
+        along_rows=magnitude is None or magnitude.shape[0] == rows,
+        added=kind,
+        workings=workings,
     )
 
 

@@ -53,6 +53,12 @@ def check_clamp(value: ParameterValue | None) -> None:
 
 def _check_adapter(label: str, adapter: Adapter) -> None:
     config = adapter.config
+    if adapter.formed:
+        forms = sorted({str(module.form) for module in adapter.formed})
+        raise UnsupportedAdapterError(
+            f"{label}: holds modules of the form {' and '.join(forms)}, such as "
+            f"{adapter.formed[0].stem}, which have no combination of the same form: {_BAKE}"
+        )
     if config.use_dora:
         raise UnsupportedAdapterError(
             f"{label}: is a DoRA adapter; its magnitudes scale the base's weights, so without them "

@@ -20,11 +20,17 @@ _KOHYA = {
     "lora_te2_": "text_encoder_2",
     "lora_te3_": "text_encoder_3",
 }
+# ComfyUI's name for whatever denoises; LyCORIS' for whatever model it is used on by itself.
+_DENOISERS = ("diffusion_model.", "lycoris_")
 _DIFFUSERS = frozenset({"unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3"})
 
 
 def split_component(stem: str, naming: Naming) -> tuple[str, str]:
     """Return the part that a module belongs to, and its path there; the part may be empty."""
+    if naming is not Naming.PEFT:
+        for mark in _DENOISERS:
+            if stem.startswith(mark):
+                return "", stem.removeprefix(mark)
     if naming is Naming.KOHYA:
         for mark, component in _KOHYA.items():
             if stem.startswith(mark):
@@ -49,7 +55,7 @@ def choose_component(adapter: Adapter, component: str | None, *, where: str) -> 
     """
     if component is None:
         return adapter
-    parts = Counter(split_component(module.stem, adapter.naming)[0] for module in adapter.modules)
+    parts = Counter(split_component(stem, adapter.naming)[0] for stem in adapter.stems)
     if component not in parts:
         known = sorted(filter(None, parts))
         has = f"has {', '.join(known)}" if known else "has no parts, it adapts one model"
@@ -57,9 +63,12 @@ def choose_component(adapter: Adapter, component: str | None, *, where: str) -> 
             f"{where}: component: {printable(component)}: the adapter {has}"
             f"{suggestion(component, known) if known else '; remove the key'}"
         )
-    kept = [
-        module
-        for module in adapter.modules
-        if split_component(module.stem, adapter.naming)[0] == component
-    ]
-    return replace(adapter, modules=tuple(kept))
+
+    def is_kept(stem: str) -> bool:
+        return split_component(stem, adapter.naming)[0] == component
+
+    return replace(
+        adapter,
+        modules=tuple(each for each in adapter.modules if is_kept(each.stem)),
+        formed=tuple(each for each in adapter.formed if is_kept(each.stem)),
+    )

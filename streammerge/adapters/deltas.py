@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from streammerge.adapters.changes import WHOLE_NORM_NUMEL, Change, ChangeKind
+from streammerge.adapters.kronecker import fill_kronecker
+from streammerge.adapters.rows import by_rows
 from streammerge.lazily import torch
 from streammerge.reductions import BLOCK
 
@@ -33,6 +35,9 @@ _WIDE_STEP = BLOCK // LEAST_ROWS
 WORK_NUMEL = 2 * BLOCK
 """Elements of a workspace: a block of rows that are not too wide, with a part of a row at each end."""
 
+Put = Callable[["Tensor", "Tensor"], object]
+"""Writes the second to the first, or multiplies the first by it."""
+
 
 class Delta:
     """One change of one tensor, with its factors in memory."""
@@ -44,11 +49,13 @@ class Delta:
 
         Args:
             change: What is done.
-            factors: Its tensors, whole, in the compute dtype and in the shapes that are stored.
+            factors: Its tensors, whole, in the compute dtype and in the shapes that are stored; with
+                workings those that were made, and DoRA's magnitude last.
             norms: For DoRA, what :meth:`norms` returned.
         """
         self._change = change
         self._factors = factors
+        self._kind = change.sum_kind
         self._rows, self._columns = change.matrix
         self._vector = factors[-1].reshape(-1)
         if norms is not None:
@@ -75,11 +82,16 @@ class Delta:
             work: ``[WORK_NUMEL]`` in the compute dtype.
             dtype: The base's type, to round products to where PEFT does; None rounds none.
         """
-        if self._change.kind is ChangeKind.ADDED:
-            torch.mul(self._vector[begin : begin + out.numel()], self._change.scaling, out=out)
-            return
-        for part, expert, start in self._by_matrix(out, begin):
-            self._fill_matrix(part, expert, start, work)
+        match self._kind:
+            case ChangeKind.ADDED:
+                vector = self._factors[0].reshape(-1)
+                torch.mul(vector[begin : begin + out.numel()], self._change.scaling, out=out)
+                return
+            case ChangeKind.KRONECKER:
+                fill_kronecker(out, begin, self._factors[0], self._factors[1], work)
+            case _:
+                for part, expert, start in self._by_matrix(out, begin):
+                    self._fill_matrix(part, expert, start, work)
         out.mul_(self._change.scaling)
         if dtype is not None and self._change.rounds_product:
             out.copy_(out.to(dtype))
@@ -124,7 +136,11 @@ class Delta:
             read_rows: Returns rows of W from one index to another, in the compute dtype.
             work: ``[WORK_NUMEL]``, scratch.
         """
-        whole = not self._change.along_rows and self._rows * self._columns <= WHOLE_NORM_NUMEL
+        count = self._vector.numel()
+        # Beyond linear layers, an input has as many columns as its kernel has elements.
+        plain = count == self._columns
+        few = self._rows * self._columns <= WHOLE_NORM_NUMEL
+        whole = not self._change.along_rows and plain and few
         found = []
         squares = torch.zeros(self._columns, dtype=torch.float64)
         step = max(1, BLOCK // self._columns)
@@ -145,7 +161,9 @@ class Delta:
         if whole:
             norms: Tensor = torch.linalg.norm(torch.cat(found).T, dim=1)
             return norms
-        return torch.cat(found) if self._change.along_rows else squares.sqrt().to(work.dtype)
+        if self._change.along_rows:
+            return torch.cat(found)
+        return squares.view(count, -1).sum(dim=1).sqrt().to(work.dtype)
 
     def _by_matrix(self, flat: Tensor, begin: int) -> Iterator[tuple[Tensor, int, int]]:
         """Cut a flat range of a stack at the matrices' ends: part, expert, start in the matrix."""
@@ -157,51 +175,70 @@ class Delta:
             yield flat[done : done + count], self._change.expert or expert, start
             done += count
 
-    def _left(self, expert: int) -> Tensor:
-        """Return the product's left factor, ``[rows, r]``."""
+    def _left(self, expert: int, pair: int) -> Tensor:
+        """Return the left factor of a product, ``[rows, r]``."""
         change = self._change
-        down, up = self._factors[0], self._factors[1]
+        down, up = self._factors[2 * pair], self._factors[2 * pair + 1]
+        rank = down.shape[0] // change.experts
         if change.transposed:
             # The product's transpose: A' @ B'.
-            left = down.reshape(change.experts, change.rank, -1)[expert].T
+            left = down.reshape(change.experts, rank, -1)[expert].T
             return left[change.first_row : change.first_row + self._rows]
-        rows = up.reshape(up.shape[0], change.rank, change.experts)[:, :, expert]
+        rows = up.reshape(up.shape[0], rank, change.experts)[:, :, expert]
         return rows[change.first_row : change.first_row + self._rows]
 
-    def _right(self, expert: int) -> Tensor:
-        """Return the product's right factor, ``[r, columns]``."""
+    def _right(self, expert: int, pair: int) -> Tensor:
+        """Return the right factor of a product, ``[r, columns]``."""
         change = self._change
-        down, up = self._factors[0], self._factors[1]
+        down, up = self._factors[2 * pair], self._factors[2 * pair + 1]
+        rank = down.shape[0] // change.experts
         if change.transposed:
-            return up.reshape(up.shape[0], change.rank, change.experts)[:, :, expert].T
-        return down.reshape(change.experts, change.rank, -1)[expert]
+            return up.reshape(up.shape[0], rank, change.experts)[:, :, expert].T
+        return down.reshape(change.experts, rank, -1)[expert]
 
     def _fill_matrix(self, out: Tensor, expert: int, start: int, work: Tensor) -> None:
-        """Write the product of one matrix, from flat index ``start`` of it on."""
-        left, right, columns = self._left(expert), self._right(expert), self._columns
+        """Write one matrix of a stack, from flat index ``start`` of it on."""
+        first = self._left(expert, 0), self._right(expert, 0)
+        self._put_product(torch.Tensor.copy_, out, first, start, work)
+        if self._kind is ChangeKind.HADAMARD:
+            second = self._left(expert, 1), self._right(expert, 1)
+            self._put_product(torch.Tensor.mul_, out, second, start, work)
+
+    def _put_product(
+        self, put: Put, out: Tensor, factors: tuple[Tensor, Tensor], start: int, work: Tensor
+    ) -> None:
+        """Write a product, or multiply by it, from flat index ``start`` of it on."""
+        columns = self._columns
+        left, right = factors
         first, last = start // columns, -(-(start + out.numel()) // columns)
         if start % columns == 0 and out.numel() % columns == 0 and last - first >= LEAST_ROWS:
-            torch.mm(left[first:last], right, out=out.view(-1, columns))
+            whole = out if put is torch.Tensor.copy_ else work[: out.numel()]
+            torch.mm(left[first:last], right, out=whole.view(-1, columns))
+            if whole is not out:
+                put(out, whole)
             return
         if columns > _WIDE:
-            for part, row, column in _by_rows(out, start, columns):
+            for part, row, column in by_rows(out, start, columns):
                 wide = right[:, column : column + part.shape[1]]
-                self._fill_wide(part, left, wide, row, work)
+                self._put_wide(put, part, (left, wide), row, work)
             return
         begin, end = self._window(first, last)
         window = work[: (end - begin) * columns]
         torch.mm(left[begin:end], right, out=window.view(-1, columns))
         skipped = start - begin * columns
-        out.copy_(window[skipped : skipped + out.numel()])
+        put(out, window[skipped : skipped + out.numel()])
 
-    def _fill_wide(self, part: Tensor, left: Tensor, right: Tensor, row: int, work: Tensor) -> None:
-        """Write rows that are too wide to multiply many of them whole."""
+    def _put_wide(
+        self, put: Put, part: Tensor, factors: tuple[Tensor, Tensor], row: int, work: Tensor
+    ) -> None:
+        """Do the same for rows that are too wide to multiply many of them whole."""
+        left, right = factors
         for index in range(part.shape[0]):
             begin, end = self._window(row + index, row + index + 1)
             for offset, count in _split(part.shape[1], _WIDE_STEP):
                 window = work[: (end - begin) * count].view(-1, count)
                 torch.mm(left[begin:end], right[:, offset : offset + count], out=window)
-                part[index, offset : offset + count] = window[row + index - begin]
+                put(part[index, offset : offset + count], window[row + index - begin])
 
     def _window(self, first: int, last: int) -> tuple[int, int]:
         """Widen a range of rows to what is multiplied at once."""
@@ -214,7 +251,7 @@ class Delta:
         if not self._change.along_rows:
             # A convolution has as many columns per input channel as its kernel has elements.
             vector = vector.repeat_interleave(self._columns // vector.numel())
-        for part, row, column in _by_rows(weights, begin, self._columns):
+        for part, row, column in by_rows(weights, begin, self._columns):
             if self._change.along_rows:
                 part.mul_(vector[row : row + part.shape[0], None])
             else:
@@ -230,21 +267,6 @@ class Delta:
             low, high = max(begin, row * columns), min(end, (row + 1) * columns)
             weights[low - begin : high - begin] = rows[index, low - row * columns :][: high - low]
             position += 1
-
-
-def _by_rows(flat: Tensor, begin: int, columns: int) -> Iterator[tuple[Tensor, int, int]]:
-    """Cut a flat range into matrices: parts ``[n, c]``, each with its first row and column."""
-    done = 0
-    while done < flat.numel():
-        row, column = divmod(begin + done, columns)
-        left = flat.numel() - done
-        count = left // columns * columns if column == 0 and left >= columns else 0
-        width = columns
-        if not count:
-            # The rest of a row that began earlier, or the beginning of one that ends later.
-            count = width = min(columns - column, left)
-        yield flat[done : done + count].view(-1, width), row, column
-        done += count
 
 
 def _split(numel: int, step: int) -> Iterator[tuple[int, int]]:

@@ -13,8 +13,17 @@ from types import MappingProxyType
 
 from streammerge.adapters.components import split_component
 from streammerge.adapters.fitting import is_feedforward, layer_orientation, module_fits, scales_rows
+from streammerge.adapters.forms import FormedModule, form_fits
 from streammerge.adapters.homes import Homes, ModuleHome, TokensHome, VectorHome
-from streammerge.adapters.locating import BaseNames, Located, Shape, Wanted, locate, locate_flat
+from streammerge.adapters.locating import (
+    BaseNames,
+    Located,
+    Shape,
+    Wanted,
+    flatten,
+    locate,
+    locate_flat,
+)
 from streammerge.adapters.stacks import (
     Orientation,
     StackPart,
@@ -124,11 +133,12 @@ class _Finder:
         replaced = self._replaced(added)
         self._saved = {*added, *(self._home(path) for path in adapter.saved if path not in added)}
         self._effective = {name: entry.shape for name, entry in replaced.items()}
-        modules = tuple(home for module in adapter.modules for home in self._module_homes(module))
+        modules = [home for module in adapter.modules for home in self._module_homes(module)]
+        modules += [self._formed_home(module) for module in adapter.formed]
         vectors = tuple(map(self._vector_home, adapter.vectors))
         tokens = tuple(map(self._tokens_home, adapter.tokens))
         homes = Homes(
-            modules=modules,
+            modules=tuple(modules),
             vectors=vectors,
             tokens=tokens,
             replaced=MappingProxyType(replaced),
@@ -145,9 +155,11 @@ class _Finder:
                 for part in self._parts(module):
                     yield Wanted(part.path, partial(_part_fits, module, part))
                 continue
-            path = module.name if self._is_flat else module.weight_name
             resized = module.weight_name in adapter.replaced
-            yield Wanted(path, _anything if resized else partial(module_fits, module))
+            fits = _anything if resized else partial(module_fits, module)
+            yield Wanted(module.weight_name, fits)
+        for formed in adapter.formed:
+            yield Wanted(formed.weight_name, partial(form_fits, formed))
         for vector in adapter.vectors:
             yield Wanted(_weight_of(vector.stem), _anything)
         for tokens in adapter.tokens:
@@ -178,7 +190,7 @@ class _Finder:
         parts: dict[str, dict[str, Wanted]] = {}
         for each in wanted:
             part, path = split_component(each.path, Naming.KOHYA)
-            flat = f"{path}_weight"
+            flat = flatten(path)
             parts.setdefault(part, {})[flat] = Wanted(each.path, each.fits)
         every = Located()
         for by_path in parts.values():
@@ -249,7 +261,7 @@ class _Finder:
         )
 
     def _plain_home(self, module: LowRankModule) -> ModuleHome:
-        weight = self._home(module.name if self._is_flat else module.weight_name)
+        weight = self._home(module.weight_name)
         shape = self._shape(weight)
         transposed = layer_orientation(
             module, shape, fan_in_fan_out=self._adapter.config.fan_in_fan_out
@@ -268,6 +280,25 @@ class _Finder:
             experts=1,
             first_row=0,
             bias=None if module.bias is None else self._bias(module, weight),
+        )
+
+    def _formed_home(self, module: FormedModule) -> ModuleHome:
+        weight = self._home(module.weight_name)
+        shape = self._shape(weight)
+        if not form_fits(module, shape):
+            raise ShapeMismatchError(
+                f"{self._where}: {printable(module.stem)}: the change ({module.form}) is "
+                f"{[module.outer, module.columns]}, the base's {printable(weight)} is "
+                f"{list(shape)}; {_OTHER_BASE}"
+            )
+        return ModuleHome(
+            module=module,
+            weight=weight,
+            transposed=False,
+            expert=None,
+            experts=1,
+            first_row=0,
+            bias=None,
         )
 
     def _bias(self, module: LowRankModule, weight: str) -> str:
@@ -360,7 +391,7 @@ class _Finder:
         nearest = suggestion(missing[0], self._tensors) if len(missing[0]) < 200 else ""
         naming = self._adapter.naming
         stray = {split_component(path, naming)[0] for path in missing}
-        parts = {split_component(module.stem, naming)[0] for module in self._adapter.modules}
+        parts = {split_component(stem, naming)[0] for stem in self._adapter.stems}
         found = sorted(parts - stray)
         advice = f"take one part of it with `component: {found[0]}`" if found else _OTHER_BASE
         return MissingTensorError(

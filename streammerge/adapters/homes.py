@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from streammerge.adapters.forms import FormedModule
 from streammerge.adapters.types import LowRankModule, ScalingVector, TokenRows
 from streammerge.checkpoint.types import TensorEntry
 
 
 @dataclass(frozen=True, slots=True)
 class ModuleHome:
-    """Where the product of a low-rank module, or a part of it, is added."""
+    """Where the product of a low-rank module, or a part of it, is added; or what another form changes."""
 
-    module: LowRankModule
+    module: LowRankModule | FormedModule
     """The module."""
     weight: str
     """Name of the base's tensor that the product is added to."""
@@ -62,7 +63,7 @@ class Homes:
     """The place of every tensor of an adapter in a base."""
 
     modules: tuple[ModuleHome, ...]
-    """Homes of low-rank modules; several of one module where the base has its matrix in parts."""
+    """Homes of modules; several of one module where the base has its matrix in parts."""
     vectors: tuple[VectorHome, ...]
     """Homes of IA3's vectors."""
     tokens: tuple[TokensHome, ...]

@@ -32,7 +32,13 @@ def describe_adapter(adapter: Adapter) -> str:
         rows.append(("ranks", _counted(Counter(str(module.rank) for module in adapter.modules))))
         scalings = Counter(f"{module.scaling:g}" for module in adapter.modules)
         rows.append(("scalings", _counted(scalings)))
+    if adapter.formed:
+        forms = Counter(str(module.form) for module in adapter.formed)
+        rows.append(("forms", _counted(forms)))
+        scalings = Counter(f"{module.scaling:g}" for module in adapter.formed)
+        rows.append(("their scalings", _counted(scalings)))
     ends = Counter(module.name.rpartition(".")[2] for module in adapter.modules)
+    ends.update(module.name.rpartition(".")[2] for module in adapter.formed)
     ends.update(vector.stem.rpartition(".")[2] for vector in adapter.vectors)
     rows.append(("modules", _counted(ends)))
     for label, names in (
@@ -69,6 +75,20 @@ def describe_adapter_as_json(adapter: Adapter) -> dict[str, Any]:
             }
             for module in adapter.modules
         },
+        "formed": [
+            {
+                "stem": module.stem,
+                "form": module.form.value,
+                "parameter": module.parameter,
+                "rank": module.rank,
+                "alpha": module.alpha,
+                "scaling": module.scaling,
+                "rows": module.outer,
+                "columns": module.columns,
+                "tensors": {role.value: entry.name for role, entry in module.parts.items()},
+            }
+            for module in adapter.formed
+        ],
         "tensors": {
             entry.name: {
                 "dtype": entry.dtype.value,
@@ -89,7 +109,7 @@ def _variants(adapter: Adapter) -> str:
     config = adapter.config
     found = {
         "rslora": config.use_rslora,
-        "DoRA": config.use_dora,
+        "DoRA": config.use_dora or any(module.magnitude for module in adapter.formed),
         "lora_bias": config.lora_bias,
         "fan_in_fan_out": config.fan_in_fan_out,
         "target_parameters": bool(config.target_parameters),

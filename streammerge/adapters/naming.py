@@ -7,42 +7,13 @@ either understood whole or handed back, so that nothing in a file is passed over
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from enum import StrEnum
 
+from streammerge.adapters.roles import Role
 from streammerge.adapters.types import Naming
 
 PEFT_PREFIX = "base_model.model."
-
-
-class Role(StrEnum):
-    """What a tensor is for in its module."""
-
-    DOWN = "A"
-    """The factor that is applied first."""
-    UP = "B"
-    """The factor that is applied second."""
-    EMBEDDING_DOWN = "embedding A"
-    """The same for an embedding."""
-    EMBEDDING_UP = "embedding B"
-    """The same for an embedding."""
-    UP_BIAS = "bias of B"
-    """Bias of the second factor."""
-    MAGNITUDE = "DoRA magnitude"
-    """Norm per output."""
-    ALPHA = "alpha"
-    """Scalar; the scaling is alpha / rank."""
-    VECTOR = "IA3 vector"
-    """What IA3 multiplies by."""
-    TOKENS = "token rows"
-    """Rows of an embedding."""
-    BASE = "base tensor"
-    """A tensor of the base itself, which replaces it."""
-    SAVED = "saved module"
-    """A tensor of a module that was trained whole; :attr:`Parsed.stem` is its full name."""
-    PLAIN = "plain"
-    """Has none of the marks; the configuration tells whether it is a trained module's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,11 +35,12 @@ def recognise_naming(names: Iterable[str]) -> Naming | None:
         if name.startswith(PEFT_PREFIX):
             return Naming.PEFT
         # Every name below has one of these; models of 50,000 tensors come through here.
-        if "lora" not in name and ".ia3_l" not in name:
+        if not _HINTS.search(name):
             continue
-        if re.match(r"lora_(unet|te\d?|transformer)_", name) or name.endswith(_KOHYA_ENDINGS):
+        if _KOHYA_PREFIX.match(name) or name.endswith(_KOHYA_ENDINGS):
             return Naming.KOHYA
-        if found is None and (_MARKS.search(name) or _DIFFUSERS_OLD.search(name)):
+        dotted = _MARKS.search(name) or _DIFFUSERS_OLD.search(name) or _COMFY_DIFFERENCE.match(name)
+        if found is None and dotted:
             found = Naming.DIFFUSERS
     return found
 
@@ -105,14 +77,16 @@ def parse_diffusers_name(name: str) -> Parsed:
             return Parsed(role, found["stem"])
         # The processors of old attention blocks stand for these layers beside them.
         return Parsed(role, f"{found['stem']}.{'to_out.0' if layer == 'to_out' else layer}")
-    if found := re.fullmatch(r"(?P<stem>.+)\.alpha", name):
-        return Parsed(Role.ALPHA, found["stem"])
-    return Parsed(Role.PLAIN, name)
+    return _parse_ending(name, _KOHYA_ROLES | LYCORIS_ROLES)
 
 
 def parse_kohya_name(name: str) -> Parsed:
-    """Return what a tensor of kohya's naming is."""
-    for ending, role in _KOHYA_ROLES.items():
+    """Return what a tensor of kohya's naming is, or of LyCORIS' after it."""
+    return _parse_ending(name, _KOHYA_ROLES | LYCORIS_ROLES)
+
+
+def _parse_ending(name: str, endings: Mapping[str, Role]) -> Parsed:
+    for ending, role in endings.items():
         if name.endswith(ending):
             return Parsed(role, name.removesuffix(ending))
     return Parsed(Role.PLAIN, name)
@@ -154,7 +128,14 @@ _DIFFUSERS_OLD = re.compile(
     r"(?P<stem>.+?)(?:\.processor)?\.(?:(?P<layer>to_[qkv]|to_out)_lora|lora|lora_linear_layer)"
     r"\.(?P<side>down|up)\.weight"
 )
-_MARKS = re.compile(r"\.lora_[AB]\.|\.lora_magnitude_vector|\.lora_embedding_[AB]|\.ia3_l")
+_MARKS = re.compile(
+    r"\.lora_[AB]\.|\.lora_magnitude_vector|\.lora_embedding_[AB]|\.ia3_l"
+    r"|\.(?:lokr_w[12](?:_[ab])?|lokr_t2|hada_w[12]_[ab]|hada_t[12])$"
+)
+_HINTS = re.compile(r"lora|lycoris_|ia3_l|lokr_|hada_|\.diff")
+_KOHYA_PREFIX = re.compile(r"(?:lora_(?:unet|te\d?|transformer)|lycoris)_")
+# Models have parts called diff too, but not in such a place.
+_COMFY_DIFFERENCE = re.compile(r"diffusion_model\..+\.diff(?:_b)?$")
 _KOHYA_ROLES = {
     ".lora_down.weight": Role.DOWN,
     ".lora_up.weight": Role.UP,
@@ -162,10 +143,34 @@ _KOHYA_ROLES = {
     ".dora_scale": Role.MAGNITUDE,
 }
 _KOHYA_ENDINGS = (".lora_down.weight", ".lora_up.weight")
+LYCORIS_ROLES = {
+    ".lora_mid.weight": Role.MIDDLE,
+    ".lokr_w1": Role.LOKR_1,
+    ".lokr_w1_a": Role.LOKR_1A,
+    ".lokr_w1_b": Role.LOKR_1B,
+    ".lokr_w2": Role.LOKR_2,
+    ".lokr_w2_a": Role.LOKR_2A,
+    ".lokr_w2_b": Role.LOKR_2B,
+    ".lokr_t2": Role.LOKR_T,
+    ".hada_w1_a": Role.LOHA_1A,
+    ".hada_w1_b": Role.LOHA_1B,
+    ".hada_w2_a": Role.LOHA_2A,
+    ".hada_w2_b": Role.LOHA_2B,
+    ".hada_t1": Role.LOHA_1T,
+    ".hada_t2": Role.LOHA_2T,
+    ".a1.weight": Role.GLORA_A1,
+    ".a2.weight": Role.GLORA_A2,
+    ".b1.weight": Role.GLORA_B1,
+    ".b2.weight": Role.GLORA_B2,
+    ".diff": Role.DIFFERENCE,
+    ".w_norm": Role.DIFFERENCE,
+    ".diff_b": Role.BIAS_DIFFERENCE,
+    ".b_norm": Role.BIAS_DIFFERENCE,
+    ".dora_scale": Role.MAGNITUDE,
+    ".alpha": Role.ALPHA,
+}
+"""Endings of the names of LyCORIS, which ComfyUI reads too, after a module's path in either spelling."""
 _FOREIGN = (
-    (".hada_", "a LoHa adapter (Hadamard products)"),
-    (".lokr_", "a LoKr adapter (Kronecker products)"),
-    (".lora_mid.", "a LoCon adapter with a middle factor (Tucker decomposition)"),
     (".lora_diag", "a KaSA adapter"),
     (".lora_E", "an AdaLoRA adapter"),
     (".ranknum", "an AdaLoRA adapter"),

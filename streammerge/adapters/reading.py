@@ -9,7 +9,7 @@ alphas of raw files.
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from streammerge.adapters.assembling import ModuleBuilder, Sorted
@@ -19,9 +19,10 @@ from streammerge.adapters.config import (
     parse_adapter_config,
     read_adapter_config,
 )
+from streammerge.adapters.forming import FORM_ROLES, FormBuilder
+from streammerge.adapters.forms import FormedModule
 from streammerge.adapters.naming import (
     PEFT_PREFIX,
-    Role,
     foreign_variant,
     parse_diffusers_name,
     parse_kohya_name,
@@ -29,6 +30,7 @@ from streammerge.adapters.naming import (
     recognise_naming,
 )
 from streammerge.adapters.patterns import is_saved_module
+from streammerge.adapters.roles import Role
 from streammerge.adapters.stacks import wrapper_depths
 from streammerge.adapters.types import (
     Adapter,
@@ -218,7 +220,9 @@ def _assemble_raw(
     document: dict[str, object] = {
         "peft_type": AdapterKind.LORA.value,
         "r": max([1, *ranks]),
-        "use_dora": any(Role.MAGNITUDE in parts for parts in found.parts.values()),
+        "use_dora": any(
+            Role.MAGNITUDE in parts and Role.DOWN in parts for parts in found.parts.values()
+        ),
         "lora_bias": any(Role.UP_BIAS in parts for parts in found.parts.values()),
     }
     config = parse_adapter_config(document, where=where)
@@ -227,7 +231,17 @@ def _assemble_raw(
         part = parse_adapter_config({"peft_type": "LORA", **inner}, where=where)
         prefix = f"{component}." if component else ""
         builders[prefix] = ModuleBuilder(part, where=where, config_where=where, prefix=prefix)
-    return _finish(path, file, naming=naming, config=config, found=found, builders=builders)
+    formed = tuple(_formed(found, alphas, where))
+    return _finish(
+        path, file, naming=naming, config=config, found=found, builders=builders, formed=formed
+    )
+
+
+def _formed(found: Sorted, alphas: dict[str, float], where: str) -> Iterator[FormedModule]:
+    """Yield the modules of other forms than two factors, and take their tensors out."""
+    for stem, parts in sorted(found.parts.items()):
+        if parts.keys() & FORM_ROLES:
+            yield from FormBuilder(stem, parts, alpha=alphas.get(stem), where=where).build()
 
 
 def _finish(
@@ -238,6 +252,7 @@ def _finish(
     config: AdapterConfig,
     found: Sorted,
     builders: Mapping[str, ModuleBuilder],
+    formed: tuple[FormedModule, ...] = (),
 ) -> Adapter:
     """Return the adapter, once every tensor has a home."""
     saved, replaced, biases, homeless = _place_whole(config, found)
@@ -262,7 +277,7 @@ def _finish(
             f"configuration describes: {_listed(sorted(homeless))}; nothing is left out silently: "
             "correct the configuration, or remove them"
         )
-    if not modules and not vectors and not tokens and not saved:
+    if not any((modules, formed, vectors, tokens, saved)):
         raise MissingTensorError(f"{file.path}: holds no factors; save the adapter again")
     _check_vectors(file.path, vectors)
     return Adapter(
@@ -271,6 +286,7 @@ def _finish(
         naming=naming,
         config=config,
         modules=tuple(modules),
+        formed=formed,
         vectors=tuple(vectors),
         saved=saved,
         replaced=replaced,

@@ -8,6 +8,7 @@ from enum import StrEnum
 from math import prod
 from pathlib import Path
 
+from streammerge.adapters.forms import FormedModule
 from streammerge.checkpoint.types import ShardFile, TensorEntry
 
 
@@ -71,6 +72,8 @@ class LowRankModule:
     """The module's parameter that changes; empty for EXPERTS where the file does not tell."""
     experts: int = 1
     """Matrices that the factors hold side by side."""
+    magnitude_of_inputs: bool = False
+    """Whether DoRA's norms are those of inputs, as in older files of LyCORIS."""
 
     @property
     def name(self) -> str:
@@ -185,6 +188,8 @@ class Adapter:
     """The configuration; for raw files, what their tensors and metadata say instead."""
     modules: tuple[LowRankModule, ...]
     """The low-rank modules, sorted by stem."""
+    formed: tuple[FormedModule, ...]
+    """Modules of other forms, sorted by stem."""
     vectors: tuple[ScalingVector, ...]
     """IA3's vectors, sorted by stem."""
     saved: Mapping[str, TensorEntry]
@@ -203,9 +208,16 @@ class Adapter:
         return self.config.kind
 
     @property
+    def stems(self) -> tuple[str, ...]:
+        """The paths of all modules that have factors, as the file spells them."""
+        return (*(each.stem for each in self.modules), *(each.stem for each in self.formed))
+
+    @property
     def entries(self) -> tuple[TensorEntry, ...]:
         """Every tensor that the adapter holds, in file order."""
         found = [entry for module in self.modules for entry in _entries_of(module)]
+        # Modules may share tensors.
+        found += {entry.offset: entry for each in self.formed for entry in each.entries}.values()
         found += [vector.vector for vector in self.vectors]
         found += [tokens.rows for tokens in self.tokens]
         for table in (self.saved, self.replaced, self.biases):

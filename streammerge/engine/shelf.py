@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from streammerge.adapters.changes import Change, ChangeKind
 from streammerge.adapters.deltas import WORK_NUMEL, Delta
+from streammerge.adapters.making import make_working, view_stored
 from streammerge.checkpoint.bytesource import ByteSource
 from streammerge.checkpoint.types import TensorEntry
 from streammerge.engine.buffers import allocate
@@ -28,7 +29,14 @@ from streammerge.engine.progress import Progress, Stage
 from streammerge.errors import NonFiniteError, printable
 from streammerge.lazily import torch
 from streammerge.plan.chunking import plan_range
-from streammerge.plan.factors import FactorKey, NormKey, changed_input, factor_needs, norm_key
+from streammerge.plan.factors import (
+    FactorKey,
+    NormKey,
+    changed_input,
+    factor_needs,
+    norm_key,
+    working_key,
+)
 from streammerge.plan.types import MergePlan, TensorInput, TensorTask
 from streammerge.units import MIB
 
@@ -136,6 +144,10 @@ class FactorShelf:
                 for factor in change.factors:
                     entry = held[factor.file, factor.offset]
                     _once(entry, partial(self._read, factor))
+                for index, working in enumerate(change.workings):
+                    if working.op.makes:
+                        key = working_key(change, index)
+                        _once(held[key], partial(self._made, held, change, index, task))
                 if change.kind is ChangeKind.NORMED:
                     _once(held[norm_key(change)], partial(self._norms, held, change, task))
 
@@ -146,16 +158,22 @@ class FactorShelf:
 
     def _norms(self, held: Entries, change: Change, task: TensorTask) -> Tensor:
         """Compute DoRA's norms, for which the tensor that is changed is read once more."""
+        work = torch.empty(WORK_NUMEL, dtype=torch_dtype(self._plan.compute_dtype))
+        read_rows = partial(self._read_rows, task, change)
+        return Delta(change, _values(held, change)).norms(read_rows, work)
+
+    def _made(self, held: Entries, change: Change, index: int, task: TensorTask) -> Tensor:
+        """Make a factor of stored ones."""
+        read_rows = partial(self._read_rows, task, change)
+        return make_working(change.workings[index], _stored_values(held, change), read_rows)
+
+    def _read_rows(self, task: TensorTask, change: Change, begin: int, end: int) -> Tensor:
+        """Read rows of the tensor that is changed, in the compute dtype."""
         stored = changed_input(task, change, in_turn=self._in_turn)
         row_numel = change.matrix[1]
-
-        def read_rows(begin: int, end: int) -> Tensor:
-            rows = self._read_range(task, stored, begin * row_numel, (end - begin) * row_numel)
-            # What an adapter brings along has the base's type once PEFT has loaded it.
-            return rows.copy_(rows.to(torch_dtype(task.dtype))) if self._in_turn else rows
-
-        work = torch.empty(WORK_NUMEL, dtype=torch_dtype(self._plan.compute_dtype))
-        return Delta(change, _values(held, change)).norms(read_rows, work)
+        rows = self._read_range(task, stored, begin * row_numel, (end - begin) * row_numel)
+        # What an adapter brings along has the base's type once PEFT has loaded it.
+        return rows.copy_(rows.to(torch_dtype(task.dtype))) if self._in_turn else rows
 
     def _read_range(self, task: TensorTask, stored: TensorInput, start: int, numel: int) -> Tensor:
         """Return a flat range of a tensor that is merged, in the compute dtype."""
@@ -240,9 +258,23 @@ def _once(entry: _Entry, make: Callable[[], Tensor]) -> None:
 
 
 def _values(held: Entries, change: Change) -> list[Tensor]:
-    values = []
-    for factor in change.factors:
-        value = held[factor.file, factor.offset].value
-        assert value is not None  # noqa: S101 - factors are read before they are used
-        values.append(value)
-    return values
+    """Return the factors that a change is computed from, and DoRA's magnitude last."""
+    stored = _stored_values(held, change)
+    if not change.workings:
+        return stored
+    values = [
+        _filled(held[working_key(change, index)])
+        if working.op.makes
+        else view_stored(working, stored)
+        for index, working in enumerate(change.workings)
+    ]
+    return [*values, stored[-1]] if change.kind is ChangeKind.NORMED else values
+
+
+def _stored_values(held: Entries, change: Change) -> list[Tensor]:
+    return [_filled(held[factor.file, factor.offset]) for factor in change.factors]
+
+
+def _filled(entry: _Entry) -> Tensor:
+    assert entry.value is not None  # noqa: S101 - factors are there before they are used
+    return entry.value

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from streammerge.adapters.changes import WHOLE_NORM_NUMEL, Change, ChangeKind
+from streammerge.adapters.workings import working_numel
 from streammerge.plan.types import TensorInput, TensorTask
 from streammerge.reductions import BLOCK
 
 FactorKey = tuple[int, int]
 """A tensor of an adapter: index of its file in the plan, and first byte."""
 NormKey = tuple[int, int, str]
-"""The norms that belong to a DoRA magnitude, which is a :data:`FactorKey` before the word."""
+"""What is made of a tensor of an adapter, which is a :data:`FactorKey` before the words: the norms
+that belong to a DoRA magnitude, or a working factor."""
 _NORM_WORK = 12 * BLOCK
 """Elements of the temporary arrays with which norms are computed, a block of rows at a time."""
 
@@ -27,6 +29,10 @@ def factor_needs(task: TensorTask, itemsize: int) -> dict[FactorKey | NormKey, i
     for change in task.changes:
         for factor in change.factors:
             needs[factor.file, factor.offset] = factor.numel * itemsize
+        for index, working in enumerate(change.workings):
+            if working.op.makes:
+                numel = working_numel(working, change.factors)
+                needs[working_key(change, index)] = numel * itemsize
         if change.kind is ChangeKind.NORMED:
             rows, columns = change.matrix
             whole = 0 if change.along_rows else min(rows * columns, WHOLE_NORM_NUMEL)
@@ -39,6 +45,16 @@ def norm_key(change: Change) -> NormKey:
     """Return what the norms of a DoRA change are called."""
     magnitude = change.factors[-1]
     return magnitude.file, magnitude.offset, "norms"
+
+
+def working_key(change: Change, index: int) -> NormKey:
+    """Return what a factor that is made for a change is called.
+
+    What is made of the same tensors is the same, unless the tensor that changes takes part.
+    """
+    working = change.workings[index]
+    first = change.factors[working.parts[0]]
+    return first.file, first.offset, f"{working.op} {working.rows} {working.columns}"
 
 
 def factors_nbytes(task: TensorTask, itemsize: int) -> int:
@@ -69,9 +85,9 @@ def changed_input(task: TensorTask, change: Change, *, in_turn: bool) -> TensorI
 
 
 def norms_nbytes(task: TensorTask) -> int:
-    """Return the bytes that are read beforehand, for DoRA's norms."""
-    normed = [change for change in task.changes if change.kind is ChangeKind.NORMED]
-    inputs = [changed_input(task, change, in_turn=False) for change in normed]
+    """Return the bytes that are read beforehand, for DoRA's norms and what else the base is part of."""
+    reading = [change for change in task.changes if change.reads_base]
+    inputs = [changed_input(task, change, in_turn=False) for change in reading]
     return sum(entry.stored_nbytes(task.numel) for entry in inputs)
 
 

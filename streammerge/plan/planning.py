@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Protocol
 
 from streammerge.adapters.adapted import AdaptedModel
-from streammerge.adapters.changes import DELTA_ROWS, Change, ChangeKind
+from streammerge.adapters.changes import DELTA_ROWS, Change
 from streammerge.assignment.aligning import align_tensors
 from streammerge.assignment.naming import match_names
 from streammerge.assignment.ties import settle_ties
@@ -259,10 +259,11 @@ def _check_in_turn(recipe: Recipe, assignment: Assignment, sources: Sequence[Mod
             )
     for tensor in assignment.tensors:
         for change in tensor.changes:
-            if change.kind is ChangeKind.NORMED and change.model != tensor.changes[0].model:
+            if change.reads_base and change.model != tensor.changes[0].model:
                 raise RecipeError(
-                    f"parameters.rounding: peft cannot follow PEFT where sources[{change.model - 1}] is a "
-                    f"DoRA adapter and another one has changed {printable(tensor.name)} before: PEFT then "
+                    f"parameters.rounding: peft cannot follow PEFT where sources[{change.model - 1}] is "
+                    f"relative to the base's weights, as DoRA is, and another one has changed "
+                    f"{printable(tensor.name)} before: PEFT then "
                     "takes the earlier one out and puts it back, each time with an error of rounding; "
                     "leave `rounding` out, or merge them one by one"
                 )

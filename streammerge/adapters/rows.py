@@ -1,0 +1,24 @@
+"""Flat ranges of matrices, cut at the ends of rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def by_rows(flat: Tensor, begin: int, columns: int) -> Iterator[tuple[Tensor, int, int]]:
+    """Cut a flat range into matrices: parts ``[n, c]``, each with its first row and column."""
+    done = 0
+    while done < flat.numel():
+        row, column = divmod(begin + done, columns)
+        left = flat.numel() - done
+        count = left // columns * columns if column == 0 and left >= columns else 0
+        width = columns
+        if not count:
+            # The rest of a row that began earlier, or the beginning of one that ends later.
+            count = width = min(columns - column, left)
+        yield flat[done : done + count].view(-1, width), row, column
+        done += count

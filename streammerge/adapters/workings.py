@@ -1,0 +1,169 @@
+"""Factors that a change is computed from, made of the tensors that a file stores.
+
+A file may store a factor as a product of two others, or in a shape of its own. What is made of the
+stored tensors once is small like them, and is kept in memory beside them while the tensor that
+changes is merged.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from math import prod
+
+from streammerge.adapters.forms import Form, FormedModule
+from streammerge.adapters.roles import Role
+from streammerge.checkpoint.types import TensorEntry
+from streammerge.reductions import BLOCK
+
+
+class Op(StrEnum):
+    """How a factor is made; ``p`` are the parts, in order, each as a matrix unless it says so."""
+
+    STORED = "stored"
+    """``p0``: nothing is made."""
+    TURNED = "turned"
+    """``p0`` transposed: nothing is made."""
+    PRODUCT = "product"
+    """``p0 @ p1``."""
+    CORE = "core"
+    """``sum_j p0[i, j, ...] p1[j, r]`` as ``[i, r * ...]``, with ``p0`` as it is stored."""
+    CORE_PRODUCT = "product with core"
+    """``p2`` transposed times the core of ``p0`` and ``p1``."""
+    BASE_PRODUCT = "product with the base"
+    """``[W @ p0, p1]`` side by side; with a kernel, every element of it is multiplied by ``p0``."""
+    UNDER = "one under the other"
+    """``p0``, for every element of a kernel, and ``p1`` under it."""
+
+    @property
+    def makes(self) -> bool:
+        """Whether memory of its own is needed."""
+        return self not in (Op.STORED, Op.TURNED)
+
+
+@dataclass(frozen=True, slots=True)
+class Working:
+    """One factor that a change is computed from."""
+
+    op: Op
+    """How it is made."""
+    parts: tuple[int, ...]
+    """The tensors it is made of, as indices into the change's factors."""
+    rows: int
+    """Its rows."""
+    columns: int
+    """Its columns."""
+
+    @property
+    def reads_base(self) -> bool:
+        """Whether the tensor that changes is read for it."""
+        return self.op is Op.BASE_PRODUCT
+
+
+def working_numel(working: Working, factors: tuple[TensorEntry, ...]) -> int:
+    """Return how many elements making a factor takes in memory, the factor included.
+
+    Args:
+        working: The factor.
+        factors: The stored tensors of the change.
+    """
+    if not working.op.makes:
+        return 0
+    numel = working.rows * working.columns
+    match working.op:
+        case Op.PRODUCT:
+            return numel
+        case Op.CORE:
+            # As it is multiplied, and turned.
+            return 2 * numel
+        case Op.CORE_PRODUCT:
+            core, right = (factors[index].shape for index in working.parts[:2])
+            return numel + 2 * core[0] * right[1] * prod(core[2:])
+        case Op.BASE_PRODUCT:
+            # In float64 until it is rounded, with the part that is multiplied by and a block of W.
+            return 3 * numel + 2 * factors[working.parts[0]].numel + 6 * BLOCK
+        case _:
+            return 2 * numel
+
+
+def form_workings(
+    module: FormedModule, shape: tuple[int, ...]
+) -> tuple[tuple[TensorEntry, ...], tuple[Working, ...]]:
+    """Return the stored tensors of a module's change, and the factors made of them.
+
+    Args:
+        module: The module.
+        shape: The shape of the base's tensor.
+    """
+    draft = _Draft(module)
+    match module.form:
+        case Form.DIFFERENCE:
+            return (module.parts[Role.DIFFERENCE],), ()
+        case Form.LOKR:
+            draft.kron_factor(Role.LOKR_1, Role.LOKR_1A, Role.LOKR_1B, None)
+            draft.kron_factor(Role.LOKR_2, Role.LOKR_2A, Role.LOKR_2B, Role.LOKR_T)
+        case Form.LOHA:
+            draft.pair(Role.LOHA_1B, Role.LOHA_1A, Role.LOHA_1T)
+            draft.pair(Role.LOHA_2B, Role.LOHA_2A, Role.LOHA_2T)
+        case Form.LOCON:
+            draft.middle()
+        case Form.GLORA:
+            draft.general(prod(shape[2:]))
+    return tuple(draft.factors), tuple(draft.workings)
+
+
+class _Draft:
+    """Stored tensors and factors while they are collected."""
+
+    def __init__(self, module: FormedModule) -> None:
+        self.factors: list[TensorEntry] = []
+        self.workings: list[Working] = []
+        self._parts = module.parts
+        self._module = module
+
+    def kron_factor(self, whole: Role, left: Role, right: Role, core: Role | None) -> None:
+        """Add a factor that is stored whole, as a product, or as one with a core."""
+        if whole in self._parts:
+            shape = self._parts[whole].shape
+            self._add(Op.STORED, (whole,), shape[0], prod(shape[1:]))
+            return
+        a, b = self._parts[left].shape, self._parts[right].shape
+        if core is not None and core in self._parts:
+            kernel = prod(self._parts[core].shape[2:])
+            self._add(Op.CORE_PRODUCT, (core, right, left), a[1], b[1] * kernel)
+            return
+        self._add(Op.PRODUCT, (left, right), a[0], prod(b[1:]))
+
+    def pair(self, down: Role, up: Role, core: Role) -> None:
+        """Add A and B of a product, with a core between them or without."""
+        a, b = self._parts[down].shape, self._parts[up].shape
+        if core in self._parts:
+            t = self._parts[core].shape
+            self._add(Op.CORE, (core, down), t[0], a[1] * prod(t[2:]))
+            self._add(Op.TURNED, (up,), b[1], b[0])
+            return
+        self._add(Op.STORED, (down,), a[0], prod(a[1:]))
+        self._add(Op.STORED, (up,), b[0], b[1])
+
+    def middle(self) -> None:
+        """Add A and B of a convolution with a middle factor."""
+        down, up, middle = (self._parts[role].shape for role in (Role.DOWN, Role.UP, Role.MIDDLE))
+        self._add(Op.CORE, (Role.MIDDLE, Role.DOWN), middle[0], down[1] * prod(middle[2:]))
+        self._add(Op.STORED, (Role.UP,), up[0], up[1])
+
+    def general(self, kernel: int) -> None:
+        """Add A and B of ``W @ a1 @ a2 + b1 @ b2``, which together are one product."""
+        rank = self._module.rank * (kernel + 1)
+        assert self._module.outer is not None  # noqa: S101 - its files tell
+        assert self._module.columns is not None  # noqa: S101 - the same
+        self._add(Op.UNDER, (Role.GLORA_A2, Role.GLORA_B2), rank, self._module.columns)
+        self._add(Op.BASE_PRODUCT, (Role.GLORA_A1, Role.GLORA_B1), self._module.outer, rank)
+
+    def _add(self, op: Op, roles: tuple[Role, ...], rows: int, columns: int) -> None:
+        parts = []
+        for role in roles:
+            entry = self._parts[role]
+            if entry not in self.factors:
+                self.factors.append(entry)
+            parts.append(self.factors.index(entry))
+        self.workings.append(Working(op, tuple(parts), rows, columns))
