@@ -44,6 +44,9 @@ class ChangeKind(StrEnum):
     """``W + scaling * v``, element by element; the factor is v."""
     SCALED = "scaled"
     """IA3: rows or columns times v; the factor is v."""
+    ROTATED = "rotated"
+    """Every block of a row times a matrix; factors are the matrices one under the other, ``[n b, b]``,
+    and what rows are multiplied by then, if anything."""
     ROWS = "rows"
     """Some rows are replaced; the factor holds them."""
 
@@ -57,6 +60,11 @@ _KINDS = {
     Form.LOCON: ChangeKind.LOW_RANK,
     Form.GLORA: ChangeKind.LOW_RANK,
     Form.DIFFERENCE: ChangeKind.ADDED,
+    Form.VERA: ChangeKind.LOW_RANK,
+    Form.VBLORA: ChangeKind.LOW_RANK,
+    Form.HRA: ChangeKind.LOW_RANK,
+    Form.OFT: ChangeKind.ROTATED,
+    Form.BOFT: ChangeKind.ROTATED,
 }
 
 
@@ -128,7 +136,7 @@ def _iter_changes(homes: Homes, base: dict[str, TensorEntry]) -> Iterator[tuple[
     for home in homes.modules:
         module = home.module
         if isinstance(module, FormedModule):
-            yield home.weight, _formed(module, base[home.weight])
+            yield home.weight, _formed(home, module, base[home.weight])
             continue
         yield home.weight, _product(home, module, base[home.weight])
         if module.bias is not None and home.bias is not None:
@@ -166,9 +174,9 @@ def _product(home: ModuleHome, module: LowRankModule, entry: TensorEntry) -> Cha
     )
 
 
-def _formed(module: FormedModule, entry: TensorEntry) -> Change:
+def _formed(home: ModuleHome, module: FormedModule, entry: TensorEntry) -> Change:
     rows, *others = entry.shape or (1,)
-    factors, workings = form_workings(module, entry.shape)
+    factors, workings = form_workings(module, entry.shape, transposed=home.transposed)
     kind = _KINDS[module.form]
     magnitude = module.magnitude
     return Change(
@@ -176,6 +184,7 @@ def _formed(module: FormedModule, entry: TensorEntry) -> Change:
         factors=factors if magnitude is None else (*factors, magnitude),
         matrix=(rows, prod(others)),
         scaling=module.scaling,
+        transposed=home.transposed,
         along_rows=magnitude is None or magnitude.shape[0] == rows,
         added=kind,
         workings=workings,

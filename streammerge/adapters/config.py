@@ -8,6 +8,7 @@ refused unless it is empty.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -72,6 +73,42 @@ _READ = frozenset(
 )
 
 
+# Beside what every kind has.
+_KIND_READ: Mapping[AdapterKind, frozenset[str]] = {
+    AdapterKind.LOHA: frozenset({"alpha"}),
+    AdapterKind.LOKR: frozenset({"alpha"}),
+    AdapterKind.OFT: frozenset(
+        {"coft", "eps", "block_share", "use_cayley_neumann", "num_cayley_neumann_terms"}
+    ),
+    AdapterKind.BOFT: frozenset(),
+    AdapterKind.HRA: frozenset({"apply_GS"}),
+    AdapterKind.VERA: frozenset({"save_projection"}),
+    AdapterKind.VBLORA: frozenset({"topk", "num_vectors", "vector_length"}),
+}
+# How large blocks are and how many, the shapes of the tensors tell.
+_KIND_INERT: Mapping[AdapterKind, frozenset[str]] = {
+    AdapterKind.LOHA: frozenset({"use_effective_conv2d"}),
+    AdapterKind.LOKR: frozenset(
+        {"use_effective_conv2d", "decompose_both", "decompose_factor", "rank_dropout_scale"}
+    ),
+    AdapterKind.OFT: frozenset({"oft_block_size"}),
+    AdapterKind.BOFT: frozenset(
+        {"boft_block_size", "boft_block_num", "boft_n_butterfly_factor", "boft_dropout"}
+    ),
+    AdapterKind.HRA: frozenset(),
+    AdapterKind.VERA: frozenset({"projection_prng_key", "vera_dropout", "d_initial"}),
+    AdapterKind.VBLORA: frozenset(
+        {"save_only_topk_weights", "vblora_dropout", "init_vector_bank_bound", "init_logits_std"}
+    ),
+}
+_OTHER_INERT = frozenset({"init_weights", "rank_dropout", "module_dropout"})
+_WITH_PRODUCT = (AdapterKind.LOHA, AdapterKind.LOKR)
+_ROTATION_TERMS = 5
+"""PEFT's default of ``num_cayley_neumann_terms``."""
+_ROTATION_EPS = 6e-5
+"""PEFT's default of ``eps``."""
+
+
 def read_adapter_config(path: Path) -> AdapterConfig:
     """Return what an ``adapter_config.json`` says.
 
@@ -101,20 +138,22 @@ def parse_adapter_config(document: Mapping[str, object], *, where: str) -> Adapt
     """Return what the keys of a configuration say; errors as :func:`read_adapter_config`."""
     _check_depth(document, where)
     kind = _kind(document, where)
-    _check_faithful(document, where)
+    _check_faithful(document, kind, where)
     fields = _Fields(document, where)
     is_lora = kind is AdapterKind.LORA
+    alpha_key = "lora_alpha" if is_lora else "alpha"
+    has_alpha = is_lora or kind in _WITH_PRODUCT
     return AdapterConfig(
         kind=kind,
-        rank=fields.rank("r", 8) if is_lora else 0,
-        alpha=fields.number("lora_alpha", 8.0) if is_lora else 0.0,
+        rank=fields.rank("r", 8) if has_alpha else 0,
+        alpha=fields.number(alpha_key, 8.0) if has_alpha else 0.0,
         rank_pattern=fields.patterns("rank_pattern", whole=True),
         alpha_pattern=fields.patterns("alpha_pattern", whole=False),
         use_rslora=fields.flag("use_rslora"),
         use_dora=fields.flag("use_dora"),
         lora_bias=fields.flag("lora_bias"),
         fan_in_fan_out=fields.flag("fan_in_fan_out"),
-        bias=fields.word("bias", ("none", "all", "lora_only")),
+        bias=fields.word("bias", ("none", "all", f"{kind.lower()}_only")),
         target_modules=fields.targets("target_modules"),
         exclude_modules=fields.targets("exclude_modules"),
         # 0 is a layer.
@@ -128,7 +167,28 @@ def parse_adapter_config(document: Mapping[str, object], *, where: str) -> Adapt
         peft_version=fields.text("peft_version"),
         task_type=fields.text("task_type"),
         auto_mapping=fields.mapping("auto_mapping"),
+        settings=_settings(kind, fields),
     )
+
+
+def _settings(kind: AdapterKind, fields: _Fields) -> dict[str, float]:
+    """Return the numbers that only one kind has."""
+    match kind:
+        case AdapterKind.OFT:
+            neumann = fields.flag("use_cayley_neumann")
+            terms = fields.number("num_cayley_neumann_terms", _ROTATION_TERMS)
+            eps = fields.number("eps", _ROTATION_EPS)
+            return {
+                "terms": terms if neumann else 0.0,
+                "eps": eps if fields.flag("coft") else -1.0,
+                "block_share": float(fields.flag("block_share")),
+            }
+        case AdapterKind.HRA:
+            return {"apply_GS": float(fields.flag("apply_GS"))}
+        case AdapterKind.VBLORA:
+            return {"topk": float(fields.rank("topk", 2))}
+        case _:
+            return {}
 
 
 def _check_depth(document: object, where: str) -> None:
@@ -162,7 +222,7 @@ def _kind(document: Mapping[str, object], where: str) -> AdapterKind:
     )
 
 
-def _check_faithful(document: Mapping[str, object], where: str) -> None:
+def _check_faithful(document: Mapping[str, object], kind: AdapterKind, where: str) -> None:
     """Return if nothing in the configuration changes the meaning of the factors."""
     init = document.get("init_lora_weights", True)
     word = init.lower() if isinstance(init, str) else ""
@@ -176,12 +236,39 @@ def _check_faithful(document: Mapping[str, object], where: str) -> None:
     for key, reason in _REFUSED.items():
         if document.get(key) not in _EMPTY:
             raise UnsupportedAdapterError(f"{where}: {key} is set: {reason}")
+    if kind is AdapterKind.OFT:
+        _check_rotation(document, where)
+    known = _READ | _INERT | _REFUSED.keys()
+    if kind in _KIND_READ:
+        known |= _KIND_READ[kind] | _KIND_INERT[kind] | _OTHER_INERT
     for key, value in document.items():
-        if key not in _READ | _INERT | _REFUSED.keys() and value not in _EMPTY:
+        if key not in known and value not in _EMPTY:
             raise UnsupportedAdapterError(
                 f"{where}: unknown setting {key[:60]!r}, which may change what the adapter "
                 "computes; remove the key if it does not"
             )
+
+
+def _check_rotation(document: Mapping[str, object], where: str) -> None:
+    """Return if the version of PEFT that saved an OFT adapter means what today's does."""
+    if "oft_block_size" not in document:
+        raise UnsupportedAdapterError(
+            f"{where}: oft_block_size is missing: PEFT before 0.14 made rotations in another way; merge "
+            "the adapter into its base with PEFT 0.13"
+        )
+    neumann = document.get("use_cayley_neumann")
+    if neumann is None:
+        raise UnsupportedAdapterError(
+            f"{where}: use_cayley_neumann is missing, and PEFT has changed what that means; set it to "
+            "false if the adapter was trained with a PEFT that did not have it"
+        )
+    version = re.match(r"(\d+)\.(\d+)", str(document.get("peft_version") or ""))
+    if neumann is True and (version is None or tuple(map(int, version.groups())) < (0, 18)):
+        raise UnsupportedAdapterError(
+            f"{where}: use_cayley_neumann is true, and peft_version is "
+            f"{str(document.get('peft_version'))[:20]!r}: PEFT before 0.18 summed another series; merge "
+            "the adapter into its base with that version"
+        )
 
 
 class _Fields:

@@ -2,7 +2,7 @@
 
 A product ``B @ A`` is never formed whole. A block asks for the rows it touches, and always gets
 them from the same multiplication, whatever else is in memory: its shape depends on the tensor and
-the block alone. At least :data:`LEAST_ROWS` rows are multiplied at once, since libraries compute
+the block alone. At least :data:`~streammerge.adapters.workings.LEAST_ROWS` rows are multiplied at once, since libraries compute
 a single row in another order of addition than the same row of a matrix.
 
 Follows: peft 0.21.2, ``get_delta_weight`` of each layer and the merges of its variants.
@@ -18,16 +18,15 @@ from typing import TYPE_CHECKING
 
 from streammerge.adapters.changes import WHOLE_NORM_NUMEL, Change, ChangeKind
 from streammerge.adapters.kronecker import fill_kronecker
+from streammerge.adapters.rotations import rotate_
 from streammerge.adapters.rows import by_rows
+from streammerge.adapters.workings import LEAST_ROWS
 from streammerge.lazily import torch
 from streammerge.reductions import BLOCK
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-LEAST_ROWS = 16
-"""Rows multiplied at once, if the matrix has so many. Measured with MKL: from 8 rows on, a part of
-a product has the bits of the whole."""
 _WIDE = 2 * BLOCK // LEAST_ROWS
 """Columns beyond which so many rows are multiplied a part of their columns at a time."""
 _WIDE_STEP = BLOCK // LEAST_ROWS
@@ -43,7 +42,11 @@ class Delta:
     """One change of one tensor, with its factors in memory."""
 
     def __init__(
-        self, change: Change, factors: Sequence[Tensor], norms: Tensor | None = None
+        self,
+        change: Change,
+        factors: Sequence[Tensor],
+        norms: Tensor | None = None,
+        read: Callable[[int, int], Tensor] | None = None,
     ) -> None:
         """Prepare to compute.
 
@@ -52,9 +55,11 @@ class Delta:
             factors: Its tensors, whole, in the compute dtype and in the shapes that are stored; with
                 workings those that were made, and DoRA's magnitude last.
             norms: For DoRA, what :meth:`norms` returned.
+            read: For rotations, reads elements of the tensor that changes, in the compute dtype.
         """
         self._change = change
         self._factors = factors
+        self._read = read
         self._kind = change.sum_kind
         self._rows, self._columns = change.matrix
         self._vector = factors[-1].reshape(-1)
@@ -118,6 +123,11 @@ class Delta:
                 self._replace_rows(weights, begin)
             case ChangeKind.SCALED:
                 self._scale(weights, begin)
+            case ChangeKind.ROTATED:
+                assert self._read is not None  # noqa: S101 - whoever applies a rotation gives it
+                rotate_(weights, begin, self._factors[0], self._columns, (work, delta, self._read))
+                if len(self._factors) > 1:
+                    self._scale(weights, begin)
             case kind:
                 part = delta[: weights.numel()]
                 self.fill(part, begin, work, dtype)

@@ -13,7 +13,7 @@ from types import MappingProxyType
 
 from streammerge.adapters.components import split_component
 from streammerge.adapters.fitting import is_feedforward, layer_orientation, module_fits, scales_rows
-from streammerge.adapters.forms import FormedModule, form_fits
+from streammerge.adapters.forms import FormedModule, form_fits, form_orientation
 from streammerge.adapters.homes import Homes, ModuleHome, TokensHome, VectorHome
 from streammerge.adapters.locating import (
     BaseNames,
@@ -285,16 +285,18 @@ class _Finder:
     def _formed_home(self, module: FormedModule) -> ModuleHome:
         weight = self._home(module.weight_name)
         shape = self._shape(weight)
-        if not form_fits(module, shape):
+        fan_in_fan_out = self._adapter.config.fan_in_fan_out
+        transposed = form_orientation(module, shape, fan_in_fan_out=fan_in_fan_out)
+        if transposed is None:
             raise ShapeMismatchError(
                 f"{self._where}: {printable(module.stem)}: the change ({module.form}) is "
-                f"{[module.outer, module.columns]}, the base's {printable(weight)} is "
+                f"{[module.outer or 'any', module.columns or 'any']}, the base's {printable(weight)} is "
                 f"{list(shape)}; {_OTHER_BASE}"
             )
         return ModuleHome(
             module=module,
             weight=weight,
-            transposed=False,
+            transposed=transposed,
             expert=None,
             experts=1,
             first_row=0,

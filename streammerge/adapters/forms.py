@@ -28,6 +28,17 @@ class Form(StrEnum):
     """``W + s * (W @ a1 @ a2 + b1 @ b2)`` (arXiv:2306.07967, as LyCORIS has it)."""
     DIFFERENCE = "difference"
     """``W + d``, element by element."""
+    OFT = "OFT"
+    """``W @ R.T`` with R of rotations along the diagonal, of an embedding ``W @ R``
+    (arXiv:2306.07280)."""
+    BOFT = "BOFT"
+    """``diag(s) @ W @ R.T`` with R a product of such matrices, crossed over (arXiv:2311.06243)."""
+    HRA = "HRA"
+    """``W @ (I - 2 u1 u1.T) @ (I - 2 u2 u2.T) ...`` (arXiv:2405.17484)."""
+    VERA = "VeRA"
+    """``W + diag(b) @ B @ diag(d) @ A`` with A and B parts of shared matrices (arXiv:2310.11454)."""
+    VBLORA = "VB-LoRA"
+    """``W + B @ A`` with factors mixed of the vectors of a bank (arXiv:2405.15179)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,17 +88,44 @@ class FormedModule:
     @property
     def needs_base(self) -> bool:
         """Whether the change depends on the weight that it is made to."""
-        return self.form is Form.GLORA or self.magnitude is not None
+        return self.form in (Form.GLORA, Form.HRA) or self.magnitude is not None
 
 
 def form_fits(module: FormedModule, shape: tuple[int, ...]) -> bool:
     """Return whether a tensor of this shape could be the one that a module changes."""
+    return form_orientation(module, shape, fan_in_fan_out=False) is not None
+
+
+def form_orientation(
+    module: FormedModule, shape: tuple[int, ...], *, fan_in_fan_out: bool
+) -> bool | None:
+    """Return whether the base stores a module's weight ``[in, out]``; None where it does not fit."""
     if module.form is Form.DIFFERENCE:
-        return shape == module.parts[Role.DIFFERENCE].shape
-    if len(shape) < 2 or shape[0] != module.outer:
-        return False
-    columns = prod(shape[1:])
+        return False if shape == module.parts[Role.DIFFERENCE].shape else None
+    if len(shape) < 2:
+        return None
+    plain = _fits(module, shape[0], prod(shape[1:]))
     if module.form is Form.GLORA:
         # What is multiplied from the right knows channels alone.
-        return columns == module.columns and shape[1] == module.parts[Role.GLORA_A2].shape[1]
-    return columns == module.columns
+        plain = plain and shape[1] == module.parts[Role.GLORA_A2].shape[1]
+    swapped = (
+        module.form in (Form.VERA, Form.VBLORA) and len(shape) == 2 and _fits(module, *shape[::-1])
+    )
+    if plain and swapped:
+        return fan_in_fan_out
+    return False if plain else True if swapped else None
+
+
+def _fits(module: FormedModule, rows: int, columns: int) -> bool:
+    if module.outer not in (None, rows):
+        return False
+    match module.form:
+        case Form.OFT:
+            block = int(module.settings["block"])
+            blocks = int(module.settings["blocks"])
+            # One rotation may be shared by all blocks.
+            return columns % block == 0 and blocks in (columns // block, 1)
+        case Form.VERA:
+            return columns <= module.parts[Role.SHARED_DOWN].shape[1]
+        case _:
+            return columns == module.columns

@@ -11,7 +11,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+from streammerge.adapters.cayley import make_butterfly, make_rotations
 from streammerge.adapters.workings import Op, Working
+from streammerge.lazily import torch
 from streammerge.reductions import BLOCK
 
 if TYPE_CHECKING:
@@ -44,6 +46,18 @@ def make_working(working: Working, stored: Sequence[Tensor], read_rows: ReadRows
             made = _under(working, parts[0], parts[1])
         case Op.BASE_PRODUCT:
             made = _base_product(working, parts[0], parts[1], read_rows)
+        case Op.WEIGHTED:
+            made = parts[0].reshape(-1, 1) * parts[1][: working.rows, : working.columns]
+        case Op.MIXED | Op.MIXED_TURNED:
+            made = _mixed(working, parts)
+        case Op.UNIT:
+            made = _unit_vectors(parts[0].double(), working).T.to(parts[0].dtype).contiguous()
+        case Op.REFLECTED:
+            made = _reflected(working, parts[0], read_rows)
+        case Op.ROTATIONS:
+            made = make_rotations(parts[0], working)
+        case Op.BUTTERFLY:
+            made = make_butterfly(parts[0])
     return made
 
 
@@ -72,6 +86,61 @@ def _under(working: Working, a2: Tensor, b2: Tensor) -> Tensor:
     for element in range(kernel):
         made[element * rank : (element + 1) * rank, element::kernel] = channels
     made[kernel * rank :] = b2.reshape(rank, -1)
+    return made
+
+
+def _mixed(working: Working, parts: Sequence[Tensor]) -> Tensor:
+    """Return rows of a bank mixed as VB-LoRA does."""
+    bank = parts[-1]
+    count = int(working.numbers[0])
+    if len(parts) == 2:
+        logits, chosen = parts[0].topk(count, dim=-1)
+        weights = torch.softmax(logits, dim=-1)
+    else:
+        chosen = parts[0].long()
+        last = 1 - parts[1].sum(dim=-1, keepdim=True)
+        weights = torch.cat([parts[1], last], dim=-1)
+    mixed = (weights.unsqueeze(-1) * bank[chosen]).sum(dim=-2)
+    if working.op is Op.MIXED_TURNED:
+        mixed = mixed.transpose(1, 2)
+    return mixed.reshape(working.rows, working.columns)
+
+
+def _unit_vectors(vectors: Tensor, working: Working) -> Tensor:
+    """Return the columns with norm 1; made orthogonal to those before where the number says so."""
+    if not working.numbers[0]:
+        made: Tensor = vectors / torch.linalg.norm(vectors, dim=0)
+        return made
+    units: list[Tensor] = []
+    for column in vectors.T:
+        rest = column
+        for unit in units:
+            rest = rest - (unit @ rest) * unit
+        units.append(rest / torch.linalg.norm(rest))
+    return torch.stack(units, dim=1)
+
+
+def _reflected(working: Working, vectors: Tensor, read_rows: ReadRows) -> Tensor:
+    """Return L of ``W @ (I - 2 u1 u1.T) @ (I - 2 u2 u2.T) ... = W + L @ U.T``.
+
+    With T upper triangular, the product of the reflections is ``I - U @ T @ U.T``: one more
+    reflection by u adds the column ``-2 T U.T u`` and the diagonal entry 2 (the compact WY form,
+    Schreiber and Van Loan 1989).
+    """
+    units = _unit_vectors(vectors.double(), working)
+    count = units.shape[1]
+    triangle = 2 * torch.eye(count, dtype=torch.float64)
+    if not working.numbers[0]:
+        for index in range(1, count):
+            before = units[:, :index].T @ units[:, index]
+            triangle[:index, index] = -2 * (triangle[:index, :index] @ before)
+    right = -(units @ triangle)
+    made = vectors.new_empty(working.rows, count)
+    step = max(1, BLOCK // units.shape[0])
+    for begin in range(0, working.rows, step):
+        end = min(begin + step, working.rows)
+        weights = read_rows(begin, end).view(end - begin, -1).double()
+        made[begin:end] = weights @ right
     return made
 
 

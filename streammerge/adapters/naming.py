@@ -14,6 +14,8 @@ from streammerge.adapters.roles import Role
 from streammerge.adapters.types import Naming
 
 PEFT_PREFIX = "base_model.model."
+SHARED_STEM = ""
+"""Where tensors are kept that belong to no module but to all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +53,10 @@ def parse_peft_name(name: str) -> Parsed:
     for role, pattern in _PEFT_ROLES:
         if found := pattern.fullmatch(rest):
             return Parsed(role, found["stem"], found.groupdict().get("adapter"))
+    if found := _PEFT_OTHER.fullmatch(rest):
+        return Parsed(_PEFT_OTHER_ROLES[found["what"]], found["stem"], found["adapter"])
+    if found := _PEFT_SHARED.fullmatch(name):
+        return Parsed(_PEFT_SHARED_ROLES[found["what"]], SHARED_STEM, found["adapter"])
     if found := _PEFT_FACTOR.fullmatch(rest):
         role = Role.UP_BIAS if found["what"] == "bias" else Role(found["side"])
         if role is Role.UP_BIAS and found["side"] != "B":
@@ -87,7 +93,7 @@ def parse_kohya_name(name: str) -> Parsed:
 
 def _parse_ending(name: str, endings: Mapping[str, Role]) -> Parsed:
     for ending, role in endings.items():
-        if name.endswith(ending):
+        if name.endswith(ending) and name != ending:
             return Parsed(role, name.removesuffix(ending))
     return Parsed(Role.PLAIN, name)
 
@@ -170,11 +176,51 @@ LYCORIS_ROLES = {
     ".alpha": Role.ALPHA,
 }
 """Endings of the names of LyCORIS, which ComfyUI reads too, after a module's path in either spelling."""
+_PEFT_OTHER_ROLES = {
+    "lokr_w1": Role.LOKR_1,
+    "lokr_w1_a": Role.LOKR_1A,
+    "lokr_w1_b": Role.LOKR_1B,
+    "lokr_w2": Role.LOKR_2,
+    "lokr_w2_a": Role.LOKR_2A,
+    "lokr_w2_b": Role.LOKR_2B,
+    "lokr_t2": Role.LOKR_T,
+    "hada_w1_a": Role.LOHA_1A,
+    "hada_w1_b": Role.LOHA_1B,
+    "hada_w2_a": Role.LOHA_2A,
+    "hada_w2_b": Role.LOHA_2B,
+    "hada_t1": Role.LOHA_1T,
+    "hada_t2": Role.LOHA_2T,
+    "oft_R": Role.ROTATION,
+    "oft_embedding_R": Role.EMBEDDING_ROTATION,
+    "boft_R": Role.BUTTERFLY,
+    "boft_s": Role.ROW_SCALE,
+    "hra_u": Role.REFLECTIONS,
+    "vera_lambda_b": Role.SCALE_UP,
+    "vera_lambda_d": Role.SCALE_DOWN,
+    "vblora_logits_A": Role.LOGITS_DOWN,
+    "vblora_logits_B": Role.LOGITS_UP,
+    "vblora_logits_A_topk_indices": Role.INDICES_DOWN,
+    "vblora_logits_B_topk_indices": Role.INDICES_UP,
+    "vblora_logits_A_topk_weights": Role.WEIGHTS_DOWN,
+    "vblora_logits_B_topk_weights": Role.WEIGHTS_UP,
+}
+_PEFT_SHARED_ROLES = {
+    "vera_A": Role.SHARED_DOWN,
+    "vera_B": Role.SHARED_UP,
+    "vblora_vector_bank": Role.BANK,
+}
+_PEFT_OTHER = re.compile(
+    rf"(?P<stem>.+)\.(?P<what>{'|'.join(_PEFT_OTHER_ROLES)})"
+    r"(?:\.(?P<adapter>(?!weight$)[^.]+))?(?:\.weight)?"
+)
+_PEFT_SHARED = re.compile(
+    rf"(?:base_model\.)?(?P<what>{'|'.join(_PEFT_SHARED_ROLES)})(?:\.(?P<adapter>[^.]+))?"
+)
 _FOREIGN = (
     (".lora_diag", "a KaSA adapter"),
     (".lora_E", "an AdaLoRA adapter"),
     (".ranknum", "an AdaLoRA adapter"),
-    (".oft_", "an OFT adapter"),
-    (".vera_", "a VeRA adapter"),
+    (".oft_blocks", "an OFT adapter as LyCORIS or kohya's scripts write it"),
+    (".oft_diag", "an OFT adapter as kohya's scripts write it"),
     ("prompt_embeddings", "a prompt, not an adapter of weights"),
 )

@@ -23,6 +23,7 @@ from streammerge.adapters.forming import FORM_ROLES, FormBuilder
 from streammerge.adapters.forms import FormedModule
 from streammerge.adapters.naming import (
     PEFT_PREFIX,
+    SHARED_STEM,
     foreign_variant,
     parse_diffusers_name,
     parse_kohya_name,
@@ -32,6 +33,7 @@ from streammerge.adapters.naming import (
 from streammerge.adapters.patterns import is_saved_module
 from streammerge.adapters.roles import Role
 from streammerge.adapters.stacks import wrapper_depths
+from streammerge.adapters.tuning import TUNED_KINDS, build_tuned
 from streammerge.adapters.types import (
     Adapter,
     AdapterConfig,
@@ -185,7 +187,8 @@ def _assemble_peft(
     prefixes: set[bool] = set()
     for entry in entries:
         parsed = parse_peft_name(entry.name)
-        prefixes.add(entry.name.startswith(PEFT_PREFIX))
+        if parsed.stem != SHARED_STEM:
+            prefixes.add(entry.name.startswith(PEFT_PREFIX))
         adapters |= {parsed.adapter} if parsed.adapter is not None else set()
         found.add(parsed, entry, where=where)
     if len(prefixes) > 1:
@@ -198,8 +201,18 @@ def _assemble_peft(
             "its own with save_pretrained(selected_adapters=[...])"
         )
     builder = ModuleBuilder(config, where=where, config_where=str(config_path))
+    formed: tuple[FormedModule, ...] = ()
+    if config.kind in TUNED_KINDS:
+        tuned = build_tuned(config, found.parts, where=where, config_where=str(config_path))
+        formed = tuple(tuned)
     return _finish(
-        path, file, naming=Naming.PEFT, config=config, found=found, builders={"": builder}
+        path,
+        file,
+        naming=Naming.PEFT,
+        config=config,
+        found=found,
+        builders={"": builder},
+        formed=formed,
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from math import prod
 from pathlib import Path
@@ -19,6 +19,20 @@ class AdapterKind(StrEnum):
     """Adds a scaled product of two thin matrices to the weight."""
     IA3 = "IA3"
     """Multiplies inputs or outputs by a vector."""
+    LOHA = "LOHA"
+    """Adds the elementwise product of two low-rank products."""
+    LOKR = "LOKR"
+    """Adds a Kronecker product."""
+    OFT = "OFT"
+    """Rotates blocks of inputs."""
+    BOFT = "BOFT"
+    """Rotates blocks of inputs, crosses them over, and scales outputs."""
+    HRA = "HRA"
+    """Reflects inputs by some vectors one after the other."""
+    VERA = "VERA"
+    """Adds a product of two matrices that all modules share, with scales of their own."""
+    VBLORA = "VBLORA"
+    """Adds a product of factors that are mixed of vectors that all modules share."""
 
 
 class Naming(StrEnum):
@@ -172,6 +186,8 @@ class AdapterConfig:
     """The kind of model around the base, such as ``CAUSAL_LM``."""
     auto_mapping: Mapping[str, object] | None
     """The base's class, for models without a task type."""
+    settings: Mapping[str, float] = field(default_factory=dict)
+    """Numbers that the kind's computation needs, by their names in the file; flags are 0 or 1."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,10 @@ from streammerge.adapters.roles import Role
 from streammerge.checkpoint.types import TensorEntry
 from streammerge.reductions import BLOCK
 
+LEAST_ROWS = 16
+"""Rows multiplied at once, if a matrix has so many. Measured with MKL: from 8 rows on, a part of
+a product has the bits of the whole."""
+
 
 class Op(StrEnum):
     """How a factor is made; ``p`` are the parts, in order, each as a matrix unless it says so."""
@@ -34,6 +38,24 @@ class Op(StrEnum):
     """``[W @ p0, p1]`` side by side; with a kernel, every element of it is multiplied by ``p0``."""
     UNDER = "one under the other"
     """``p0``, for every element of a kernel, and ``p1`` under it."""
+    WEIGHTED = "weighted rows"
+    """The first rows and columns of ``p1``, each row times its element of ``p0``."""
+    MIXED = "mixed of a bank"
+    """Rows of the bank, which is the last part, mixed: by the softmax of their largest logits, which
+    are ``p0``, or numbered by ``p0`` with weights ``p1``. The one number is how many are mixed."""
+    MIXED_TURNED = "mixed of a bank, turned"
+    """The same where ``p0`` has the parts of the rows in front."""
+    UNIT = "unit vectors"
+    """The columns of ``p0`` with norm 1, as rows; made orthogonal one after the other if the number
+    is 1."""
+    REFLECTED = "reflected base"
+    """What must be multiplied by those to give ``W @ (I - 2 u1 u1.T) ... - W``."""
+    ROTATIONS = "rotations"
+    """``[blocks * b, b]``: what each block of a row is multiplied by from the right. ``p0`` holds the
+    upper triangles of skew-symmetric matrices. Numbers: terms of Neumann's series, 0 for Cayley's
+    transform; the bound of the constrained variant, negative for none; 1 to transpose."""
+    BUTTERFLY = "butterfly"
+    """The same of a product of such matrices ``p0 [factors, blocks, b, b]``, crossed over."""
 
     @property
     def makes(self) -> bool:
@@ -53,15 +75,17 @@ class Working:
     """Its rows."""
     columns: int
     """Its columns."""
+    numbers: tuple[float, ...] = ()
+    """What else it depends on, as :class:`Op` says."""
 
     @property
     def reads_base(self) -> bool:
         """Whether the tensor that changes is read for it."""
-        return self.op is Op.BASE_PRODUCT
+        return self.op in (Op.BASE_PRODUCT, Op.REFLECTED)
 
 
 def working_numel(working: Working, factors: tuple[TensorEntry, ...]) -> int:
-    """Return how many elements making a factor takes in memory, the factor included.
+    """Return how many elements making a factor takes in memory, the factor and a copy included.
 
     Args:
         working: The factor.
@@ -72,28 +96,38 @@ def working_numel(working: Working, factors: tuple[TensorEntry, ...]) -> int:
     numel = working.rows * working.columns
     match working.op:
         case Op.PRODUCT:
-            return numel
+            return 2 * numel
         case Op.CORE:
             # As it is multiplied, and turned.
-            return 2 * numel
+            return 3 * numel
         case Op.CORE_PRODUCT:
             core, right = (factors[index].shape for index in working.parts[:2])
-            return numel + 2 * core[0] * right[1] * prod(core[2:])
+            return 2 * numel + 2 * core[0] * right[1] * prod(core[2:])
         case Op.BASE_PRODUCT:
             # In float64 until it is rounded, with the part that is multiplied by and a block of W.
-            return 3 * numel + 2 * factors[working.parts[0]].numel + 6 * BLOCK
+            return 4 * numel + 2 * factors[working.parts[0]].numel + 6 * BLOCK
+        case Op.MIXED | Op.MIXED_TURNED:
+            # The chosen rows of the bank, weighted, with the logits sorted beside them.
+            return (2 * int(working.numbers[0]) + 3) * numel + 3 * factors[working.parts[0]].numel
+        case Op.REFLECTED:
+            vectors = factors[working.parts[0]].numel
+            return 4 * numel + 8 * vectors + 6 * BLOCK
+        case Op.ROTATIONS | Op.BUTTERFLY:
+            # Powers, sums and LAPACK's copies in float64, and rows that are multiplied on their own.
+            return 18 * numel + 2 * LEAST_ROWS * working.columns
         case _:
-            return 2 * numel
+            return 4 * numel
 
 
 def form_workings(
-    module: FormedModule, shape: tuple[int, ...]
+    module: FormedModule, shape: tuple[int, ...], *, transposed: bool
 ) -> tuple[tuple[TensorEntry, ...], tuple[Working, ...]]:
     """Return the stored tensors of a module's change, and the factors made of them.
 
     Args:
         module: The module.
         shape: The shape of the base's tensor.
+        transposed: Whether it is stored ``[in, out]``.
     """
     draft = _Draft(module)
     match module.form:
@@ -109,6 +143,16 @@ def form_workings(
             draft.middle()
         case Form.GLORA:
             draft.general(prod(shape[2:]))
+        case Form.VERA:
+            draft.shared(shape[::-1] if transposed else shape)
+        case Form.VBLORA:
+            draft.mixed()
+        case Form.HRA:
+            draft.reflections(shape[0])
+        case Form.OFT:
+            draft.rotations()
+        case Form.BOFT:
+            draft.butterfly()
     return tuple(draft.factors), tuple(draft.workings)
 
 
@@ -159,11 +203,59 @@ class _Draft:
         self._add(Op.UNDER, (Role.GLORA_A2, Role.GLORA_B2), rank, self._module.columns)
         self._add(Op.BASE_PRODUCT, (Role.GLORA_A1, Role.GLORA_B1), self._module.outer, rank)
 
-    def _add(self, op: Op, roles: tuple[Role, ...], rows: int, columns: int) -> None:
+    def shared(self, shape: tuple[int, ...]) -> None:
+        """Add A and B of VeRA, which are parts of shared matrices."""
+        rank = self._module.rank
+        self._add(Op.WEIGHTED, (Role.SCALE_DOWN, Role.SHARED_DOWN), rank, shape[1])
+        self._add(Op.WEIGHTED, (Role.SCALE_UP, Role.SHARED_UP), shape[0], rank)
+
+    def mixed(self) -> None:
+        """Add A and B of VB-LoRA."""
+        rank = self._module.rank
+        numbers = (self._module.settings["topk"],)
+        stored = Role.INDICES_DOWN in self._parts
+        down = (Role.INDICES_DOWN, Role.WEIGHTS_DOWN) if stored else (Role.LOGITS_DOWN,)
+        up = (Role.INDICES_UP, Role.WEIGHTS_UP) if stored else (Role.LOGITS_UP,)
+        outer, columns = self._module.outer, self._module.columns
+        assert outer is not None  # noqa: S101 - its files tell
+        assert columns is not None  # noqa: S101 - the same
+        self._add(Op.MIXED, (*down, Role.BANK), rank, columns, numbers)
+        self._add(Op.MIXED_TURNED, (*up, Role.BANK), outer, rank, numbers)
+
+    def reflections(self, rows: int) -> None:
+        """Add the vectors that inputs are reflected by, and what they are multiplied by."""
+        columns, rank = self._parts[Role.REFLECTIONS].shape
+        numbers = (self._module.settings["apply_GS"],)
+        self._add(Op.UNIT, (Role.REFLECTIONS,), rank, columns, numbers)
+        self._add(Op.REFLECTED, (Role.REFLECTIONS,), rows, rank, numbers)
+
+    def rotations(self) -> None:
+        """Add OFT's rotations: of linear layers and convolutions transposed."""
+        settings = self._module.settings
+        role = next(iter(self._parts))
+        turned = float(role is Role.ROTATION)
+        block, blocks = int(settings["block"]), int(settings["blocks"])
+        numbers = (settings["terms"], settings["eps"], turned)
+        self._add(Op.ROTATIONS, (role,), blocks * block, block, numbers)
+
+    def butterfly(self) -> None:
+        """Add BOFT's rotations, which together are fewer and larger ones, and its scales."""
+        factors, blocks, block, _ = self._parts[Role.BUTTERFLY].shape
+        self._add(Op.BUTTERFLY, (Role.BUTTERFLY,), blocks * block, block * 2 ** (factors - 1))
+        self._add(Op.STORED, (Role.ROW_SCALE,), self._parts[Role.ROW_SCALE].shape[0], 1)
+
+    def _add(
+        self,
+        op: Op,
+        roles: tuple[Role, ...],
+        rows: int,
+        columns: int,
+        numbers: tuple[float, ...] = (),
+    ) -> None:
         parts = []
         for role in roles:
             entry = self._parts[role]
             if entry not in self.factors:
                 self.factors.append(entry)
             parts.append(self.factors.index(entry))
-        self.workings.append(Working(op, tuple(parts), rows, columns))
+        self.workings.append(Working(op, tuple(parts), rows, columns, numbers))

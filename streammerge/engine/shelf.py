@@ -23,6 +23,7 @@ from streammerge.checkpoint.bytesource import ByteSource
 from streammerge.checkpoint.types import TensorEntry
 from streammerge.engine.buffers import allocate
 from streammerge.engine.decoding import read_span
+from streammerge.engine.memory import release_free_memory
 from streammerge.engine.monitor import Monitor
 from streammerge.engine.pieces import torch_dtype
 from streammerge.engine.progress import Progress, Stage
@@ -151,10 +152,10 @@ class FactorShelf:
                 if change.kind is ChangeKind.NORMED:
                     _once(held[norm_key(change)], partial(self._norms, held, change, task))
 
-    def delta(self, held: Entries, change: Change) -> Delta:
-        """Return a change with its factors, which are in memory."""
+    def delta(self, held: Entries, change: Change, task: TensorTask) -> Delta:
+        """Return a change of a tensor with its factors, which are in memory."""
         norms = held[norm_key(change)].value if change.kind is ChangeKind.NORMED else None
-        return Delta(change, _values(held, change), norms)
+        return Delta(change, _values(held, change), norms, partial(self._read_part, task, change))
 
     def _norms(self, held: Entries, change: Change, task: TensorTask) -> Tensor:
         """Compute DoRA's norms, for which the tensor that is changed is read once more."""
@@ -165,13 +166,23 @@ class FactorShelf:
     def _made(self, held: Entries, change: Change, index: int, task: TensorTask) -> Tensor:
         """Make a factor of stored ones."""
         read_rows = partial(self._read_rows, task, change)
-        return make_working(change.workings[index], _stored_values(held, change), read_rows)
+        made = make_working(change.workings[index], _stored_values(held, change), read_rows)
+        # In memory of its own, so that what was in the way meanwhile can be given back.
+        kept = torch.from_numpy(allocate(made.numel() * made.element_size()))
+        kept = kept.view(made.dtype).view(made.shape).copy_(made)
+        del made
+        release_free_memory()
+        return kept
 
     def _read_rows(self, task: TensorTask, change: Change, begin: int, end: int) -> Tensor:
         """Read rows of the tensor that is changed, in the compute dtype."""
-        stored = changed_input(task, change, in_turn=self._in_turn)
         row_numel = change.matrix[1]
-        rows = self._read_range(task, stored, begin * row_numel, (end - begin) * row_numel)
+        return self._read_part(task, change, begin * row_numel, end * row_numel)
+
+    def _read_part(self, task: TensorTask, change: Change, begin: int, end: int) -> Tensor:
+        """Read elements of the tensor that is changed, in the compute dtype."""
+        stored = changed_input(task, change, in_turn=self._in_turn)
+        rows = self._read_range(task, stored, begin, end - begin)
         # What an adapter brings along has the base's type once PEFT has loaded it.
         return rows.copy_(rows.to(torch_dtype(task.dtype))) if self._in_turn else rows
 
@@ -238,7 +249,7 @@ class HeldFactors:
             return ()
         by_model: list[list[Delta]] = [[] for _ in range(models)]
         for change in self._tasks[task].changes:
-            delta = self._shelf.delta(self._entries, change)
+            delta = self._shelf.delta(self._entries, change, self._tasks[task])
             by_model[change.model].append(delta)
             self._deltas.append(delta)
         return tuple(map(tuple, by_model))

@@ -264,7 +264,7 @@ def adapter(tmp_path: Path) -> Path:
         ({"layer_replication": [[0, 1]]}, UnsupportedAdapterError, ["layer_replication"]),
         ({"arrow_config": {"top_k": 1}}, UnsupportedAdapterError, ["arrow_config"]),
         ({"use_bdlora": {"nblocks": 2}}, UnsupportedAdapterError, ["use_bdlora"]),
-        ({"peft_type": "LOHA"}, UnsupportedAdapterError, ["LOHA", "convert_to_lora"]),
+        ({"peft_type": "FOURIERFT"}, UnsupportedAdapterError, ["FOURIERFT", "convert_to_lora"]),
         ({"peft_type": None}, HeaderError, ["peft_type", "LORA or IA3"]),
         ({"tomorrow": 1}, UnsupportedAdapterError, ["unknown setting 'tomorrow'"]),
         ({"r": 8}, ShapeMismatchError, ["rank 4", "says 8"]),

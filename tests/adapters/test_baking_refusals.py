@@ -161,7 +161,7 @@ def test_factors_that_were_not_gathered_are_named(job: Job, refuse: Callable[...
         ({"init_lora_weights": "corda"}, "init_lora_weights is 'corda'"),
         ({"kasa_config": {"beta": 1}}, "kasa_config is set"),
         ({"alora_invocation_tokens": [1, 2]}, "alora_invocation_tokens is set"),
-        ({"peft_type": "LOHA"}, "peft_type 'LOHA'"),
+        ({"peft_type": "FOURIERFT"}, "peft_type 'FOURIERFT'"),
     ],
 )
 def test_variants_that_no_base_can_take_are_refused(

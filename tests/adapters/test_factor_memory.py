@@ -60,6 +60,52 @@ def write_layers_adapter(path: Path, shape: tuple[int, int], rank: int, **config
     return write_adapter(path, tensors, target_modules=r".*", r=rank, **config)
 
 
+def small(*shape: int) -> torch.Tensor:
+    return torch.full(shape, 2.0**-6)
+
+
+FORMS: dict[str, tuple[dict[str, Any], dict[str, torch.Tensor]]] = {
+    # Whole factors and what is made of them are large here.
+    "LoKr": (
+        {"peft_type": "LOKR", "r": 64, "alpha": 1},
+        {"lokr_w1": small(2, 2), "lokr_w2_a": small(2000, 64), "lokr_w2_b": small(64, 300)},
+    ),
+    "LoHa": (
+        {"peft_type": "LOHA", "r": 128, "alpha": 1},
+        {
+            f"hada_w{i}_{side}": small(*size)
+            for i in (1, 2)
+            for side, size in {"a": (4000, 128), "b": (128, 600)}.items()
+        },
+    ),
+    "HRA": ({"peft_type": "HRA", "r": 128}, {"hra_u": small(600, 128)}),
+    "BOFT": (
+        {"peft_type": "BOFT", "boft_block_size": 300},
+        {"boft_R": small(1, 2, 300, 300), "boft_s": small(4000, 1)},
+    ),
+    "OFT": (
+        {
+            "peft_type": "OFT",
+            "oft_block_size": 600,
+            "use_cayley_neumann": True,
+            "peft_version": "0.21.2",
+        },
+        {"oft_R.weight": small(1, 600 * 599 // 2)},
+    ),
+}
+
+
+def write_formed_adapter(
+    path: Path, config: dict[str, Any], parts: dict[str, torch.Tensor]
+) -> None:
+    tensors = {
+        f"layer{index}.{name}": tensor.clone()
+        for index in range(LAYERS)
+        for name, tensor in parts.items()
+    }
+    write_adapter(path, tensors, target_modules=r".*", lora_alpha=None, **config)
+
+
 @pytest.mark.parametrize("method", ["task_arithmetic", "ties"])
 def test_no_more_factors_exist_than_the_plan_has_room_for(
     method: str, models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -87,11 +133,14 @@ def test_no_more_factors_exist_than_the_plan_has_room_for(
 
 
 @pytest.mark.skipif(not STATUS.exists(), reason="the peak of a process is read from /proc")
-@pytest.mark.parametrize("method", ["task_arithmetic", "ties", "dora"])
+@pytest.mark.parametrize("method", ["task_arithmetic", "ties", "dora", *FORMS])
 def test_measured_peak_stays_within_the_plan(method: str, tmp_path: Path) -> None:
     shape = (4000, 600)
     write_model(tmp_path / "base", layers(shape))
     for name in ("a", "b"):
+        if method in FORMS:
+            write_formed_adapter(tmp_path / name, *FORMS[method])
+            continue
         write_layers_adapter(tmp_path / name, shape, 256, use_dora=method == "dora")
     document = {
         "method": "ties" if method == "ties" else "task_arithmetic",
