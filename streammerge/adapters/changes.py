@@ -14,7 +14,7 @@ from math import prod
 from streammerge.adapters.forms import Form, FormedModule
 from streammerge.adapters.homes import Homes, ModuleHome, TokensHome, VectorHome
 from streammerge.adapters.types import LayerKind, LowRankModule
-from streammerge.adapters.workings import Working, form_workings
+from streammerge.adapters.workings import Part, Working, form_workings
 from streammerge.checkpoint.types import TensorEntry
 
 DELTA_ROWS = 3
@@ -78,7 +78,8 @@ class Change:
     """The adapter's tensors that say how, in the order that :class:`ChangeKind` gives; with workings
     those that they are made of, and m last."""
     matrix: tuple[int, int]
-    """Rows and columns of the tensor, or of each matrix in a stack, as they are stored."""
+    """Rows and columns of the tensor, or of each matrix in a stack, as they are stored; with a window
+    those of the window."""
     model: int = -1
     """The source that makes the change, as an index into the plan's models."""
     scaling: float = 1.0
@@ -99,6 +100,8 @@ class Change:
     """Whether PEFT rounds the product to the base's dtype before it adds it."""
     added: ChangeKind = ChangeKind.LOW_RANK
     """NORMED: what is added before."""
+    window: tuple[int, int] | None = None
+    """Flat index of the first element that changes, and past the last; None for the whole tensor."""
     workings: tuple[Working, ...] = ()
     """The factors, made of those that are stored; none where they are stored as they are needed."""
 
@@ -140,9 +143,7 @@ def _iter_changes(homes: Homes, base: dict[str, TensorEntry]) -> Iterator[tuple[
             continue
         yield home.weight, _product(home, module, base[home.weight])
         if module.bias is not None and home.bias is not None:
-            matrix = (base[home.bias].numel, 1)
-            scaling = module.scaling
-            yield home.bias, Change(ChangeKind.ADDED, (module.bias,), matrix, scaling=scaling)
+            yield home.bias, _bias(home, module.bias, base[home.bias])
     for vector in homes.vectors:
         yield vector.weight, _scaled(vector, base[vector.weight], along_rows=vector.along_rows)
         if vector.bias is not None:
@@ -155,6 +156,9 @@ def _product(home: ModuleHome, module: LowRankModule, entry: TensorEntry) -> Cha
     # A stack that the base stores whole has the experts in front.
     stacked = home.experts > 1 and home.expert is None
     rows, *others = entry.shape[1:] if stacked else entry.shape
+    window = _window(home, entry)
+    if home.rows is not None:
+        rows = home.rows[1] - home.rows[0]
     factors: tuple[TensorEntry, ...] = (module.down, module.up)
     if module.magnitude is not None:
         factors = (*factors, module.magnitude)
@@ -171,22 +175,52 @@ def _product(home: ModuleHome, module: LowRankModule, entry: TensorEntry) -> Cha
         # Linear layers and convolutions add it as it is, and so does DoRA everywhere.
         rounds_product=module.magnitude is None
         and module.layer in (LayerKind.EMBEDDING, LayerKind.EXPERTS),
+        window=window,
     )
+
+
+def _bias(home: ModuleHome, bias: TensorEntry, entry: TensorEntry) -> Change:
+    rows = entry.numel if home.rows is None else home.rows[1] - home.rows[0]
+    return Change(
+        ChangeKind.ADDED,
+        (bias,),
+        (rows, 1),
+        scaling=home.module.scaling,
+        first_row=home.first_row,
+        window=home.rows,
+    )
+
+
+def _window(home: ModuleHome, entry: TensorEntry) -> tuple[int, int] | None:
+    """Return the flat range of the rows that a module changes; None for all of them."""
+    if home.rows is None:
+        return None
+    columns = prod(entry.shape[1:])
+    return home.rows[0] * columns, home.rows[1] * columns
 
 
 def _formed(home: ModuleHome, module: FormedModule, entry: TensorEntry) -> Change:
     rows, *others = entry.shape or (1,)
-    factors, workings = form_workings(module, entry.shape, transposed=home.transposed)
+    window = _window(home, entry)
+    if home.rows is not None:
+        rows = home.rows[1] - home.rows[0]
+    shape = (rows, *others)
+    part = Part(home.first_row, shape, transposed=home.transposed)
+    factors, workings = form_workings(module, part)
     kind = _KINDS[module.form]
     magnitude = module.magnitude
+    # What the base takes part in is made of its own rows alone.
+    own = any(working.reads_base for working in workings)
     return Change(
         kind=kind if magnitude is None else ChangeKind.NORMED,
         factors=factors if magnitude is None else (*factors, magnitude),
         matrix=(rows, prod(others)),
         scaling=module.scaling,
         transposed=home.transposed,
-        along_rows=magnitude is None or magnitude.shape[0] == rows,
+        first_row=0 if own else home.first_row,
+        along_rows=magnitude is None or magnitude.shape[0] == module.outer,
         added=kind,
+        window=window,
         workings=workings,
     )
 

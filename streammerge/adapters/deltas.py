@@ -63,6 +63,8 @@ class Delta:
         self._kind = change.sum_kind
         self._rows, self._columns = change.matrix
         self._vector = factors[-1].reshape(-1)
+        if change.along_rows and change.window is not None:
+            self._vector = self._vector[change.first_row : change.first_row + self._rows]
         if norms is not None:
             self._vector = self._vector / norms
         order = sorted(range(len(change.indices)), key=change.indices.__getitem__)
@@ -87,13 +89,31 @@ class Delta:
             work: ``[WORK_NUMEL]`` in the compute dtype.
             dtype: The base's type, to round products to where PEFT does; None rounds none.
         """
+        inside, start = self._clip(out, begin)
+        if inside.numel() < out.numel():
+            out.zero_()
+        if inside.numel():
+            self._fill(inside, start, work, dtype)
+
+    def _clip(self, flat: Tensor, begin: int) -> tuple[Tensor, int]:
+        """Return what of a flat range lies in the window, and where in the window it begins."""
+        if self._change.window is None:
+            return flat, begin
+        low, high = self._change.window
+        first = min(max(low - begin, 0), flat.numel())
+        last = max(first, min(high - begin, flat.numel()))
+        return flat[first:last], begin + first - low
+
+    def _fill(self, out: Tensor, begin: int, work: Tensor, dtype: torch.dtype | None) -> None:
+        """Write what is added, from flat index ``begin`` of the window on."""
+        above = self._change.first_row * self._columns
         match self._kind:
             case ChangeKind.ADDED:
-                vector = self._factors[0].reshape(-1)
-                torch.mul(vector[begin : begin + out.numel()], self._change.scaling, out=out)
+                vector = self._factors[0].reshape(-1)[above + begin :]
+                torch.mul(vector[: out.numel()], self._change.scaling, out=out)
                 return
             case ChangeKind.KRONECKER:
-                fill_kronecker(out, begin, self._factors[0], self._factors[1], work)
+                fill_kronecker(out, above + begin, self._factors[0], self._factors[1], work)
             case _:
                 for part, expert, start in self._by_matrix(out, begin):
                     self._fill_matrix(part, expert, start, work)
@@ -118,6 +138,9 @@ class Delta:
             delta: ``[>= m]``, scratch.
             dtype: As for :meth:`fill`.
         """
+        weights, begin = self._clip(weights, begin)
+        if not weights.numel():
+            return
         match self._change.kind:
             case ChangeKind.ROWS:
                 self._replace_rows(weights, begin)
@@ -130,7 +153,7 @@ class Delta:
                     self._scale(weights, begin)
             case kind:
                 part = delta[: weights.numel()]
-                self.fill(part, begin, work, dtype)
+                self._fill(part, begin, work, dtype)
                 weights.add_(part)
                 if kind is ChangeKind.NORMED:
                     self._scale(weights, begin)
@@ -160,7 +183,7 @@ class Delta:
             for row, first in _split(weights.numel(), BLOCK):
                 part = weights.view(-1)[row : row + first]
                 delta = torch.empty_like(part)
-                self.fill(delta, begin * self._columns + row, work)
+                self._fill(delta, begin * self._columns + row, work, None)
                 part.add_(delta)
             if self._change.along_rows:
                 found.append(torch.linalg.norm(weights, dim=1))

@@ -6,15 +6,25 @@ adapter is refused with a list of those that have none.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from types import MappingProxyType
 
 from streammerge.adapters.components import split_component
-from streammerge.adapters.fitting import is_feedforward, layer_orientation, module_fits, scales_rows
+from streammerge.adapters.fitting import (
+    columns_of,
+    is_feedforward,
+    layer_orientation,
+    module_fits,
+    norms_inputs,
+    rows_fit,
+    rows_of,
+    scales_rows,
+)
 from streammerge.adapters.forms import FormedModule, form_fits, form_orientation
 from streammerge.adapters.homes import Homes, ModuleHome, TokensHome, VectorHome
+from streammerge.adapters.layouts import Place, find_places
 from streammerge.adapters.locating import (
     BaseNames,
     Located,
@@ -114,6 +124,7 @@ class _Finder:
         self._found: dict[str, str] = {}
         self._effective: dict[str, Shape] = {}
         self._saved: set[str] = set()
+        self._places: dict[str, tuple[Place, ...]] = {}
 
     def is_saved(self, name: str) -> bool:
         """Return whether a tensor of the base was trained whole (``modules_to_save``)."""
@@ -121,7 +132,8 @@ class _Finder:
 
     def find(self) -> Homes:
         adapter = self._adapter
-        wanted = list(self._wanted())
+        self._places = dict(self._iter_places())
+        wanted = [each for each in self._wanted() if each.path not in self._places]
         missing = self._locate(wanted)
         added: dict[str, TensorEntry] = {}
         for path in list(missing):
@@ -134,7 +146,9 @@ class _Finder:
         self._saved = {*added, *(self._home(path) for path in adapter.saved if path not in added)}
         self._effective = {name: entry.shape for name, entry in replaced.items()}
         modules = [home for module in adapter.modules for home in self._module_homes(module)]
-        modules += [self._formed_home(module) for module in adapter.formed]
+        for formed in adapter.formed:
+            placed = formed.weight_name in self._places
+            modules += self._placed_homes(formed) if placed else [self._formed_home(formed)]
         vectors = tuple(map(self._vector_home, adapter.vectors))
         tokens = tuple(map(self._tokens_home, adapter.tokens))
         homes = Homes(
@@ -167,6 +181,16 @@ class _Finder:
         for table in (adapter.replaced, adapter.biases, adapter.saved):
             for name in table:
                 yield Wanted(name, _anything)
+
+    def _iter_places(self) -> Iterator[tuple[str, tuple[Place, ...]]]:
+        """Yield the modules that the base names or cuts in another way, and where their rows belong."""
+        naming = self._adapter.naming
+        names = [module.weight_name for module in self._adapter.modules]
+        names += [module.weight_name for module in self._adapter.formed]
+        for name in names:
+            path = split_component(name, naming)[1]
+            if self._names.get(path) is None and (places := find_places(path, self._names)):
+                yield name, places
 
     @property
     def _is_flat(self) -> bool:
@@ -210,6 +234,8 @@ class _Finder:
         return self._effective.get(name) or self._tensors[name].shape
 
     def _module_homes(self, module: LowRankModule) -> Iterable[ModuleHome]:
+        if module.weight_name in self._places:
+            return self._placed_homes(module)
         if module.layer is not LayerKind.EXPERTS:
             return (self._plain_home(module),)
         return [self._stack_home(module, part) for part in self._parts(module)]
@@ -282,6 +308,46 @@ class _Finder:
             bias=None if module.bias is None else self._bias(module, weight),
         )
 
+    def _placed_homes(self, module: LowRankModule | FormedModule) -> list[ModuleHome]:
+        """Return the homes of a module's rows in a base that names or cuts it in another way."""
+        places = self._places[module.weight_name]
+        total = sum(place.rows for place in places)
+        for place in places:
+            shape = self._shape(place.weight)
+            if not rows_fit(module, total, shape):
+                raise ShapeMismatchError(
+                    f"{self._where}: {printable(module.stem)} changes {rows_of(module)} rows of "
+                    f"{columns_of(module)}, its counterpart in the base has {total} rows, of "
+                    f"{printable(place.weight)} {list(shape)}; {_OTHER_BASE}"
+                )
+        if len({place.weight for place in places}) > 1 and norms_inputs(module):
+            raise UnsupportedAdapterError(
+                f"{self._where}: {printable(module.stem)} norms the inputs (DoRA) of a layer that the "
+                f"base {self._base.path} has in {len(places)} tensors, of which each would need the "
+                "others; merge it into a base that has the layer whole"
+            )
+        return [
+            ModuleHome(
+                module=module,
+                weight=place.weight,
+                transposed=False,
+                expert=None,
+                experts=1,
+                first_row=place.first_row,
+                bias=self._placed_bias(module, place),
+                rows=(place.at_row, place.at_row + place.rows),
+            )
+            for place in places
+        ]
+
+    def _placed_bias(self, module: LowRankModule | FormedModule, place: Place) -> str | None:
+        if isinstance(module, FormedModule) or module.bias is None:
+            return None
+        name = f"{place.weight.removesuffix('.weight')}.bias"
+        if name not in self._tensors:
+            raise self._no_bias(module, name)
+        return name
+
     def _formed_home(self, module: FormedModule) -> ModuleHome:
         weight = self._home(module.weight_name)
         shape = self._shape(weight)
@@ -307,16 +373,19 @@ class _Finder:
         name = f"{weight.removesuffix('.weight')}.bias"
         entry = self._tensors.get(name)
         if entry is None:
-            raise MissingTensorError(
-                f"{self._where}: {printable(module.stem)} has a bias to add (lora_bias), the base "
-                f"{self._base.path} has no {printable(name)}; {_OTHER_BASE}"
-            )
+            raise self._no_bias(module, name)
         if entry.numel != module.out_features:
             raise ShapeMismatchError(
                 f"{self._where}: {printable(module.stem)}: its bias has {module.out_features} "
                 f"elements, the base's {printable(name)} is {list(entry.shape)}; {_OTHER_BASE}"
             )
         return name
+
+    def _no_bias(self, module: LowRankModule, name: str) -> MissingTensorError:
+        return MissingTensorError(
+            f"{self._where}: {printable(module.stem)} has a bias to add (lora_bias), the base "
+            f"{self._base.path} has no {printable(name)}; {_OTHER_BASE}"
+        )
 
     def _vector_home(self, vector: ScalingVector) -> VectorHome:
         """Return the home of a vector.
@@ -374,7 +443,8 @@ class _Finder:
         """Raise if two tensors of the adapter change the same tensor of the base."""
         takers: dict[str, list[str]] = {}
         for module in homes.modules:
-            takers.setdefault(module.weight, []).append(module.module.stem)
+            if module.rows is None or _overlaps(module, homes.modules):
+                takers.setdefault(module.weight, []).append(module.module.stem)
         for vector in homes.vectors:
             takers.setdefault(vector.weight, []).append(vector.vector.stem)
         for tokens in homes.tokens:
@@ -400,6 +470,17 @@ class _Finder:
             f"{self._where}: {len(missing)} tensor(s) that the adapter changes are not in the base "
             f"{self._base.path}: {_listed(missing)}{nearest}; {advice}"
         )
+
+
+def _overlaps(home: ModuleHome, homes: Iterable[ModuleHome]) -> bool:
+    """Return whether another module changes some of the same rows."""
+    assert home.rows is not None  # noqa: S101 - the caller asks for rows
+    return any(
+        other is not home
+        and other.weight == home.weight
+        and (other.rows is None or (other.rows[0] < home.rows[1] and home.rows[0] < other.rows[1]))
+        for other in homes
+    )
 
 
 def _part_fits(module: LowRankModule, part: StackPart, shape: Shape) -> bool:

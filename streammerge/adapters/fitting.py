@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from math import prod
 
+from streammerge.adapters.forms import FormedModule, form_orientation
 from streammerge.adapters.locating import Shape
 from streammerge.adapters.patterns import matches_targets
 from streammerge.adapters.types import (
@@ -34,6 +35,31 @@ def layer_orientation(module: LowRankModule, shape: Shape, *, fan_in_fan_out: bo
     if plain:
         return False
     return True if swapped and module.layer is LayerKind.LINEAR else None
+
+
+def rows_of(module: LowRankModule | FormedModule) -> int | None:
+    """Return the rows that a module changes; None where its files do not tell."""
+    return module.outer if isinstance(module, FormedModule) else module.out_features
+
+
+def columns_of(module: LowRankModule | FormedModule) -> int | None:
+    """Return the columns of what a module changes; None where its files do not tell."""
+    return module.columns if isinstance(module, FormedModule) else module.in_features
+
+
+def rows_fit(module: LowRankModule | FormedModule, rows: int, shape: Shape) -> bool:
+    """Return whether a module changes so many rows like those of a tensor of a shape."""
+    whole = (rows, *shape[1:])
+    if isinstance(module, FormedModule):
+        return form_orientation(module, whole, fan_in_fan_out=False) is False
+    return layer_orientation(module, whole, fan_in_fan_out=False) is False
+
+
+def norms_inputs(module: LowRankModule | FormedModule) -> bool:
+    """Return whether DoRA's norms are those of inputs, for which all rows are needed."""
+    if isinstance(module, FormedModule):
+        return module.magnitude is not None and module.magnitude.shape[0] != module.outer
+    return module.magnitude_of_inputs
 
 
 def is_feedforward(vector: ScalingVector, config: AdapterConfig, *, where: str) -> bool:

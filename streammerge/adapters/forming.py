@@ -145,10 +145,14 @@ class FormBuilder:
         }
         old = _glora_shape(*(turned[role].shape for role in _GLORA))
         if new is not None and old is not None:
-            raise UnsupportedAdapterError(
-                f"{self._where}: {self._stem}: all four factors of GLoRA are square, so nothing "
-                "tells in which order they are multiplied; merge it with the program that trained it"
-            )
+            # Of a square layer both fit; a rank is smaller than what it is the rank of.
+            new, old = (each if each[2] < each[1] else None for each in (new, old))
+            if new is None and old is None:
+                raise UnsupportedAdapterError(
+                    f"{self._where}: {self._stem}: all four factors of GLoRA are square, so nothing "
+                    "tells in which order they are multiplied; merge it with the program that "
+                    "trained it"
+                )
         found = new or old
         if found is None:
             raise self._wrong(parts, "they multiply to no W @ a1 @ a2 + b1 @ b2")

@@ -31,6 +31,9 @@ class ModuleHome:
     row: not 0 where gate and up projection are fused in the adapter and apart in the base."""
     bias: str | None
     """The base's tensor that ``lora_bias`` is added to; None without ``lora_bias``."""
+    rows: tuple[int, int] | None = None
+    """The rows of the base's tensor, first and past the last, that the product belongs to; None for all
+    of them."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -155,5 +155,6 @@ def _base_product(working: Working, a1: Tensor, b1: Tensor, read_rows: ReadRows)
         weights = read_rows(begin, end).view(end - begin, right.shape[0], kernel).double()
         product = weights.transpose(1, 2) @ right
         made[begin:end, : kernel * rank] = product.reshape(end - begin, -1)
-    made[:, kernel * rank :] = b1.reshape(working.rows, rank)
+    first = int(working.numbers[0])
+    made[:, kernel * rank :] = b1.reshape(-1, rank)[first : first + working.rows]
     return made.to(b1.dtype)

@@ -138,10 +138,10 @@ _MARKS = re.compile(
     r"\.lora_[AB]\.|\.lora_magnitude_vector|\.lora_embedding_[AB]|\.ia3_l"
     r"|\.(?:lokr_w[12](?:_[ab])?|lokr_t2|hada_w[12]_[ab]|hada_t[12])$"
 )
-_HINTS = re.compile(r"lora|lycoris_|ia3_l|lokr_|hada_|\.diff")
+_HINTS = re.compile(r"lora|lycoris_|ia3_l|lokr_|hada_|\.diff|\.a1\.weight$")
 _KOHYA_PREFIX = re.compile(r"(?:lora_(?:unet|te\d?|transformer)|lycoris)_")
-# Models have parts called diff too, but not in such a place.
-_COMFY_DIFFERENCE = re.compile(r"diffusion_model\..+\.diff(?:_b)?$")
+# Models have parts of these names too, but not in such a place.
+_COMFY_DIFFERENCE = re.compile(r"diffusion_model\..+\.(?:diff|diff_b|a1\.weight)$")
 _KOHYA_ROLES = {
     ".lora_down.weight": Role.DOWN,
     ".lora_up.weight": Role.UP,

@@ -35,7 +35,8 @@ class Op(StrEnum):
     CORE_PRODUCT = "product with core"
     """``p2`` transposed times the core of ``p0`` and ``p1``."""
     BASE_PRODUCT = "product with the base"
-    """``[W @ p0, p1]`` side by side; with a kernel, every element of it is multiplied by ``p0``."""
+    """``[W @ p0, p1]`` side by side; with a kernel, every element of it is multiplied by ``p0``. The
+    number is the first row of ``p1``."""
     UNDER = "one under the other"
     """``p0``, for every element of a kernel, and ``p1`` under it."""
     WEIGHTED = "weighted rows"
@@ -119,16 +120,28 @@ def working_numel(working: Working, factors: tuple[TensorEntry, ...]) -> int:
             return 4 * numel
 
 
+@dataclass(frozen=True, slots=True)
+class Part:
+    """The part of a module's change that one tensor of the base takes."""
+
+    first_row: int
+    """The first of the module's rows."""
+    shape: tuple[int, ...]
+    """The shape of what changes, as the base stores it."""
+    transposed: bool
+    """Whether it is stored ``[in, out]``."""
+
+
 def form_workings(
-    module: FormedModule, shape: tuple[int, ...], *, transposed: bool
+    module: FormedModule, part: Part
 ) -> tuple[tuple[TensorEntry, ...], tuple[Working, ...]]:
     """Return the stored tensors of a module's change, and the factors made of them.
 
     Args:
         module: The module.
-        shape: The shape of the base's tensor.
-        transposed: Whether it is stored ``[in, out]``.
+        part: What of it changes which part of the base.
     """
+    shape = part.shape[::-1] if part.transposed else part.shape
     draft = _Draft(module)
     match module.form:
         case Form.DIFFERENCE:
@@ -142,9 +155,9 @@ def form_workings(
         case Form.LOCON:
             draft.middle()
         case Form.GLORA:
-            draft.general(prod(shape[2:]))
+            draft.general(part)
         case Form.VERA:
-            draft.shared(shape[::-1] if transposed else shape)
+            draft.shared(shape[1])
         case Form.VBLORA:
             draft.mixed()
         case Form.HRA:
@@ -195,19 +208,20 @@ class _Draft:
         self._add(Op.CORE, (Role.MIDDLE, Role.DOWN), middle[0], down[1] * prod(middle[2:]))
         self._add(Op.STORED, (Role.UP,), up[0], up[1])
 
-    def general(self, kernel: int) -> None:
+    def general(self, part: Part) -> None:
         """Add A and B of ``W @ a1 @ a2 + b1 @ b2``, which together are one product."""
-        rank = self._module.rank * (kernel + 1)
-        assert self._module.outer is not None  # noqa: S101 - its files tell
-        assert self._module.columns is not None  # noqa: S101 - the same
-        self._add(Op.UNDER, (Role.GLORA_A2, Role.GLORA_B2), rank, self._module.columns)
-        self._add(Op.BASE_PRODUCT, (Role.GLORA_A1, Role.GLORA_B1), self._module.outer, rank)
+        rows, _, *kernel = part.shape
+        rank = self._module.rank * (prod(kernel) + 1)
+        self._add(Op.UNDER, (Role.GLORA_A2, Role.GLORA_B2), rank, prod(part.shape[1:]))
+        parts = (Role.GLORA_A1, Role.GLORA_B1)
+        self._add(Op.BASE_PRODUCT, parts, rows, rank, (float(part.first_row),))
 
-    def shared(self, shape: tuple[int, ...]) -> None:
+    def shared(self, columns: int) -> None:
         """Add A and B of VeRA, which are parts of shared matrices."""
         rank = self._module.rank
-        self._add(Op.WEIGHTED, (Role.SCALE_DOWN, Role.SHARED_DOWN), rank, shape[1])
-        self._add(Op.WEIGHTED, (Role.SCALE_UP, Role.SHARED_UP), shape[0], rank)
+        self._add(Op.WEIGHTED, (Role.SCALE_DOWN, Role.SHARED_DOWN), rank, columns)
+        rows = self._parts[Role.SCALE_UP].numel
+        self._add(Op.WEIGHTED, (Role.SCALE_UP, Role.SHARED_UP), rows, rank)
 
     def mixed(self) -> None:
         """Add A and B of VB-LoRA."""

@@ -180,9 +180,10 @@ class FactorShelf:
         return self._read_part(task, change, begin * row_numel, end * row_numel)
 
     def _read_part(self, task: TensorTask, change: Change, begin: int, end: int) -> Tensor:
-        """Read elements of the tensor that is changed, in the compute dtype."""
+        """Read elements of the tensor that is changed, or of its window, in the compute dtype."""
         stored = changed_input(task, change, in_turn=self._in_turn)
-        rows = self._read_range(task, stored, begin, end - begin)
+        above = 0 if change.window is None else change.window[0]
+        rows = self._read_range(task, stored, above + begin, end - begin)
         # What an adapter brings along has the base's type once PEFT has loaded it.
         return rows.copy_(rows.to(torch_dtype(task.dtype))) if self._in_turn else rows
 

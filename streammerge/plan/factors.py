@@ -44,7 +44,8 @@ def factor_needs(task: TensorTask, itemsize: int) -> dict[FactorKey | NormKey, i
 def norm_key(change: Change) -> NormKey:
     """Return what the norms of a DoRA change are called."""
     magnitude = change.factors[-1]
-    return magnitude.file, magnitude.offset, "norms"
+    # One magnitude may belong to several tensors, each of which has some of its rows.
+    return magnitude.file, magnitude.offset, f"norms {change.first_row} {change.window}"
 
 
 def working_key(change: Change, index: int) -> NormKey:
@@ -54,7 +55,10 @@ def working_key(change: Change, index: int) -> NormKey:
     """
     working = change.workings[index]
     first = change.factors[working.parts[0]]
-    return first.file, first.offset, f"{working.op} {working.rows} {working.columns}"
+    what = f"{working.op} {working.rows} {working.columns}"
+    if working.reads_base:
+        what = f"{what} {working.numbers} {change.window}"
+    return first.file, first.offset, what
 
 
 def factors_nbytes(task: TensorTask, itemsize: int) -> int:
