@@ -10,7 +10,7 @@ from pathlib import Path
 from streammerge.adapters.adapted import AdaptedModel
 from streammerge.assignment.types import Action
 from streammerge.checkpoint.composite import MODULES, list_component_folders, list_parts
-from streammerge.checkpoint.sidecars import list_left_behind
+from streammerge.checkpoint.sidecars import list_left_behind, plan_sidecars
 from streammerge.checkpoint.types import (
     Checkpoint,
     Companion,
@@ -55,7 +55,9 @@ def accompany(
     taken = _choose_origins(recipe, participants)
     default = participants[0].directory
     companions = gather_companions({k: each.directory for k, each in taken.items()}, default)
-    _check_given(recipe, taken, companions)
+    if recipe.output.companions:
+        own = [path.relative_to(default).as_posix() for path in plan_sidecars(default)]
+        _check_given(recipe, taken, companions, own)
     _check_modules(taken[CompanionKind.CONFIG].directory, models[0], companions)
     changes = _fit(planned, models, taken[CompanionKind.CONFIG])
     companions = tuple(
@@ -96,6 +98,7 @@ def _check_given(
     recipe: Recipe,
     taken: Mapping[CompanionKind, Participant],
     companions: Sequence[Companion],
+    first_names: Sequence[str],
 ) -> None:
     """Raise if the recipe names a model for a kind of file that it does not have."""
     given = recipe.output.companions
@@ -103,9 +106,11 @@ def _check_given(
     directory = taken[CompanionKind.CHAT_TEMPLATE].directory
     if CompanionKind.CHAT_TEMPLATE in given and read_template(directory) is not None:
         present.add(CompanionKind.CHAT_TEMPLATE)
-    # One origin for all kinds asks for whatever is there.
+    # One origin for all kinds asks for whatever is there, but what the first model has is not lost.
     if len(given) == len(CompanionKind) and len(set(given.values())) == 1:
-        missing = [] if present else list(given)
+        owned = {kind_of(name) for name in first_names}
+        needed = owned & {CompanionKind.CONFIG, CompanionKind.TOKENIZER}
+        missing = sorted(needed - present) if present else list(given)
     else:
         missing = [kind for kind in given if kind not in present]
     if missing:
@@ -203,7 +208,9 @@ def _fit(
         if own is None or not own.config:
             continue
         others = [each for _, each in described if each is not own]
-        found = fit_config(own, others, result, copied.get(folder, {}))
+        is_first = own.label == planned.models[0].label
+        judged = copied.get(folder, {}) if is_first else dict.fromkeys(result, "the result")
+        found = fit_config(own, others, result, judged, is_first=is_first)
         if folder:
             found += tuple(_dtype_changes(merged.get(folder, set()), own.config))
         changes[f"{folder}/{_CONFIG}" if folder else _CONFIG] = found

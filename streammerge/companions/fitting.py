@@ -18,6 +18,8 @@ from streammerge.errors import RecipeError, printable
 Shapes = Mapping[str, tuple[int, ...]]
 Config = Mapping[str, object]
 
+_KNOWN = frozenset({"model_type", "architectures", "_class_name"})
+"""What a configuration has that says which model it describes."""
 _NUMBER = re.compile(r"\.\d{1,9}(?=\.|$)")
 _STACK = re.compile(r"(?P<stack>(?:[^.]+\.)*?[^.]+)\.(?P<number>\d{1,9})\.")
 _LAYERS = (
@@ -60,7 +62,12 @@ class Described:
 
 
 def fit_config(
-    own: Described, others: Sequence[Described], result: Shapes, copied: Mapping[str, str]
+    own: Described,
+    others: Sequence[Described],
+    result: Shapes,
+    judged: Mapping[str, str],
+    *,
+    is_first: bool,
 ) -> tuple[JsonChange, ...]:
     """Return what a configuration has to say of other tensors than those of its own model.
 
@@ -68,34 +75,36 @@ def fit_config(
         own: The model whose configuration the output has.
         others: The other models that take part.
         result: The tensors of the output.
-        copied: Label of the model that each tensor is copied from by a rule.
+        judged: The tensors that the configuration has to describe, with where they come from: those
+            that rules copy, or all where the configuration is taken from elsewhere.
+        is_first: Whether it is the configuration of the first model, after which the output's tensors
+            are called.
 
     Raises:
         RecipeError: No key that is known here describes what a rule copies.
     """
-    brought = {name: shape for name, shape in result.items() if name in copied}
-    differs = any(own.shapes.get(name) != shape for name, shape in brought.items())
-    if not differs and not _stacks(own.shapes).items() - _stacks(result).items():
+    if own.shapes == result or not _KNOWN & own.config.keys():
         return ()
-    if not {"model_type", "architectures", "_class_name"} & own.config.keys():
-        return ()
+    brought = {name: shape for name, shape in result.items() if name in judged}
     changes = [
-        *_fit_architectures(own, others, result, copied),
+        *_fit_architectures(own, others, result, judged),
         *_fit_layers(own, others, result),
         *_fit_labels(own, others, result),
         *_fit_channels(own, result),
+        *_fit_vocabulary(own, result),
     ]
-    _check_embeddings(own, result)
-    _check_explained(own, brought, copied)
+    _check_explained(own, brought, judged)
+    if not is_first:
+        _check_complete(own, result)
     return tuple(changes)
 
 
 def _fit_architectures(
-    own: Described, others: Sequence[Described], result: Shapes, copied: Mapping[str, str]
+    own: Described, others: Sequence[Described], result: Shapes, judged: Mapping[str, str]
 ) -> Iterator[JsonChange]:
     """Yield the class of the model that the result has the tensors of, if it is not its own."""
     made, mine = _form(result), _form(own.shapes)
-    extra = made - mine
+    extra = {_normal(name) for name in judged} & (made - mine)
     if not extra:
         return
     for other in others:
@@ -108,9 +117,9 @@ def _fit_architectures(
             yield JsonChange("", "architectures", value, f"the tensors are those of {other.label}")
             return
     names = [name for name in result if _normal(name) in extra]
-    labels = sorted({copied[name] for name in names if name in copied})
+    labels = sorted({judged[name] for name in names if name in judged})
     raise RecipeError(
-        f"rules: {_listed(names)} come(s) from {' and '.join(labels) or 'elsewhere'}, and "
+        f"rules: {_listed(names)} come(s) from {' and '.join(labels)}, and "
         f"{_class_of(own)} of {own.label} has no such tensor: a loader would ignore it; "
         f"{_advice(others, result, made)}"
     )
@@ -267,8 +276,8 @@ def _channel_names(shapes: Shapes) -> Iterator[tuple[str, int, str]]:
                 yield name, dimension, key
 
 
-def _check_embeddings(own: Described, result: Shapes) -> None:
-    """Raise if only some of the embeddings have other rows than they had."""
+def _fit_vocabulary(own: Described, result: Shapes) -> Iterator[JsonChange]:
+    """Yield how many tokens there are, where all embeddings have other rows than they had."""
     rows = _vocabulary(own.config)
     mine = [
         name
@@ -286,9 +295,37 @@ def _check_embeddings(own: Described, result: Shapes) -> None:
             f"{result[kept[0]][0]}, and one vocab_size describes both; copy them from the same "
             f'model: {{tensors: "{printable(kept[0])}", copy: …}}'
         )
+    for section, settings in _sections(own.config):
+        if settings.get("vocab_size") == rows:
+            count = result[changed[0]][0]
+            why = f"{changed[0]} has {count} rows, {own.label} has {rows}"
+            yield JsonChange(section, "vocab_size", json.dumps(count), why)
+            return
 
 
-def _check_explained(own: Described, brought: Shapes, copied: Mapping[str, str]) -> None:
+def _check_complete(own: Described, result: Shapes) -> None:
+    """Raise if the configuration describes tensors that the result lacks, or ties what it stores."""
+    numbers = _stacks(result)
+    lacking = [
+        name
+        for name in own.shapes
+        if name not in result
+        and not _BUFFER.fullmatch(name)
+        and not ((layer := _STACK.match(name)) and layer["stack"] in numbers)
+    ]
+    beyond = [name for name in result if name not in own.shapes and _EMBEDDING.fullmatch(name)]
+    for names, said in (
+        (lacking, "describes {}, which the result lacks"),
+        (beyond, "is of a model without {}, which the result has"),
+    ):
+        if names:
+            raise RecipeError(
+                f"output.companions: the configuration of {own.label} {said.format(_listed(names))}; "
+                "take it from a model that stores the same tensors"
+            )
+
+
+def _check_explained(own: Described, brought: Shapes, judged: Mapping[str, str]) -> None:
     """Raise if a copied tensor has another shape and no key that is known says so."""
     rows = _vocabulary(own.config)
     channels = {
@@ -307,7 +344,7 @@ def _check_explained(own: Described, brought: Shapes, copied: Mapping[str, str])
     if unexplained:
         name = unexplained[0]
         raise RecipeError(
-            f"rules: {_listed(unexplained)} of {copied[name]}: {name} has the shape "
+            f"rules: {_listed(unexplained)} of {judged[name]}: {name} has the shape "
             f"{list(brought[name])}, {list(own.shapes[name])} in {own.label}, and no key of the config "
             "that is known here says so: the result would not load; copy it from a model of that "
             "shape, or take the configuration from there too with `output.companions`"

@@ -35,7 +35,13 @@ FILES = (
 )
 """Where a vocabulary may lie; the first that two models both have is what they are compared by."""
 _STEP = 1 << 20
-_LEXEME = re.compile(rb'\s*("(?:[^"\\]|\\.)*"|[{}\[\]:,]|[^\s{}\[\]:,"]+)', flags=re.DOTALL)
+_TEXT = rb'"(?:[^"\\]|\\.)*"'
+# A key with a whole number and what comes after it is one lexeme: vocabularies are made of them.
+_LEXEME = re.compile(
+    rb"\s*(?:(?P<key>%b)\s*:\s*(?P<number>-?\d{1,20})\s*(?P<comma>,|(?=\}))"
+    rb'|(?P<other>%b|[{}\[\]:,]|[^\s{}\[\]:,"]+))' % (_TEXT, _TEXT),
+    flags=re.DOTALL,
+)
 _LONGEST = 1 << 20
 """A longer text is no token; without a limit an endless one would be kept whole."""
 Token = tuple[int, bytes]
@@ -233,7 +239,15 @@ def _iter_scalars(stream: BinaryIO) -> Iterator[_Scalar]:
     index: list[int] = []
     key = b""
     expect_key = False
-    for lexeme in _iter_lexemes(stream):
+    for found in _iter_lexemes(stream):
+        pair, number, comma, lexeme = found.groups()
+        if lexeme is None:
+            if not kinds:
+                raise ValueError("a key stands outside of every object")
+            yield path, tuple(index), _own(pair, path), number
+            index[-1] += len(comma)
+            expect_key = bool(comma)
+            continue
         first = lexeme[:1]
         if first in b"{[":
             if kinds:
@@ -260,22 +274,25 @@ def _iter_scalars(stream: BinaryIO) -> Iterator[_Scalar]:
         elif expect_key:
             key = lexeme
         else:
-            in_vocabulary = not path or path[-1] == b"vocab"
-            own = key if in_vocabulary else key.strip(b'"')
-            yield path, tuple(index), own, lexeme
+            yield path, tuple(index), _own(key, path), lexeme
     if kinds:
         raise ValueError("it ends in the middle")
 
 
-def _iter_lexemes(stream: BinaryIO) -> Iterator[bytes]:
+def _own(key: bytes, path: tuple[bytes, ...]) -> bytes:
+    """Return a key; one that is a token as it is spelled, others without their quotes."""
+    return key if not path or path[-1] == b"vocab" else key.strip(b'"')
+
+
+def _iter_lexemes(stream: BinaryIO) -> Iterator[re.Match[bytes]]:
     buffer, place, ended = b"", 0, False
     while True:
-        found = _LEXEME.match(buffer, place)
-        # What ends where the buffer ends may go on.
-        if found is not None and (found.end() < len(buffer) or ended):
+        for found in _LEXEME.finditer(buffer, place):
+            # What ends where the buffer ends may go on; what begins later is behind the torn end of a text.
+            if found.start() != place or (found.end() == len(buffer) and not ended):
+                break
             place = found.end()
-            yield found.group(1)
-            continue
+            yield found
         if ended:
             if buffer[place:].strip():
                 raise ValueError("it ends in the middle")

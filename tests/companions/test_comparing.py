@@ -395,3 +395,14 @@ def test_what_transformers_loads_is_what_was_chosen(tmp_path: Path) -> None:
     assert AutoConfig.from_pretrained(tmp_path / "out").rope_parameters["rope_theta"] == 10000.0
     assert GenerationConfig.from_pretrained(tmp_path / "out").eos_token_id == 9
     assert "config.rope_theta: 10000 of sources[0] is taken; sources[1] 77" in str(planned)
+
+
+def test_what_the_base_has_is_not_lost_to_a_source_without(tmp_path: Path, two: list[Path]) -> None:
+    adapter = write_adapter(tmp_path / "adapter", {"a.weight": (4, 4)}, seed=1)
+    (adapter / "tokenizer.json").write_text(json.dumps(tokenizer()))
+
+    with pytest.raises(RecipeError, match=r"output\.companions\.config: .*adapter has no files"):
+        plan(two[0], adapter, output={"companions": 0})
+    planned = plan(two[0], adapter, output={"companions": {"tokenizer": 0}})
+    origins = {each.name: each.directory for each in planned.companions}
+    assert (origins["tokenizer.json"], origins["config.json"]) == (str(adapter), None)

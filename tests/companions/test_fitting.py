@@ -13,7 +13,7 @@ import pytest
 import torch
 import transformers
 from adapters import tiny
-from models import MEMORY, recipe_of
+from models import MEMORY, recipe_of, write_model
 from transformers import (
     AutoModelForCausalLM,
     BertConfig,
@@ -351,3 +351,83 @@ def test_the_class_of_a_source_is_taken_with_its_configuration(tmp_path: Path) -
 
     loaded = load(LlamaForSequenceClassification, out)
     assert loaded.config.num_labels == 4
+
+
+# Configurations that are taken from a source have to describe the whole result.
+
+
+def taken(tmp_path: Path, base: Any, source: Any, rules: list[dict[str, Any]]) -> Path:
+    paths = [save(base, tmp_path / "base"), save(source, tmp_path / "source")]
+    return merge(tmp_path, *paths, rules, output={"companions": {"config": 0}})
+
+
+def test_the_vocabulary_of_a_configuration_from_elsewhere_follows_the_embedding(
+    tmp_path: Path,
+) -> None:
+    options = {"tie_word_embeddings": False}
+    rules = [
+        {"tensors": "model.embed_tokens.weight", "copy": "base"},
+        {"tensors": "lm_head.weight", "copy": "base"},
+    ]
+
+    out = taken(tmp_path, tiny.llama(**options), tiny.llama(vocab_size=70, **options), rules)
+
+    assert load(AutoModelForCausalLM, out).config.vocab_size == 64
+
+
+def test_layers_of_a_configuration_from_elsewhere_are_those_of_the_result(tmp_path: Path) -> None:
+    rules = [{"tensors": "model.layers.2.*", "drop": True}]
+
+    out = taken(tmp_path, tiny.llama(), tiny.llama(num_hidden_layers=3, rope_theta=77.0), rules)
+
+    config = load(AutoModelForCausalLM, out).config
+    assert (config.num_hidden_layers, config.rope_parameters["rope_theta"]) == (2, 77.0)
+
+
+@pytest.mark.parametrize("base_tied", [True, False])
+def test_a_configuration_that_ties_otherwise_is_refused(
+    base_tied: bool,  # noqa: FBT001 - a parameter of the test
+    tmp_path: Path,
+) -> None:
+    base = tiny.llama(tie_word_embeddings=base_tied)
+    source = tiny.llama(tie_word_embeddings=not base_tied)
+    rules = [{"tensors": "lm_head.weight", "drop" if base_tied else "copy": base_tied or "base"}]
+    says = "describes" if base_tied else "is of a model without"
+
+    with pytest.raises(RecipeError, match=rf"of sources\[0\] {says} .*lm_head\.weight"):
+        taken(tmp_path, base, source, rules)
+
+
+def test_a_configuration_of_more_tensors_is_refused(tmp_path: Path) -> None:
+    base = seeded(BertModel, BertConfig(**BERT), 0)
+    source = seeded(BertForSequenceClassification, BertConfig(**BERT), 1)
+    paths = [save(base, tmp_path / "base"), save(source, tmp_path / "source")]
+    tensors = dict(source.bert.state_dict())
+    tensors |= {f"classifier.{name}": t for name, t in source.classifier.state_dict().items()}
+    write_model(paths[1], tensors)
+    rules = [{"tensors": "classifier.*", "drop": True}]
+
+    with pytest.raises(RecipeError, match=r"describes classifier\..* which the result lacks"):
+        merge(tmp_path, *paths, rules, output={"companions": {"config": 0}})
+
+
+def test_an_adapter_that_brings_another_number_of_labels_is_described(tmp_path: Path) -> None:
+    model = tiny.bert()
+    base = save(model, tmp_path / "base")
+    wider = seeded(
+        BertForSequenceClassification, BertConfig(**model.config.to_diff_dict() | {"num_labels": 5})
+    )
+    adapter = tiny.make_lora(
+        tmp_path / "lora",
+        wider,
+        seed=1,
+        r=2,
+        target_modules=["query"],
+        modules_to_save=["classifier"],
+    )
+
+    streammerge.merge(
+        recipe_of("task_arithmetic", base, [adapter]), tmp_path / "out", memory=MEMORY
+    )
+
+    assert load(BertForSequenceClassification, tmp_path / "out").config.num_labels == 5
