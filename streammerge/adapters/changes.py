@@ -55,6 +55,7 @@ _SUMS = frozenset(
     {ChangeKind.LOW_RANK, ChangeKind.HADAMARD, ChangeKind.KRONECKER, ChangeKind.ADDED}
 )
 _KINDS = {
+    Form.LORA: ChangeKind.LOW_RANK,
     Form.LOKR: ChangeKind.KRONECKER,
     Form.LOHA: ChangeKind.HADAMARD,
     Form.LOCON: ChangeKind.LOW_RANK,
@@ -211,6 +212,7 @@ def _formed(home: ModuleHome, module: FormedModule, entry: TensorEntry) -> Chang
     magnitude = module.magnitude
     # What the base takes part in is made of its own rows alone.
     own = any(working.reads_base for working in workings)
+    outputs = module.columns if home.transposed else module.outer
     return Change(
         kind=kind if magnitude is None else ChangeKind.NORMED,
         factors=factors if magnitude is None else (*factors, magnitude),
@@ -218,7 +220,7 @@ def _formed(home: ModuleHome, module: FormedModule, entry: TensorEntry) -> Chang
         scaling=module.scaling,
         transposed=home.transposed,
         first_row=0 if own else home.first_row,
-        along_rows=magnitude is None or magnitude.shape[0] == module.outer,
+        along_rows=magnitude is None or magnitude.shape[0] == outputs,
         added=kind,
         window=window,
         workings=workings,

@@ -13,16 +13,13 @@ from types import MappingProxyType
 
 from streammerge.adapters.components import split_component
 from streammerge.adapters.fitting import (
-    columns_of,
     is_feedforward,
     layer_orientation,
     module_fits,
-    norms_inputs,
-    rows_fit,
-    rows_of,
     scales_rows,
 )
 from streammerge.adapters.forms import FormedModule, form_fits, form_orientation
+from streammerge.adapters.heads import in_order_of, key_value_heads
 from streammerge.adapters.homes import Homes, ModuleHome, TokensHome, VectorHome
 from streammerge.adapters.layouts import Place, find_places
 from streammerge.adapters.locating import (
@@ -34,6 +31,7 @@ from streammerge.adapters.locating import (
     locate,
     locate_flat,
 )
+from streammerge.adapters.placing import overlaps, placed_homes, refuse_shared
 from streammerge.adapters.stacks import (
     Orientation,
     StackPart,
@@ -92,6 +90,8 @@ def find_homes(adapter: Adapter, base: Checkpoint, *, where: str, shares_ties: b
         tensors[tie.outer] = replace(tensors[tie.inner], name=tie.outer)
     finder = _Finder(adapter, base, tensors, where)
     homes = finder.find()
+    if tie is not None and adapter.naming is Naming.MLX:
+        refuse_shared(homes, (tie.inner, tie.outer), where=where)
     if tie is None:
         unknown = None if shares_ties else unknown_tie(homes, base)
         if unknown is not None:
@@ -185,11 +185,14 @@ class _Finder:
     def _iter_places(self) -> Iterator[tuple[str, tuple[Place, ...]]]:
         """Yield the modules that the base names or cuts in another way, and where their rows belong."""
         naming = self._adapter.naming
+        groups = key_value_heads(self._base.config)
         names = [module.weight_name for module in self._adapter.modules]
         names += [module.weight_name for module in self._adapter.formed]
         for name in names:
             path = split_component(name, naming)[1]
-            if self._names.get(path) is None and (places := find_places(path, self._names)):
+            if self._names.get(path) is None and (
+                places := find_places(path, self._names, groups=groups)
+            ):
                 yield name, places
 
     @property
@@ -309,44 +312,15 @@ class _Finder:
         )
 
     def _placed_homes(self, module: LowRankModule | FormedModule) -> list[ModuleHome]:
-        """Return the homes of a module's rows in a base that names or cuts it in another way."""
+        if self._adapter.naming is Naming.TORCHTUNE and isinstance(module, FormedModule):
+            module = in_order_of(module, self._base.config, where=self._where)
         places = self._places[module.weight_name]
-        total = sum(place.rows for place in places)
-        for place in places:
-            shape = self._shape(place.weight)
-            if not rows_fit(module, total, shape):
-                raise ShapeMismatchError(
-                    f"{self._where}: {printable(module.stem)} changes {rows_of(module)} rows of "
-                    f"{columns_of(module)}, its counterpart in the base has {total} rows, of "
-                    f"{printable(place.weight)} {list(shape)}; {_OTHER_BASE}"
-                )
-        if len({place.weight for place in places}) > 1 and norms_inputs(module):
-            raise UnsupportedAdapterError(
-                f"{self._where}: {printable(module.stem)} norms the inputs (DoRA) of a layer that the "
-                f"base {self._base.path} has in {len(places)} tensors, of which each would need the "
-                "others; merge it into a base that has the layer whole"
-            )
-        return [
-            ModuleHome(
-                module=module,
-                weight=place.weight,
-                transposed=False,
-                expert=None,
-                experts=1,
-                first_row=place.first_row,
-                bias=self._placed_bias(module, place),
-                rows=(place.at_row, place.at_row + place.rows),
-            )
-            for place in places
-        ]
-
-    def _placed_bias(self, module: LowRankModule | FormedModule, place: Place) -> str | None:
-        if isinstance(module, FormedModule) or module.bias is None:
-            return None
-        name = f"{place.weight.removesuffix('.weight')}.bias"
-        if name not in self._tensors:
-            raise self._no_bias(module, name)
-        return name
+        shapes = {place.weight: self._shape(place.weight) for place in places}
+        homes = placed_homes(module, places, shapes, where=self._where)
+        for home in homes:
+            if home.bias is not None and home.bias not in self._tensors:
+                raise self._no_bias(module, home.bias)
+        return homes
 
     def _formed_home(self, module: FormedModule) -> ModuleHome:
         weight = self._home(module.weight_name)
@@ -381,7 +355,7 @@ class _Finder:
             )
         return name
 
-    def _no_bias(self, module: LowRankModule, name: str) -> MissingTensorError:
+    def _no_bias(self, module: LowRankModule | FormedModule, name: str) -> MissingTensorError:
         return MissingTensorError(
             f"{self._where}: {printable(module.stem)} has a bias to add (lora_bias), the base "
             f"{self._base.path} has no {printable(name)}; {_OTHER_BASE}"
@@ -443,7 +417,7 @@ class _Finder:
         """Raise if two tensors of the adapter change the same tensor of the base."""
         takers: dict[str, list[str]] = {}
         for module in homes.modules:
-            if module.rows is None or _overlaps(module, homes.modules):
+            if module.rows is None or overlaps(module, homes.modules):
                 takers.setdefault(module.weight, []).append(module.module.stem)
         for vector in homes.vectors:
             takers.setdefault(vector.weight, []).append(vector.vector.stem)
@@ -470,17 +444,6 @@ class _Finder:
             f"{self._where}: {len(missing)} tensor(s) that the adapter changes are not in the base "
             f"{self._base.path}: {_listed(missing)}{nearest}; {advice}"
         )
-
-
-def _overlaps(home: ModuleHome, homes: Iterable[ModuleHome]) -> bool:
-    """Return whether another module changes some of the same rows."""
-    assert home.rows is not None  # noqa: S101 - the caller asks for rows
-    return any(
-        other is not home
-        and other.weight == home.weight
-        and (other.rows is None or (other.rows[0] < home.rows[1] and home.rows[0] < other.rows[1]))
-        for other in homes
-    )
 
 
 def _part_fits(module: LowRankModule, part: StackPart, shape: Shape) -> bool:

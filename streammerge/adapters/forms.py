@@ -18,6 +18,8 @@ from streammerge.checkpoint.types import TensorEntry
 class Form(StrEnum):
     """How a module's weight ``W`` changes; ``s`` is the module's scaling."""
 
+    LORA = "LoRA"
+    """``W + s * B @ A`` with factors that are stored transposed, or with rows in another order."""
     LOKR = "LoKr"
     """``W + s * kron(w1, w2)``, each factor whole or a product of its own (arXiv:2309.14859)."""
     LOHA = "LoHa"
@@ -91,6 +93,10 @@ class FormedModule:
         return self.form in (Form.GLORA, Form.HRA) or self.magnitude is not None
 
 
+_TURNED = (Form.VERA, Form.VBLORA, Form.LORA)
+"""Forms whose programs know weights that are stored ``[in, out]``, embeddings among them."""
+
+
 def form_fits(module: FormedModule, shape: tuple[int, ...]) -> bool:
     """Return whether a tensor of this shape could be the one that a module changes."""
     return form_orientation(module, shape, fan_in_fan_out=False) is not None
@@ -108,9 +114,7 @@ def form_orientation(
     if module.form is Form.GLORA:
         # What is multiplied from the right knows channels alone.
         plain = plain and shape[1] == module.parts[Role.GLORA_A2].shape[1]
-    swapped = (
-        module.form in (Form.VERA, Form.VBLORA) and len(shape) == 2 and _fits(module, *shape[::-1])
-    )
+    swapped = module.form in _TURNED and len(shape) == 2 and _fits(module, *shape[::-1])
     if plain and swapped:
         return fan_in_fan_out
     return False if plain else True if swapped else None

@@ -1,10 +1,11 @@
-"""Layers of diffusion models that their authors' files and diffusers' name and cut in other ways.
+"""Layers of models that their authors' files or trainers name and cut in other ways than a base does.
 
 Every line of the tables names a module as the authors' code has it and the modules of diffusers that
 hold its rows. ``#`` stands for a layer's number. Names that are alike in both have lines too: in files
 that hold more than one model something else stands before them.
 
-Source: the converters of diffusers (``loaders/single_file_utils``, ``scripts/convert_*``), facts only.
+Source: the converters of diffusers (``loaders/single_file_utils``, ``scripts/convert_*``), of torchtune
+(``models/convert_weights``) and of Megatron-Bridge (``param_mapping``), facts only.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from functools import cache
 
 from streammerge.adapters.locating import BaseNames
 
+_WRAPPERS = re.compile(r"^(?:module\.|model\.)+(?=decoder\.|embedding\.|output_layer)")
+"""What Megatron's checkpoints have before the names."""
 _PREFIXES = ("", "model.diffusion_model.", "diffusion_model.", "transformer.")
 """What stands before the names in files that hold more than one model, or say which it is."""
 
@@ -271,18 +274,59 @@ RULES: Mapping[str, Sequence[Rule]] = {
 """The tables, by model."""
 
 
-def find_places(path: str, names: BaseNames) -> tuple[Place, ...]:
+LANGUAGE_RULES: Sequence[Rule] = (
+    *_renamed(
+        {
+            "embedding.word_embeddings": "model.embed_tokens",
+            "output_layer": "lm_head",
+            "decoder.layers.#.self_attention.linear_proj": "model.layers.#.self_attn.o_proj",
+            "decoder.layers.#.mlp.linear_fc2": "model.layers.#.mlp.down_proj",
+        }
+    ),
+    _cut(
+        "decoder.layers.#.mlp.linear_fc1",
+        ("model.layers.#.mlp.gate_proj", 1),
+        ("model.layers.#.mlp.up_proj", 1),
+    ),
+    *_renamed(
+        {
+            "tok_embeddings": "model.embed_tokens",
+            "output": "lm_head",
+            **{
+                f"layers.#.{one}": f"model.layers.#.{other}"
+                for one, other in {
+                    **{f"attn.{letter}_proj": f"self_attn.{letter}_proj" for letter in "qkv"},
+                    "attn.output_proj": "self_attn.o_proj",
+                    "mlp.w1": "mlp.gate_proj",
+                    "mlp.w2": "mlp.down_proj",
+                    "mlp.w3": "mlp.up_proj",
+                }.items()
+            },
+        }
+    ),
+)
+"""Modules of Megatron-Core and of torchtune, and those of transformers that hold their rows."""
+GROUPED = "decoder.layers.#.self_attention.linear_qkv"
+"""Megatron's module in which every group of heads has its queries, then a key, then a value."""
+_GROUPED_PARTS = tuple(f"model.layers.#.self_attn.{letter}_proj" for letter in "qkv")
+
+
+def find_places(path: str, names: BaseNames, *, groups: int | None) -> tuple[Place, ...]:
     """Return where the rows of a module belong in a base that names or cuts it in another way.
 
     Args:
         path: The tensor that the adapter changes, ``.weight`` or ``.bias`` at its end, with dots or
             underscores between the modules before.
         names: The base's names.
+        groups: Heads of keys and values in the base; None where it does not say.
 
     Returns:
         Nothing where the tables do not have the module, or the base does not have its counterpart.
     """
     module, _, parameter = path.rpartition(".")
+    module = _WRAPPERS.sub("", module)
+    if found := re.fullmatch(GROUPED.replace("#", r"(\d+)"), module):
+        return _from_grouped(found[1], parameter, names, groups)
     for rule, number, piece in _matches(module):
         for prefix in (*_shared(names), *_PREFIXES):
             if piece is None:
@@ -292,6 +336,23 @@ def find_places(path: str, names: BaseNames) -> tuple[Place, ...]:
             if places:
                 return places
     return ()
+
+
+def _from_grouped(
+    number: str, parameter: str, names: BaseNames, groups: int | None
+) -> tuple[Place, ...]:
+    """Return the places of Megatron's queries, keys and values in a base that has them apart."""
+    found = [names.get(f"{module.replace('#', number)}.{parameter}") for module in _GROUPED_PARTS]
+    if groups is None or None in found:
+        return ()
+    places, first_row = [], 0
+    for group in range(groups):
+        for name in found:
+            assert name is not None  # noqa: S101 - it was looked for just now
+            rows = names.shape(name)[0] // groups
+            places.append(Place(name, first_row, rows, group * rows))
+            first_row += rows
+    return tuple(places)
 
 
 def _from_original(rule: Rule, number: str, spelling: str, names: BaseNames) -> tuple[Place, ...]:
@@ -339,7 +400,7 @@ def _matches(module: str) -> Iterator[tuple[Rule, str, Piece | None]]:
 @cache
 def _index() -> dict[str, list[tuple[Rule, Piece | None]]]:
     index: dict[str, list[tuple[Rule, Piece | None]]] = {}
-    for rules in RULES.values():
+    for rules in (*RULES.values(), LANGUAGE_RULES):
         for rule in rules:
             index.setdefault(_flat(rule.original), []).append((rule, None))
             for module in dict.fromkeys(piece.module for piece in rule.pieces):

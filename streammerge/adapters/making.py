@@ -46,6 +46,10 @@ def make_working(working: Working, stored: Sequence[Tensor], read_rows: ReadRows
             made = _under(working, parts[0], parts[1])
         case Op.BASE_PRODUCT:
             made = _base_product(working, parts[0], parts[1], read_rows)
+        case Op.INTERLEAVED:
+            size = int(working.numbers[0])
+            pairs = parts[0].reshape(-1, size // 2, 2, working.columns)
+            made = pairs.transpose(1, 2).reshape(working.rows, working.columns)
         case Op.WEIGHTED:
             made = parts[0].reshape(-1, 1) * parts[1][: working.rows, : working.columns]
         case Op.MIXED | Op.MIXED_TURNED:

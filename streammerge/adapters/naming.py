@@ -32,19 +32,21 @@ class Parsed:
 
 def recognise_naming(names: Iterable[str]) -> Naming | None:
     """Return whose names these are; None when they could be no adapter's."""
-    found = None
+    known = None
     for name in names:
         if name.startswith(PEFT_PREFIX):
             return Naming.PEFT
         # Every name below has one of these; models of 50,000 tensors come through here.
         if not _HINTS.search(name):
             continue
+        if found := _LOWER.search(name):
+            return Naming.MLX if found["what"] is None else Naming.TORCHTUNE
         if _KOHYA_PREFIX.match(name) or name.endswith(_KOHYA_ENDINGS):
             return Naming.KOHYA
         dotted = _MARKS.search(name) or _DIFFUSERS_OLD.search(name) or _COMFY_DIFFERENCE.match(name)
-        if found is None and dotted:
-            found = Naming.DIFFUSERS
-    return found
+        if known is None and dotted:
+            known = Naming.DIFFUSERS
+    return known
 
 
 def parse_peft_name(name: str) -> Parsed:
@@ -67,6 +69,16 @@ def parse_peft_name(name: str) -> Parsed:
     if found := _PEFT_BASE.fullmatch(rest):
         return Parsed(Role.BASE, f"{found['stem']}.{found['what']}")
     return Parsed(Role.PLAIN, rest)
+
+
+def parse_lower_name(name: str) -> Parsed:
+    """Return what a tensor of mlx-lm's naming is, or of torchtune's, which is a layer's inside."""
+    if found := _LOWER.search(name):
+        return Parsed(Role.DOWN if found["side"] == "a" else Role.UP, name[: found.start()])
+    for ending in (".m", ".magnitude"):
+        if name.endswith(ending) and name != ending:
+            return Parsed(Role.MAGNITUDE, name.removesuffix(ending))
+    return Parsed(Role.PLAIN, name)
 
 
 def parse_diffusers_name(name: str) -> Parsed:
@@ -138,6 +150,7 @@ _MARKS = re.compile(
     r"\.lora_[AB]\.|\.lora_magnitude_vector|\.lora_embedding_[AB]|\.ia3_l"
     r"|\.(?:lokr_w[12](?:_[ab])?|lokr_t2|hada_w[12]_[ab]|hada_t[12])$"
 )
+_LOWER = re.compile(r"(?<=.)\.lora_(?P<side>[ab])(?P<what>\.weight)?$")
 _HINTS = re.compile(r"lora|lycoris_|ia3_l|lokr_|hada_|\.diff|\.a1\.weight$")
 _KOHYA_PREFIX = re.compile(r"(?:lora_(?:unet|te\d?|transformer)|lycoris)_")
 # Models have parts of these names too, but not in such a place.
@@ -218,6 +231,7 @@ _PEFT_SHARED = re.compile(
 )
 _FOREIGN = (
     (".lora_diag", "a KaSA adapter"),
+    (".adapter.linear_in.", "an adapter of NeMo, whose alpha is not in the file,"),
     (".lora_E", "an AdaLoRA adapter"),
     (".ranknum", "an AdaLoRA adapter"),
     (".oft_blocks", "an OFT adapter as LyCORIS or kohya's scripts write it"),

@@ -12,6 +12,8 @@ from streammerge.adapters.types import LayerKind, Naming
 
 FILE_NAMES = {
     Naming.PEFT: "adapter_model.safetensors",
+    Naming.MLX: "adapters.safetensors",
+    Naming.TORCHTUNE: "adapter_model.safetensors",
     Naming.DIFFUSERS: "pytorch_lora_weights.safetensors",
     Naming.KOHYA: "lora.safetensors",
 }

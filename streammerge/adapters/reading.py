@@ -21,12 +21,14 @@ from streammerge.adapters.config import (
 )
 from streammerge.adapters.forming import FORM_ROLES, FormBuilder
 from streammerge.adapters.forms import FormedModule
+from streammerge.adapters.lowercase import MLX_NAME, TORCHTUNE_NAME, build_lower, read_lower_config
 from streammerge.adapters.naming import (
     PEFT_PREFIX,
     SHARED_STEM,
     foreign_variant,
     parse_diffusers_name,
     parse_kohya_name,
+    parse_lower_name,
     parse_peft_name,
     recognise_naming,
 )
@@ -98,7 +100,8 @@ def read_adapter(path: Path) -> Adapter:
     """Return the adapter at ``path``: what every tensor is for, from headers only.
 
     Args:
-        path: A PEFT directory, its file with tensors, or a raw file of diffusers or kohya.
+        path: A directory of PEFT, mlx-lm or torchtune, its file with tensors, or a raw file of
+            diffusers, kohya's scripts or LyCORIS.
 
     Raises:
         CheckpointError: There is nothing to read at ``path``, or the configuration is missing.
@@ -115,13 +118,11 @@ def read_adapter(path: Path) -> Adapter:
     _check_foreign(weights, entries)
     config_path = weights.parent / CONFIG_NAME
     naming = recognise_naming(entry.name for entry in entries)
+    if naming in (Naming.MLX, Naming.TORCHTUNE):
+        return _assemble_lower(path, file, entries, config_path, naming)
     has_config = weights.name in WEIGHTS_NAMES or naming is Naming.PEFT
     if has_config:
-        if not is_there(config_path):
-            raise CheckpointError(
-                f"{config_path}: is missing; it holds the scaling (r and lora_alpha), without which "
-                f"the tensors of {weights.name} say nothing; copy it beside them"
-            )
+        _demand_config(config_path, weights)
         return _assemble_peft(path, file, entries, config_path)
     if naming is None:
         raise HeaderError(
@@ -131,8 +132,16 @@ def read_adapter(path: Path) -> Adapter:
     return _assemble_raw(path, file, entries, naming)
 
 
+def _demand_config(config_path: Path, weights: Path) -> None:
+    if not is_there(config_path):
+        raise CheckpointError(
+            f"{config_path}: is missing; it holds the scaling (r and lora_alpha), without which "
+            f"the tensors of {weights.name} say nothing; copy it beside them"
+        )
+
+
 def _choose_weights(directory: Path) -> Path:
-    for name in WEIGHTS_NAMES:
+    for name in (*WEIGHTS_NAMES, MLX_NAME, TORCHTUNE_NAME):
         # A link to a file that is gone must be reported, not passed over.
         if is_there(directory / name) or (directory / name).is_symlink():
             return directory / name
@@ -213,6 +222,25 @@ def _assemble_peft(
         found=found,
         builders={"": builder},
         formed=formed,
+    )
+
+
+def _assemble_lower(
+    path: Path,
+    file: ShardFile,
+    entries: Iterable[TensorEntry],
+    config_path: Path,
+    naming: Naming,
+) -> Adapter:
+    _demand_config(config_path, file.path)
+    config, scaling = read_lower_config(config_path, naming)
+    where = str(file.path)
+    found = Sorted()
+    for entry in entries:
+        found.add(parse_lower_name(entry.name), entry, where=where)
+    formed = tuple(build_lower(found, scaling, naming=naming, where=where))
+    return _finish(
+        path, file, naming=naming, config=config, found=found, builders={}, formed=formed
     )
 
 

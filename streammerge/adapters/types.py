@@ -42,6 +42,10 @@ class Naming(StrEnum):
     """``base_model.model.X.lora_A.weight``, described by an ``adapter_config.json``."""
     DIFFUSERS = "diffusers"
     """``unet.X.lora_A.weight`` or ``unet.X.lora.down.weight``; no configuration file."""
+    MLX = "mlx"
+    """``X.lora_a`` and ``X.lora_b``, transposed; an ``adapter_config.json`` of mlx-lm."""
+    TORCHTUNE = "torchtune"
+    """``layers.N.attn.q_proj.lora_a.weight``; an ``adapter_config.json`` in PEFT's form."""
     KOHYA = "kohya"
     """``lora_unet_X.lora_down.weight`` with a scalar ``alpha``; dots are underscores."""
 

@@ -39,6 +39,9 @@ class Op(StrEnum):
     number is the first row of ``p1``."""
     UNDER = "one under the other"
     """``p0``, for every element of a kernel, and ``p1`` under it."""
+    INTERLEAVED = "interleaved"
+    """``p0`` with the rows of every head in another order: of pairs that are turned together, which stand
+    side by side, all first ones and then all second ones. The number is the rows of a head."""
     WEIGHTED = "weighted rows"
     """The first rows and columns of ``p1``, each row times its element of ``p0``."""
     MIXED = "mixed of a bank"
@@ -146,6 +149,8 @@ def form_workings(
     match module.form:
         case Form.DIFFERENCE:
             return (module.parts[Role.DIFFERENCE],), ()
+        case Form.LORA:
+            draft.lower()
         case Form.LOKR:
             draft.kron_factor(Role.LOKR_1, Role.LOKR_1A, Role.LOKR_1B, None)
             draft.kron_factor(Role.LOKR_2, Role.LOKR_2A, Role.LOKR_2B, Role.LOKR_T)
@@ -201,6 +206,19 @@ class _Draft:
             return
         self._add(Op.STORED, (down,), a[0], prod(a[1:]))
         self._add(Op.STORED, (up,), b[0], b[1])
+
+    def lower(self) -> None:
+        """Add A and B as mlx-lm and torchtune store them."""
+        down, up = self._parts[Role.DOWN].shape, self._parts[Role.UP].shape
+        settings = self._module.settings
+        if settings["turned"]:
+            self._add(Op.TURNED, (Role.DOWN,), down[1], down[0])
+            self._add(Op.TURNED, (Role.UP,), up[1], up[0])
+            return
+        self._add(Op.STORED, (Role.DOWN,), down[0], down[1])
+        head = settings.get("head", 0.0)
+        op, numbers = (Op.INTERLEAVED, (head,)) if head else (Op.STORED, ())
+        self._add(op, (Role.UP,), up[0], up[1], numbers)
 
     def middle(self) -> None:
         """Add A and B of a convolution with a middle factor."""
