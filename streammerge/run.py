@@ -448,7 +448,7 @@ def _fitted(
     source: Checkpoint | AdaptedModel, first: Checkpoint, named: Source, label: str
 ) -> Checkpoint | AdaptedModel:
     """Return a source whose parts are called as those of the first model."""
-    if isinstance(source, AdaptedModel) or source is first:
+    if isinstance(source, AdaptedModel) or (source is first and named.component is None):
         return source
     with _naming_source(label):
         return fit_parts(source, first, named.component, where=_where(named, label))

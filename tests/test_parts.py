@@ -266,8 +266,11 @@ def test_what_is_no_part_of_a_pipeline_is_refused(make: Any, says: str, tmp_path
 def test_a_component_of_models_without_parts_is_refused(tmp_path: Path) -> None:
     base, source = (write_model(tmp_path / name, {"a": torch.ones(1)}) for name in "bs")
 
-    with pytest.raises(CheckpointError, match="component: unet: all models here"):
+    alone = recipe_of("linear", None, [{"path": source, "component": "unet"}])
+    with pytest.raises(RecipeError, match=r"component: unet: .* neither has parts"):
         plan(base, {"path": source, "component": "unet"})
+    with pytest.raises(RecipeError, match=r"component: unet: .* neither has parts"):
+        streammerge.plan(alone, memory=MEMORY)
 
 
 def test_a_pipeline_is_no_single_file(tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ from streammerge.checkpoint.inputs import (
 )
 from streammerge.checkpoint.reading import MAX_CONFIG_BYTES, read_checkpoint
 from streammerge.checkpoint.types import Checkpoint, ShardFile, TensorEntry
-from streammerge.errors import CheckpointError, HeaderError, printable, suggestion
+from streammerge.errors import CheckpointError, HeaderError, RecipeError, printable, suggestion
 
 PIPELINE_INDEX = "model_index.json"
 MODULES = "modules.json"
@@ -132,6 +132,7 @@ def fit_parts(
 
     Raises:
         CheckpointError: One of them is a pipeline, and the other one is no part of it that is known.
+        RecipeError: There is nothing that the component could say.
     """
     folders = [folder for folder, _ in like.parts if folder]
     if folders and not model.parts:
@@ -152,8 +153,9 @@ def fit_parts(
             "which of them belongs to it with `component`, or name its folder as the path"
         )
     if component is not None:
-        raise CheckpointError(
-            f"{where}: component: {printable(component)}: all models here have the same parts, or none; "
+        have = "both have the same parts" if model.parts else "neither has parts"
+        raise RecipeError(
+            f"{where}: component: {printable(component)}: it is a model, and so is the first one; {have}: "
             "remove the key"
         )
     return model

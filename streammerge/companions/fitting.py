@@ -88,7 +88,7 @@ def fit_config(
     brought = {name: shape for name, shape in result.items() if name in judged}
     changes = [
         *_fit_architectures(own, others, result, judged),
-        *_fit_layers(own, others, result),
+        *_fit_layers(own, others, result, judged),
         *_fit_labels(own, others, result),
         *_fit_channels(own, result),
         *_fit_vocabulary(own, result),
@@ -143,13 +143,19 @@ def _advice(others: Sequence[Described], result: Shapes, made: frozenset[str]) -
 
 
 def _fit_layers(
-    own: Described, others: Sequence[Described], result: Shapes
+    own: Described, others: Sequence[Described], result: Shapes, judged: Mapping[str, str]
 ) -> Iterator[JsonChange]:
     """Yield how many layers there are, where that has changed, and what is listed for each of them."""
-    before, after = _stacks(own.shapes), _stacks(result)
+    before, after, copied = _stacks(own.shapes), _stacks(result), _stacks(dict.fromkeys(judged, ()))
     for stack in sorted(before.keys() & after.keys()):
         old, new = len(before[stack]), len(after[stack])
         if before[stack] == after[stack]:
+            continue
+        found = _layer_keys(own, stack, old)
+        # Of a prediction layer behind the others, which is not counted, nothing has to be said; nor of
+        # numbers that a rule drops and no key counts.
+        brought = copied.get(stack, frozenset()) - before[stack]
+        if not found and (_layer_keys(own, stack, new) or not brought):
             continue
         if sorted(after[stack]) != list(range(new)):
             missing = sorted(set(range(max(after[stack]) + 1)) - after[stack])
@@ -157,13 +163,21 @@ def _fit_layers(
                 f"rules: {stack} would have layers up to {max(after[stack])} without "
                 f"{', '.join(map(str, missing[:_LISTED]))}; copy or drop them so that none is missing"
             )
-        section, key = _layer_key(own, stack, old)
+        if len(found) != 1:
+            keys = ", ".join(f"{s}.{k}" if s else k for s, k in found) or "no known key"
+            raise RecipeError(
+                f"rules: the number of layers in {stack} changes from {old} to {new}, and {keys} of "
+                f"the config of {own.label} may say it; copy no layers, or choose a model whose "
+                "configuration fits with `output.companions: {config: …}`"
+            )
+        section, key = found[0]
         why = f"{stack} has {new} layers, {own.label} has {old}"
         yield JsonChange(section, key, json.dumps(new), why)
         yield from _per_layer(own, others, section, (old, new), why)
 
 
-def _layer_key(own: Described, stack: str, count: int) -> tuple[str, str]:
+def _layer_keys(own: Described, stack: str, count: int) -> list[tuple[str, str]]:
+    """Return the sections and keys of a configuration that may say that a stack has so many layers."""
     found = [
         (section, key)
         for section, settings in _sections(own.config)
@@ -178,14 +192,7 @@ def _layer_key(own: Described, stack: str, count: int) -> tuple[str, str]:
     ):
         if len(found) > 1 and narrowed:
             found = [each for each in found if each in narrowed]
-    if len(found) != 1:
-        keys = ", ".join(f"{s}.{k}" if s else k for s, k in found) or "no known key"
-        raise RecipeError(
-            f"rules: the number of layers in {stack} changes from {count}, and {keys} of the config "
-            f"of {own.label} may say it; copy no layers, or choose a model whose configuration fits "
-            "with `output.companions: {config: …}`"
-        )
-    return found[0]
+    return found
 
 
 def _per_layer(

@@ -329,7 +329,7 @@ class SourceDocument(_Document):
         default=None,
         min_length=1,
         description="Of an adapter of several parts of a pipeline, the part to take: unet, "
-        "transformer, text_encoder, text_encoder_2.",
+        "transformer, text_encoder, text_encoder_2. Of a model, the part of a pipeline that it is.",
     )
     rename: list[RenameDocument] = Field(
         default_factory=list,

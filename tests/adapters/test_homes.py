@@ -241,5 +241,7 @@ def test_a_model_and_an_adapter_of_one_model_have_no_parts(tmp_path: Path) -> No
 
     with pytest.raises(RecipeError, match="it adapts one model; remove the key"):
         bake(base, {"path": str(adapter), "component": "unet"}, tmp_path / "out")
-    with pytest.raises(RecipeError, match="is a model, and only adapters have parts"):
+    with pytest.raises(
+        RecipeError, match="it is a model, and so is the first one; neither has parts: remove"
+    ):
         bake(base, {"path": str(base), "component": "unet"}, tmp_path / "out")

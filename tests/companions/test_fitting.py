@@ -431,3 +431,30 @@ def test_an_adapter_that_brings_another_number_of_labels_is_described(tmp_path: 
     )
 
     assert load(BertForSequenceClassification, tmp_path / "out").config.num_labels == 5
+
+
+def test_a_layer_that_the_configuration_does_not_count_may_be_dropped(tmp_path: Path) -> None:
+    """DeepSeek's layer 61 predicts further tokens; num_hidden_layers is 61."""
+    config = {"model_type": "deepseek_v3", "num_hidden_layers": 2, "num_nextn_predict_layers": 1}
+    tensors = {f"model.layers.{number}.weight": torch.ones(2) for number in range(3)}
+    for name in ("base", "source"):
+        write_model(tmp_path / name, tensors)
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
+    rules = [{"tensors": "model.layers.2.*", "drop": True}]
+
+    out = merge(tmp_path, tmp_path / "base", tmp_path / "source", rules)
+
+    assert json.loads((out / "config.json").read_text()) == config
+
+
+def test_layers_that_no_key_counts_are_refused_if_they_are_copied(tmp_path: Path) -> None:
+    for name, count in (("base", 2), ("source", 3)):
+        tensors = {f"model.steps.{number}.weight": torch.ones(2) for number in range(count)}
+        write_model(tmp_path / name, tensors)
+        (tmp_path / name / "config.json").write_text('{"model_type": "mine", "steps": 2}')
+    rules = [{"tensors": "model.steps.2.*", "copy": 0}]
+
+    with pytest.raises(
+        RecipeError, match=r"layers in model\.steps changes from 2 to 3, and no known key"
+    ):
+        merge(tmp_path, tmp_path / "base", tmp_path / "source", rules)
