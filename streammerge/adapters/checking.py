@@ -56,8 +56,9 @@ def _check_adapter(label: str, adapter: Adapter) -> None:
     if adapter.formed:
         forms = sorted({str(module.form) for module in adapter.formed})
         raise UnsupportedAdapterError(
-            f"{label}: holds modules of the form {' and '.join(forms)}, such as "
-            f"{adapter.formed[0].stem}, which have no combination of the same form: {_BAKE}"
+            f"{label}: holds modules of the form {' and '.join(forms)} as {adapter.naming} has it, such "
+            f"as {adapter.formed[0].stem}, which have no combination here that could be written in "
+            f"the same form: {_BAKE}"
         )
     if config.use_dora:
         raise UnsupportedAdapterError(

@@ -20,17 +20,23 @@ _KOHYA = {
     "lora_te2_": "text_encoder_2",
     "lora_te3_": "text_encoder_3",
 }
-# ComfyUI's name for whatever denoises; LyCORIS' for whatever model it is used on by itself.
-_DENOISERS = ("diffusion_model.", "lycoris_")
+# ComfyUI's, and LyCORIS' for whatever model it is used on by itself.
+_MARKS = {
+    "diffusion_model.": "transformer",
+    "text_encoders.clip_l.transformer.": "text_encoder",
+    "text_encoders.clip_g.transformer.": "text_encoder_2",
+    "text_encoders.t5xxl.transformer.": "text_encoder_3",
+    "lycoris_": "",
+}
 _DIFFUSERS = frozenset({"unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3"})
 
 
 def split_component(stem: str, naming: Naming) -> tuple[str, str]:
     """Return the part that a module belongs to, and its path there; the part may be empty."""
     if naming is not Naming.PEFT:
-        for mark in _DENOISERS:
+        for mark, component in _MARKS.items():
             if stem.startswith(mark):
-                return "", stem.removeprefix(mark)
+                return component, stem.removeprefix(mark)
     if naming is Naming.KOHYA:
         for mark, component in _KOHYA.items():
             if stem.startswith(mark):

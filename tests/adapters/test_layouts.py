@@ -423,10 +423,17 @@ def test_text_encoders_of_one_file_go_where_the_component_says(
             f"{stem}.lora_up.weight": random(rows, 4),
         }
     adapter = tmp_path / "a.safetensors"
+    tensors |= {
+        f"text_encoders.clip_g.transformer.{'.'.join(name.split('.')[:-1])}.lora_{side}.weight": each
+        for name in clip
+        if name.endswith("weight")
+        for side, each in {"down": random(4, D), "up": random(D, 4)}.items()
+    }
     save_file(tensors, adapter)
 
     for component, base in {
         "text_encoder": clip,
+        "text_encoder_2": clip,
         "text_encoder_3": t5,
         "unet": denoiser,
     }.items():
