@@ -17,6 +17,7 @@ from typing import Self
 import numpy as np
 
 from streammerge.checkpoint.journal import PieceDone
+from streammerge.checkpoint.runs import Runs
 from streammerge.engine.pipeline import RunReport
 from streammerge.errors import OutputError
 from streammerge.plan.chunking import Piece
@@ -124,18 +125,42 @@ class ComparedFile:
                 f"({nbytes} bytes); it is the result of another one"
             )
 
-    def write_at(self, offset: int, buffer: memoryview, pieces: Sequence[PieceDone] = ()) -> None:
+    def write_at(
+        self,
+        offset: int,
+        buffer: memoryview,
+        pieces: Sequence[PieceDone] = (),
+        *,
+        runs: Runs | None = None,
+        begin: int = 0,
+    ) -> None:
         """Compare bytes, and remember the pieces that differ."""
+        if runs is not None:
+            self._compare_runs(offset, buffer, pieces[0], runs, begin)
+            return
         # What lies in one extent is of one type.
         itemsize = len(buffer) // max(1, sum(piece.numel for piece in pieces))
-        begin = 0
+        first = 0
         for piece in pieces:
-            end = begin + piece.numel * itemsize
-            unequal = self._first_unequal(offset + begin, buffer[begin:end])
+            end = first + piece.numel * itemsize
+            unequal = self._first_unequal(offset + first, buffer[first:end])
             if unequal is not None:
-                with self._lock:
-                    self.differing.append((piece, piece.start + unequal // itemsize))
-            begin = end
+                self._remember(piece, unequal // itemsize)
+            first = end
+
+    def _compare_runs(
+        self, offset: int, buffer: memoryview, piece: PieceDone, runs: Runs, begin: int
+    ) -> None:
+        """Compare one piece whose bytes lie in runs."""
+        for place, low, high in runs.spans(begin, len(buffer)):
+            unequal = self._first_unequal(offset + place, buffer[low:high])
+            if unequal is not None:
+                self._remember(piece, (low + unequal) // (len(buffer) // piece.numel))
+                return
+
+    def _remember(self, piece: PieceDone, element: int) -> None:
+        with self._lock:
+            self.differing.append((piece, piece.start + element))
 
     def _first_unequal(self, offset: int, expected: memoryview) -> int | None:
         """Return the index of the first byte that is not the file's; None when all are."""

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from math import prod
 from pathlib import Path
 
 import safetensors
 
 from streammerge.checkpoint.bytesource import ByteSourceKind
-from streammerge.checkpoint.digests import FileDigest, digest_file, tree_digest
+from streammerge.checkpoint.digests import (
+    LEAF_ELEMENTS,
+    FileDigest,
+    digest_file,
+    leaf_digests,
+    tree_digest,
+)
 from streammerge.checkpoint.manifest import (
     MANIFEST_VERSION,
     Manifest,
@@ -29,7 +36,7 @@ from streammerge.methods import discover_methods
 from streammerge.plan.kernels import kernels_serve
 from streammerge.plan.layout import render_header, render_indexes
 from streammerge.plan.planning import find_method
-from streammerge.plan.types import MergePlan
+from streammerge.plan.types import MergePlan, TensorTask
 from streammerge.recipe.parsing import parse_recipe
 from streammerge.recipe.types import Recipe
 from streammerge.units import MIB
@@ -56,10 +63,9 @@ def check_shards(planned: MergePlan, directory: Path) -> None:
                 for name, task in tasks.items():
                     found = opened.get_slice(name)
                     stored = (tuple(found.get_shape()), found.get_dtype())
-                    if stored != (task.shape, task.dtype.value):
-                        raise OutputError(
-                            f"{path}: {name} is {stored}, planned {(task.shape, task.dtype.value)}"
-                        )
+                    planned_as = (task.output_shape, task.dtype.value)
+                    if stored != planned_as:
+                        raise OutputError(f"{path}: {name} is {stored}, planned {planned_as}")
         except (safetensors.SafetensorError, OSError) as error:
             raise OutputError(f"{path}: does not open: {error}") from error
 
@@ -148,7 +154,7 @@ def write_companions(
     for name, content in texts.items():
         write_durably(directory / name, [content])
     files = copied | {name: digest_file(directory / name) for name in texts}
-    files |= _digest_shards(planned, report)
+    files |= _digest_shards(planned, report, directory)
     run = _run_record(
         planned,
         report,
@@ -180,14 +186,35 @@ def _check_copy(path: Path, expected: FileDigest) -> None:
         )
 
 
-def _digest_shards(planned: MergePlan, report: RunReport) -> dict[str, FileDigest]:
-    """Put the digests of shards together from those of their leaves; nothing is read."""
+def _digest_shards(planned: MergePlan, report: RunReport, directory: Path) -> dict[str, FileDigest]:
+    """Put the digests of shards together from those of their leaves.
+
+    Nothing is read but tensors that were made in parts, whose leaves are not the whole tensor's.
+    """
     digests = {}
     for index, shard in enumerate(planned.layout.shards):
-        leaves = (report.results[task].leaves for task in shard.tasks)
+        leaves = (
+            report.results[task].leaves
+            if planned.tasks[task].region is None
+            else _leaves_in_file(planned.tasks[task], directory / shard.name)
+            for task in shard.tasks
+        )
         digest = tree_digest(render_header(planned, index), leaves)
         digests[shard.name] = FileDigest(shard.nbytes, digest, tree=True)
     return digests
+
+
+def _leaves_in_file(task: TensorTask, path: Path) -> bytes:
+    """Return the digests of the leaves of a whole tensor, read from its file."""
+    numel = prod(task.output_shape)
+    itemsize = task.dtype.itemsize
+    leaves = []
+    with path.open("rb") as stream:
+        stream.seek(task.offset)
+        for begin in range(0, numel, LEAF_ELEMENTS):
+            leaf = stream.read(min(LEAF_ELEMENTS, numel - begin) * itemsize)
+            leaves.append(leaf_digests(memoryview(leaf), LEAF_ELEMENTS * itemsize))
+    return b"".join(leaves)
 
 
 def _manifest(
@@ -250,6 +277,8 @@ def _run_record(
 def _tensor_records(planned: MergePlan, report: RunReport) -> dict[str, TensorRecord]:
     records = {}
     for index, task in enumerate(planned.tasks):
+        if not task.leads:
+            continue
         result = report.results[index]
         records[task.name] = TensorRecord(
             action=task.action.value,

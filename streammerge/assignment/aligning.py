@@ -15,8 +15,9 @@ from streammerge.assignment.advising import (
     missing_message,
     opaque_message,
 )
+from streammerge.assignment.common import differing_axis, part_along, region_along
 from streammerge.assignment.types import Action, AssignedTensor, Assignment, Model, Setting
-from streammerge.checkpoint.types import TensorEntry
+from streammerge.checkpoint.types import Note, TensorEntry
 from streammerge.dtypes import DType
 from streammerge.errors import (
     MissingTensorError,
@@ -84,6 +85,8 @@ class _Aligner:
         self._copied: list[str] = []
         self._missing: dict[str, tuple[int, ...]] = {}
         self._mismatched: list[Mismatch] = []
+        self._rests: list[AssignedTensor] = []
+        self._notes: list[Note] = []
         self._opaque: list[tuple[str, DType]] = []
         # Where no task vectors are taken, a base only lends copies.
         merges_base = method.operand is Operand.TASK_VECTORS
@@ -99,7 +102,11 @@ class _Aligner:
         tensors = [tensor for name in names if (tensor := self._decide(name)) is not None]
         self._refuse(names)
         return Assignment(
-            tuple(tensors), tuple(self._settings), tuple(self._dropped), tuple(self._copied)
+            (*tensors, *self._rests),
+            tuple(self._settings),
+            tuple(self._dropped),
+            tuple(self._copied),
+            tuple(self._notes),
         )
 
     def _refuse(self, names: Collection[str]) -> None:
@@ -162,6 +169,8 @@ class _Aligner:
         if opaque:
             self._opaque.append((name, opaque[0]))
             return None
+        if resolved.common and (part := self._common(name, entries, inputs)) is not None:
+            return part
         if not self._agree(name, inputs):
             return None
         first = next(entry for entry in inputs if entry is not None)
@@ -171,6 +180,60 @@ class _Aligner:
         setting = self._setting(resolved)
         changes = self._changes(name)
         return AssignedTensor(name, first.shape, dtype, Action.MERGE, inputs, setting, changes)
+
+    def _common(
+        self,
+        name: str,
+        entries: Sequence[TensorEntry | None],
+        inputs: Sequence[TensorEntry | None],
+    ) -> AssignedTensor | None:
+        """Merge the part that all inputs have, and take the rest; None where shapes do not allow it."""
+        present = [entry for entry in inputs if entry is not None]
+        axis = differing_axis([entry.shape for entry in present])
+        plain = all(entry.dtype.is_float for entry in present) and not self._changes(name)
+        if axis is None or not plain or any(inputs[index] for index in self._adapted):
+            return None
+        # The base first, if it is the largest; else the first source that is.
+        lending = [
+            index
+            for index, entry in enumerate(entries)
+            if entry is not None
+            and differing_axis([entry.shape, present[0].shape]) in (axis, None)
+            and len(entry.shape) == len(present[0].shape)
+        ]
+        keeper = max(lending, key=lambda index: (_size(entries[index], axis), -index))
+        whole = entries[keeper]
+        assert whole is not None  # noqa: S101 - only those that are there were asked
+        common = min(entry.shape[axis] for entry in present)
+        size = whole.shape[axis]
+        parts = tuple(entry and part_along(entry, axis, 0, common) for entry in inputs)
+        first = next(part for part in parts if part is not None)
+        resolved = self._resolve(name)
+        dtype = self._merged_dtype(resolved, entries[0] or present[0])
+        rest = [
+            part_along(whole, axis, common, size) if index == keeper else None
+            for index in range(len(entries))
+        ]
+        taken = self._taken(name, rest, keeper)
+        same = whole.dtype == dtype and not whole.is_coded
+        self._rests.append(
+            replace(
+                taken,
+                dtype=dtype,
+                action=Action.COPY if same else Action.CONVERT,
+                region=region_along(whole.shape, axis, common, size, leads=False),
+            )
+        )
+        self._notes.append(
+            Note(
+                "common part",
+                f"{name}: {common} of {size} along dimension {axis} merged, the rest from "
+                f"{self._labels[keeper]}",
+            )
+        )
+        region = region_along(whole.shape, axis, 0, common, leads=True)
+        setting = self._setting(resolved)
+        return AssignedTensor(name, first.shape, dtype, Action.MERGE, parts, setting, region=region)
 
     def _merged_dtype(self, resolved: Resolved, like: TensorEntry) -> DType:
         asked = None if resolved.keeps_dtype else self._recipe.output.dtype
@@ -293,6 +356,10 @@ class _Aligner:
             index = self._setting_index[resolved.values] = len(self._settings)
             self._settings.append(Setting(resolved.values))
         return index
+
+
+def _size(entry: TensorEntry | None, axis: int) -> int:
+    return 0 if entry is None else entry.shape[axis]
 
 
 def _check_rules_match(recipe: Recipe, names: Iterable[str]) -> None:

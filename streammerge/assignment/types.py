@@ -7,7 +7,7 @@ from enum import StrEnum
 
 from streammerge.adapters.adapted import AdaptedModel
 from streammerge.adapters.changes import Change
-from streammerge.checkpoint.types import Checkpoint, TensorEntry
+from streammerge.checkpoint.types import Checkpoint, Note, TensorEntry
 from streammerge.dtypes import DType
 
 Model = Checkpoint | AdaptedModel
@@ -25,6 +25,25 @@ class Action(StrEnum):
     """Integers and bool: copied when every input holds the same bytes, refused otherwise."""
     CONVERT = "convert"
     """The values of the one present input are stored in another element type."""
+
+
+@dataclass(frozen=True, slots=True)
+class Region:
+    """The elements of an output tensor that an assignment is about, where another one is about the rest.
+
+    They lie in runs: element ``i`` of the part is element ``first + i // run * stride + i % run``.
+    """
+
+    shape: tuple[int, ...]
+    """Shape of the whole tensor."""
+    leads: bool
+    """Whether the part stands for the tensor in headers and lists; one of them does."""
+    first: int
+    """Flat index in the whole of the first element."""
+    run: int
+    """Elements side by side."""
+    stride: int
+    """Elements of the whole from the start of one run to the next."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +72,8 @@ class AssignedTensor:
     """Index into :attr:`Assignment.settings`; -1 for copies."""
     changes: tuple[Change, ...] = ()
     """What the sources that are adapters do to it."""
+    region: Region | None = None
+    """Which part of the output tensor it is; None for all of it."""
     base_owner: int = 0
     """The model whose file the base's entry is in: an adapter that brings a base of another shape."""
 
@@ -69,6 +90,8 @@ class Assignment:
     """Names that the recipe drops."""
     copied_from_base: tuple[str, ...]
     """Names that ``missing: base`` copies."""
+    notes: tuple[Note, ...] = ()
+    """What was decided about single tensors."""
 
 
 @dataclass(frozen=True, slots=True)

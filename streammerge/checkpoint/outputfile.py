@@ -15,6 +15,7 @@ from pathlib import Path
 
 from streammerge.checkpoint.journal import PieceDone
 from streammerge.checkpoint.ownfiles import NEW_NAME, create_own, open_own
+from streammerge.checkpoint.runs import Runs
 from streammerge.errors import DiskSpaceError, OutputError
 from streammerge.limits import name_limit
 from streammerge.units import MIB, format_size
@@ -76,22 +77,36 @@ class OutputFile:
         """The file."""
         return self._path
 
-    def write_at(self, offset: int, buffer: memoryview, pieces: Sequence[PieceDone] = ()) -> None:
+    def write_at(
+        self,
+        offset: int,
+        buffer: memoryview,
+        pieces: Sequence[PieceDone] = (),
+        *,
+        runs: Runs | None = None,
+        begin: int = 0,
+    ) -> None:
         """Write all of ``buffer`` at ``offset``; now and then, wait until the disk has caught up.
 
         Args:
             offset: First byte in the file.
             buffer: The bytes.
             pieces: What these bytes are; told to ``on_durable`` once they are on the disk.
+            runs: How they lie in the file; None for side by side.
+            begin: With runs, the first byte in the range that lies in them from ``offset`` on.
 
         Raises:
             DiskSpaceError: The disk is full.
             OutputError: The system refuses.
         """
-        done = 0
+        done = at = 0
+        spans = ((0, 0, len(buffer)),) if runs is None else runs.spans(begin, len(buffer))
         try:
-            while done < len(buffer):
-                done += self._write_some(offset + done, buffer[done:])
+            for place, first, end in spans:
+                done, at = first, offset + place
+                while done < end:
+                    count = self._write_some(at, buffer[done:end])
+                    done, at = done + count, at + count
             with self._lock:
                 self._written.extend(pieces)
                 self._unsynced += len(buffer)
@@ -101,7 +116,7 @@ class OutputFile:
             if due:
                 self.sync()
         except OSError as error:
-            raise _write_error(self._path, offset + done, len(buffer) - done, error) from error
+            raise _write_error(self._path, at, len(buffer) - done, error) from error
 
     def read_into(self, offset: int, buffer: memoryview) -> bool:
         """Fill ``buffer`` with what an earlier run wrote at ``offset``; return whether there is so much.

@@ -190,7 +190,7 @@ def _fit(
     for task in planned.tasks:
         head, slash, rest = task.name.partition("/")
         folder, name = (head, rest) if slash and head in folders else ("", task.name)
-        results.setdefault(folder, {})[name] = task.shape
+        results.setdefault(folder, {})[name] = task.output_shape
         present = [index for index, entry in enumerate(task.inputs) if entry is not None]
         copies = task.action in (Action.COPY, Action.CONVERT) and not task.changes
         if copies and len(present) == 1 and present[0] in full:

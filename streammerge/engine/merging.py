@@ -143,11 +143,17 @@ def _extents(
 
 def _follows(before: Part, part: Part) -> bool:
     """Return whether one part of a piece comes right after another one in the output."""
+    if before.task.region is not None or part.task.region is not None:
+        return False
     end = before.task.offset + (before.start + before.numel) * before.task.dtype.itemsize
     return before.task.shard == part.task.shard and end == part.task.offset
 
 
 def _extent(memory: memoryview, first: int, claims: Sequence[Claim]) -> Extent:
     part = claims[0].part
-    offset = part.task.offset + part.start * part.task.dtype.itemsize
-    return Extent(part.task.shard, offset, memory[first : first + claims[-1].end], tuple(claims))
+    start = part.start * part.task.dtype.itemsize
+    inside = memory[first : first + claims[-1].end]
+    runs = part.task.runs
+    if runs is not None:
+        return Extent(part.task.shard, part.task.offset, inside, tuple(claims), runs, start)
+    return Extent(part.task.shard, part.task.offset + start, inside, tuple(claims))

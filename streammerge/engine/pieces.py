@@ -158,7 +158,8 @@ class _ChunkView:
         first = plan.tasks[self._pieces[begin].task]
         # torch.sum of more rows adds in an order that depends on how long they are.
         many = len(plan.models) - plan.has_base > ADD_LEFT_TO_RIGHT
-        if first.action is not Action.MERGE or first.changes or plan.keep_non_finite or many:
+        alone = first.changes or first.region is not None or plan.keep_non_finite
+        if first.action is not Action.MERGE or alone or many:
             return begin + 1
         kind = _kind(first)
         numel = self._pieces[begin].numel
@@ -203,7 +204,8 @@ class _ChunkView:
 def _kind(task: TensorTask) -> tuple[Any, ...]:
     """Return what tensors must share to be merged as one."""
     stored = tuple(entry.dtype if entry else None for entry in task.inputs)
-    return task.action, task.setting, task.dtype, stored, bool(task.changes)
+    alone = bool(task.changes) or task.region is not None
+    return task.action, task.setting, task.dtype, stored, alone
 
 
 def torch_dtype(dtype: DType) -> torch.dtype:

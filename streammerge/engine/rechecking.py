@@ -19,7 +19,7 @@ from streammerge.checkpoint.journal import Entry, PieceDone, ScopeFound
 from streammerge.engine.progress import OnProgress, ProgressEvent
 from streammerge.engine.resuming import WHOLE_MODEL
 from streammerge.errors import ResumeError, printable
-from streammerge.plan.types import MergePlan
+from streammerge.plan.types import MergePlan, TensorTask
 from streammerge.units import MIB
 
 _THREADS = 2
@@ -158,16 +158,26 @@ def _is_sound(plan: MergePlan, piece: PieceDone, shards: Sequence[Readable]) -> 
     task = plan.tasks[piece.task]
     leaf_nbytes = LEAF_ELEMENTS * task.dtype.itemsize
     memory = memoryview(bytearray(min(leaf_nbytes, _nbytes(plan, piece))))
-    offset = task.offset + piece.start * task.dtype.itemsize
-    end = offset + _nbytes(plan, piece)
+    start = piece.start * task.dtype.itemsize
+    end = start + _nbytes(plan, piece)
     expected = bytes.fromhex(piece.leaves)
-    for index, begin in enumerate(range(offset, end, leaf_nbytes)):
+    for index, begin in enumerate(range(start, end, leaf_nbytes)):
         leaf = memory[: end - begin]
-        if not shards[task.shard].read_into(begin, leaf):
+        if not _read(shards[task.shard], task, begin, leaf):
             return False
         if leaf_digests(leaf, leaf_nbytes) != expected[DIGEST_BYTES * index :][:DIGEST_BYTES]:
             return False
     return True
+
+
+def _read(shard: Readable, task: TensorTask, begin: int, leaf: memoryview) -> bool:
+    """Fill a buffer with the bytes of a tensor from ``begin`` on; return whether there are so many."""
+    if task.runs is None:
+        return shard.read_into(task.offset + begin, leaf)
+    return all(
+        shard.read_into(task.offset + place, leaf[low:high])
+        for place, low, high in task.runs.spans(begin, len(leaf))
+    )
 
 
 def _nbytes(plan: MergePlan, piece: PieceDone) -> int:

@@ -11,6 +11,7 @@ from typing import Protocol
 
 from streammerge.checkpoint.digests import LEAF_ELEMENTS, leaf_digests
 from streammerge.checkpoint.journal import PieceDone
+from streammerge.checkpoint.runs import Runs
 from streammerge.engine.device import Applied
 from streammerge.engine.pieces import Part
 from streammerge.engine.progress import Progress, Stage
@@ -22,8 +23,16 @@ from streammerge.reductions.topk import TopK
 class Output(Protocol):
     """Where the bytes of one shard go."""
 
-    def write_at(self, offset: int, buffer: memoryview, pieces: Sequence[PieceDone] = ()) -> None:
-        """Take bytes at an offset of the file, and what they are."""
+    def write_at(
+        self,
+        offset: int,
+        buffer: memoryview,
+        pieces: Sequence[PieceDone] = (),
+        *,
+        runs: Runs | None = None,
+        begin: int = 0,
+    ) -> None:
+        """Take bytes at an offset of the file, and what they are; they may lie in runs."""
         ...
 
 
@@ -55,6 +64,10 @@ class Extent:
     """The bytes."""
     claims: tuple[Claim, ...]
     """The parts of tensors that they are."""
+    runs: Runs | None = None
+    """How they lie in the file, from the offset on; None for side by side."""
+    begin: int = 0
+    """With runs, the first byte in the range that lies in them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +102,9 @@ def run_writer(
         with progress.spending(Stage.WRITE):
             for extent in job.extents:
                 done = [_record(claim, extent.memory) for claim in extent.claims]
-                outputs[extent.shard].write_at(extent.offset, extent.memory, done)
+                outputs[extent.shard].write_at(
+                    extent.offset, extent.memory, done, runs=extent.runs, begin=extent.begin
+                )
                 results.add(done)
                 progress.count(Stage.WRITE, len(extent.memory))
         job.then()

@@ -9,17 +9,18 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Protocol
 
+from streammerge.assignment.types import Region
 from streammerge.checkpoint.metadata import FORMAT, Metadata
 from streammerge.checkpoint.naming import MODEL_NAMES, WeightNames, name_single, name_weights
 from streammerge.checkpoint.types import Checkpoint
 from streammerge.dtypes import DType
 from streammerge.errors import RecipeError
-from streammerge.plan.types import MergePlan, OutputLayout, OutputShard
+from streammerge.plan.types import MergePlan, OutputLayout, OutputShard, TensorTask
 from streammerge.recipe.types import OutputSpec
 from streammerge.units import format_size
 
@@ -95,6 +96,47 @@ def _plan_parts(
     return OutputLayout(tuple(shards), own_index, of_parts), places
 
 
+Places = list[tuple[int, int]]
+"""Shard and offset of each tensor."""
+
+
+def place_parts(
+    tensors: Sequence[_MaybePart],
+    lay_out: Callable[[Sequence[_Stored]], tuple[OutputLayout, Places]],
+) -> tuple[OutputLayout, Places]:
+    """Assign a place to tensors, some of which are parts of one.
+
+    Args:
+        tensors: The tensors and parts of tensors.
+        lay_out: Assigns every whole tensor a place.
+
+    Returns:
+        The layout, whose shards name the parts that lead, and a place for each tensor and part.
+    """
+    leading = [
+        index
+        for index, tensor in enumerate(tensors)
+        if tensor.region is None or tensor.region.leads
+    ]
+    wholes: list[_Stored] = []
+    for index in leading:
+        tensor = tensors[index]
+        shape = tensor.shape if tensor.region is None else tensor.region.shape
+        wholes.append(_Inside(tensor.name, tensor.dtype, shape))
+    layout, found = lay_out(wholes)
+    whole_place = {whole.name: place for whole, place in zip(wholes, found, strict=True)}
+    places = []
+    for tensor in tensors:
+        shard, offset = whole_place[tensor.name]
+        first = 0 if tensor.region is None else tensor.region.first
+        places.append((shard, offset + tensor.dtype.nbytes(first)))
+    shards = tuple(
+        replace(shard, tasks=tuple(leading[index] for index in shard.tasks))
+        for shard in layout.shards
+    )
+    return replace(layout, shards=shards), places
+
+
 def plan_layout(
     tensors: Sequence[_Stored],
     max_shard_bytes: int | None,
@@ -167,8 +209,11 @@ def in_one_file(plan: MergePlan, name: str, limit: int | None) -> MergePlan:
             f"{format_size(plan.layout.data_nbytes)}, and {name} is one; leave the key out, or name "
             "a directory as the output"
         )
-    layout, places = plan_layout(
-        plan.tasks, None, names=name_single(name), metadata=plan.layout.shards[0].metadata
+    layout, places = place_parts(
+        plan.tasks,
+        lambda tensors: plan_layout(
+            tensors, None, names=name_single(name), metadata=plan.layout.shards[0].metadata
+        ),
     )
     tasks = tuple(
         replace(task, shard=shard, offset=offset)
@@ -183,7 +228,7 @@ def in_one_file(plan: MergePlan, name: str, limit: int | None) -> MergePlan:
 def render_header(plan: MergePlan, shard: int) -> bytes:
     """Return the bytes of a shard before its tensor data."""
     planned = plan.layout.shards[shard]
-    tasks = [_inside(plan.tasks[index], planned.folder) for index in planned.tasks]
+    tasks = [_inside_task(plan.tasks[index], planned.folder) for index in planned.tasks]
     return _header(tasks, planned.metadata)
 
 
@@ -202,7 +247,9 @@ def _render_index(plan: MergePlan, folder: str) -> bytes:
         for shard in shards
         for index in shard.tasks
     }
-    parameters = sum(plan.tasks[index].numel for shard in shards for index in shard.tasks)
+    parameters = sum(
+        prod(plan.tasks[index].output_shape) for shard in shards for index in shard.tasks
+    )
     total = sum(shard.data_nbytes for shard in shards)
     index = {
         "metadata": {"total_parameters": parameters, "total_size": total},
@@ -222,6 +269,13 @@ class _Stored(Protocol):
     def shape(self) -> tuple[int, ...]: ...
 
 
+class _MaybePart(_Stored, Protocol):
+    """A tensor, or a part of one."""
+
+    @property
+    def region(self) -> Region | None: ...
+
+
 @dataclass(frozen=True, slots=True)
 class _Inside:
     """A tensor as the file in its folder calls it."""
@@ -236,6 +290,10 @@ class _Inside:
 
 def _inside(tensor: _Stored, folder: str) -> _Inside:
     return _Inside(tensor.name.removeprefix(folder), tensor.dtype, tensor.shape)
+
+
+def _inside_task(task: TensorTask, folder: str) -> _Inside:
+    return _Inside(task.name.removeprefix(folder), task.dtype, task.output_shape)
 
 
 def _header(tensors: Sequence[_Stored], metadata: Metadata) -> bytes:

@@ -26,7 +26,7 @@ from streammerge.plan.chunking import DECODING_BYTES, widest_input
 from streammerge.plan.devices import add_devices, choose_device_resources
 from streammerge.plan.factors import factors_nbytes, stored_nbytes
 from streammerge.plan.kernels import needs_torch
-from streammerge.plan.layout import plan_layout_like
+from streammerge.plan.layout import place_parts, plan_layout_like
 from streammerge.plan.sweeps import Needs, bytes_beyond_once
 from streammerge.plan.types import (
     PLAN_VERSION,
@@ -127,7 +127,10 @@ def plan_merge(
     model_scope = _check_settings(method, assignment, len(sources))
     if takes_in_turn(recipe, method):
         _check_in_turn(recipe, assignment, sources)
-    layout, places = plan_layout_like(assignment.tensors, _first(checkpoints), recipe.output)
+    layout, places = place_parts(
+        assignment.tensors,
+        lambda tensors: plan_layout_like(tensors, _first(checkpoints), recipe.output),
+    )
     files, file_index = _files(checkpoints)
     tasks = _tasks(assignment.tensors, places, file_index, model_scope=model_scope)
     torch = bool(machine.devices) or needs_torch(
@@ -178,7 +181,7 @@ def plan_merge(
         dropped=assignment.dropped,
         copied_from_base=assignment.copied_from_base,
         config=_config(checkpoints, assignment.tensors, unties=ties.unties),
-        notes=(*_notes_of_files(checkpoints, labels), *renamed, *ties.notes),
+        notes=(*_notes_of_files(checkpoints, labels), *renamed, *ties.notes, *assignment.notes),
         twins=_twins(ties.twins, labels, file_index),
         needs_torch=torch,
     )
@@ -314,10 +317,11 @@ def _config(
     )
     for tensor in tensors:
         before = base.tensors.get(tensor.name)
-        if before is None or before.shape == tensor.shape or len(tensor.shape) != len(before.shape):
+        shape = tensor.shape if tensor.region is None else tensor.region.shape
+        if before is None or before.shape == shape or len(shape) != len(before.shape):
             continue
-        if before.shape[0] == vocabulary and before.shape[1:] == tensor.shape[1:]:
-            settings["vocab_size"] = tensor.shape[0]
+        if before.shape[0] == vocabulary and before.shape[1:] == shape[1:]:
+            settings["vocab_size"] = shape[0]
     return tuple(settings.items())
 
 
@@ -366,6 +370,7 @@ def _tasks(
                 scope_block=scope_blocks.get(tensor.name, 0),
                 shard=shard,
                 offset=offset,
+                region=tensor.region,
                 changes=tuple(_in_files(change, file_index) for change in tensor.changes),
             )
         )

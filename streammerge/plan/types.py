@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from streammerge.adapters.changes import Change
-from streammerge.assignment.types import Action, Setting
+from streammerge.assignment.types import Action, Region, Setting
+from streammerge.checkpoint.runs import Runs
 from streammerge.checkpoint.types import (
     Companion,
     CompanionDifference,
@@ -77,9 +78,30 @@ class TensorTask:
     """Index into :attr:`OutputLayout.shards`."""
     offset: int
     """First byte of the data, from the start of the output file."""
+    region: Region | None = None
+    """Which part of the output tensor it is; None for all of it. The offset is that of its first run."""
     changes: tuple[Change, ...] = ()
     """What adapters do to it, in the order in which it is done; a source that is an adapter and
     has neither an input nor a change leaves the base's values as they are."""
+
+    @property
+    def output_shape(self) -> tuple[int, ...]:
+        """The shape of the output tensor that this is, or is a part of."""
+        return self.shape if self.region is None else self.region.shape
+
+    @property
+    def leads(self) -> bool:
+        """Whether this stands for its output tensor in headers and lists."""
+        return self.region is None or self.region.leads
+
+    @property
+    def runs(self) -> Runs | None:
+        """How its bytes lie in the file; None for side by side."""
+        region = self.region
+        if region is None or region.run >= self.numel:
+            return None
+        itemsize = self.dtype.itemsize
+        return Runs(region.run * itemsize, region.stride * itemsize)
 
 
 @dataclass(frozen=True, slots=True)
