@@ -224,7 +224,13 @@ def _as_output(planned: MergePlan | CombinationPlan, out: Path) -> MergePlan | C
     if name is None:
         return planned
     if isinstance(planned, MergePlan):
-        return in_one_file(planned, name, recipe_of(planned).output.max_shard_bytes)
+        spec = recipe_of(planned).output
+        if spec.companions:
+            raise RecipeError(
+                f"output.companions: {out} is one file, with nothing but its manifest and recipe beside "
+                "it; leave the key out, or name a directory as the output"
+            )
+        return in_one_file(planned, name, spec.max_shard_bytes)
     if planned.config is not None:
         raise RecipeError(
             f"{out}: is one file, and a PEFT adapter is a directory with adapter_config.json; name a "

@@ -38,7 +38,7 @@ manifest = out.with_suffix(".manifest.json") if one_file else out / "streammerge
 
 def tensors_of(path):
     # The name of the one file is that of the output, the others' are the same.
-    files = [path] if path.suffix == ".safetensors" else sorted(path.glob("*.safetensors"))
+    files = [path] if path.suffix == ".safetensors" else sorted(path.rglob("*.safetensors"))
     return [p.read_bytes() for p in files]
 
 reference = tensors_of(Path(job["reference"]))
@@ -119,7 +119,7 @@ def look():
         there = out.parent if one_file else out
         names = {p.name for p in [*there.glob("*"), *replaced.glob("*")]}
         # Nothing of the earlier merge is gone, wherever it is.
-        whole = {manifest.name, out.name if one_file else "model.safetensors"}
+        whole = {manifest.name, job["holds"] or out.name}
         assert whole <= names, names
 
 def resumed():
@@ -150,7 +150,7 @@ print(ends)
 
 
 @pytest.mark.parametrize("start", ["nothing", "unfinished", "overwriting"])
-@pytest.mark.parametrize("place", ["beside", "inside", "one file"])
+@pytest.mark.parametrize("place", ["beside", "inside", "one file", "in parts"])
 def test_a_merge_that_ends_at_any_call_is_resumed_to_the_right_bytes(
     start: str, place: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
@@ -161,8 +161,14 @@ def test_a_merge_that_ends_at_any_call_is_resumed_to_the_right_bytes(
     def draw() -> dict[str, torch.Tensor]:
         return {k: torch.randn(n, generator=generator) for k, n in names.items()}
 
-    base, *sources = (write_model(tmp_path / f"in-{i}", draw()) for i in range(3))
-    (base / "config.json").write_text("{}")
+    part = "unet" if place == "in parts" else ""
+    inputs = [tmp_path / f"in-{i}" for i in range(3)]
+    for path in inputs:
+        write_model(path / part, draw())
+        if part:
+            (path / "model_index.json").write_text(json.dumps({part: ["diffusers", "UNet"]}))
+    base, *sources = inputs
+    (base / part / "config.json").write_text("{}")
     parameters = {"density": 0.4}
     recipe = recipe_of("ties", base, sources, parameters=parameters)
     suffix = ".safetensors" if place == "one file" else ""
@@ -179,6 +185,7 @@ def test_a_merge_that_ends_at_any_call_is_resumed_to_the_right_bytes(
         "memory": MEMORY,
         "sync_bytes": BLOCK,
         "inside": place == "inside",
+        "holds": "" if suffix else part or "model.safetensors",
         "start": start,
         "begun": 45,
         "first": 0 if every else 3,

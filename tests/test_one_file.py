@@ -196,6 +196,14 @@ def test_a_limit_that_makes_several_files_contradicts_one(
     assert not list(tmp_path.glob("out*"))
 
 
+def test_one_file_has_no_companions_to_choose(files: list[Path], tmp_path: Path) -> None:
+    (files[1].parent / "config.json").write_text("{}")
+    recipe = recipe_for(files, output={"companions": 0})
+
+    with pytest.raises(RecipeError, match=r"output\.companions: .*out\.safetensors is one file"):
+        streammerge.merge(recipe, tmp_path / "out.safetensors", memory=MEMORY)
+
+
 def test_damage_to_one_file_is_found(files: list[Path], tmp_path: Path) -> None:
     out = tmp_path / "out.safetensors"
     streammerge.merge(recipe_for(files), out, memory=MEMORY)

@@ -15,6 +15,8 @@ from safetensors.torch import load_file
 
 import streammerge
 from streammerge.checkpoint.composite import read_model
+from streammerge.checkpoint.foreseeing import foresee_headers
+from streammerge.cli import main
 from streammerge.errors import (
     CheckpointError,
     HeaderError,
@@ -273,6 +275,21 @@ def test_a_component_of_models_without_parts_is_refused(tmp_path: Path) -> None:
         streammerge.plan(alone, memory=MEMORY)
 
 
+def test_inspect_shows_all_parts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = write_pipeline(tmp_path / "base", 1.0)
+
+    assert main(["inspect", str(base), "--json"]) == 0
+
+    tensors = json.loads(capsys.readouterr().out)["tensors"]
+    assert sorted(tensors) == [f"{part}/{name}.weight" for part in sorted(PARTS) for name in "ab"]
+
+
+def test_headers_of_all_parts_are_foreseen(tmp_path: Path) -> None:
+    base = write_pipeline(tmp_path / "base", 1.0)
+
+    assert foresee_headers(base).tensors >= 6
+
+
 def test_a_pipeline_is_no_single_file(tmp_path: Path) -> None:
     base, source = (
         write_pipeline(tmp_path / name, v) for name, v in (("base", 1.0), ("source", 4.0))
@@ -361,6 +378,34 @@ def test_modules_with_weights_are_merged_as_part_of_the_model(tmp_path: Path) ->
     ).read_bytes()
     assert loaded.encode(["a b c"]).shape == (1, 4)
     assert not streammerge.verify_files(tmp_path / "out").damages
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_transformer_in_a_folder_of_its_own_keeps_its_tokenizer(tmp_path: Path) -> None:
+    from sentence_transformers import SentenceTransformer
+
+    models = [make_embedder(tmp_path / f"in-{seed}", seed) for seed in range(2)]
+    for seed in range(2):
+        root = tmp_path / f"in-{seed}"
+        (root / "0_Transformer").mkdir()
+        for path in [*root.glob("*.safetensors"), *root.glob("*token*"), root / "config.json"]:
+            path.rename(root / "0_Transformer" / path.name)
+        (root / "sentence_bert_config.json").rename(
+            root / "0_Transformer" / "sentence_bert_config.json"
+        )
+        (root / "0_Transformer" / "vocab.txt").write_text("a\nb\n")
+        modules = json.loads((root / "modules.json").read_text())
+        modules[0]["path"] = "0_Transformer"
+        (root / "modules.json").write_text(json.dumps(modules))
+    recipe = recipe_of("linear", None, [tmp_path / "in-0", tmp_path / "in-1"])
+
+    streammerge.merge(recipe, tmp_path / "out", memory=MEMORY)
+
+    assert (tmp_path / "out" / "0_Transformer" / "vocab.txt").exists()
+    loaded = SentenceTransformer(str(tmp_path / "out"), device="cpu").state_dict()
+    states = [model.state_dict() for model in models]
+    for name, found in loaded.items():
+        torch.testing.assert_close(found, (states[0][name] + states[1][name]) / 2)
 
 
 @pytest.mark.filterwarnings("ignore")

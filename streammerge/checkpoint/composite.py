@@ -69,28 +69,19 @@ def list_parts(path: Path) -> tuple[str, ...]:
         CheckpointError: A folder cannot be listed, or is a link to elsewhere.
         HeaderError: The list of parts is not JSON, or names what is no folder here.
     """
-    if is_there(path / PIPELINE_INDEX):
-        folders = set(_pipeline_folders(path / PIPELINE_INDEX))
-    elif is_there(path / MODULES):
-        folders = set(_module_folders(path / MODULES))
-    else:
-        return ()
-    found = sorted(each for each in folders if (path / each).is_dir())
+    found = list_component_folders(path)
     for folder in found:
         check_inside(path / folder, path, of_what="a folder of the model")
     return tuple(folder for folder in found if _has_weights(path / folder))
 
 
 def list_component_folders(path: Path) -> tuple[str, ...]:
-    """Return every folder that a pipeline names and has, with tensors or without, sorted.
+    """Return every folder that a pipeline or a list of modules names and has, with tensors or without.
 
     Raises:
         HeaderError: The list of parts is not JSON, or names what is no folder here.
     """
-    if not is_there(path / PIPELINE_INDEX):
-        return ()
-    named = _pipeline_folders(path / PIPELINE_INDEX)
-    return tuple(sorted(each for each in set(named) if (path / each).is_dir()))
+    return tuple(each for each in _named_folders(path) if (path / each).is_dir())
 
 
 def compose(path: Path, parts: Mapping[str, Checkpoint]) -> Checkpoint:
@@ -159,6 +150,15 @@ def fit_parts(
             "remove the key"
         )
     return model
+
+
+def _named_folders(path: Path) -> list[str]:
+    """Return the folders that the list of parts in a directory names, sorted."""
+    if is_there(path / PIPELINE_INDEX):
+        return sorted({*_pipeline_folders(path / PIPELINE_INDEX)})
+    if is_there(path / MODULES):
+        return sorted({*_module_folders(path / MODULES)})
+    return []
 
 
 def _pipeline_folders(index: Path) -> Iterator[str]:

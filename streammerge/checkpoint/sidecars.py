@@ -303,7 +303,7 @@ def _code_of(value: object) -> set[str]:
 
 
 def _module_files(directory: Path, subdirectory: str) -> set[str]:
-    """Return the configs of one sentence-transformers module."""
+    """Return the configs and the tokenizer of one sentence-transformers module."""
     files, _ = _list_directory(directory / subdirectory)
     weights = sorted(name for name in files if Path(name).suffix.lower() in _WEIGHT_SUFFIXES)
     if weights and not any(name.endswith(READ_SUFFIXES) for name in weights):
@@ -312,7 +312,11 @@ def _module_files(directory: Path, subdirectory: str) -> set[str]:
             "that cannot be read, which the output would lack; save them as safetensors, or, to merge "
             f"the transformer alone, leave {_MODULES} out of a copy of the directory"
         )
-    return {f"{subdirectory}/{name}" for name in files if name.endswith(".json")}
+    return {
+        f"{subdirectory}/{name}"
+        for name in files
+        if (name.endswith(".json") and ".index." not in name) or _is_sidecar(name)
+    }
 
 
 def _check_sidecar(directory: Path, name: str) -> None:
