@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ from streammerge.cli import main
 from streammerge.dtypes import DType
 from streammerge.errors import OutputExistsError, RecipeError
 from streammerge.plan.layout import plan_layout_like
-from streammerge.plan.types import Action, MergePlan
+from streammerge.plan.types import MergePlan
 from streammerge.recipe.parsing import parse_recipe
 from streammerge.recipe.types import OutputSpec
 
@@ -37,6 +37,14 @@ METADATA = {
 }
 KEPT = {"format", "config", "modelspec.title", "ss_sd_model_hash", "thumbnail"}
 LEFT_OUT = ("modelspec.hash_sha256", "sshs_legacy_hash", "sshs_model_hash")
+
+
+class Stored(NamedTuple):
+    """What a layout has to know of a tensor."""
+
+    name: str
+    dtype: DType
+    shape: tuple[int, ...]
 
 
 def metadata_of(path: Path) -> dict[str, str]:
@@ -128,9 +136,7 @@ def test_one_file_stays_one_file_unless_the_recipe_limits_it(
     usual = 5 * 10**9
 
     def shards(base: Path, numel: int, limit: int | None = None) -> list[str]:
-        tensors = [
-            AlignedTensor(name, (numel,), DType.F32, Action.MERGE, (), 0) for name in ("a", "b")
-        ]
+        tensors = [Stored(name, DType.F32, (numel,)) for name in ("a", "b")]
         spec = OutputSpec(dtype=None, max_shard_bytes=limit)
         layout, _ = plan_layout_like(tensors, read_checkpoint(base), spec)
         return [shard.name for shard in layout.shards]
