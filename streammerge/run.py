@@ -134,7 +134,7 @@ def plan(
     return replace(
         accompany(planned, parsed, models),
         # As it was given: another machine has its cache elsewhere.
-        recipe=dump_recipe(asked),
+        recipe=dump_recipe(replace(asked, rules=parsed.rules)),
         metadata_left_out=left_out,
     )
 

@@ -11,7 +11,6 @@ import torch
 from models import MEMORY, assert_same_model, recipe_of, write_adapter, write_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from streammerge.plan.aligning import AlignedTensor
 
 import streammerge
 from streammerge.checkpoint.metadata import read_metadata
