@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 import streammerge as sm
 from streammerge.errors import QuantizedCheckpointError
@@ -241,3 +242,32 @@ def test_scales_that_are_not_understood_are_refused(
 
     with pytest.raises(QuantizedCheckpointError, match=says):
         sm.plan({"method": "linear", "sources": [{"path": str(base)}]})
+
+
+@pytest.mark.parametrize("memory", ["500MiB", "2GiB"])
+@pytest.mark.parametrize(("rows", "groups"), [(96, 2), (700, 40), (8, 9)])
+def test_four_bit_stacks_are_what_transformers_make_of_them(
+    rows: int, groups: int, memory: str, tmp_path: Path
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    blocks = torch.randint(0, 256, (3, rows, groups, 16), generator=generator, dtype=torch.uint8)
+    exponents = torch.randint(110, 130, (3, rows, groups), generator=generator, dtype=torch.uint8)
+    place = "model.layers.0.mlp.experts.gate_up_proj"
+    bias = torch.ones(3, rows, dtype=torch.bfloat16)
+    stored = {f"{place}_blocks": blocks, f"{place}_scales": exponents, f"{place}_bias": bias}
+    config = {"quantization_config": {"quant_method": "mxfp4"}, "model_type": "gpt_oss"}
+    base = write(tmp_path / "base", stored, config)
+    plain = convert_moe_packed_tensors(blocks, exponents, dtype=torch.float32)
+    tuned = plain + torch.randn(plain.shape, generator=generator)
+    source = write(tmp_path / "tuned", {place: tuned, f"{place}_bias": bias}, {})
+    recipe = {
+        "method": "task_arithmetic",
+        "base": str(base),
+        "sources": [{"path": str(source), "weight": 0.5}],
+    }
+    sm.merge(recipe, tmp_path / "out", memory=memory)
+
+    got = load_file(tmp_path / "out" / "model.safetensors")
+    assert got.keys() == {place, f"{place}_bias"}
+    assert_same_bits(got[place], (plain + 0.5 * (tuned - plain)).bfloat16())
+    assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())

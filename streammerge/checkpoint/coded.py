@@ -8,6 +8,8 @@ themselves, which no model has once its weights are numbers, disappear.
     [r, c]                 [ceil(r / 128), ceil(c / 128)]            DeepSeek, transformers' fine-grained fp8
     [r, c]                 [r, c / 32] in F8_E8M0 or U8              MXFP8
     [experts, r, c]        the same per expert                       stacks of experts
+    X_blocks [.., g, 16]   X_scales [.., g]: powers of two           MXFP4 of gpt-oss: two codes in a byte, 32 to a
+                                                                     scale, each matrix of X transposed
 
 Source: the published layouts; every value is ``code * scale``, whatever the scale is called:
 ``weight_scale_inv`` too is what codes are multiplied by.
@@ -16,7 +18,7 @@ Source: the published layouts; every value is ``code * scale``, whatever the sca
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from math import prod
 
@@ -32,9 +34,14 @@ _MULTIPLIES = re.compile(r"(\w+_)?(weight_scale|scale_weight|qscale_weight|scale
 of other spellings nobody knows."""
 _OF_CACHE = re.compile(r"(.+\.)?(k|v|q|kv)_scale")
 """Scales of what attention caches, which belong to the quantisation too."""
+_BLOCKS, _SCALES = "_blocks", "_scales"
+_BYTES_PER_SCALE = 16
+"""Bytes of MXFP4 codes that share a scale."""
 _QDATA = "_qdata"
-_METHODS = frozenset({"fp8", "fbgemm_fp8", "compressed-tensors", "compressed_tensors", "torchao"})
-"""Values of ``quant_method`` under which float8 weights are codes of this kind."""
+_METHODS = frozenset(
+    {"fp8", "fbgemm_fp8", "compressed-tensors", "compressed_tensors", "torchao", "mxfp4"}
+)
+"""Values of ``quant_method`` under which weights are codes of these kinds."""
 QUANTIZATION_KEY = "quantization_config"
 
 
@@ -49,10 +56,14 @@ def read_codes(checkpoint: Checkpoint) -> Checkpoint:
         for name, found in find_scales(checkpoint.tensors).items()
         if found.weight.dtype in _CODES
     }
-    if not scaled:
+    packed = dict(_packed_stacks(checkpoint.tensors))
+    if not scaled and not packed:
         return checkpoint
     tensors = dict(checkpoint.tensors)
     gone: set[str] = set()
+    for name, entry in packed.items():
+        tensors[name] = entry
+        gone |= {name + _BLOCKS, name + _SCALES}
     for name, found in scaled.items():
         entry = _read_as_numbers(found, checkpoint)
         del tensors[name]
@@ -64,9 +75,14 @@ def read_codes(checkpoint: Checkpoint) -> Checkpoint:
     config = {
         key: value for key, value in (checkpoint.config or {}).items() if key != QUANTIZATION_KEY
     }
-    bits = ", ".join(sorted({str(found.weight.dtype) for found in scaled.values()}))
+    bits = ", ".join(
+        sorted(
+            {str(found.weight.dtype) for found in scaled.values()}
+            | ({"MXFP4"} if packed else set())
+        )
+    )
     note = (
-        f"{len(scaled)} weight(s) are {bits} codes with scales, read as the numbers they stand for; "
+        f"{len(scaled) + len(packed)} weight(s) are {bits} codes with scales, read as the numbers they stand for; "
         f"{len(checkpoint.tensors) - len(kept)} tensor(s) of scales are used up or left out"
     )
     return replace(
@@ -76,6 +92,49 @@ def read_codes(checkpoint: Checkpoint) -> Checkpoint:
         dequantised=True,
         notes=(*checkpoint.notes, note),
     )
+
+
+def _packed_stacks(tensors: Mapping[str, TensorEntry]) -> Iterator[tuple[str, TensorEntry]]:
+    """Yield stacks of MXFP4 matrices as the stacks that transformers have of them, by name.
+
+    Source: ``convert_moe_packed_tensors`` of transformers: of a byte, the low half is the first code; a
+    matrix ``[rows, columns]`` of codes is the transpose of the weight.
+    """
+    for blocks in tensors.values():
+        name = blocks.name.removesuffix(_BLOCKS)
+        scales = tensors.get(name + _SCALES)
+        if name == blocks.name or scales is None or len(blocks.shape) < 3:
+            continue
+        bytes_each = {DType.U8} == {blocks.dtype, scales.dtype}
+        if (
+            not bytes_each
+            or blocks.shape[-1] != _BYTES_PER_SCALE
+            or scales.shape != blocks.shape[:-1]
+        ):
+            continue
+        *stacked, rows, count, _ = blocks.shape
+        columns = 2 * _BYTES_PER_SCALE * count
+        parts = tuple(
+            StoredPart(
+                blocks.file,
+                blocks.offset + index * rows * columns // 2,
+                rows * columns,
+                Coding(
+                    dtype=DType.F4,
+                    columns=columns,
+                    first=0,
+                    scale_file=scales.file,
+                    scale_offset=scales.offset + index * rows * count,
+                    scale_dtype=scales.dtype,
+                    scale_columns=count,
+                    block=(1, 2 * _BYTES_PER_SCALE),
+                    transposed_rows=rows,
+                ),
+            )
+            for index in range(prod(stacked))
+        )
+        shape = (*stacked, columns, rows)
+        yield name, TensorEntry(name, DType.F32, shape, blocks.file, blocks.offset, parts)
 
 
 def _check_method(checkpoint: Checkpoint) -> None:

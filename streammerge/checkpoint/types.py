@@ -32,6 +32,9 @@ class Coding:
     """Columns of the matrix of scales."""
     block: tuple[int, int]
     """Rows and columns of codes that share a scale."""
+    transposed_rows: int = 0
+    """Rows of a matrix of codes whose transpose is meant, and of which :attr:`first` is an index then; 0
+    for one that is meant as it is stored."""
 
     @property
     def bits(self) -> int:

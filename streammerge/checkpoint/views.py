@@ -68,6 +68,9 @@ def _cut(part: StoredPart, first: int, numel: int, itemsize: int) -> StoredPart:
         return replace(part, offset=part.offset + first * itemsize, numel=numel)
     # A code that shares its byte with another one is only ever cut off together with it.
     coding = replace(part.coding, first=part.coding.first + first)
+    if coding.transposed_rows:
+        # Its columns are rows, so that all of the matrix is looked at for any range.
+        return replace(part, numel=numel, coding=coding)
     return replace(part, offset=part.offset + first * coding.bits // 8, numel=numel, coding=coding)
 
 

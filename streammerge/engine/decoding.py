@@ -29,10 +29,22 @@ ReadScales = Callable[[int, int, memoryview], None]
 
 def read_span(span: ReadSpan, sources: Sequence[ByteSource], memory: NDArray[np.uint8]) -> None:
     """Read a span to its place in a slot; of codes, the numbers that they stand for."""
+    source = sources[span.file]
+    if span.coding is None:
+        source.read_into(
+            span.offset, memory.data[span.slot_offset : span.slot_offset + span.nbytes]
+        )
+        return
+
+    def read(file: int, offset: int, out: memoryview) -> None:
+        sources[file].read_into(offset, out)
+
+    if span.coding.transposed_rows:
+        _read_transposed(span, span.coding, memory, read)
+        return
     view = memory.data[span.slot_offset : span.slot_offset + span.nbytes]
-    sources[span.file].read_into(span.offset, view)
-    if span.coding is not None:
-        _decode(span, memory, lambda file, offset, out: sources[file].read_into(offset, out))
+    source.read_into(span.offset, view)
+    _decode(span, memory, read)
 
 
 def _decode(span: ReadSpan, slot: NDArray[np.uint8], read: ReadScales) -> None:
@@ -54,12 +66,70 @@ def _decode(span: ReadSpan, slot: NDArray[np.uint8], read: ReadScales) -> None:
     for first in range(0, span.numel, _STEP):
         count = min(_STEP, span.numel - first)
         # A copy: the last values of a step lie where its own codes were.
-        some = codes[first // packed : (first + count) // packed].copy()
-        if packed == 2:
-            some = np.stack((some & 15, some >> 4), axis=1).reshape(-1)
+        some = _unpacked(codes[first // packed : (first + count) // packed].copy(), packed)
         out = values[first : first + count]
         np.take(table, some, out=out, mode="clip")
         _scale(out, coding, coding.first + first, read)
+
+
+def _unpacked(codes: NDArray[np.uint8], packed: int) -> NDArray[np.uint8]:
+    """Return one code per byte."""
+    return codes if packed == 1 else np.stack((codes & 15, codes >> 4), axis=-1).reshape(-1)
+
+
+def _read_transposed(
+    span: ReadSpan, coding: Coding, slot: NDArray[np.uint8], read: ReadScales
+) -> None:
+    """Read a range of the transpose of a matrix of codes: some columns of all of its rows.
+
+    Whole rows are read, since a request for every few bytes would take longer.
+    """
+    rows, packed, width = coding.transposed_rows, coding.dtype.elements_per_item, coding.block[1]
+    values = slot[span.values_offset : span.values_offset + 4 * span.numel].view("<f4")
+    # Columns of the matrix, which are rows of the range, out to whole scales.
+    low = coding.first // rows // width * width
+    high = min(-(-(coding.first + span.numel) // (rows * width)) * width, coding.columns)
+    row_nbytes, scale_nbytes = coding.columns // packed, coding.scale_columns
+    scale_nbytes *= coding.scale_dtype.itemsize
+    count = max(1, _STEP // coding.columns)
+    for row in range(0, rows, count):
+        some = min(count, rows - row)
+        raw = np.empty((some, row_nbytes), dtype=np.uint8)
+        read(span.file, span.offset + row * row_nbytes, raw.reshape(-1).data)
+        strip = _unpacked(raw[:, low // packed : high // packed], packed)
+        numbers = np.take(code_table(coding.dtype), strip, mode="clip").reshape(some, high - low)
+        stored = np.empty(some * scale_nbytes, dtype=np.uint8)
+        read(coding.scale_file, coding.scale_offset + row * scale_nbytes, stored.data)
+        scales = widen_scales(stored, coding.scale_dtype).reshape(some, coding.scale_columns)
+        scales = scales[:, low // width : -(-high // width)]
+        numbers *= np.repeat(scales, width, axis=1)[:, : high - low]
+        _place_columns(values, numbers, row, low, coding)
+
+
+def _place_columns(
+    values: NDArray[np.float32], numbers: NDArray[np.float32], row: int, low: int, coding: Coding
+) -> None:
+    """Put rows of the matrix into the columns of a range of its transpose.
+
+    Args:
+        values: The range, ``[n]``.
+        numbers: ``[rows, columns]``, some rows and columns of the matrix.
+        row: The first of these rows.
+        low: The first of these columns.
+        coding: Says where the range begins.
+    """
+    height, first, end = coding.transposed_rows, coding.first, coding.first + len(values)
+    # Columns of the matrix that are whole in the range; at most one more at either end.
+    begin_whole, end_whole = -(-first // height), end // height
+    if begin_whole < end_whole:
+        start = begin_whole * height - first
+        whole = values[start : start + (end_whole - begin_whole) * height].reshape(-1, height)
+        whole[:, row : row + len(numbers)] = numbers[:, begin_whole - low : end_whole - low].T
+    for column in {first // height, end // height} - {*range(begin_whole, end_whole)}:
+        begin = column * height + row
+        skip, stop = max(0, first - begin), min(len(numbers), end - begin)
+        if skip < stop:
+            values[begin + skip - first : begin + stop - first] = numbers[skip:stop, column - low]
 
 
 def _scale(values: NDArray[np.float32], coding: Coding, start: int, read: ReadScales) -> None:

@@ -276,6 +276,7 @@ def _part_spans(entry: TensorInput, start: int, numel: int, place: int) -> Itera
             yield ReadSpan(part.file, part.offset, room, place)
         else:
             nbytes = part.numel * part.coding.bits // 8
+            # Of a transposed matrix, the bytes of the range lie all over it.
             yield ReadSpan(
                 part.file,
                 part.offset,
