@@ -21,6 +21,7 @@ from streammerge.dtypes import DType
 from streammerge.errors import RecipeError, printable, suggestion
 from streammerge.methods import discover_methods
 from streammerge.methods.base import MergeMethod, Operand, Scope
+from streammerge.plan.adapting import describe_changes
 from streammerge.plan.budgeting import Demand, choose_resources
 from streammerge.plan.chunking import DECODING_BYTES, widest_input
 from streammerge.plan.devices import add_devices, choose_device_resources
@@ -185,6 +186,11 @@ def plan_merge(
         twins=_twins(ties.twins, labels, file_index),
         needs_torch=torch,
     )
+    adapting = [
+        Note("adapter", f"{labels[index]}: {sentence}")
+        for index, sentence in describe_changes(plan).items()
+    ]
+    plan = replace(plan, notes=(*plan.notes, *adapting))
     beyond = bytes_beyond_once(plan, Needs(plan, method))
     plan = replace(plan, bytes_to_read=plan.input_nbytes + beyond)
     if not machine.devices:

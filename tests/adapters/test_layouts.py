@@ -373,6 +373,8 @@ def test_only_the_rows_of_an_adapted_part_change(tmp_path: Path, models: Models)
         if name != "single_blocks.1.linear1.weight":
             assert torch.equal(merged[name], tensor), name
     changed = merged["single_blocks.1.linear1.weight"] != original["single_blocks.1.linear1.weight"]
+    plan = streammerge.plan(recipe_for(models.write(original), adapter), memory=MEMORY)
+    assert "changes 1 tensor(s): low rank x 1, 1 of them in rows of layers" in str(plan)
     assert changed[D : 2 * D].all()
     assert not changed[:D].any()
     assert not changed[2 * D :].any()

@@ -203,6 +203,13 @@ def test_torchtune_rows_are_put_in_the_order_of_transformers(base: Path, tmp_pat
     """Heads of queries and keys have their pairs side by side there, and half a head apart here."""
     tensors = tune_factors(base)
     adapter = write_tune(tmp_path / "a", tensors)
+    recipe = {
+        "method": "task_arithmetic",
+        "base": str(base),
+        "sources": [{"path": str(adapter)}],
+    }
+    plan = streammerge.plan(recipe, memory=MEMORY)
+    assert "2 with the rows of heads put in the order of transformers" in str(plan)
 
     before, after = merge(base, adapter)
 

@@ -292,6 +292,7 @@ def test_norms_are_those_of_outputs_or_of_inputs(
     again, _ = models.merge(recut(plan, slots=1, workers=1))
 
     assert_same_model(again, merged)
+    assert ("1 with norms of inputs" in str(plan)) is (side == "inputs")
     start = base["blocks.0.to_q.weight"].double()
     change = scaling * formula(start, {k: v.double() for k, v in parts.items()})
     expected = decomposed(start + change, magnitude.double())
