@@ -105,6 +105,8 @@ _OTHER_INERT = frozenset({"init_weights", "rank_dropout", "module_dropout"})
 _WITH_PRODUCT = (AdapterKind.LOHA, AdapterKind.LOKR)
 _ROTATION_TERMS = 5
 """PEFT's default of ``num_cayley_neumann_terms``."""
+MAX_ROTATION_TERMS = 64
+"""Far more than change anything in float64."""
 _ROTATION_EPS = 6e-5
 """PEFT's default of ``eps``."""
 
@@ -176,10 +178,15 @@ def _settings(kind: AdapterKind, fields: _Fields) -> dict[str, float]:
     match kind:
         case AdapterKind.OFT:
             neumann = fields.flag("use_cayley_neumann")
-            terms = fields.number("num_cayley_neumann_terms", _ROTATION_TERMS)
+            terms = fields.rank("num_cayley_neumann_terms", _ROTATION_TERMS)
+            if terms > MAX_ROTATION_TERMS:
+                raise HeaderError(
+                    f"{fields.where}: num_cayley_neumann_terms: expected at most "
+                    f"{MAX_ROTATION_TERMS}, got {terms}"
+                )
             eps = fields.number("eps", _ROTATION_EPS)
             return {
-                "terms": terms if neumann else 0.0,
+                "terms": float(terms) if neumann else 0.0,
                 "eps": eps if fields.flag("coft") else -1.0,
                 "block_share": float(fields.flag("block_share")),
             }
@@ -276,7 +283,7 @@ class _Fields:
 
     def __init__(self, document: Mapping[str, object], where: str) -> None:
         self._document = document
-        self._where = where
+        self.where = where
 
     def flag(self, key: str) -> bool:
         value = self._document.get(key)
@@ -376,7 +383,7 @@ class _Fields:
         got = repr(value) if isinstance(value, str | bool | float) else type(value).__name__
         if type(value) is int:
             got = str(value) if abs(value) < 10**20 else "a huge number"
-        return HeaderError(f"{self._where}: {key}: expected {expected}, got {got[:80]}")
+        return HeaderError(f"{self.where}: {key}: expected {expected}, got {got[:80]}")
 
 
 def _is_token(value: object) -> bool:

@@ -335,6 +335,17 @@ def find_places(path: str, names: BaseNames, *, groups: int | None) -> tuple[Pla
                 places = _to_original(rule, number, piece.module, f"{prefix}%s.{parameter}", names)
             if places:
                 return places
+    return _bare(module, parameter, names)
+
+
+def _bare(module: str, parameter: str, names: BaseNames) -> tuple[Place, ...]:
+    """Return the place of a parameter that is in a module by itself: ``blocks.0.modulation``."""
+    if parameter != "weight":
+        return ()
+    for prefix in (*_shared(names), *_PREFIXES):
+        name = names.get(f"{prefix}{module}")
+        if name is not None and names.shape(name):
+            return (Place(name, 0, names.shape(name)[0], 0),)
     return ()
 
 

@@ -8,18 +8,28 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from streammerge.adapters.config import _INERT, _READ, _REFUSED, parse_adapter_config
+from streammerge.adapters.config import (
+    _INERT,
+    _KIND_INERT,
+    _KIND_READ,
+    _OTHER_INERT,
+    _READ,
+    _REFUSED,
+    parse_adapter_config,
+)
 from streammerge.adapters.naming import (
     parse_diffusers_name,
     parse_kohya_name,
+    parse_lower_name,
     parse_peft_name,
     recognise_naming,
 )
 from streammerge.adapters.patterns import build_lookup, compile_pattern, matches_targets
-from streammerge.adapters.types import AdapterConfig
+from streammerge.adapters.types import AdapterConfig, AdapterKind
 from streammerge.errors import HeaderError, StreamMergeError
 
-KEYS = sorted((_READ | _INERT | _REFUSED.keys()) - {"peft_type"})
+OTHERS = frozenset().union(*_KIND_READ.values(), *_KIND_INERT.values()) | _OTHER_INERT
+KEYS = sorted((_READ | _INERT | OTHERS | _REFUSED.keys()) - {"peft_type"})
 VALUES = st.recursive(
     st.none()
     | st.booleans()
@@ -33,7 +43,7 @@ VALUES = st.recursive(
     max_leaves=8,
 )
 DOCUMENTS = st.fixed_dictionaries(
-    {"peft_type": st.sampled_from(["LORA", "IA3", "LOHA", 3])},
+    {"peft_type": st.sampled_from([*AdapterKind, "FOURIERFT", 3])},
     optional=dict.fromkeys([*KEYS, "surprise"], VALUES),
 )
 PATTERN_TEXT = st.text(alphabet=r"ab.*+?()[]{}|^$\d0,1-", max_size=30)
@@ -100,6 +110,11 @@ def test_patterns_that_people_write_are_taken(pattern):
 @settings(max_examples=500)
 @given(st.text(max_size=60) | st.from_regex(r"(base_model\.model\.)?[a-z.]{0,20}lora_[AB][a-z.]*"))
 def test_any_name_is_parsed(name):
-    for parse in (parse_peft_name, parse_diffusers_name, parse_kohya_name):
+    for parse in (
+        parse_peft_name,
+        parse_diffusers_name,
+        parse_kohya_name,
+        parse_lower_name,
+    ):
         assert parse(name).stem or not name
     recognise_naming([name])

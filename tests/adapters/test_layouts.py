@@ -447,6 +447,24 @@ def test_text_encoders_of_one_file_go_where_the_component_says(
         assert len(changed) == (3 if component == "unet" else 1)
 
 
+@pytest.mark.parametrize("before", ["", "model.diffusion_model."])
+def test_parameters_without_a_layer_take_their_differences(
+    before: str, tmp_path: Path, models: Models
+) -> None:
+    """As in files of Wan, whose blocks have a table of shifts and scales."""
+    name = f"{before}blocks.0.modulation"
+    base = {name: random(1, 6, D), f"{before}blocks.0.norm3.weight": random(D)}
+    added = {"modulation": random(1, 6, D), "norm3": random(D)}
+    adapter = tmp_path / "a.safetensors"
+    save_file({f"diffusion_model.blocks.0.{k}.diff": v for k, v in added.items()}, adapter)
+
+    merged, _ = models.merge(recipe_for(models.write(base), adapter))
+
+    for key, tensor in base.items():
+        part = "modulation" if key == name else "norm3"
+        assert torch.equal(merged[key], tensor + added[part])
+
+
 def test_a_layer_of_another_size_is_refused(tmp_path: Path, models: Models) -> None:
     adapter = tmp_path / "a.safetensors"
     parts = lora(3 * D + 3, D)

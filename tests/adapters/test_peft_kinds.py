@@ -302,7 +302,7 @@ def oft_case(terms: int) -> tuple[dict[str, Tensor], dict[str, Any], Callable[[T
         "peft_type": "OFT",
         "oft_block_size": SIZE,
         "use_cayley_neumann": bool(terms),
-        "num_cayley_neumann_terms": terms,
+        "num_cayley_neumann_terms": terms or 5,
         "peft_version": "0.21.2",
     }
     matrix = skew(triangles, SIZE)
