@@ -416,8 +416,11 @@ class _Finder:
     def _check_distinct(self, homes: Homes) -> None:
         """Raise if two tensors of the adapter change the same tensor of the base."""
         takers: dict[str, list[str]] = {}
+        by_weight: dict[str, list[ModuleHome]] = {}
         for module in homes.modules:
-            if module.rows is None or overlaps(module, homes.modules):
+            by_weight.setdefault(module.weight, []).append(module)
+        for module in homes.modules:
+            if module.rows is None or overlaps(module, by_weight[module.weight]):
                 takers.setdefault(module.weight, []).append(module.module.stem)
         for vector in homes.vectors:
             takers.setdefault(vector.weight, []).append(vector.vector.stem)

@@ -65,11 +65,15 @@ def placed_homes(
 
 
 def overlaps(home: ModuleHome, homes: Iterable[ModuleHome]) -> bool:
-    """Return whether another module changes some of the rows that a home says."""
+    """Return whether another module changes some of the rows that a home says.
+
+    Args:
+        home: The home.
+        homes: All homes at the same tensor.
+    """
     assert home.rows is not None  # noqa: S101 - the caller asks for rows
     return any(
         other is not home
-        and other.weight == home.weight
         and (other.rows is None or (other.rows[0] < home.rows[1] and home.rows[0] < other.rows[1]))
         for other in homes
     )
