@@ -442,7 +442,9 @@ def _with_metadata(first: Checkpoint | AdaptedModel) -> tuple[Checkpoint, tuple[
     parts = []
     left_out: set[str] = set()
     for folder, part in first.parts or (("", first),):
-        metadata, stale = read_metadata([file.path for file in part.files])
+        metadata, stale = read_metadata(
+            [file.path for file in part.files], dequantised=first.dequantised
+        )
         parts.append((folder, replace(part, metadata=metadata)))
         left_out |= {*stale}
     if first.parts:

@@ -771,3 +771,21 @@ def test_a_tensor_too_large_to_collect_is_sampled_first_and_exact(models: Models
             plan = streammerge.plan(recipe, memory="2GiB", workers=2)
             for cut in (plan, recut(plan, slots=12), recut(plan, slots=12, statistics_bytes=1)):
                 assert_same_model(models.merge(cut)[0], expected)
+
+
+def test_masks_that_are_equal_everywhere_are_copied(models: Models) -> None:
+    """Minus infinity less itself is no number."""
+    mask = torch.full((7, 7), float("-inf")).triu(1)
+    base, *sources = smooth(5, 3, {"a": (40,)})
+    for each in (base, *sources):
+        each["attn_mask"] = mask.clone()
+    recipe = recipe_of("ties", models.write(base), [models.write(each) for each in sources])
+    recipe["parameters"] = {"density": 0.5}
+    recipe["output"] = {"dtype": "bfloat16"}
+
+    merged, manifest = models.merge(recipe)
+
+    assert torch.equal(merged["attn_mask"], mask)
+    assert [note.text for note in manifest.notes] == [
+        "1 mask(s) are copied if equal everywhere, not merged: attn_mask"
+    ]

@@ -285,3 +285,23 @@ def test_stacks_are_cut_without_changing_a_bit(tmp_path: Path) -> None:
             sm.merge(asked, out, memory=memory)
             results.append((out / "model.safetensors").read_bytes())
     assert len(set(results)) == 1
+
+
+def test_a_model_that_takes_no_part_at_all_is_refused(tmp_path: Path) -> None:
+    first = write(tmp_path / "base", language_model(0))
+    other = {f"backbone.blocks.{index}.mixer.weight": torch.zeros(3) for index in range(12)}
+    second = write(tmp_path / "tuned", other)
+    rules = [{"tensors": "backbone.*", "drop": True}]
+
+    with pytest.raises(MissingTensorError, match="none takes part"):
+        sm.plan(recipe(first, second, missing="base", rules=rules))
+
+
+def test_the_plan_says_how_much_of_the_base_a_source_lacks(tmp_path: Path) -> None:
+    base = language_model(0)
+    first = write(tmp_path / "base", base)
+    second = write(tmp_path / "tuned", {name: base[name] for name in list(base)[:4]})
+
+    text = str(sm.plan(recipe(first, second, missing="base")))
+
+    assert f"lacks {len(base) - 4} tensor(s) of the base, which are copied" in text

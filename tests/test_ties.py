@@ -343,3 +343,18 @@ def test_older_transformers_see_what_was_parted(tmp_path: Path, old_transformers
 
     old = compute_with_old_transformers(old_transformers, tmp_path / "out")
     torch.testing.assert_close(old, computed(tmp_path / "out"), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("origin", [0, 1])
+def test_the_configuration_of_a_source_says_what_is_stored(origin: int, tmp_path: Path) -> None:
+    """Its own model may be tied otherwise than the result."""
+    made(llama, tmp_path / "base", 0)
+    made(llama, tmp_path / "one", 1)
+    made(lambda: llama(tie_word_embeddings=False), tmp_path / "two", 2)
+    rules = [{"tensors": OUTER, "drop": True}] if origin == 0 else []
+    output = {"companions": {"config": origin}}
+    sm.merge(recipe(tmp_path, rules=rules, output=output), tmp_path / "out")
+
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    assert config["tie_word_embeddings"] is (OUTER not in stored)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
@@ -30,6 +31,9 @@ from streammerge.methods.base import MergeMethod, Operand, Scope
 from streammerge.recipe.resolving import Resolved
 from streammerge.recipe.types import BASE, MissingPolicy, Recipe
 
+_MASK = re.compile(r"(^|[._])(attn_mask|attention_mask|causal_mask|masked_bias|mask|tril|triu)$")
+"""Names of buffers that hold minus infinity, or a large number for it, where attention may not look."""
+_SHOWN = 4
 _RESERVED_NAME = "__metadata__"
 """PyTorch files may use this name, safetensors headers may not."""
 
@@ -87,6 +91,7 @@ class _Aligner:
         self._mismatched: list[Mismatch] = []
         self._rests: list[AssignedTensor] = []
         self._notes: list[Note] = []
+        self._masks: list[str] = []
         self._opaque: list[tuple[str, DType]] = []
         # Where no task vectors are taken, a base only lends copies.
         merges_base = method.operand is Operand.TASK_VECTORS
@@ -101,6 +106,7 @@ class _Aligner:
         _check_rules_match(self._recipe, [*names, *known])
         tensors = [tensor for name in names if (tensor := self._decide(name)) is not None]
         self._refuse(names)
+        self._describe(tensors)
         return Assignment(
             (*tensors, *self._rests),
             tuple(self._settings),
@@ -108,6 +114,27 @@ class _Aligner:
             tuple(self._copied),
             tuple(self._notes),
         )
+
+    def _describe(self, tensors: Sequence[AssignedTensor]) -> None:
+        """Note what was decided about many tensors, and refuse what comes to no merge at all."""
+        if self._masks:
+            shown = ", ".join(map(printable, self._masks[:_SHOWN]))
+            text = f"{len(self._masks)} mask(s) are copied if equal everywhere, not merged: {shown}"
+            self._notes.append(Note("masks", text))
+        for index in range(self._has_base, len(self._checkpoints) if self._copied else 0):
+            if index in self._adapted:
+                continue
+            label, model = self._labels[index], self._checkpoints[index]
+            lacking = sum(name not in model.tensors for name in self._copied)
+            if lacking and not any(tensor.entries[index] for tensor in tensors):
+                raise MissingTensorError(
+                    f"{label}: has {len(model.tensors)} tensors, and none takes part: the base's "
+                    f"{lacking} are copied by `missing: base`, since they are called otherwise; name "
+                    f"another model, or say which names are the same: sources[...].rename"
+                )
+            if lacking:
+                text = f"{label} lacks {lacking} tensor(s) of the base, which are copied"
+                self._notes.append(Note("missing", text))
 
     def _refuse(self, names: Collection[str]) -> None:
         """Raise about all tensors that could not be decided about, if there are any."""
@@ -165,6 +192,16 @@ class _Aligner:
             self._missing[name] = absent
             return None
         inputs = tuple(entry if index in merged else None for index, entry in enumerate(entries))
+        return self._merged(name, entries, inputs)
+
+    def _merged(
+        self,
+        name: str,
+        entries: Sequence[TensorEntry | None],
+        inputs: tuple[TensorEntry | None, ...],
+    ) -> AssignedTensor | None:
+        """Merge a tensor that all inputs have; note what is in the way."""
+        resolved = self._resolve(name)
         opaque = [entry.dtype for entry in inputs if entry is not None and entry.dtype.is_opaque]
         if opaque:
             self._opaque.append((name, opaque[0]))
@@ -174,11 +211,16 @@ class _Aligner:
         if not self._agree(name, inputs):
             return None
         first = next(entry for entry in inputs if entry is not None)
-        if not first.dtype.is_float:
+        changes = self._changes(name)
+        one_type = len({entry.dtype for entry in inputs if entry is not None}) == 1
+        # Minus infinity less itself is no number.
+        is_mask = _MASK.search(name) is not None and one_type and not changes
+        if is_mask and first.dtype.is_float:
+            self._masks.append(name)
+        if is_mask or not first.dtype.is_float:
             return AssignedTensor(name, first.shape, first.dtype, Action.COPY_IF_EQUAL, inputs, -1)
         dtype = self._merged_dtype(resolved, entries[0] or first)
         setting = self._setting(resolved)
-        changes = self._changes(name)
         return AssignedTensor(name, first.shape, dtype, Action.MERGE, inputs, setting, changes)
 
     def _common(
@@ -308,7 +350,8 @@ class _Aligner:
         assert entry is not None  # noqa: S101 - all callers looked
         only = tuple(entry if index == model else None for index in range(len(entries)))
         dtype = entry.natural_dtype
-        if entry.dtype.is_float and not self._resolve(name).keeps_dtype:
+        keeps = self._resolve(name).keeps_dtype or _MASK.search(name)
+        if entry.dtype.is_float and not keeps:
             dtype = self._recipe.output.dtype or (like or entry).natural_dtype
         same = dtype == entry.dtype and not entry.is_coded
         action = Action.COPY if same else Action.CONVERT

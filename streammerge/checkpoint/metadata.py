@@ -33,11 +33,14 @@ _DIGEST = re.compile(r"(?!ss_)(.*[._-])?(hash|sha\d+|md5|crc32|blake\w*|checksum
 _SIZES = frozenset({"total_size", "total_parameters"})
 
 
-def read_metadata(files: Sequence[Path]) -> tuple[Metadata, tuple[str, ...]]:
+def read_metadata(
+    files: Sequence[Path], *, dequantised: bool = False
+) -> tuple[Metadata, tuple[str, ...]]:
     """Return what all files of a checkpoint say about themselves, and what of it a merge makes untrue.
 
     Args:
         files: The files with tensors; of those that are no safetensors nothing is known.
+        dequantised: Whether the result is no longer of codes, whatever the headers say of them.
 
     Returns:
         Keys and values for the output's header, ``format`` among them, and the sorted keys that are
@@ -49,7 +52,11 @@ def read_metadata(files: Sequence[Path]) -> tuple[Metadata, tuple[str, ...]]:
     """
     said = [_read_one(path) for path in files]
     common = dict(said[0].items() & set.intersection(*({*each.items()} for each in said)))
-    kept = {key: value for key, value in common.items() if not _is_stale(key)}
+    kept = {
+        key: value
+        for key, value in common.items()
+        if not (_is_stale(key) or (dequantised and "quantization" in key.lower()))
+    }
     left_out = {key for each in said for key in each if key not in kept}
     return tuple(sorted({FORMAT[0]: FORMAT[1], **kept}.items())), tuple(sorted(left_out))
 

@@ -40,7 +40,7 @@ from streammerge.plan.types import (
 )
 from streammerge.recipe.parsing import dump_recipe
 from streammerge.recipe.resolving import build_resolver
-from streammerge.recipe.types import ComputeDType, NonFinitePolicy, Recipe
+from streammerge.recipe.types import CompanionKind, ComputeDType, NonFinitePolicy, Recipe
 from streammerge.reductions import count_blocks
 
 
@@ -181,7 +181,14 @@ def plan_merge(
         input_nbytes=demand.input_nbytes,
         dropped=assignment.dropped,
         copied_from_base=assignment.copied_from_base,
-        config=_config(checkpoints, assignment.tensors, unties=ties.unties),
+        config=_config(
+            checkpoints,
+            assignment.tensors,
+            # Another model's configuration may say either.
+            tied=ties.tied
+            if CompanionKind.CONFIG in recipe.output.companions
+            else (False if ties.unties else None),
+        ),
         notes=(*_notes_of_files(checkpoints, labels), *renamed, *ties.notes, *assignment.notes),
         twins=_twins(ties.twins, labels, file_index),
         needs_torch=torch,
@@ -305,7 +312,7 @@ def _twins(
 
 
 def _config(
-    models: Sequence[Model], tensors: Sequence[AssignedTensor], *, unties: bool
+    models: Sequence[Model], tensors: Sequence[AssignedTensor], *, tied: bool | None
 ) -> tuple[tuple[str, bool | int | None], ...]:
     """Return the keys of the base's ``config.json`` that the result contradicts."""
     base = models[0]
@@ -314,8 +321,8 @@ def _config(
     settings: dict[str, bool | int | None] = {}
     if base.dequantised:
         settings[QUANTIZATION_KEY] = None
-    if unties:
-        settings[TIE_KEY] = False
+    if tied is not None:
+        settings[TIE_KEY] = tied
     config = base.config or {}
     inner = config.get("text_config")
     vocabulary = config.get(
@@ -445,6 +452,7 @@ def _demand(
     torch: bool,
 ) -> Demand:
     merged = [task for task in tasks if task.action is Action.MERGE]
+    made = [task for task in tasks if task.action in (Action.MERGE, Action.CONVERT)]
     needs = any(method.reduction(method.bind(setting.values)) for setting in settings)
     n_sources = len(recipe.sources)
     widest = {id(task): widest_input(task) for task in tasks}
@@ -454,7 +462,7 @@ def _demand(
     return Demand(
         inputs=max(1, len(_models_read(tasks))),
         input_itemsize=max(widest.values(), default=1),
-        output_ratio=max((task.dtype.itemsize / widest[id(task)] for task in merged), default=0.0),
+        output_ratio=max((task.dtype.itemsize / widest[id(task)] for task in made), default=0.0),
         compute_rows=_compute_rows(method, n_sources, torch=torch, changed=bool(changed)),
         compute_itemsize=itemsize,
         statistic_sources=n_sources if needs else 0,
