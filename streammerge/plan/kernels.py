@@ -94,6 +94,7 @@ def _kernels_take(task: TensorTask, first: int, n_sources: int) -> bool:
             types = {task.dtype, *stored[first:]}
             return fits and not task.changes and types <= DTYPE_CODES.keys()
         case Action.CONVERT:
-            return False
+            kinds = {task.dtype, *(entry.dtype for entry in task.inputs if entry is not None)}
+            return not task.changes and kinds <= DTYPE_CODES.keys()
         case Action.COPY | Action.COPY_IF_EQUAL:
             return True

@@ -12,7 +12,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import BLOCK, Models, Tensors, assert_same_bits, assert_same_model, without_kernels
+from models import (
+    BLOCK,
+    Models,
+    Tensors,
+    assert_same_bits,
+    assert_same_model,
+    recipe_of,
+    without_kernels,
+)
 
 import streammerge
 from streammerge.dtypes import DType
@@ -433,3 +441,35 @@ def test_a_library_of_other_sources_is_left_alone(
     copy.unlink()
     copy.write_bytes(b"no library")
     assert load_kernels.__wrapped__() is None
+
+
+@pytest.mark.parametrize("output", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16])
+def test_conversions_keep_every_value(
+    stored: torch.dtype, output: torch.dtype, models: Models
+) -> None:
+    """Zeros of both signs, subnormal numbers, several blocks: the bits of torch's own conversion."""
+    generator = torch.Generator().manual_seed(3)
+    values = torch.randn(BLOCK + 999, generator=generator)
+    values[:4] = torch.tensor([0.0, -0.0, 1e-41, -6e-8])
+    tensors = {"large": values.to(stored), "small": torch.tensor([-0.0, 3.0]).to(stored)}
+    path = models.write(tensors | {"merged": torch.ones(3)})
+    recipe = recipe_of(
+        "linear",
+        None,
+        [path, path],
+        rules=[{"tensors": name, "copy": 0} for name in tensors],
+        output={"dtype": str(output).removeprefix("torch.")},
+    )
+    assert not streammerge.plan(recipe, memory="4GiB").needs_torch
+    merged, _ = models.merge(recipe)
+    for name, tensor in tensors.items():
+        assert_same_bits(merged[name], tensor.to(output))
+
+
+def test_a_conversion_that_overflows_is_refused_by_name(models: Models) -> None:
+    path = models.write({"x": torch.tensor([1.0, 70_000.0]), "y": torch.ones(2)})
+    rules = [{"tensors": "x", "copy": 0}]
+    recipe = recipe_of("linear", None, [path], rules=rules, output={"dtype": "float16"})
+    with pytest.raises(NonFiniteError, match=r"x: the merged value 70000 at element \[1\]"):
+        models.merge(recipe)

@@ -21,9 +21,10 @@ from streammerge.engine.pieces import PieceInMemory, Stored
 from streammerge.engine.segments import Block, Segment
 from streammerge.methods.base import MergeMethod, Operand, Sweep
 from streammerge.native.library import ALL_TIES, DTYPE_CODES, Kernels, MergeCall, SourceCall
-from streammerge.native.words import Keep
+from streammerge.native.words import Combine, Keep
 from streammerge.plan.kernels import VECTOR_COLUMNS, any_length, first_operand
 from streammerge.plan.types import MergePlan
+from streammerge.reductions import BLOCK
 from streammerge.reductions.topk import TopK
 from streammerge.rng import keep_limit, stream_key
 
@@ -97,6 +98,36 @@ class CompiledMerging:
                 for sources, job in zip(self._sources, batch, strict=False):
                     job.segment.add_kept([source.kept for source in sources])
         return left
+
+    def convert(self, piece: PieceInMemory, out: Stored) -> bool:
+        """Store the values of a piece's one input in another type; return whether kernels can.
+
+        Every value is added to minus zero, which keeps all: the sum of what it differs from itself
+        by, divided by minus one.
+
+        Raises:
+            NonFiniteError: A value is not finite, or does not fit the type.
+        """
+        stored = next(each for each in piece.inputs if each is not None)
+        if not {stored.dtype, out.dtype} <= DTYPE_CODES.keys():
+            return False
+        operand, target = StoredOperand.of(stored), StoredOperand.of(out)
+        for batch in in_batches(list(range(0, piece.numel, BLOCK))):
+            for index, begin in enumerate(batch):
+                call, source = self._calls[index], self._sources[index][0]
+                call.numel = min(BLOCK, piece.numel - begin)
+                call.combine, call.divisor, call.n_sources = Combine.SUM, -1.0, 1
+                call.base, call.base_dtype = operand.at(begin), operand.code
+                source.values, source.dtype = operand.at(begin), operand.code
+                source.weight, source.keep = 1.0, Keep.ALL
+                call.out, call.out_dtype = target.at(begin), target.code
+                call.limit = LARGEST[out.dtype]
+            refused = self._kernels.merge_blocks(self._calls, len(batch), self._scratch)
+            for call, begin in zip(self._calls, batch, strict=False):
+                call.n_sources, call.base = self._n_sources, None
+                if refused and call.refused:
+                    check_range(stored.widen(begin, begin + call.numel), piece, begin)
+        return True
 
     def _takes(self, block: Block) -> bool:
         """Return whether the kernels add the rows of a block as torch.sum does."""

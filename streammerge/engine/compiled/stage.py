@@ -63,7 +63,9 @@ class CompiledStage:
         return [Applied(0, tuple(counts) if self._tells else ()) for counts in kept]
 
     def convert(self, piece: PieceInMemory, out: Stored) -> Applied:
-        """Convert a piece; only some adapters ask for it, and they need the plain way anyway."""
+        """Convert a piece."""
+        if self._merging.convert(piece, out):
+            return Applied(0, ())
         return self._plain.convert(piece, out)
 
     def measure(
