@@ -171,14 +171,11 @@ def _describe(names: Mapping[str, str], label: str) -> list[Note]:
 
 
 def _difference(old: str, new: str) -> tuple[str, str]:
-    """Return the parts of two names that differ, numbers apart."""
+    """Return two names without what they end with alike, and without their numbers."""
     one, other = old.split("."), new.split(".")
     while one and other and one[-1] == other[-1]:
         one.pop()
         other.pop()
-    while one and other and one[0] == other[0]:
-        one.pop(0)
-        other.pop(0)
     return _without_numbers(one), _without_numbers(other)
 
 
