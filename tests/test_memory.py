@@ -109,6 +109,67 @@ def test_measured_peak_stays_within_the_plan(models, tmp_path, method, example, 
     assert measured["peak"] <= measured["planned"]
 
 
+def _write(directory: Path, tensors: dict[str, torch.Tensor]) -> Path:
+    directory.mkdir()
+    save_file(tensors, directory / "model.safetensors")
+    return directory
+
+
+def _codes(directory: Path) -> tuple[Path, Path]:
+    shape = (9_000, 2_000)
+    scales = torch.rand(71, 16)
+    codes = torch.randint(0, 120, shape, dtype=torch.uint8).view(torch.float8_e4m3fn)
+    base = _write(directory / "base", {"x.weight": codes, "x.weight_scale_inv": scales})
+    return base, _write(directory / "tuned", {"x.weight": torch.randn(shape).bfloat16()})
+
+
+def _transposed_codes(directory: Path) -> tuple[Path, Path]:
+    blocks = torch.randint(0, 256, (8, 1_200, 60, 16), dtype=torch.uint8)
+    scales = torch.randint(110, 130, (8, 1_200, 60), dtype=torch.uint8)
+    base = _write(directory / "base", {"x_blocks": blocks, "x_scales": scales})
+    return base, _write(directory / "tuned", {"x": torch.randn(8, 1_920, 1_200).bfloat16()})
+
+
+def _stacks(directory: Path) -> tuple[Path, Path]:
+    ones = {
+        f"l.experts.{expert}.{part}.weight": torch.randn(shape).bfloat16()
+        for expert in range(32)
+        for part, shape in {
+            "gate_proj": (256, 512),
+            "up_proj": (256, 512),
+            "down_proj": (512, 256),
+        }.items()
+    }
+    stacks = {"l.experts.gate_up_proj": torch.randn(32, 512, 512).bfloat16()}
+    stacks["l.experts.down_proj"] = torch.randn(32, 512, 256).bfloat16()
+    return _write(directory / "base", stacks), _write(directory / "tuned", ones)
+
+
+def _wider(directory: Path) -> tuple[Path, Path]:
+    base = _write(directory / "base", {"x": torch.randn(3_000, 4_000).bfloat16()})
+    return base, _write(directory / "tuned", {"x": torch.randn(3_000, 3_500).bfloat16()})
+
+
+@pytest.mark.parametrize("kernels", [True, False], ids=["compiled", "plain"])
+@pytest.mark.parametrize("make", [_codes, _transposed_codes, _stacks, _wider])
+def test_tensors_in_parts_stay_within_the_plan(make, kernels, tmp_path):
+    base, tuned = make(tmp_path)
+    document = {
+        "method": "ties",
+        "base": str(base),
+        "sources": [{"path": str(tuned)}],
+        "parameters": {"density": 0.3},
+        "mismatch": "common",
+    }
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(document))
+
+    memory = "256MiB" if kernels and load_kernels() is not None else "460MiB"
+    measured = run_merge(recipe, tmp_path / "out", memory, kernels=kernels)
+
+    assert measured["peak"] <= measured["planned"] <= measured["budget"]
+
+
 @pytest.fixture
 def limited_group() -> Iterator[Callable[[int], Callable[[], None]]]:
     """Give a function that sets a memory limit and returns what a child calls to come under it."""
