@@ -127,8 +127,8 @@ def write_adapter(path: Path, weights: Mapping[str, tuple[int, int]], *, seed: i
 
 def load_model(directory: Path) -> Tensors:
     """Read a merged directory the way transformers does: by its index, or its only file."""
-    index = directory / INDEX_NAME
-    if not index.exists():
+    index = next(directory.glob("*.safetensors.index.json"), None)
+    if index is None:
         (only,) = directory.glob("*.safetensors")
         return load_file(only)
     weight_map = json.loads(index.read_text())["weight_map"]

@@ -167,7 +167,7 @@ def test_stacks_of_experts_have_scales_per_expert(
     assert_same_bits(got["experts.up_proj"], (plain + 0.5 * (0 - plain)).bfloat16())
 
 
-@pytest.mark.parametrize("memory", ["500MiB", "2GiB"])
+@pytest.mark.parametrize("memory", ["700MiB", "2GiB"])
 @pytest.mark.parametrize("method", ["ties", "dare_linear"])
 def test_how_codes_are_cut_changes_no_bit(method: str, memory: str, tmp_path: Path) -> None:
     shape = (1100, 1300)
@@ -244,7 +244,7 @@ def test_scales_that_are_not_understood_are_refused(
         sm.plan({"method": "linear", "sources": [{"path": str(base)}]})
 
 
-@pytest.mark.parametrize("memory", ["500MiB", "2GiB"])
+@pytest.mark.parametrize("memory", ["700MiB", "2GiB"])
 @pytest.mark.parametrize(("rows", "groups"), [(96, 2), (700, 40), (8, 9)])
 def test_four_bit_stacks_are_what_transformers_make_of_them(
     rows: int, groups: int, memory: str, tmp_path: Path

@@ -13,7 +13,7 @@ import yaml
 from models import Models, assert_same_model, load_model, recipe_of, write_adapter, write_model
 
 import streammerge
-from streammerge.checkpoint.manifest import MANIFEST_NAME, RECIPE_NAME
+from streammerge.checkpoint.outputform import MANIFEST_NAME, RECIPE_NAME
 from streammerge.cli import main
 from streammerge.errors import CheckpointError, OutputExistsError
 

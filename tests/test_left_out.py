@@ -11,7 +11,7 @@ from models import assert_same_model, load_model, recipe_of
 from safetensors.torch import save_file
 
 import streammerge
-from streammerge.checkpoint.manifest import MANIFEST_NAME
+from streammerge.checkpoint.outputform import MANIFEST_NAME
 from streammerge.cli import main
 
 TENSORS = {"a.weight": torch.arange(6.0).reshape(2, 3), "b": torch.ones(4)}

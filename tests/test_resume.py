@@ -110,9 +110,9 @@ def interrupt_after(plan: MergePlan, out: Path, writes: int, **options: Any) -> 
     done = 0
     write_at = outputfile.OutputFile.write_at
 
-    def count(self: outputfile.OutputFile, *arguments: Any) -> None:
+    def count(self: outputfile.OutputFile, *arguments: Any, **keywords: Any) -> None:
         nonlocal done
-        write_at(self, *arguments)
+        write_at(self, *arguments, **keywords)
         done += 1
         if done > len(plan.layout.shards) + writes:
             raise Stop

@@ -384,11 +384,11 @@ def test_an_interrupted_merge_is_resumed_to_the_same_bytes(
     write_at = outputfile.OutputFile.write_at
     written = []
 
-    def stop(self: outputfile.OutputFile, *arguments: Any) -> None:
+    def stop(self: outputfile.OutputFile, *arguments: Any, **keywords: Any) -> None:
         written.append(arguments)
         if len(written) == 3:
             raise Stop
-        write_at(self, *arguments)
+        write_at(self, *arguments, **keywords)
 
     with monkeypatch.context() as patch:
         patch.setattr(outputfile.OutputFile, "write_at", stop)

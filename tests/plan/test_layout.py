@@ -60,6 +60,10 @@ class Task:
     dtype: DType
     numel: int
 
+    @property
+    def output_shape(self) -> tuple[int, ...]:
+        return self.shape
+
 
 def plan_of(tensors: list[AssignedTensor], layout: OutputLayout) -> PlanOf:
     return PlanOf([Task(t.name, t.shape, t.dtype, prod(t.shape)) for t in tensors], layout)
@@ -163,8 +167,8 @@ def test_safetensors_reads_the_header_as_planned(
 
 @pytest.mark.parametrize("dtype", DType)
 def test_every_dtype_is_one_that_safetensors_knows(dtype: DType, tmp_path: Path) -> None:
-    layout, _ = plan_layout([tensor("a", (3,), dtype)], 100)
-    header = render_header(plan_of([tensor("a", (3,), dtype)], layout), 0)  # type: ignore[arg-type]
+    layout, _ = plan_layout([tensor("a", (4,), dtype)], 100)
+    header = render_header(plan_of([tensor("a", (4,), dtype)], layout), 0)  # type: ignore[arg-type]
     path = tmp_path / "shard.safetensors"
     path.write_bytes(header + bytes(layout.shards[0].data_nbytes))
 

@@ -279,7 +279,7 @@ def test_stacks_are_cut_without_changing_a_bit(tmp_path: Path) -> None:
     base = write(tmp_path / "base", {name: torch.randn_like(each) for name, each in stacks.items()})
     results = []
     for source in (write(tmp_path / "ones", ones), write(tmp_path / "stacks", stacks)):
-        for memory in ("500MiB", "2GiB"):
+        for memory in ("700MiB", "2GiB"):
             asked = recipe(base, source) | {"method": "ties", "parameters": {"density": 0.3}}
             out = tmp_path / f"{source.name}-{memory}"
             sm.merge(asked, out, memory=memory)
