@@ -21,7 +21,9 @@ from streammerge.plan.chunking import DECODING_BYTES, ReadSpan
 
 _STEP = 2**15
 """Values decoded at once: they stay in the cache while they are multiplied."""
-assert 32 * _STEP <= DECODING_BYTES  # noqa: S101 - codes, indices, scales and scales spread out
+_ROWS_BYTES = 2**19
+"""Codes of whole rows that are read for a part of each."""
+assert max(32 * _STEP, _ROWS_BYTES + 16 * _STEP) <= DECODING_BYTES  # noqa: S101 - codes, indices, scales and scales spread out
 
 ReadScales = Callable[[int, int, memoryview], None]
 """Reads a range of a file: its index in the plan, first byte, and where to."""
@@ -61,20 +63,32 @@ def _decode(span: ReadSpan, slot: NDArray[np.uint8], read: ReadScales) -> None:
     room = slot[begin : begin + nbytes]
     codes = slot[span.slot_offset : span.slot_offset + span.nbytes]
     values = room.view("<f4")
-    table = code_table(coding.dtype)
     packed = coding.dtype.elements_per_item
     for first in range(0, span.numel, _STEP):
         count = min(_STEP, span.numel - first)
         # A copy: the last values of a step lie where its own codes were.
-        some = _unpacked(codes[first // packed : (first + count) // packed].copy(), packed)
+        some = codes[first // packed : (first + count) // packed].copy()
         out = values[first : first + count]
-        np.take(table, some, out=out, mode="clip")
+        _look_up(some, coding.dtype, out)
         _scale(out, coding, coding.first + first, read)
 
 
-def _unpacked(codes: NDArray[np.uint8], packed: int) -> NDArray[np.uint8]:
-    """Return one code per byte."""
-    return codes if packed == 1 else np.stack((codes & 15, codes >> 4), axis=-1).reshape(-1)
+def _look_up(codes: NDArray[np.uint8], dtype: DType, out: NDArray[np.float32]) -> None:
+    """Fill ``out``, ``[n]``, with what codes stand for, ``[n]`` or ``[n / 2]`` where a byte has two."""
+    if dtype.elements_per_item == 1:
+        np.take(code_table(dtype), codes, out=out, mode="clip")
+    else:
+        np.take(_pair_table(), codes, out=out.view(np.uint64), mode="clip")
+
+
+@cache
+def _pair_table() -> NDArray[np.uint64]:
+    """Return what every byte of two codes stands for: two numbers, side by side in eight bytes."""
+    codes = np.arange(256)
+    table = code_table(DType.F4)
+    pairs = np.stack((table[codes & 15], table[codes >> 4]), axis=1)
+    found: NDArray[np.uint64] = pairs.reshape(-1).view(np.uint64)
+    return found
 
 
 def _read_transposed(
@@ -91,13 +105,15 @@ def _read_transposed(
     high = min(-(-(coding.first + span.numel) // (rows * width)) * width, coding.columns)
     row_nbytes, scale_nbytes = coding.columns // packed, coding.scale_columns
     scale_nbytes *= coding.scale_dtype.itemsize
-    count = max(1, _STEP // coding.columns)
+    # As many rows as there is room for, of all of a row and of the part that is wanted.
+    count = max(1, min(_STEP // (high - low), _ROWS_BYTES // row_nbytes))
     for row in range(0, rows, count):
         some = min(count, rows - row)
         raw = np.empty((some, row_nbytes), dtype=np.uint8)
         read(span.file, span.offset + row * row_nbytes, raw.reshape(-1).data)
-        strip = _unpacked(raw[:, low // packed : high // packed], packed)
-        numbers = np.take(code_table(coding.dtype), strip, mode="clip").reshape(some, high - low)
+        strip = raw[:, low // packed : high // packed].reshape(-1)
+        numbers = np.empty((some, high - low), dtype=np.float32)
+        _look_up(strip, coding.dtype, numbers.reshape(-1))
         stored = np.empty(some * scale_nbytes, dtype=np.uint8)
         read(coding.scale_file, coding.scale_offset + row * scale_nbytes, stored.data)
         scales = widen_scales(stored, coding.scale_dtype).reshape(some, coding.scale_columns)
