@@ -789,3 +789,17 @@ def test_masks_that_are_equal_everywhere_are_copied(models: Models) -> None:
     assert [note.text for note in manifest.notes] == [
         "1 mask(s) are copied if equal everywhere, not merged: attn_mask"
     ]
+
+
+def test_copies_may_grow_more_than_anything_that_is_merged(models: Models) -> None:
+    """Output buffers have room for them too."""
+    drawn = smooth(6, 2, {"a": (40,), "b": (3 * BLOCK + 5,)})
+    base, source = ({name: each.bfloat16() for name, each in model.items()} for model in drawn)
+    recipe = recipe_of("linear", models.write(base), [models.write(source)])
+    recipe["rules"] = [{"tensors": "b", "copy": "base"}, {"tensors": "a", "dtype": "keep"}]
+    recipe["output"] = {"dtype": "float32"}
+
+    merged, _ = models.merge(recipe)
+
+    assert merged["a"].dtype is torch.bfloat16
+    assert torch.equal(merged["b"], base["b"].float())

@@ -7,7 +7,7 @@ from enum import StrEnum
 
 from streammerge.adapters.adapted import AdaptedModel
 from streammerge.adapters.changes import Change
-from streammerge.checkpoint.types import Checkpoint, Note, TensorEntry
+from streammerge.checkpoint.types import Checkpoint, Encoding, Note, TensorEntry
 from streammerge.dtypes import DType
 
 Model = Checkpoint | AdaptedModel
@@ -25,6 +25,8 @@ class Action(StrEnum):
     """Integers and bool: copied when every input holds the same bytes, refused otherwise."""
     CONVERT = "convert"
     """The values of the one present input are stored in another element type."""
+    SCALES = "scales"
+    """Scales of the codes that another tensor is stored as, found from its values; no input has them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +78,8 @@ class AssignedTensor:
     """Which part of the output tensor it is; None for all of it."""
     base_owner: int = 0
     """The model whose file the base's entry is in: an adapter that brings a base of another shape."""
+    encoding: Encoding | None = None
+    """How its values become codes of its element type; None where they are stored as they are."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,7 +24,7 @@ from math import prod
 
 from streammerge.checkpoint.dequantising import dequantising_advice
 from streammerge.checkpoint.quantised import ScaledWeight, find_scales
-from streammerge.checkpoint.types import Checkpoint, Coding, StoredPart, TensorEntry
+from streammerge.checkpoint.types import Checkpoint, CodedAs, Coding, StoredPart, TensorEntry
 from streammerge.dtypes import DType
 from streammerge.errors import QuantizedCheckpointError, printable
 
@@ -90,6 +90,7 @@ def read_codes(checkpoint: Checkpoint) -> Checkpoint:
         tensors=kept,
         config=config if checkpoint.config is not None else None,
         dequantised=True,
+        quantisation={name: entry for name, entry in checkpoint.tensors.items() if name in gone},
         notes=(*checkpoint.notes, note),
     )
 
@@ -168,7 +169,13 @@ def _read_as_numbers(found: ScaledWeight, checkpoint: Checkpoint) -> TensorEntry
     # torchao: the codes of X.weight are in X._weight_qdata.
     plain = last.removesuffix(_QDATA).lstrip("_") if last.endswith(_QDATA) else last
     return TensorEntry(
-        f"{module}{dot}{plain}", DType.F32, weight.shape, weight.file, weight.offset, parts
+        f"{module}{dot}{plain}",
+        DType.F32,
+        weight.shape,
+        weight.file,
+        weight.offset,
+        parts,
+        CodedAs(weight, scale),
     )
 
 

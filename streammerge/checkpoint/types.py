@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 
@@ -57,6 +58,50 @@ class StoredPart:
 
 
 @dataclass(frozen=True, slots=True)
+class CodedAs:
+    """What a file holds of a weight that is read as the numbers that its codes stand for."""
+
+    weight: TensorEntry
+    """The codes, as a tensor of their own type."""
+    scale: TensorEntry
+    """The scales."""
+
+
+@dataclass(frozen=True, slots=True)
+class Encoding:
+    """How the numbers of a weight become codes with scales again.
+
+    ``code[r, c] = value[r, c] / scale[r // rows, c // columns]``, rounded to the nearest; for each of the
+    matrices that lie one after the other.
+    """
+
+    scales: str
+    """Name of the output tensor with the scales."""
+    scale_dtype: DType
+    """Their element type; U8 stands for exponents of two, as F8_E8M0 does."""
+    scale_numel: int
+    """How many there are."""
+    rows: int
+    """Rows of a matrix."""
+    columns: int
+    """Columns of a matrix."""
+    block: tuple[int, int]
+    """Rows and columns that share a scale."""
+    matrix_scales: int
+    """Scales of a matrix; 0 where all matrices share one."""
+
+    @property
+    def scale_columns(self) -> int:
+        """Scales of a row."""
+        return -(-self.columns // self.block[1])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory for largest magnitudes, in float32, and for scales as they are stored."""
+        return self.scale_numel * (4 + self.scale_dtype.itemsize)
+
+
+@dataclass(frozen=True, slots=True)
 class TensorEntry:
     """Where one tensor lies: contiguous, row-major, little-endian; or in parts, one after the other."""
 
@@ -72,6 +117,8 @@ class TensorEntry:
     """First byte of the data, from the start of the file; that of the first part."""
     parts: tuple[StoredPart, ...] = ()
     """The parts in flat order, of a tensor that is not in one piece or not stored as numbers."""
+    coded_as: CodedAs | None = None
+    """What the file holds, of a whole weight that is stored as float8 codes; None for others."""
 
     @property
     def numel(self) -> int:
@@ -132,6 +179,8 @@ class Checkpoint:
     dequantised: bool = False
     """Whether tensors are read as the numbers that stored codes stand for, so that the configuration's
     ``quantization_config`` is not theirs."""
+    quantisation: Mapping[str, TensorEntry] = field(default_factory=dict)
+    """What is then no tensor of the model any more, by name: scales of weights, activations and caches."""
     notes: tuple[str, ...] = ()
     """What was decided while reading that a plan has to state, a sentence for each."""
     index_name: str | None = None

@@ -187,7 +187,12 @@ def _fit(
     copied: dict[str, dict[str, str]] = {}
     merged: dict[str, set[DType]] = {}
     full = {index for index, model in enumerate(models) if isinstance(model, Checkpoint)}
+    # Configurations describe the weights, not the scales of their codes.
+    first = models[0]
+    scales = first.quantisation if isinstance(first, Checkpoint) else {}
     for task in planned.tasks:
+        if task.name in scales:
+            continue
         head, slash, rest = task.name.partition("/")
         folder, name = (head, rest) if slash and head in folders else ("", task.name)
         results.setdefault(folder, {})[name] = task.output_shape

@@ -78,7 +78,7 @@ def check_range(merged: Floats, piece: PieceInMemory, begin: int) -> None:
     Raises:
         NonFiniteError: With tensor, element, value and the type's largest.
     """
-    dtype = piece.first.task.dtype
+    dtype = piece.first.task.made_dtype
     limit = LARGEST[dtype]
     element = _first(~(np.abs(merged) <= limit))
     if element is None:

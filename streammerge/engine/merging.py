@@ -8,10 +8,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from streammerge.assignment.types import Action
 from streammerge.engine.buffers import Slot, SlotPool
 from streammerge.engine.device import Applied, DeviceStage
+from streammerge.engine.encoding import TensorScales
 from streammerge.engine.loading import LoadedChunk
 from streammerge.engine.pieces import Part, PieceInMemory, Stored
 from streammerge.engine.progress import Progress
@@ -19,8 +21,11 @@ from streammerge.engine.queues import Outstanding, WorkQueue
 from streammerge.engine.writing import Claim, Extent, WriteJob
 from streammerge.errors import CheckpointError, printable
 from streammerge.plan.chunking import padded
-from streammerge.plan.types import MergePlan
+from streammerge.plan.types import MergePlan, find_scale_tasks
 from streammerge.reductions.topk import TopK
+
+FindTops = Callable[[PieceInMemory], Sequence[tuple[TopK, ...]]]
+"""Gives the statistics of a piece: one per source, for each of its parts."""
 
 
 class ChunkMerger:
@@ -49,12 +54,14 @@ class ChunkMerger:
         self._writes = writes
         self._outstanding = outstanding
         self._progress = progress
+        self._scale_tasks = find_scale_tasks(plan)
 
     def merge(
         self,
         stage: DeviceStage,
         loaded: LoadedChunk,
-        find_tops: Callable[[PieceInMemory], Sequence[tuple[TopK, ...]]],
+        find_tops: FindTops,
+        scales: TensorScales | None = None,
     ) -> None:
         """Turn a loaded chunk into write jobs and let go of it.
 
@@ -62,10 +69,11 @@ class ChunkMerger:
             stage: The worker's device.
             loaded: The chunk.
             find_tops: Gives the statistics of a piece: one per source, for each of its parts.
+            scales: The scales of the chunk's only tensor, if it is a part of one that becomes codes;
+                None for whole tensors, whose scales are found here.
         """
         slots: list[Slot] = []
         merged: list[Extent] = []
-        tops: Sequence[tuple[TopK, ...]]
         copied: list[Extent] = []
         cursor = 0
         for piece in loaded.pieces:
@@ -76,16 +84,19 @@ class ChunkMerger:
             if not slots:
                 with self._progress.waiting():
                     slots = self._outputs.acquire(1)
-            nbytes = piece.numel * task.dtype.itemsize
+            nbytes = piece.numel * task.made_dtype.itemsize
             memory = slots[0].memory[cursor : cursor + nbytes]
-            out = Stored(memory, task.dtype)
-            if task.action is Action.CONVERT:
-                tops, applied = [()], [stage.convert(piece, out)]
-            else:
-                tops = find_tops(piece)
-                applied = stage.apply(piece, tops, out)
-            merged.extend(_extents(piece, memory.data, applied, tops))
             cursor += padded(nbytes)
+            tops, applied = _make(stage, piece, find_tops, Stored(memory, task.made_dtype))
+            if task.encoding is not None:
+                own = scales or _scales_of_whole(piece, memory)
+                memory = _encode(piece, memory, own)
+                if scales is None:
+                    room = slots[0].memory[cursor : cursor + own.stored.size]
+                    cursor += padded(own.stored.size)
+                    room[:] = own.stored
+                    merged.append(self._scales_extent(own, room.data))
+            merged.extend(_extents(piece, memory.data, applied, tops))
         if copied:
             loaded.hold()
         loaded.release()
@@ -97,6 +108,33 @@ class ChunkMerger:
             self._outstanding.end()
 
         self._writes.put(WriteJob((*merged, *copied), then))
+
+    def look(
+        self,
+        stage: DeviceStage,
+        loaded: LoadedChunk,
+        find_tops: FindTops,
+        scales: TensorScales,
+    ) -> None:
+        """Merge a part of a tensor for the sake of its scales alone, and let go of it."""
+        for piece in loaded.pieces:
+            with self._progress.waiting():
+                slots = self._outputs.acquire(1)
+            memory = slots[0].memory[: piece.numel * piece.first.task.made_dtype.itemsize]
+            _make(stage, piece, find_tops, Stored(memory, piece.first.task.made_dtype))
+            scales.look(piece.first.start, memory.view("<f4"))
+            self._outputs.release(slots)
+        loaded.release()
+
+    def write_scales(self, scales: TensorScales, then: Callable[[], None]) -> None:
+        """Send the scales of a tensor to the writers."""
+        self._writes.put(WriteJob((self._scales_extent(scales, scales.stored.data),), then))
+
+    def _scales_extent(self, scales: TensorScales, memory: memoryview) -> Extent:
+        index = self._scale_tasks[scales.encoding.scales]
+        task = self._plan.tasks[index]
+        claim = Claim(Part(task, index, 0, task.numel), _COPIED, (), 0, len(memory))
+        return Extent(task.shard, task.offset, memory, (claim,))
 
     def _copy(self, piece: PieceInMemory) -> Extent:
         task = piece.first.task
@@ -112,6 +150,33 @@ class ChunkMerger:
                     f"element {element}; add a rule {{tensors: {task.name!r}, copy: ...}}"
                 )
         return next(_extents(piece, first.memory.data, [_COPIED], [()]))
+
+
+def _make(
+    stage: DeviceStage, piece: PieceInMemory, find_tops: FindTops, out: Stored
+) -> tuple[Sequence[tuple[TopK, ...]], list[Applied]]:
+    """Fill ``out`` with the values of a piece; return the statistics used, and what it came to."""
+    if piece.first.task.action is Action.CONVERT:
+        return [()], [stage.convert(piece, out)]
+    tops = find_tops(piece)
+    return tops, stage.apply(piece, tops, out)
+
+
+def _scales_of_whole(piece: PieceInMemory, memory: NDArray[np.uint8]) -> TensorScales:
+    """Return the scales of a tensor whose values are all in memory."""
+    scales = TensorScales(piece.first.task)
+    scales.look(0, memory.view("<f4"))
+    scales.conclude()
+    return scales
+
+
+def _encode(
+    piece: PieceInMemory, memory: NDArray[np.uint8], scales: TensorScales
+) -> NDArray[np.uint8]:
+    """Replace values by their codes, at the beginning of their room; return those."""
+    codes = memory[: piece.numel]
+    scales.encode(piece.first.start, memory.view("<f4"), codes)
+    return codes
 
 
 _COPIED = Applied(not_finite=0, kept=())

@@ -158,7 +158,7 @@ class _ChunkView:
         first = plan.tasks[self._pieces[begin].task]
         # torch.sum of more rows adds in an order that depends on how long they are.
         many = len(plan.models) - plan.has_base > ADD_LEFT_TO_RIGHT
-        alone = first.changes or first.region is not None or plan.keep_non_finite
+        alone = first.changes or first.region or first.encoding or plan.keep_non_finite
         if first.action is not Action.MERGE or alone or many:
             return begin + 1
         kind = _kind(first)
@@ -204,7 +204,7 @@ class _ChunkView:
 def _kind(task: TensorTask) -> tuple[Any, ...]:
     """Return what tensors must share to be merged as one."""
     stored = tuple(entry.dtype if entry else None for entry in task.inputs)
-    alone = bool(task.changes) or task.region is not None
+    alone = bool(task.changes or task.region or task.encoding)
     return task.action, task.setting, task.dtype, stored, alone
 
 

@@ -14,7 +14,7 @@ from dataclasses import astuple, replace
 
 from streammerge.checkpoint.journal import Entry, PieceDone, ScopeFound
 from streammerge.plan.chunking import Chunk, Piece, Unit
-from streammerge.plan.types import MergePlan
+from streammerge.plan.types import MergePlan, TensorTask, find_scale_tasks
 from streammerge.reductions.topk import TopK
 
 WHOLE_MODEL = -1
@@ -55,6 +55,29 @@ class Recovered:
         self._whole = {
             task for task, numels in self._numels.items() if _covers(numels, plan.tasks[task].numel)
         }
+        self._scale_tasks = find_scale_tasks(plan)
+        if self._scale_tasks:
+            self._forget_halves()
+
+    def _forget_halves(self) -> None:
+        """Forget scales without all of their codes, which are found again, and codes without scales."""
+        for index, task in enumerate(self._plan.tasks):
+            if task.encoding is None:
+                continue
+            scales = self._scale_tasks[task.encoding.scales]
+            if index in self._whole and scales in self._whole:
+                continue
+            for lost in (scales,) if scales in self._whole else (scales, index):
+                self._records.pop(lost, None)
+                self._numels.pop(lost, None)
+                self._whole.discard(lost)
+
+    def has_scales(self, task: TensorTask) -> bool:
+        """Return whether the scales of a tensor need not be done; so too of one that has none."""
+        if task.encoding is None:
+            return True
+        index = self._scale_tasks[task.encoding.scales]
+        return self.has(Piece(index, 0, self._plan.tasks[index].numel))
 
     def tops_of(self, task: int) -> tuple[TopK, ...] | None:
         """Return the statistics of a tensor, or of :data:`WHOLE_MODEL`, where they are known."""
@@ -94,11 +117,14 @@ class Recovered:
                         task = self._plan.tasks[piece.task]
                         stored = [entry.dtype for entry in task.inputs if entry is not None]
                         total += piece.numel * sum(t.itemsize for t in (*stored, task.dtype))
-        return total
+        scales = [self._plan.tasks[index] for index in self._scale_tasks.values()]
+        owners = [task for task in self._plan.tasks if task.encoding and self.has_scales(task)]
+        done = {task.encoding.scales for task in owners if task.encoding}
+        return total + sum(each.numel * each.dtype.itemsize for each in scales if each.name in done)
 
     def rest_of(self, chunk: Chunk) -> Chunk | None:
         """Return what is left to do of a chunk; None when nothing is."""
-        left = tuple(piece for piece in chunk.pieces if not self.has(piece))
+        left = tuple(piece for piece in chunk.pieces if not self._is_done(piece))
         if len(left) == len(chunk.pieces):
             return chunk
         if not left:
@@ -110,6 +136,11 @@ class Recovered:
             if entry is not None
         }
         return replace(chunk, pieces=left, models=tuple(sorted(models)))
+
+    def _is_done(self, piece: Piece) -> bool:
+        """Return whether nothing is left of a piece; the scales of a whole tensor are made with it."""
+        task = self._plan.tasks[piece.task]
+        return self.has(piece) and (piece.numel < task.numel or self.has_scales(task))
 
 
 def scope_found(task: int, tops: Sequence[TopK]) -> ScopeFound:

@@ -3,6 +3,7 @@
     passing    load ─▶ merge ─▶ write                             no statistics, or whole in one chunk
     resident   load all ─▶ sample ─▶ measure (rounds) ─▶ merge    read once
     streamed   load a sample, load all to measure (rounds), load all again to merge
+    encoded    the same, or nothing of it; load all to find scales, load all again to merge
 
 The loader pulls loads from :meth:`Schedule.iter_loads`, which waits where the next load depends on
 a result. Workers run the rest; work on chunks that are already in memory comes before new chunks.
@@ -23,8 +24,9 @@ from streammerge.assignment.types import Action
 from streammerge.checkpoint.snapshot import discard_snapshot
 from streammerge.engine.buffers import Allowance, SlotPool
 from streammerge.engine.device import DeviceStage
+from streammerge.engine.encoding import TensorScales
 from streammerge.engine.loading import Load, LoadedChunk
-from streammerge.engine.merging import ChunkMerger
+from streammerge.engine.merging import ChunkMerger, FindTops
 from streammerge.engine.monitor import Monitor
 from streammerge.engine.pieces import PieceInMemory
 from streammerge.engine.progress import Progress
@@ -103,9 +105,14 @@ class Schedule:
         for unit in iter_units(shop.plan, must_look=shop.needs.must_look):
             rest = [left for chunk in unit.chunks if (left := shop.recovered.rest_of(chunk))]
             known = tops
-            if unit.residence is not Residence.PASSING:
+            first = unit.chunks[0].pieces[0].task
+            if unit.residence is not Residence.PASSING and known is None:
                 # All its chunks are of one tensor.
-                known = shop.recovered.tops_of(unit.chunks[0].pieces[0].task)
+                known = shop.recovered.tops_of(first)
+            if unit.residence is Residence.STREAMED and shop.plan.tasks[first].encoding:
+                if rest or not shop.recovered.has_scales(shop.plan.tasks[first]):
+                    yield from self._load_encoded(unit, rest, known)
+                continue
             if not rest:
                 continue
             if unit.residence is Residence.PASSING or known is not None:
@@ -116,22 +123,32 @@ class Schedule:
             else:
                 yield from self._load_streamed(unit, rest)
 
-    def _merge_load(self, chunk: Chunk, tops: tuple[TopK, ...] | None) -> Load:
-        """Load a chunk that can be merged as soon as it is there."""
+    def _merge_load(
+        self,
+        chunk: Chunk,
+        tops: tuple[TopK, ...] | None,
+        scales: TensorScales | None = None,
+        merged: Callable[[], None] = lambda: None,
+    ) -> Load:
+        """Load a chunk that can be merged as soon as it is there; ``merged`` is called then."""
         self._shop.outstanding.begin()
 
+        def work(stage: DeviceStage, loaded: LoadedChunk) -> None:
+            self._shop.merger.merge(stage, loaded, self._finder(stage, tops), scales)
+            merged()
+
         def then(loaded: LoadedChunk) -> None:
-            self._shop.work.put(lambda stage: self._merge(stage, loaded, tops))
+            self._shop.work.put(lambda stage: work(stage, loaded))
 
         return Load(chunk, then, last_use=True, joined=True)
 
-    def _merge(
-        self, stage: DeviceStage, loaded: LoadedChunk, tops: tuple[TopK, ...] | None
-    ) -> None:
+    def _finder(self, stage: DeviceStage, tops: tuple[TopK, ...] | None) -> FindTops:
+        """Return what gives the statistics of a piece: those that are known, or what it finds itself."""
+
         def find(piece: PieceInMemory) -> Sequence[tuple[TopK, ...]]:
             return self._tops_of(stage, piece) if tops is None else [tops] * len(piece.parts)
 
-        self._shop.merger.merge(stage, loaded, find)
+        return find
 
     def _tops_of(self, stage: DeviceStage, piece: PieceInMemory) -> Sequence[tuple[TopK, ...]]:
         """Find the thresholds of small tensors that are all here."""
@@ -164,6 +181,58 @@ class Schedule:
             yield Load(chunk, tensor.arrived, last_use=True)
 
     def _load_streamed(self, unit: Unit, rest: Sequence[Chunk]) -> Iterator[Load]:
+        tops = yield from self._find_tops(unit)
+        for chunk in rest:
+            yield self._merge_load(chunk, tops)
+
+    def _load_encoded(
+        self, unit: Unit, rest: Sequence[Chunk], tops: tuple[TopK, ...] | None
+    ) -> Iterator[Load]:
+        """Load a tensor that becomes codes: for its thresholds, for its scales, and to be merged."""
+        shop = self._shop
+        task = shop.plan.tasks[unit.chunks[0].pieces[0].task]
+        if tops is None and shop.needs.must_look(task):
+            tops = yield from self._find_tops(unit)
+        assert task.encoding is not None  # noqa: S101 - or it would not be here
+        reserved = shop.statistics.reserve(task.encoding.nbytes)
+        scales = TensorScales(task)
+        looking = Outstanding(shop.monitor)
+        for chunk in unit.chunks:
+            yield self._look_load(chunk, tops, scales, looking)
+        looking.wait()
+        scales.conclude()
+        users = Users(len(rest) + 1, last=lambda: shop.statistics.release(reserved))
+        shop.outstanding.begin()
+
+        def written() -> None:
+            users.leave()
+            shop.outstanding.end()
+
+        shop.merger.write_scales(scales, written)
+        for chunk in rest:
+            yield self._merge_load(chunk, tops, scales, users.leave)
+
+    def _look_load(
+        self,
+        chunk: Chunk,
+        tops: tuple[TopK, ...] | None,
+        scales: TensorScales,
+        looking: Outstanding,
+    ) -> Load:
+        """Load a chunk that is merged for the sake of its tensor's scales."""
+        looking.begin()
+
+        def work(stage: DeviceStage, loaded: LoadedChunk) -> None:
+            self._shop.merger.look(stage, loaded, self._finder(stage, tops), scales)
+            looking.end()
+
+        def then(loaded: LoadedChunk) -> None:
+            self._shop.work.put(lambda stage: work(stage, loaded))
+
+        return Load(chunk, then, last_use=False)
+
+    def _find_tops(self, unit: Unit) -> Generator[Load, None, tuple[TopK, ...]]:
+        """Find the thresholds of a tensor that is too large to be kept."""
         shop = self._shop
         task_index = unit.chunks[0].pieces[0].task
         task = shop.plan.tasks[task_index]
@@ -176,8 +245,7 @@ class Schedule:
         shop.statistics.release(reserved)
         assert statistics.tops is not None  # noqa: S101 - the sweep ends when they are known
         shop.on_scope(task_index, statistics.tops)
-        for chunk in rest:
-            yield self._merge_load(chunk, statistics.tops)
+        return statistics.tops
 
     def _sweep_model(self) -> Generator[Load, None, tuple[TopK, ...] | None]:
         """Find one threshold per source over all merged tensors, if they share a scope."""
@@ -327,6 +395,24 @@ class ResidentTensor:
             self._shop.outstanding.end()
             return
         self._shop.merger.merge(stage, loaded, lambda _: [tops])
+
+
+class Users:
+    """Counts those who leave, and does something when the last one does; thread-safe."""
+
+    def __init__(self, count: int, *, last: Callable[[], None]) -> None:
+        """Expect ``count`` to leave."""
+        self._left = count
+        self._last = last
+        self._lock = threading.Lock()
+
+    def leave(self) -> None:
+        """Leave."""
+        with self._lock:
+            self._left -= 1
+            last = self._left == 0
+        if last:
+            self._last()
 
 
 def _bind(work: Callable[[DeviceStage, LoadedChunk], None], loaded: LoadedChunk) -> Work:

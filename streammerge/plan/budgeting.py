@@ -6,7 +6,7 @@ The parts, in bytes, for ``n`` inputs, ``w`` workers and slots of ``s`` bytes:
     outputs     output slots · s'        a merged chunk until it is written
     scratch     w · rows · block in the compute dtype: one for the kernels, and where torch computes one
                 for each input and for each scratch row of the method, and one more; masks, random words
-    statistics  top-k searches of the tensors in flight
+    statistics  top-k searches, or scales of codes, of the tensors in flight
     factors     adapters' tensors, in the compute dtype, of the tensors in flight
     growth      thread stacks, allocator slack, small objects, what is known of finished tensors
     baseline    the process as it stands: interpreter, headers, this plan, torch where it is needed
@@ -79,6 +79,10 @@ class Demand:
     """Bytes of adapters that all tensors need."""
     reader_bytes: int = 0
     """Scratch memory of a reader, for codes; 0 where none are read."""
+    encoding_bytes: int = 0
+    """Scratch memory of a worker for what becomes codes; 0 where nothing does."""
+    scales_nbytes: int = 0
+    """Largest magnitudes and scales of the tensor that has most of them."""
     device_worker_bytes: int = 0
     """Host memory of a worker for what comes back from an accelerator; 0 without one."""
     device_growth: int = 0
@@ -189,28 +193,31 @@ def affordable_limit(sources: int, numel: int, itemsize: int, available: int) ->
 
 
 def _statistics_floor(demand: Demand) -> int:
+    # A tensor has its search behind it when its scales are found.
     if not demand.statistic_sources:
-        return 0
+        return demand.scales_nbytes
     limit = min(demand.statistic_numel, _DIRECT_NUMEL)
-    return search_bytes(
+    search = search_bytes(
         demand.statistic_sources, demand.statistic_numel, demand.compute_itemsize, limit
     )
+    return max(search, demand.scales_nbytes)
 
 
 def _statistics_useful(demand: Demand) -> int:
     """Two scopes at once, so that one is counted while the other is sorted out."""
     if not demand.statistic_sources:
-        return 0
+        return 2 * demand.scales_nbytes
     numel = demand.statistic_numel
-    return 2 * search_bytes(
+    search = search_bytes(
         demand.statistic_sources, numel, demand.compute_itemsize, values_limit(numel)
     )
+    return 2 * max(search, demand.scales_nbytes)
 
 
 def _worker_bytes(demand: Demand) -> int:
     """One worker's blocks, and the search that it runs by itself on a small tensor."""
     blocks = demand.compute_rows * BLOCK * demand.compute_itemsize + _WORKER_BYTES
-    blocks += demand.device_worker_bytes
+    blocks += demand.device_worker_bytes + demand.encoding_bytes
     if not demand.statistic_sources:
         return blocks
     numel = min(demand.statistic_numel, LARGEST_SLOT // demand.input_itemsize)

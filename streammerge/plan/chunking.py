@@ -57,7 +57,8 @@ class Residence(StrEnum):
     RESIDENT = "resident"
     """All chunks are kept until the statistics are known; every byte is read once."""
     STREAMED = "streamed"
-    """Too large to keep: the statistics sweep reads everything, the merge reads it again."""
+    """Too large to keep: the statistics sweep reads everything, the merge reads it again. So is every
+    tensor of several chunks that becomes codes: one more sweep finds its scales."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,14 +112,21 @@ def iter_units(plan: MergePlan, *, must_look: Callable[[TensorTask], bool]) -> I
     """
     batch = _Batch(plan)
     for index, task in enumerate(plan.tasks):
-        if _fits_one_slot(plan, task):
+        if task.action is Action.SCALES:
+            # Made and written with the tensor whose they are.
+            continue
+        if fits_one_slot(plan, task):
             if not batch.fits(task):
                 yield from batch.flush()
             batch.add(index, task)
             continue
         yield from batch.flush()
         chunks = tuple(_cut(plan, index, task))
-        yield Unit(_residence(plan, chunks) if must_look(task) else Residence.PASSING, chunks)
+        if task.encoding is not None:
+            residence = Residence.STREAMED
+        else:
+            residence = _residence(plan, chunks) if must_look(task) else Residence.PASSING
+        yield Unit(residence, chunks)
     yield from batch.flush()
 
 
@@ -142,7 +150,7 @@ def chunk_numel(task: TensorTask, slot_bytes: int) -> int:
 
 def widest_input(task: TensorTask) -> int:
     """Return the largest element size among a tensor's inputs, in bytes."""
-    return max(entry.dtype.itemsize for entry in task.inputs if entry is not None)
+    return max((entry.dtype.itemsize for entry in task.inputs if entry is not None), default=1)
 
 
 def padded(nbytes: int) -> int:
@@ -152,8 +160,10 @@ def padded(nbytes: int) -> int:
 
 def reads_twice(plan: MergePlan, task: TensorTask) -> bool:
     """Return whether a tensor with statistics of its own is too large to be kept."""
-    if _fits_one_slot(plan, task):
+    if fits_one_slot(plan, task):
         return False
+    if task.encoding is not None:
+        return True
     chunks = -(-task.numel // chunk_numel(task, plan.resources.slot_bytes))
     return chunks * _inputs(task) > plan.resources.slots
 
@@ -167,7 +177,8 @@ def _residence(plan: MergePlan, chunks: tuple[Chunk, ...]) -> Residence:
     return Residence.RESIDENT if slots <= plan.resources.slots else Residence.STREAMED
 
 
-def _fits_one_slot(plan: MergePlan, task: TensorTask) -> bool:
+def fits_one_slot(plan: MergePlan, task: TensorTask) -> bool:
+    """Return whether a tensor is a single piece."""
     return task.numel * widest_input(task) <= plan.resources.slot_bytes
 
 
@@ -198,11 +209,11 @@ class _Batch:
 
     def fits(self, task: TensorTask) -> bool:
         input_bytes = self._input_bytes + padded(task.numel * widest_input(task))
-        output_bytes = self._output_bytes + _output_bytes(task)
+        made_bytes = self._output_bytes + output_bytes(task)
         factor_bytes = self._factor_bytes + factors_nbytes(task, self._itemsize)
         return (
             input_bytes <= self._resources.slot_bytes
-            and output_bytes <= self._resources.output_slot_bytes
+            and made_bytes <= self._resources.output_slot_bytes
             and factor_bytes <= self._resources.factor_bytes
         )
 
@@ -210,7 +221,7 @@ class _Batch:
         self._pieces.append(Piece(index, 0, task.numel))
         self._models.update(_models(task))
         self._input_bytes += padded(task.numel * widest_input(task))
-        self._output_bytes += _output_bytes(task)
+        self._output_bytes += output_bytes(task)
         self._factor_bytes += factors_nbytes(task, self._itemsize)
 
     def flush(self) -> Iterator[Unit]:
@@ -220,10 +231,17 @@ class _Batch:
         self._clear()
 
 
-def _output_bytes(task: TensorTask) -> int:
-    """Return what a small tensor takes of an output slot; copies leave from their input slot."""
-    made = task.action in (Action.MERGE, Action.CONVERT)
-    return padded(task.numel * task.dtype.itemsize) if made else 0
+def output_bytes(task: TensorTask) -> int:
+    """Return what a small tensor takes of an output slot; copies leave from their input slot.
+
+    What becomes codes is there as numbers first, and its scales are beside it.
+    """
+    if task.action not in (Action.MERGE, Action.CONVERT):
+        return 0
+    values = padded(task.numel * task.made_dtype.itemsize)
+    if task.encoding is None:
+        return values
+    return values + padded(task.encoding.scale_numel * task.encoding.scale_dtype.itemsize)
 
 
 def _plan_model_read(plan: MergePlan, chunk: Chunk, model: int) -> ModelRead:

@@ -159,7 +159,7 @@ def shape_step(
     return StepShape(
         models=models,
         input_itemsize=max(widest_input(task) for task in there),
-        output_itemsize=max(task.dtype.itemsize for task in there),
+        output_itemsize=max(task.made_dtype.itemsize for task in there),
         rows=sources + 1 + method.scratch_rows + 1,
         compute_itemsize=compute_itemsize,
         searches=sources if searched_numel else 0,

@@ -91,10 +91,10 @@ def _kernels_take(task: TensorTask, first: int, n_sources: int) -> bool:
         case Action.MERGE:
             stored = [entry.dtype if entry else None for entry in task.inputs]
             fits = any_length(n_sources) or task.numel % VECTOR_COLUMNS == 0
-            types = {task.dtype, *stored[first:]}
+            types = {task.made_dtype, *stored[first:]}
             return fits and not task.changes and types <= DTYPE_CODES.keys()
         case Action.CONVERT:
-            kinds = {task.dtype, *(entry.dtype for entry in task.inputs if entry is not None)}
+            kinds = {task.made_dtype, *(entry.dtype for entry in task.inputs if entry is not None)}
             return not task.changes and kinds <= DTYPE_CODES.keys()
-        case Action.COPY | Action.COPY_IF_EQUAL:
+        case Action.COPY | Action.COPY_IF_EQUAL | Action.SCALES:
             return True

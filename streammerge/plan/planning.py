@@ -2,32 +2,34 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
 from typing import Protocol
 
 from streammerge.adapters.adapted import AdaptedModel
-from streammerge.adapters.changes import DELTA_ROWS, Change
+from streammerge.adapters.changes import Change
 from streammerge.assignment.aligning import align_tensors
 from streammerge.assignment.naming import match_names
 from streammerge.assignment.ties import settle_ties
-from streammerge.assignment.types import Action, AssignedTensor, Assignment, Model, Setting, Twins
+from streammerge.assignment.types import Action, AssignedTensor, Assignment, Model, Twins
 from streammerge.checkpoint.coded import QUANTIZATION_KEY
 from streammerge.checkpoint.hub import hub_revision
 from streammerge.checkpoint.ties import TIE_KEY
-from streammerge.checkpoint.types import Checkpoint, Note, ShardFile, TensorEntry, coded_bits
+from streammerge.checkpoint.types import Checkpoint, Note, ShardFile, TensorEntry
 from streammerge.dtypes import DType
 from streammerge.errors import RecipeError, printable, suggestion
 from streammerge.methods import discover_methods
 from streammerge.methods.base import MergeMethod, Operand, Scope
 from streammerge.plan.adapting import describe_changes
-from streammerge.plan.budgeting import Demand, choose_resources
-from streammerge.plan.chunking import DECODING_BYTES, widest_input
+from streammerge.plan.budgeting import choose_resources
+from streammerge.plan.demanding import measure_demand
 from streammerge.plan.devices import add_devices, choose_device_resources
-from streammerge.plan.factors import factors_nbytes, stored_nbytes
 from streammerge.plan.kernels import needs_torch
 from streammerge.plan.layout import place_parts, plan_layout_like
+from streammerge.plan.requantising import encode_as_base
 from streammerge.plan.sweeps import Needs, bytes_beyond_once
 from streammerge.plan.types import (
     PLAN_VERSION,
@@ -125,6 +127,8 @@ def plan_merge(
     assignment = align_tensors(
         recipe, labels, checkpoints, resolve, method=method, known=ties.known
     )
+    if recipe.output.quantization is not None:
+        assignment = encode_as_base(assignment, checkpoints, recipe, resolve)
     model_scope = _check_settings(method, assignment, len(sources))
     if takes_in_turn(recipe, method):
         _check_in_turn(recipe, assignment, sources)
@@ -143,8 +147,14 @@ def plan_merge(
         compute_dtype=_compute_dtype(recipe),
         keep_non_finite=recipe.non_finite is NonFinitePolicy.KEEP,
     )
-    demand = _demand(
-        recipe, method, tasks, assignment.settings, model_scope=model_scope, torch=torch
+    demand = measure_demand(
+        recipe,
+        method,
+        tasks,
+        assignment.settings,
+        itemsize=_compute_dtype(recipe).itemsize,
+        model_scope=model_scope,
+        torch=torch,
     )
     if machine.devices:
         demand = add_devices(
@@ -184,6 +194,7 @@ def plan_merge(
         config=_config(
             checkpoints,
             assignment.tensors,
+            recipe,
             # Another model's configuration may say either.
             tied=ties.tied
             if CompanionKind.CONFIG in recipe.output.companions
@@ -312,14 +323,18 @@ def _twins(
 
 
 def _config(
-    models: Sequence[Model], tensors: Sequence[AssignedTensor], *, tied: bool | None
+    models: Sequence[Model],
+    tensors: Sequence[AssignedTensor],
+    recipe: Recipe,
+    *,
+    tied: bool | None,
 ) -> tuple[tuple[str, bool | int | None], ...]:
     """Return the keys of the base's ``config.json`` that the result contradicts."""
     base = models[0]
     if not isinstance(base, Checkpoint):
         return ()
     settings: dict[str, bool | int | None] = {}
-    if base.dequantised:
+    if base.dequantised and recipe.output.quantization is None:
         settings[QUANTIZATION_KEY] = None
     if tied is not None:
         settings[TIE_KEY] = tied
@@ -370,12 +385,13 @@ def _tasks(
             None if entry is None else _input(entry, file_index[model or tensor.base_owner])
             for model, entry in enumerate(tensor.entries)
         )
-        present = next(entry for entry in tensor.entries if entry is not None)
+        present = next((entry for entry in tensor.entries if entry is not None), None)
+        numel = prod(tensor.shape) if present is None else present.numel
         tasks.append(
             TensorTask(
                 name=tensor.name,
                 shape=tensor.shape,
-                numel=present.numel // present.dtype.elements_per_item,
+                numel=numel // tensor.dtype.elements_per_item,
                 dtype=tensor.dtype,
                 action=tensor.action,
                 inputs=inputs,
@@ -385,6 +401,7 @@ def _tasks(
                 offset=offset,
                 region=tensor.region,
                 changes=tuple(_in_files(change, file_index) for change in tensor.changes),
+                encoding=tensor.encoding,
             )
         )
     return tasks
@@ -426,8 +443,9 @@ def _scope_blocks(tensors: Sequence[AssignedTensor]) -> dict[str, int]:
 
 def _work_order(tasks: Sequence[TensorTask]) -> list[int]:
     def first_read(index: int) -> tuple[int, int]:
-        entry = next(entry for entry in tasks[index].inputs if entry is not None)
-        return entry.file, entry.offset
+        entry = next((entry for entry in tasks[index].inputs if entry is not None), None)
+        # Scales come from no file; they are made when their tensors are.
+        return (sys.maxsize, 0) if entry is None else (entry.file, entry.offset)
 
     return sorted(range(len(tasks)), key=first_read)
 
@@ -440,64 +458,3 @@ def _reordered(layout: OutputLayout, order: Sequence[int]) -> OutputLayout:
         for shard in layout.shards
     )
     return replace(layout, shards=shards)
-
-
-def _demand(
-    recipe: Recipe,
-    method: MergeMethod,
-    tasks: Sequence[TensorTask],
-    settings: Sequence[Setting],
-    *,
-    model_scope: bool,
-    torch: bool,
-) -> Demand:
-    merged = [task for task in tasks if task.action is Action.MERGE]
-    made = [task for task in tasks if task.action in (Action.MERGE, Action.CONVERT)]
-    needs = any(method.reduction(method.bind(setting.values)) for setting in settings)
-    n_sources = len(recipe.sources)
-    widest = {id(task): widest_input(task) for task in tasks}
-    numels = [task.numel for task in merged] or [0]
-    changed = [task for task in merged if task.changes]
-    itemsize = _compute_dtype(recipe).itemsize
-    return Demand(
-        inputs=max(1, len(_models_read(tasks))),
-        input_itemsize=max(widest.values(), default=1),
-        output_ratio=max((task.dtype.itemsize / widest[id(task)] for task in made), default=0.0),
-        compute_rows=_compute_rows(method, n_sources, torch=torch, changed=bool(changed)),
-        compute_itemsize=itemsize,
-        statistic_sources=n_sources if needs else 0,
-        statistic_numel=sum(numels) if model_scope else max(numels),
-        resident_nbytes=0
-        if model_scope or not needs
-        else max((_input_nbytes(task) for task in merged), default=0),
-        input_nbytes=sum(_input_nbytes(task) for task in tasks) + stored_nbytes(changed),
-        tensors=len(tasks),
-        blocks=sum(count_blocks(task.numel) for task in tasks),
-        reader_bytes=DECODING_BYTES if any(map(_is_coded, tasks)) else 0,
-        factors_largest=max((factors_nbytes(task, itemsize) for task in changed), default=0),
-        factors_nbytes=sum(factors_nbytes(task, itemsize) for task in changed),
-    )
-
-
-def _compute_rows(method: MergeMethod, n_sources: int, *, torch: bool, changed: bool) -> int:
-    """Return how many blocks a worker keeps in the compute dtype."""
-    kernels = 1
-    if not torch:
-        return kernels
-    # Sources, base, the method's scratch, and one row of magnitudes for the reduction; for changes,
-    # a product and one more row.
-    plain = n_sources + 1 + method.scratch_rows + 1
-    return kernels + plain + (DELTA_ROWS if changed else 0)
-
-
-def _models_read(tasks: Sequence[TensorTask]) -> set[int]:
-    """Return the models that any tensor is read from: a batch of small ones may need them all."""
-    return {model for task in tasks for model, entry in enumerate(task.inputs) if entry is not None}
-
-
-def _is_coded(task: TensorTask) -> bool:
-    return any(entry is not None and coded_bits(entry.parts) for entry in task.inputs)
-
-
-def _input_nbytes(task: TensorTask) -> int:
-    return sum(entry.stored_nbytes(task.numel) for entry in task.inputs if entry is not None)

@@ -9,6 +9,7 @@ from streammerge.assignment.types import Action
 from streammerge.checkpoint.metadata import FORMAT
 from streammerge.checkpoint.types import JsonChange
 from streammerge.errors import printable
+from streammerge.plan.chunking import fits_one_slot
 from streammerge.plan.kernels import kernels_serve
 from streammerge.plan.types import DeviceResources, MergePlan
 from streammerge.units import format_size
@@ -124,6 +125,7 @@ _DONE = {
     Action.COPY: "copied",
     Action.COPY_IF_EQUAL: "copied if equal everywhere",
     Action.CONVERT: "converted",
+    Action.SCALES: "of scales found anew",
 }
 
 
@@ -196,8 +198,16 @@ def _value(value: object) -> str:
 
 
 def _passes(plan: MergePlan, twice: int) -> str:
+    again = ""
+    encoded = [task for task in plan.tasks if task.encoding is not None]
+    if not all(fits_one_slot(plan, task) for task in encoded):
+        again = (
+            "; one more for the scales of tensors that become codes and are larger than a buffer"
+        )
     if plan.model_scope:
-        return "2: one over the whole model for its thresholds, one to merge"
+        return f"2: one over the whole model for its thresholds, one to merge{again}"
+    if again:
+        return f"1 or, for tensors too large to be kept, 2{again}"
     if twice:
         return "2 for tensors too large to be kept, 1 for the others"
     return "1: every input byte is read once"

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from streammerge.assignment.types import Action
 from streammerge.methods.base import MagnitudeTopK, MergeMethod
 from streammerge.plan.budgeting import affordable_limit, search_bytes, values_limit
-from streammerge.plan.chunking import Chunk, Piece, reads_twice
+from streammerge.plan.chunking import Chunk, Piece, fits_one_slot, reads_twice
 from streammerge.plan.factors import factors_nbytes, norms_nbytes
 from streammerge.plan.types import MergePlan, TensorTask
 from streammerge.reductions.magnitude import SAMPLE_RUN, choose_sample_runs
@@ -143,6 +143,11 @@ def _groups(plan: MergePlan, runs: Sequence[Piece], most: int) -> Iterator[tuple
 def bytes_beyond_once(plan: MergePlan, needs: Needs) -> int:
     """Return the bytes that samples and sweeps read beyond every input byte once."""
     total = sum(norms_nbytes(task) for task in plan.tasks)
+    total += sum(
+        _stored_nbytes(task, task.numel)
+        for task in plan.tasks
+        if task.encoding is not None and not fits_one_slot(plan, task)
+    )
     whole = needs.of_model()
     if whole is not None:
         return total + _sweep_bytes(plan, *whole)

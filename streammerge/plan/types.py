@@ -10,6 +10,7 @@ from streammerge.checkpoint.runs import Runs
 from streammerge.checkpoint.types import (
     Companion,
     CompanionDifference,
+    Encoding,
     Note,
     ShardFile,
     StoredPart,
@@ -83,6 +84,13 @@ class TensorTask:
     changes: tuple[Change, ...] = ()
     """What adapters do to it, in the order in which it is done; a source that is an adapter and
     has neither an input nor a change leaves the base's values as they are."""
+    encoding: Encoding | None = None
+    """How its values become codes of its element type; None where they are stored as they are."""
+
+    @property
+    def made_dtype(self) -> DType:
+        """The type that stages leave values in: float32 for those that become codes afterwards."""
+        return self.dtype if self.encoding is None else DType.F32
 
     @property
     def output_shape(self) -> tuple[int, ...]:
@@ -102,6 +110,13 @@ class TensorTask:
             return None
         itemsize = self.dtype.itemsize
         return Runs(region.run * itemsize, region.stride * itemsize)
+
+
+def find_scale_tasks(plan: MergePlan) -> dict[str, int]:
+    """Return the index of every task whose values are the scales of another one, by its name."""
+    return {
+        task.name: index for index, task in enumerate(plan.tasks) if task.action is Action.SCALES
+    }
 
 
 @dataclass(frozen=True, slots=True)

@@ -139,6 +139,8 @@ def dump_recipe(recipe: Recipe) -> str:
             for kind in CompanionKind
             if kind in recipe.output.companions
         }
+    if recipe.output.quantization is not None:
+        output["quantization"] = recipe.output.quantization.value
     document["output"] = output
     # A folded line would be legal YAML; one value a line is what people compare.
     return yaml.dump(
@@ -258,6 +260,12 @@ def _origin_problems(document: dict[Any, Any], n_sources: int) -> Iterator[str]:
     """Yield which files beside the tensors come from a model that the recipe does not have."""
     output = document.get("output")
     given = output.get("companions") if isinstance(output, dict) else None
+    quantization = output.get("quantization") if isinstance(output, dict) else None
+    if quantization is not None and document.get("base") is None:
+        yield (
+            "output.quantization: the recipe has no base whose codes and scales could be followed; add "
+            'the key "base", or leave this one out'
+        )
     each = given if isinstance(given, dict) else {None: given}
     for kind, origin in each.items():
         path = "output.companions" if kind is None else key_path("output", "companions", kind)
@@ -313,6 +321,7 @@ def _build(
                 kind: origin if isinstance(origin, int) else Path(origin)
                 for kind, origin in (frame.output.companions or {}).items()
             },
+            quantization=frame.output.quantization,
         ),
         vocabulary=frame.vocabulary,
     )

@@ -33,6 +33,7 @@ from streammerge.recipe.types import (
     MismatchPolicy,
     MissingPolicy,
     NonFinitePolicy,
+    QuantizationPolicy,
     RuleDType,
     Semantics,
     VocabularyPolicy,
@@ -377,6 +378,13 @@ class OutputDocument(_Document):
         default=None,
         description="Where configuration and tokenizer come from: base, the index of a source "
         "counted from 0, or a directory; for all, or by kind.",
+    )
+    quantization: (
+        Annotated[QuantizationPolicy, BeforeValidator(_word_of(QuantizationPolicy))] | None
+    ) = Field(
+        default=None,
+        description="as base: weights that the base stores as float8 codes with scales are stored so "
+        "again, with scales found anew. Without it they are stored as numbers.",
     )
 
 

@@ -97,6 +97,13 @@ class VocabularyPolicy(StrEnum):
     IGNORE = "ignore"
 
 
+class QuantizationPolicy(StrEnum):
+    """How weights are stored that the base stores as codes with scales."""
+
+    AS_BASE = "as base"
+    """As codes of the same kind, with scales of their own in the same places."""
+
+
 class CompanionKind(StrEnum):
     """What files beside the tensors belong to."""
 
@@ -165,6 +172,9 @@ class OutputSpec:
     """Where configuration and tokenizer come from: a source's index, BASE, or a directory. A kind that is
     not there comes from the base, or the first source; without their own entries a chat template comes
     with the tokenizer, and a generation config with the config."""
+    quantization: QuantizationPolicy | None = None
+    """How weights are stored that the base stores as float8 codes with scales; None as the numbers that
+    they stand for."""
 
 
 @dataclass(frozen=True, slots=True)

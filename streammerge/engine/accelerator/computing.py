@@ -62,7 +62,7 @@ class DeviceComputing:
         """
         ring = self._ring
         ring.run(ring.clear)
-        merge = partial(self._merge_step, piece, tops, torch_dtype(piece.first.task.dtype))
+        merge = partial(self._merge_step, piece, tops, torch_dtype(piece.first.task.made_dtype))
         ring.stream(_tensors(piece), piece.numel, merge, torch.from_numpy(out.memory))
         checked = not self._plan.keep_non_finite
         self._fetch(piece, [(ring.counts, self._n_sources + 1)], checked=checked)
@@ -129,7 +129,7 @@ class DeviceComputing:
         # A largest magnitude is NaN where any is.
         largest = ring.notes.host[: steps * width].view(steps, width).amax(dim=0).tolist()
         operands, merged = largest[: self._n_sources + 1], largest[self._n_sources + 1]
-        limit = LARGEST[piece.first.task.dtype]
+        limit = LARGEST[piece.first.task.made_dtype]
         if not (all(map(math.isfinite, operands)) and merged <= limit):
             raise Suspicion
 

@@ -1,0 +1,114 @@
+"""What a job asks of memory: found from its tensors alone, whatever the budget."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from streammerge.adapters.changes import DELTA_ROWS
+from streammerge.assignment.types import Action, Setting
+from streammerge.checkpoint.types import coded_bits
+from streammerge.methods.base import MergeMethod
+from streammerge.plan.budgeting import LARGEST_SLOT, Demand
+from streammerge.plan.chunking import DECODING_BYTES, output_bytes, widest_input
+from streammerge.plan.factors import factors_nbytes, stored_nbytes
+from streammerge.plan.types import TensorTask
+from streammerge.recipe.types import Recipe
+from streammerge.reductions import count_blocks
+
+ENCODING_BYTES = 2**21
+"""Scratch memory of a worker that makes codes of numbers: quotients, scales spread out, bits of one step."""
+_SMALL_NUMEL = 2**15
+"""Tensors with scales are taken to be at least as large when output buffers are measured: smaller ones
+fit by many times, and what one scale takes beside one code is no measure for others."""
+
+
+def measure_demand(
+    recipe: Recipe,
+    method: MergeMethod,
+    tasks: Sequence[TensorTask],
+    settings: Sequence[Setting],
+    *,
+    itemsize: int,
+    model_scope: bool,
+    torch: bool,
+) -> Demand:
+    """Return what a merge asks of memory.
+
+    Args:
+        recipe: What is asked for.
+        method: Its method.
+        tasks: All tensors.
+        settings: The method's parameters.
+        itemsize: Bytes per element in the compute dtype.
+        model_scope: Whether statistics cover the whole model.
+        torch: Whether torch computes anything.
+    """
+    merged = [task for task in tasks if task.action is Action.MERGE]
+    made = [task for task in tasks if task.action in (Action.MERGE, Action.CONVERT)]
+    needs = any(method.reduction(method.bind(setting.values)) for setting in settings)
+    n_sources = len(recipe.sources)
+    widest = {id(task): widest_input(task) for task in tasks}
+    numels = [task.numel for task in merged] or [0]
+    changed = [task for task in merged if task.changes]
+    encoded = [task for task in tasks if task.encoding is not None]
+    return Demand(
+        inputs=max(1, len(_models_read(tasks))),
+        input_itemsize=max(widest.values(), default=1),
+        output_ratio=max(
+            [task.made_dtype.itemsize / widest[id(task)] for task in made]
+            + [
+                output_bytes(task) / (widest[id(task)] * max(task.numel, _SMALL_NUMEL))
+                for task in encoded
+            ],
+            default=0.0,
+        ),
+        compute_rows=_compute_rows(method, n_sources, torch=torch, changed=bool(changed)),
+        compute_itemsize=itemsize,
+        statistic_sources=n_sources if needs else 0,
+        statistic_numel=sum(numels) if model_scope else max(numels),
+        resident_nbytes=0
+        if model_scope or not needs
+        else max((_input_nbytes(task) for task in merged), default=0),
+        input_nbytes=sum(_input_nbytes(task) for task in tasks) + stored_nbytes(changed),
+        tensors=len(tasks),
+        blocks=sum(count_blocks(task.numel) for task in tasks),
+        reader_bytes=DECODING_BYTES if any(map(_is_coded, tasks)) else 0,
+        encoding_bytes=_encoding_bytes(encoded) if encoded else 0,
+        scales_nbytes=max((_scales_nbytes(task) for task in encoded), default=0),
+        factors_largest=max((factors_nbytes(task, itemsize) for task in changed), default=0),
+        factors_nbytes=sum(factors_nbytes(task, itemsize) for task in changed),
+    )
+
+
+def _encoding_bytes(encoded: Sequence[TensorTask]) -> int:
+    """Return what a worker takes to make codes: of a tensor in one piece, its scales too."""
+    small = [task for task in encoded if task.numel * widest_input(task) <= LARGEST_SLOT]
+    return ENCODING_BYTES + max((_scales_nbytes(task) for task in small), default=0)
+
+
+def _scales_nbytes(task: TensorTask) -> int:
+    return 0 if task.encoding is None else task.encoding.nbytes
+
+
+def _compute_rows(method: MergeMethod, n_sources: int, *, torch: bool, changed: bool) -> int:
+    """Return how many blocks a worker keeps in the compute dtype."""
+    kernels = 1
+    if not torch:
+        return kernels
+    # Sources, base, the method's scratch, and one row of magnitudes for the reduction; for changes,
+    # a product and one more row.
+    plain = n_sources + 1 + method.scratch_rows + 1
+    return kernels + plain + (DELTA_ROWS if changed else 0)
+
+
+def _models_read(tasks: Sequence[TensorTask]) -> set[int]:
+    """Return the models that any tensor is read from: a batch of small ones may need them all."""
+    return {model for task in tasks for model, entry in enumerate(task.inputs) if entry is not None}
+
+
+def _is_coded(task: TensorTask) -> bool:
+    return any(entry is not None and coded_bits(entry.parts) for entry in task.inputs)
+
+
+def _input_nbytes(task: TensorTask) -> int:
+    return sum(entry.stored_nbytes(task.numel) for entry in task.inputs if entry is not None)
