@@ -19,6 +19,7 @@ from streammerge.checkpoint.ties import (
     Pair,
     declares_tie,
     iter_pairs,
+    iter_unstored_pairs,
     scales_when_tied,
 )
 from streammerge.checkpoint.types import Checkpoint, Note, TensorEntry
@@ -66,15 +67,16 @@ def settle_ties(
         return SettledTies(tuple(models), (), frozenset(), unties=False, tied=None, twins=())
     configs = _configs(models)
     views = [_View(model, config) for model, config in zip(models, configs, strict=True)]
-    joins = [[view.joins(pair) for pair in pairs] for view in views]
-    # What an adapter leaves alone is in it as it is in the base.
-    joins = [
-        [one and of_base for one, of_base in zip(each, joins[0], strict=True)]
-        if isinstance(view.model, AdaptedModel)
-        else each
-        for view, each in zip(views, joins, strict=True)
-    ]
+    joins = _joins(views, pairs)
     joined, apart = _decide(pairs, joins, resolve)
+    if any(views[0].says_tied(pair) for pair in apart):
+        # The one key that says so is about other pairs as well, and a loader would look for all of
+        # their tensors, whether or not any file has them under those names.
+        pairs += [pair for pair in iter_unstored_pairs(names) if all(v.joins(pair) for v in views)]
+        joins = _joins(views, pairs)
+        joined, apart = _decide(pairs, joins, resolve)
+        apart += [pair for pair in joined if views[0].parts_with_the_others(pair)]
+        joined = [pair for pair in joined if pair not in apart]
     kept = {
         name: next((each for each in group if each in models[0].tensors), group[0])
         for group in _groups(joined)
@@ -98,6 +100,18 @@ def settle_ties(
         tied=not apart if joined or apart else None,
         twins=tuple(twins),
     )
+
+
+def _joins(views: Sequence[_View], pairs: Sequence[Pair]) -> list[list[bool]]:
+    """Return for every model which pairs are one tensor in it."""
+    joins = [[view.joins(pair) for pair in pairs] for view in views]
+    # What an adapter leaves alone is in it as it is in the base.
+    return [
+        [one and of_base for one, of_base in zip(each, joins[0], strict=True)]
+        if isinstance(view.model, AdaptedModel)
+        else each
+        for view, each in zip(views, joins, strict=True)
+    ]
 
 
 def _names_of(model: Model) -> Iterable[str]:
@@ -169,6 +183,11 @@ class _View:
     def says_tied(self, pair: Pair) -> bool:
         """Return whether the configuration has to be changed for a pair to come apart."""
         return self._config is not None and declares_tie(self._config, pair) is not False
+
+    def parts_with_the_others(self, pair: Pair) -> bool:
+        """Return whether a configuration that says that embeddings are apart is about a pair too."""
+        untied = {**(self._config or {}), TIE_KEY: False}
+        return self._config is not None and declares_tie(untied, pair) is not True
 
     @property
     def scales(self) -> bool:

@@ -90,6 +90,8 @@ _BIASES = _families(
 )
 """A head's bias, which the layer inside the head has too."""
 _EVERY = (*_HEADS, *_TABLES, *_BIASES)
+_SHARED = (*_TABLES[:-1], *_BIASES)
+"""Those of which all names are in use at once, not one or the other."""
 
 _T5_FAMILY = frozenset({"t5", "mt5", "umt5", "longt5", "switch_transformers", "udop", "pop2piano"})
 """Values of ``model_type`` whose encoder and decoder always share their table; the key of the
@@ -298,6 +300,25 @@ def iter_pairs(names: Collection[str]) -> Iterator[Pair]:
             for other in others:
                 if prefix + other in names:
                     yield Pair(name, prefix + other, prefix)
+
+
+def iter_unstored_pairs(names: Collection[str]) -> Iterator[Pair]:
+    """Yield pairs of a name among ``names`` and one that is not, though the model has such a module.
+
+    These are the tables of both sides of an encoder-decoder, and the bias inside a head: other tensors
+    of the encoder, or of the layer in the head, show that it is there.
+
+    Args:
+        names: As for :func:`iter_pairs`.
+    """
+    for name in names:
+        for prefix, others in _matches(name, _SHARED):
+            for outer in (prefix + other for other in others if prefix + other not in names):
+                module, _, last = outer.rpartition(".")
+                beside = module if last == "bias" else module.rpartition(".")[0]
+                inside = last == "bias" or module.endswith(("embed_tokens", "word_embeddings"))
+                if inside and any(each.startswith(f"{beside}.") for each in names):
+                    yield Pair(name, outer, prefix)
 
 
 def head_pair(name: str) -> Pair | None:
