@@ -34,6 +34,8 @@ _MULTIPLIES = re.compile(r"(\w+_)?(weight_scale|scale_weight|qscale_weight|scale
 of other spellings nobody knows."""
 _OF_CACHE = re.compile(r"(.+\.)?(k|v|q|kv)_scale")
 """Scales of what attention caches, which belong to the quantisation too."""
+_OF_COMFYUI = re.compile(r"(.+\.)?(scaled_fp8|comfy_quant)")
+"""Marks of ComfyUI, which say of tensors that they are codes: of numbers they would be wrong."""
 _BLOCKS, _SCALES = "_blocks", "_scales"
 _BYTES_PER_SCALE = 16
 """Bytes of MXFP4 codes that share a scale."""
@@ -69,7 +71,7 @@ def read_codes(checkpoint: Checkpoint) -> Checkpoint:
         del tensors[name]
         tensors[entry.name] = entry
         gone |= {each.name for each in found.others} | {found.scale.name if found.scale else ""}
-    gone |= {name for name in tensors if _OF_CACHE.fullmatch(name)}
+    gone |= {name for name in tensors if _OF_CACHE.fullmatch(name) or _OF_COMFYUI.fullmatch(name)}
     kept = {name: entry for name, entry in tensors.items() if name not in gone}
     _check_method(checkpoint)
     config = {
