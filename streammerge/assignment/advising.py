@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import translate
 
+from streammerge.assignment.common import differing_axis
 from streammerge.checkpoint.types import TensorEntry
 from streammerge.dtypes import DType
 from streammerge.errors import printable
@@ -112,7 +113,8 @@ def _rules_for(
     dropped = [
         name for name in lacking if 0 in absent or _BUFFERS.search(name) or _AVERAGES.search(name)
     ]
-    copied = [name for name in lacking if name not in {*dropped}]
+    without = set(dropped)
+    copied = [name for name in lacking if name not in without]
     source = "base" if has_base else "0"
     rules = [f"  - {{tensors: {glob}, drop: true}}" for glob in _quoted_globs(dropped, names)]
     rules += [f"  - {{tensors: {glob}, copy: {source}}}" for glob in _quoted_globs(copied, names)]
@@ -168,8 +170,9 @@ def mismatch_message(
         # A rule could not copy what an adapter brings along and changes as well.
         lines.append("merge one adapter into the base first, the other one into the result")
         return "\n".join(lines)
-    common = [each.name for each in mismatched if each.shapes and _differ_along_one(each)]
-    others = [each.name for each in mismatched if each.name not in {*common}]
+    common = [each.name for each in mismatched if each.shapes and _have_common(each)]
+    settled = set(common)
+    others = [each.name for each in mismatched if each.name not in settled]
     source = "base" if has_base else "0"
     rules = [f"  - {{tensors: {glob}, mismatch: common}}" for glob in _quoted_globs(common, names)]
     rules += [f"  - {{tensors: {glob}, copy: {source}}}" for glob in _quoted_globs(others, names)]
@@ -178,10 +181,11 @@ def mismatch_message(
     return "\n".join([*lines, "rules that settle them, to keep or to change:", "rules:", *rules])
 
 
-def _differ_along_one(mismatch: Mismatch) -> bool:
+def _have_common(mismatch: Mismatch) -> bool:
+    """Return whether `mismatch: common` would merge the tensor: only numbers are ever merged."""
     shapes = [entry.shape for _, entry in mismatch.present]
-    return len({len(shape) for shape in shapes}) == 1 and (
-        sum(len(set(sizes)) > 1 for sizes in zip(*shapes, strict=True)) == 1
+    return all(entry.dtype.is_float for _, entry in mismatch.present) and (
+        differing_axis(shapes) is not None
     )
 
 
