@@ -19,7 +19,7 @@ Shape = tuple[int, ...]
 _MAX_GROUPS = 64
 """Parts of a model with names of their own: towers, decoders, heads. More are no such thing, and
 each costs a search."""
-_WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +59,7 @@ class BaseNames:
         # Layers that compilers and shard managers wrap around modules change no module's identity.
         self._actual: dict[str, str] = {}
         for name in tensors:
-            plain = ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+            plain = ".".join(part for part in name.split(".") if part not in WRAPPERS)
             self._actual.setdefault(plain, name)
         self._by_end: dict[str, list[str]] = {}
         self._by_flat: dict[str, list[str]] = {}

@@ -9,19 +9,19 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
-from streammerge.adapters.locating import BaseNames, Shape, Wanted, locate
+from streammerge.adapters.locating import WRAPPERS, BaseNames, Shape, Wanted, locate
 from streammerge.assignment.experts import match_experts
 from streammerge.assignment.types import Model
 from streammerge.checkpoint.types import Checkpoint, Note, TensorEntry
 from streammerge.errors import RecipeError, printable
 from streammerge.recipe.types import Recipe, Rename
 
-_OLD_NORMS = {"gamma": "weight", "beta": "bias"}
-"""What TensorFlow calls the parameters of a norm, as do files that were made from its."""
+_NORMS = {"gamma": "weight", "beta": "bias", "weight": "gamma", "bias": "beta"}
+"""What TensorFlow calls the parameters of a norm, as do files that were made from its; and back."""
 _SHOWN = 4
 """Kinds of renaming that the plan spells out for a model."""
 
@@ -126,7 +126,8 @@ def _known(model: Checkpoint, first: Checkpoint) -> dict[str, str]:
     free = {name: entry for name, entry in first.tensors.items() if name not in model.tensors}
     if not strange or not free:
         return {}
-    wanted = {_modern(name, free): name for name in strange}
+    endings = {".".join(name.split(".")[-2:]) for name in free}
+    wanted = {_respelled(name, endings): name for name in strange}
     located = locate(
         [Wanted(path, partial(_fits, model.tensors[name].shape)) for path, name in wanted.items()],
         BaseNames(free),
@@ -140,15 +141,18 @@ def _known(model: Checkpoint, first: Checkpoint) -> dict[str, str]:
     }
 
 
-def _modern(name: str, free: Mapping[str, TensorEntry]) -> str:
-    """Return a name with today's spelling of the parameters of norms, if the first model has it."""
+def _respelled(name: str, endings: Collection[str]) -> str:
+    """Return a name without wrappers, and with the first model's spelling of parameters of norms.
+
+    Args:
+        name: A name that the first model does not have.
+        endings: The last two parts of those names of the first model that are not taken.
+    """
+    name = ".".join(part for part in name.split(".") if part not in WRAPPERS)
     outer, _, last = name.rpartition(".")
-    if last not in _OLD_NORMS:
-        return name
-    module = outer.rpartition(".")[2]
-    modern = f"{outer}.{_OLD_NORMS[last]}"
-    ending = f"{module}.{_OLD_NORMS[last]}"
-    return modern if any(each.endswith(ending) for each in free) else name
+    other = _NORMS.get(last)
+    ending = f"{outer.rpartition('.')[2]}.{other}"
+    return f"{outer}.{other}" if other is not None and ending in endings else name
 
 
 def _fits(shape: Shape, other: Shape) -> bool:
