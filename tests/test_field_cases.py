@@ -1,0 +1,153 @@
+"""Inputs that people have, where modules that are right by themselves once met wrongly."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from models import MEMORY, Models, Tensors, load_model, recipe_of, write_model
+from torch import Tensor
+
+import streammerge
+from streammerge.errors import ShapeMismatchError
+
+WEIGHT = 0.5
+
+
+def random(*shape: int, seed: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def saved(model: transformers.PreTrainedModel, path: Path, *, seed: int) -> Path:
+    """Fill a model with random numbers, save it, and return ``path``."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) / 4)
+    model.save_pretrained(path)
+    return path
+
+
+def with_copies(path: Path, copies: dict[str, str]) -> Path:
+    """Store tensors of a saved model under further names, and return ``path``."""
+    tensors = load_model(path)
+    write_model(path, tensors | {new: tensors[old].clone() for new, old in copies.items()})
+    return path
+
+
+def parameters(model: torch.nn.Module) -> Tensors:
+    return {name: value.detach() for name, value in model.named_parameters(remove_duplicate=False)}
+
+
+def merged(recipe: object, out: Path) -> Path:
+    streammerge.merge(recipe, out, memory=MEMORY)
+    return out
+
+
+def bart() -> transformers.BartForConditionalGeneration:
+    sizes = {"encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 8, "decoder_ffn_dim": 8}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    config = transformers.BartConfig(
+        vocab_size=40, d_model=8, max_position_embeddings=16, **sizes, **heads
+    )
+    return transformers.BartForConditionalGeneration(config)
+
+
+def bert() -> transformers.BertForMaskedLM:
+    config = transformers.BertConfig(
+        vocab_size=40,
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+    )
+    return transformers.BertForMaskedLM(config)
+
+
+@pytest.mark.parametrize(
+    ("make", "head", "embedding"),
+    [
+        (bart, "lm_head.weight", "model.shared.weight"),
+        (bert, "cls.predictions.decoder.weight", "bert.embeddings.word_embeddings.weight"),
+    ],
+)
+def test_what_one_key_unties_is_stored_under_all_its_names(
+    tmp_path: Path, make: object, head: str, embedding: str
+) -> None:
+    base = saved(make(), tmp_path / "base", seed=1)
+    source = saved(make(), tmp_path / "source", seed=2)
+    cls = type(make())
+    one, other = (parameters(cls.from_pretrained(path)) for path in (base, source))
+    with_copies(source, {head: embedding})
+    recipe = recipe_of(
+        "task_arithmetic",
+        base,
+        [{"path": source, "weight": WEIGHT}],
+        rules=[{"tensors": head, "copy": 0}],
+    )
+    out = merged(recipe, tmp_path / "out")
+    model, found = cls.from_pretrained(out, output_loading_info=True)
+    assert not {key: names for key, names in found.items() if names}
+    expected = {name: one[name] + WEIGHT * (other[name] - one[name]) for name in one}
+    expected[head] = other[head]
+    for name, value in parameters(model).items():
+        torch.testing.assert_close(value, expected[name])
+
+
+def test_marks_of_scaled_files_go_with_the_scales(tmp_path: Path) -> None:
+    codes, plain = random(8, 16, seed=1).to(torch.float8_e4m3fn), random(8, 16, seed=2)
+    marks = {
+        "scaled_fp8": torch.zeros(2).to(torch.float8_e4m3fn),
+        "a.comfy_quant": torch.tensor(list(b'{"format": "float8_e4m3fn"}'), dtype=torch.uint8),
+    }
+    scaled = {"a.weight": codes, "a.scale_weight": torch.tensor(3.0)}
+    base = write_model(tmp_path / "base", scaled | marks)
+    source = write_model(tmp_path / "source", {"a.weight": plain})
+    for first, second in ((base, source), (source, base), (base, base)):
+        recipe = recipe_of("task_arithmetic", first, [{"path": second, "weight": WEIGHT}])
+        out = merged(
+            recipe | {"output": {"dtype": "float32"}},
+            tmp_path / f"out-{first.name}-{second.name}",
+        )
+        values = {base: 3.0 * codes.float(), source: plain}
+        expected = values[first] + WEIGHT * (values[second] - values[first])
+        assert list(load_model(out)) == ["a.weight"]
+        torch.testing.assert_close(load_model(out)["a.weight"], expected)
+
+
+def test_no_policy_is_recommended_that_cannot_help(tmp_path: Path) -> None:
+    base = write_model(tmp_path / "base", {"ids": torch.arange(4), "w": random(4, seed=1)})
+    source = write_model(tmp_path / "source", {"ids": torch.arange(5), "w": random(5, seed=1)})
+    recipe = recipe_of("task_arithmetic", base, [source], mismatch="common")
+    with pytest.raises(ShapeMismatchError, match=r'tensors: "ids", copy: base') as caught:
+        streammerge.plan(recipe, memory=MEMORY)
+    assert "mismatch: common" not in str(caught.value)
+
+
+@pytest.mark.parametrize("wrapper", ["_orig_mod", "_checkpoint_wrapped_module"])
+def test_wrappers_within_names_of_sources_are_seen_through(
+    models: Models, tmp_path: Path, wrapper: str
+) -> None:
+    names = [f"model.layers.{layer}.{module}.weight" for layer in (0, 1) for module in ("q", "up")]
+    one = {name: random(4, 4, seed=seed) for seed, name in enumerate(names)}
+    other = {name: random(4, 4, seed=9 + seed) for seed, name in enumerate(names)}
+    wrapped = {name.replace(".q.", f".{wrapper}.q."): value for name, value in other.items()}
+    base, source = models.write(one), models.write(wrapped)
+    recipe = recipe_of("task_arithmetic", base, [{"path": source, "weight": WEIGHT}])
+    result, _ = models.merge(recipe)
+    for name, value in result.items():
+        torch.testing.assert_close(value, one[name] + WEIGHT * (other[name] - one[name]))
+    assert sorted(result) == sorted(names)
+
+
+def test_norms_of_old_names_in_the_base_are_those_of_new_names(models: Models) -> None:
+    one = {"e.LayerNorm.gamma": random(4, seed=1), "e.LayerNorm.beta": random(4, seed=2)}
+    other = {"e.LayerNorm.weight": random(4, seed=3), "e.LayerNorm.bias": random(4, seed=4)}
+    recipe = recipe_of(
+        "task_arithmetic", models.write(one), [{"path": models.write(other), "weight": 1.0}]
+    )
+    result, _ = models.merge(recipe)
+    torch.testing.assert_close(result["e.LayerNorm.gamma"], other["e.LayerNorm.weight"])
+    torch.testing.assert_close(result["e.LayerNorm.beta"], other["e.LayerNorm.bias"])
