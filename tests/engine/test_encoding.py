@@ -127,7 +127,7 @@ ENCODINGS = {
 }
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 @given(
     data=st.data(), kind=st.sampled_from(sorted(ENCODINGS)), step=st.sampled_from([1, 7, 64, 500])
 )
