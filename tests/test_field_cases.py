@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -151,3 +152,67 @@ def test_norms_of_old_names_in_the_base_are_those_of_new_names(models: Models) -
     result, _ = models.merge(recipe)
     torch.testing.assert_close(result["e.LayerNorm.gamma"], other["e.LayerNorm.weight"])
     torch.testing.assert_close(result["e.LayerNorm.beta"], other["e.LayerNorm.bias"])
+
+
+def llama(*, tied: bool) -> transformers.LlamaForCausalLM:
+    config = transformers.LlamaConfig(
+        vocab_size=40,
+        hidden_size=16,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        tie_word_embeddings=tied,
+    )
+    return transformers.LlamaForCausalLM(config)
+
+
+TIED, COPIED, APART = "tied", "tied, and stored twice", "apart"
+
+
+@pytest.mark.parametrize("of_source", [TIED, COPIED, APART])
+@pytest.mark.parametrize("of_base", [TIED, COPIED, APART])
+@pytest.mark.parametrize("taken", [TIED, APART, "source"])
+def test_a_configuration_from_elsewhere_is_told_how_embeddings_are_stored(
+    tmp_path: Path, of_base: str, of_source: str, taken: str
+) -> None:
+    paths = {}
+    for seed, (name, kind) in enumerate([("base", of_base), ("source", of_source)]):
+        paths[name] = saved(llama(tied=kind != APART), tmp_path / name, seed=seed)
+        if kind == COPIED:
+            with_copies(paths[name], {"lm_head.weight": "model.embed_tokens.weight"})
+    cls = transformers.LlamaForCausalLM
+    one, other = (parameters(cls.from_pretrained(path)) for path in paths.values())
+    if taken != "source":
+        saved(llama(tied=taken == TIED), tmp_path / "other", seed=7)
+    origin = 0 if taken == "source" else str(tmp_path / "other")
+    recipe = recipe_of(
+        "task_arithmetic",
+        paths["base"],
+        [{"path": paths["source"], "weight": WEIGHT}],
+        output={"companions": {"config": origin}},
+    )
+    out = merged(recipe, tmp_path / "out")
+    model, found = cls.from_pretrained(out, output_loading_info=True)
+    assert not {key: names for key, names in found.items() if names}
+    assert model.config.tie_word_embeddings == ("lm_head.weight" not in load_model(out))
+    for name, value in parameters(model).items():
+        torch.testing.assert_close(value, one[name] + WEIGHT * (other[name] - one[name]))
+
+
+def test_a_configuration_from_a_source_of_codes_is_told_that_there_are_none(
+    tmp_path: Path,
+) -> None:
+    base = saved(llama(tied=False), tmp_path / "base", seed=1)
+    source = saved(llama(tied=False), tmp_path / "source", seed=2)
+    tensors = load_model(source)
+    name = "model.layers.0.mlp.up_proj.weight"
+    tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+    tensors["model.layers.0.mlp.up_proj.weight_scale_inv"] = torch.ones(1, 1)
+    write_model(source, tensors)
+    config = json.loads((source / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    (source / "config.json").write_text(json.dumps(config))
+    recipe = recipe_of("task_arithmetic", base, [source], output={"companions": {"config": 0}})
+    out = merged(recipe, tmp_path / "out")
+    assert "quantization_config" not in json.loads((out / "config.json").read_text())

@@ -19,7 +19,8 @@ from streammerge.checkpoint.types import (
 )
 from streammerge.companions.comparing import Participant, compare_companions
 from streammerge.companions.fitting import Described, fit_config
-from streammerge.companions.kinds import gather_companions, kind_of, read_template
+from streammerge.companions.kinds import gather_companions, kind_of, read_object, read_template
+from streammerge.companions.stating import state_storage
 from streammerge.dtypes import DType
 from streammerge.errors import CheckpointError, RecipeError
 from streammerge.plan.types import MergePlan
@@ -60,6 +61,10 @@ def accompany(
         _check_given(recipe, taken, companions, own)
     _check_modules(taken[CompanionKind.CONFIG].directory, models[0], companions)
     changes = _fit(planned, models, taken[CompanionKind.CONFIG])
+    changes[_CONFIG] = (
+        *changes.get(_CONFIG, ()),
+        *_storage(planned, models[0], participants[0], taken[CompanionKind.CONFIG]),
+    )
     companions = tuple(
         replace(each, changes=(*each.changes, *changes.get(each.name, ()))) for each in companions
     )
@@ -220,6 +225,21 @@ def _fit(
             found += tuple(_dtype_changes(merged.get(folder, set()), own.config))
         changes[f"{folder}/{_CONFIG}" if folder else _CONFIG] = found
     return changes
+
+
+def _storage(
+    planned: MergePlan,
+    first: Checkpoint | AdaptedModel,
+    participant: Participant,
+    origin: Participant,
+) -> Iterator[JsonChange]:
+    """Yield what another model's configuration has to say of how the tensors are stored."""
+    config = read_object(origin.directory / _CONFIG)
+    if origin.directory == participant.directory or config is None:
+        return
+    own = first.config if isinstance(first, Checkpoint) else None
+    names = dict.fromkeys(task.name for task in planned.tasks)
+    yield from state_storage(config, own, names, label=origin.label)
 
 
 def _describe(label: str, model: Checkpoint) -> Described:

@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from streammerge.checkpoint.ties import iter_pairs
 from streammerge.checkpoint.types import JsonChange
 from streammerge.errors import RecipeError, printable
 
@@ -311,16 +312,23 @@ def _fit_vocabulary(own: Described, result: Shapes) -> Iterator[JsonChange]:
 
 
 def _check_complete(own: Described, result: Shapes) -> None:
-    """Raise if the configuration describes tensors that the result lacks, or ties what it stores."""
+    """Raise if the configuration describes tensors that the result lacks, or none of those it stores."""
     numbers = _stacks(result)
+    # What is another name of a tensor is a matter of how it is stored, which the configuration is told.
+    twins = {pair.outer for pair in iter_pairs({**own.shapes, **result})}
     lacking = [
         name
         for name in own.shapes
         if name not in result
+        and name not in twins
         and not _BUFFER.fullmatch(name)
         and not ((layer := _STACK.match(name)) and layer["stack"] in numbers)
     ]
-    beyond = [name for name in result if name not in own.shapes and _EMBEDDING.fullmatch(name)]
+    beyond = [
+        name
+        for name in result
+        if name not in own.shapes and name not in twins and _EMBEDDING.fullmatch(name)
+    ]
     for names, said in (
         (lacking, "describes {}, which the result lacks"),
         (beyond, "is of a model without {}, which the result has"),
