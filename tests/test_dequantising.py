@@ -14,7 +14,7 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 import streammerge as sm
 from streammerge.errors import QuantizedCheckpointError
-from tests.models import assert_same_bits
+from tests.models import assert_same_bits, tight_plan
 
 E4M3, E5M2, E8M0 = torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e8m0fnu
 Tensors = dict[str, Tensor]
@@ -167,9 +167,9 @@ def test_stacks_of_experts_have_scales_per_expert(
     assert_same_bits(got["experts.up_proj"], (plain + 0.5 * (0 - plain)).bfloat16())
 
 
-@pytest.mark.parametrize("memory", ["700MiB", "2GiB"])
+@pytest.mark.parametrize("tight", [True, False])
 @pytest.mark.parametrize("method", ["ties", "dare_linear"])
-def test_how_codes_are_cut_changes_no_bit(method: str, memory: str, tmp_path: Path) -> None:
+def test_how_codes_are_cut_changes_no_bit(method: str, tmp_path: Path, *, tight: bool) -> None:
     shape = (1100, 1300)
     weight, scale = codes(shape, 0), scales((9, 11), 1)
     base = write(tmp_path / "base", {"x.weight": weight, "x.weight_scale_inv": scale}, {})
@@ -188,7 +188,8 @@ def test_how_codes_are_cut_changes_no_bit(method: str, memory: str, tmp_path: Pa
             "parameters": {"density": 0.3},
             "output": {"dtype": "float32"},
         }
-        sm.merge(recipe, tmp_path / f"out{index}", memory=memory)
+        planned = tight_plan(recipe) if tight else sm.plan(recipe, memory="4GiB")
+        sm.merge(planned, tmp_path / f"out{index}")
         results.append((tmp_path / f"out{index}" / "model.safetensors").read_bytes())
     assert results[0] == results[1]
 
@@ -244,10 +245,10 @@ def test_scales_that_are_not_understood_are_refused(
         sm.plan({"method": "linear", "sources": [{"path": str(base)}]})
 
 
-@pytest.mark.parametrize("memory", ["700MiB", "2GiB"])
+@pytest.mark.parametrize("tight", [True, False])
 @pytest.mark.parametrize(("rows", "groups"), [(96, 2), (700, 40), (8, 9)])
 def test_four_bit_stacks_are_what_transformers_make_of_them(
-    rows: int, groups: int, memory: str, tmp_path: Path
+    rows: int, groups: int, tmp_path: Path, *, tight: bool
 ) -> None:
     generator = torch.Generator().manual_seed(0)
     blocks = torch.randint(0, 256, (3, rows, groups, 16), generator=generator, dtype=torch.uint8)
@@ -265,7 +266,8 @@ def test_four_bit_stacks_are_what_transformers_make_of_them(
         "base": str(base),
         "sources": [{"path": str(source), "weight": 0.5}],
     }
-    sm.merge(recipe, tmp_path / "out", memory=memory)
+    planned = tight_plan(recipe) if tight else sm.plan(recipe, memory="4GiB")
+    sm.merge(planned, tmp_path / "out")
 
     got = load_file(tmp_path / "out" / "model.safetensors")
     assert got.keys() == {place, f"{place}_bias"}

@@ -42,8 +42,6 @@ class SettledTies:
     """Names that stand for another one, so that rules may still speak of them."""
     unties: bool
     """Whether the first model's configuration must be told that embeddings are apart."""
-    tied: bool | None
-    """Whether all that may be one tensor is one in the result; None where there is no such tensor."""
     twins: tuple[Twins, ...]
     """Tensors that must hold the same values for that to be right."""
 
@@ -64,7 +62,7 @@ def settle_ties(
     names = dict.fromkeys(name for model in models for name in _names_of(model))
     pairs = list(iter_pairs(names))
     if not pairs:
-        return SettledTies(tuple(models), (), frozenset(), unties=False, tied=None, twins=())
+        return SettledTies(tuple(models), (), frozenset(), unties=False, twins=())
     configs = _configs(models)
     views = [_View(model, config) for model, config in zip(models, configs, strict=True)]
     joins = _joins(views, pairs)
@@ -97,7 +95,6 @@ def settle_ties(
         notes=_notes(kept, parted),
         known=frozenset(kept),
         unties=bool(unties),
-        tied=not apart if joined or apart else None,
         twins=tuple(twins),
     )
 

@@ -42,7 +42,7 @@ from streammerge.plan.types import (
 )
 from streammerge.recipe.parsing import dump_recipe
 from streammerge.recipe.resolving import build_resolver
-from streammerge.recipe.types import CompanionKind, ComputeDType, NonFinitePolicy, Recipe
+from streammerge.recipe.types import ComputeDType, NonFinitePolicy, Recipe
 from streammerge.reductions import count_blocks
 
 
@@ -191,15 +191,7 @@ def plan_merge(
         input_nbytes=demand.input_nbytes,
         dropped=assignment.dropped,
         copied_from_base=assignment.copied_from_base,
-        config=_config(
-            checkpoints,
-            assignment.tensors,
-            recipe,
-            # Another model's configuration may say either.
-            tied=ties.tied
-            if CompanionKind.CONFIG in recipe.output.companions
-            else (False if ties.unties else None),
-        ),
+        config=_config(checkpoints, assignment.tensors, recipe, unties=ties.unties),
         notes=(*_notes_of_files(checkpoints, labels), *renamed, *ties.notes, *assignment.notes),
         twins=_twins(ties.twins, labels, file_index),
         needs_torch=torch,
@@ -327,7 +319,7 @@ def _config(
     tensors: Sequence[AssignedTensor],
     recipe: Recipe,
     *,
-    tied: bool | None,
+    unties: bool,
 ) -> tuple[tuple[str, bool | int | None], ...]:
     """Return the keys of the base's ``config.json`` that the result contradicts."""
     base = models[0]
@@ -336,8 +328,8 @@ def _config(
     settings: dict[str, bool | int | None] = {}
     if base.dequantised and recipe.output.quantization is None:
         settings[QUANTIZATION_KEY] = None
-    if tied is not None:
-        settings[TIE_KEY] = tied
+    if unties:
+        settings[TIE_KEY] = False
     config = base.config or {}
     inner = config.get("text_config")
     vocabulary = config.get(
