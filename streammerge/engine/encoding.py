@@ -32,7 +32,7 @@ from streammerge.errors import NonFiniteError, printable
 from streammerge.plan.demanding import ENCODING_BYTES
 from streammerge.plan.types import TensorTask
 
-_STEP = 2**15
+_STEP = 2**16
 """Values encoded at once: they and what is made of them stay in the cache."""
 assert 48 * _STEP <= ENCODING_BYTES  # noqa: S101 - nine arrays of four bytes, masks and codes
 
@@ -78,7 +78,7 @@ class TensorScales:
         Raises:
             NonFiniteError: One is larger than the type of the scales allows.
         """
-        encoding = self.encoding
+        encoding, itemsize = self.encoding, self.encoding.scale_dtype.itemsize
         limit = LARGEST.get(encoding.scale_dtype, math.inf) * LARGEST[self._task.dtype]
         largest = float(self._values.max(initial=0))
         if largest > limit:
@@ -87,11 +87,13 @@ class TensorScales:
                 f"largest that {self._task.dtype} codes with {encoding.scale_dtype} scales hold; leave "
                 "output.quantization out, or choose smaller weights"
             )
-        self.stored = find_scales(
-            self._values.reshape(-1), codes=self._task.dtype, dtype=encoding.scale_dtype
-        )
-        wide = widen_scales(self.stored, encoding.scale_dtype)
-        self._values[:] = wide.reshape(self._values.shape)
+        self.stored = np.empty(encoding.scale_numel * itemsize, dtype=np.uint8)
+        flat = self._values.reshape(-1)
+        for begin in range(0, flat.size, _STEP):
+            some = flat[begin : begin + _STEP]
+            raw = find_scales(some, codes=self._task.dtype, dtype=encoding.scale_dtype)
+            self.stored[begin * itemsize : begin * itemsize + raw.size] = raw
+            some[:] = widen_scales(raw, encoding.scale_dtype)
 
     def encode(self, start: int, values: NDArray[np.float32], out: NDArray[np.uint8]) -> None:
         """Fill ``out`` with the codes of values, once the scales are known.
@@ -220,15 +222,15 @@ def _largest(encoding: Encoding, strip: _Strip, values: NDArray[np.float32]) -> 
     """Return the largest magnitude of each block, as far as a strip has it."""
     height, width = encoding.block
     rows = np.abs(values).reshape(strip.rows, strip.columns)
-    if height > 1 and strip.rows > 1:
-        rows = np.maximum.reduceat(rows, _starts(strip.row, strip.rows, height), axis=0)
-    found: NDArray[np.float32]
+    # Along rows first, where neighbours lie side by side; what is left is small.
     if strip.first_column % width or strip.columns % width:
-        starts = _starts(strip.first_column, strip.columns, width)
-        found = np.maximum.reduceat(rows, starts, axis=1)
+        found = np.maximum.reduceat(rows, _starts(strip.first_column, strip.columns, width), axis=1)
     else:
-        found = rows.reshape(len(rows), -1, width).max(axis=2)
-    return found
+        found = rows.reshape(strip.rows, -1, width).max(axis=2)
+    if height > 1 and strip.rows > 1:
+        found = np.maximum.reduceat(found, _starts(strip.row, strip.rows, height), axis=0)
+    largest: NDArray[np.float32] = found
+    return largest
 
 
 def _starts(first: int, count: int, block: int) -> list[int]:

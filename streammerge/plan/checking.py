@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from math import prod
-
 from streammerge.assignment.types import Action
 from streammerge.checkpoint.types import Encoding
+from streammerge.dtypes import DType
 from streammerge.errors import PlanError, printable
 from streammerge.plan.chunking import chunk_numel, output_bytes, widest_input
 from streammerge.plan.types import MergePlan
 from streammerge.reductions import BLOCK
+
+_CODES = frozenset({DType.F8_E4M3, DType.F8_E5M2})
+"""What values become."""
+_SCALES = frozenset({DType.F32, DType.F64, DType.F16, DType.BF16, DType.F8_E8M0, DType.U8})
+"""What scales can be stored as."""
 
 
 def check_runnable(plan: MergePlan) -> None:
@@ -63,10 +67,11 @@ def _check_encodings(plan: MergePlan) -> None:
             task.encoding.scale_numel,
             task.encoding.scale_dtype,
         )
-        if not fits or not _is_whole(task.encoding, task.numel):
+        known = task.dtype in _CODES and task.encoding.scale_dtype in _SCALES
+        if not (fits and known and _is_whole(task.encoding, task.numel)):
             raise PlanError(
-                f"{printable(task.name)}: the plan has no scales for its codes, or not as many as its "
-                "blocks; plan again"
+                f"{printable(task.name)}: the plan has no scales for its codes, or others than its blocks "
+                "ask for; plan again"
             )
     if scales:
         raise PlanError(f"{printable(next(iter(scales)))}: scales of no tensor; plan again")
@@ -76,7 +81,7 @@ def _is_whole(encoding: Encoding, numel: int) -> bool:
     """Return whether the blocks of an encoding are those of a tensor."""
     if min(encoding.rows, encoding.columns, *encoding.block) < 1:
         return False
-    matrices, rest = divmod(numel, prod((encoding.rows, encoding.columns)))
+    matrices, rest = divmod(numel, encoding.rows * encoding.columns)
     in_matrix = -(-encoding.rows // encoding.block[0]) * encoding.scale_columns
     shared = encoding.matrix_scales == 0 and in_matrix == encoding.scale_numel == 1
     each = encoding.matrix_scales == in_matrix and matrices * in_matrix == encoding.scale_numel

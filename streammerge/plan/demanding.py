@@ -15,7 +15,7 @@ from streammerge.plan.types import TensorTask
 from streammerge.recipe.types import Recipe
 from streammerge.reductions import count_blocks
 
-ENCODING_BYTES = 2**21
+ENCODING_BYTES = 2**22
 """Scratch memory of a worker that makes codes of numbers: quotients, scales spread out, bits of one step."""
 _SMALL_NUMEL = 2**15
 """Tensors with scales are taken to be at least as large when output buffers are measured: smaller ones
