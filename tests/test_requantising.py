@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from fake_backend import COMPUTE, MakeDevices
 from models import (
     MEMORY,
     assert_same_bits,
@@ -23,10 +24,17 @@ from oracles import merge_in_memory
 from safetensors.torch import load_file, save_file
 from test_resume import interrupt_after
 from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    FineGrainedFP8Config,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 import streammerge as sm
 from streammerge.checkpoint import outputfile
 from streammerge.checkpoint.verifying import verify_files
+from streammerge.dtypes import DType
 from streammerge.errors import CheckpointError, PlanError, RecipeError
 from streammerge.plan.chunking import Residence
 from streammerge.plan.codec import dump_plan, parse_plan
@@ -269,6 +277,24 @@ def test_every_method_equals_its_oracle_however_the_work_is_cut(
     assert residence_of(tight, "a.weight") is Residence.STREAMED
 
 
+@pytest.mark.parametrize("method", ["ties", "ties over the model", "dare_linear"])
+def test_a_device_has_the_bytes_of_the_cpu(
+    method: str,
+    models: tuple[list[Path], list[Tensors]],
+    devices: MakeDevices,
+    tmp_path: Path,
+) -> None:
+    recipe = recipe_for(method, models[0])
+    expected = merged_by(sm.plan(recipe, memory=MEMORY), tmp_path / "cpu")
+    backend = devices()["cuda:0"]
+    plan = sm.plan(recipe, memory=MEMORY, device="cuda:0")
+    assert isinstance(plan, MergePlan)
+
+    assert_same_model(merged_by(plan, tmp_path / "device"), expected)
+    assert_same_model(merged_by(recut(plan, slots=3), tmp_path / "recut"), expected)
+    assert ("run", COMPUTE) in backend.log
+
+
 def test_a_plan_reads_and_takes_what_it_says(
     models: tuple[list[Path], list[Tensors]], tmp_path: Path
 ) -> None:
@@ -470,6 +496,60 @@ def test_weights_that_an_adapter_changes_become_codes_and_the_others_stay(tmp_pa
     assert_same_model(again, got)
 
 
+def test_transformers_loads_the_result_and_reads_the_same_numbers(tmp_path: Path) -> None:
+    """A model whose blocks are cut off by its edges, loaded with what its config says of its codes."""
+    config = Qwen3Config(
+        hidden_size=256,
+        intermediate_size=384,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=1,
+        head_dim=64,
+        vocab_size=64,
+    )
+    said = {
+        "quant_method": "fp8",
+        "activation_scheme": "dynamic",
+        "weight_block_size": [128, 128],
+        "modules_to_not_convert": ["lm_head"],
+    }
+    paths = []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        path = tmp_path / f"qwen{seed}"
+        Qwen3ForCausalLM(config).bfloat16().save_pretrained(path)
+        stored: Tensors = {}
+        for name, tensor in load_file(path / "model.safetensors").items():
+            stored[name] = tensor
+            if "proj" in name:
+                codes, scale = quantise(tensor, (128, 128), E4M3, torch.float32)
+                stored |= {name: codes, f"{name}_scale_inv": scale}
+        save_file(stored, path / "model.safetensors", metadata={"format": "pt"})
+        document = json.loads((path / "config.json").read_text())
+        (path / "config.json").write_text(json.dumps(document | {"quantization_config": said}))
+        paths.append(path)
+    recipe = {
+        "method": "linear",
+        "base": str(paths[0]),
+        "sources": [{"path": str(path)} for path in paths],
+        "output": AS_BASE,
+    }
+    got = merged_by(sm.plan(recipe, memory=MEMORY), tmp_path / "out")
+
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out",
+        quantization_config=FineGrainedFP8Config(dequantize=True),
+        dtype=torch.bfloat16,
+    )
+
+    loaded = model.state_dict()
+    coded = [name for name in loaded if f"{name}_scale_inv" in got]
+    assert len(coded) == 14
+    for name in coded:
+        expected = numbers(got[name], got[f"{name}_scale_inv"], (128, 128)).bfloat16()
+        assert_same_bits(loaded[name], expected, name)
+
+
 def test_a_single_file_stays_one(tmp_path: Path) -> None:
     stored, plain = model_of("one, E5M2", 0)
     base = tmp_path / "base.safetensors"
@@ -593,7 +673,14 @@ def test_a_plan_whose_scales_were_edited_is_not_run(
         )
         return replace(plan, tasks=tasks)
 
-    for change in ({"scales": "gone"}, {"columns": 7}, {"block": (0, 128)}, {"matrix_scales": 5}):
+    changes: list[dict[str, Any]] = [
+        {"scales": "gone"},
+        {"columns": 7},
+        {"block": (0, 128)},
+        {"matrix_scales": 5},
+        {"scale_dtype": DType.BOOL},
+    ]
+    for change in changes:
         with pytest.raises(PlanError, match="plan again"):
             sm.merge(edited(**change), tmp_path / "out")
 
