@@ -9,10 +9,11 @@ import pytest
 import torch
 import transformers
 from models import MEMORY, Models, Tensors, load_model, recipe_of, write_model
+from safetensors.torch import load_file
 from torch import Tensor
 
 import streammerge
-from streammerge.errors import ShapeMismatchError
+from streammerge.errors import RecipeError, ShapeMismatchError
 
 WEIGHT = 0.5
 
@@ -216,3 +217,87 @@ def test_a_configuration_from_a_source_of_codes_is_told_that_there_are_none(
     recipe = recipe_of("task_arithmetic", base, [source], output={"companions": {"config": 0}})
     out = merged(recipe, tmp_path / "out")
     assert "quantization_config" not in json.loads((out / "config.json").read_text())
+
+
+def pipeline(root: Path, value: float, *parts: str) -> Path:
+    for part in parts:
+        write_model(
+            root / part / "diffusion_pytorch_model.safetensors", {"w": torch.full((4,), value)}
+        )
+        (root / part / "config.json").write_text('{"_class_name": "A"}')
+    index = {"_class_name": "P", **{part: ["diffusers", "A"] for part in parts}}
+    (root / "model_index.json").write_text(json.dumps(index))
+    return root
+
+
+def test_a_source_of_which_nothing_is_merged_is_refused(tmp_path: Path) -> None:
+    base = pipeline(tmp_path / "base", 1.0, "unet", "vae")
+    sources = [
+        pipeline(tmp_path / "one", 3.0, "unet"),
+        pipeline(tmp_path / "other", 5.0, "vae"),
+    ]
+    recipe = recipe_of("task_arithmetic", base, sources)
+    with pytest.raises(
+        RecipeError, match=r"one: nothing of it would be in the result.* lacks unet"
+    ):
+        streammerge.plan(recipe, memory=MEMORY)
+
+
+@pytest.mark.xfail(strict=True, reason="a part that one source lacks is merged with none of them")
+def test_parts_are_merged_with_the_sources_that_have_them(tmp_path: Path) -> None:
+    base = pipeline(tmp_path / "base", 1.0, "unet", "vae")
+    both = pipeline(tmp_path / "both", 3.0, "unet", "vae")
+    unet = pipeline(tmp_path / "unet", 5.0, "unet")
+    sources = [{"path": both, "weight": WEIGHT}, {"path": unet, "weight": WEIGHT}]
+    out = merged(recipe_of("task_arithmetic", base, sources), tmp_path / "out")
+    assert float(load_file(out / "unet" / "diffusion_pytorch_model.safetensors")["w"][0]) == 4.0
+    assert float(load_file(out / "vae" / "diffusion_pytorch_model.safetensors")["w"][0]) == 2.0
+
+
+@pytest.mark.xfail(strict=True, reason="vocab_size is set in every part of a configuration")
+def test_the_vocabulary_of_another_part_of_a_model_stays(tmp_path: Path) -> None:
+    config = {
+        "model_type": "x",
+        "text_config": {"vocab_size": 4},
+        "audio_config": {"vocab_size": 9},
+    }
+    paths = []
+    for name, rows in (("base", 4), ("source", 6)):
+        tensors = {
+            "model.embed_tokens.weight": random(rows, 2, seed=rows),
+            "lm_head.weight": random(rows, 2, seed=rows + 1),
+        }
+        paths.append(write_model(tmp_path / name, tensors))
+        (paths[-1] / "config.json").write_text(json.dumps(config))
+    out = merged(
+        recipe_of("task_arithmetic", paths[0], paths[1:], mismatch="common"), tmp_path / "out"
+    )
+    written = json.loads((out / "config.json").read_text())
+    assert written["text_config"]["vocab_size"] == 6
+    assert written["audio_config"]["vocab_size"] == 9
+
+
+@pytest.mark.xfail(strict=True, reason="a scale per row of a stack, [experts, rows], is refused")
+def test_scales_per_row_of_stacks_are_read(tmp_path: Path) -> None:
+    codes = random(3, 8, 16, seed=1).to(torch.float8_e4m3fn)
+    scales = random(3, 8, seed=2).abs()
+    stack = {"x.experts.gate_up_proj": codes, "x.experts.gate_up_proj_scale": scales}
+    base = write_model(tmp_path / "base", {"x.experts.gate_up_proj": torch.zeros(3, 8, 16)})
+    source = write_model(tmp_path / "source", stack)
+    out = merged(recipe_of("task_arithmetic", base, [source]), tmp_path / "out")
+    expected = codes.float() * scales[:, :, None]
+    torch.testing.assert_close(load_model(out)["x.experts.gate_up_proj"], expected)
+
+
+@pytest.mark.xfail(
+    strict=True, reason="says that no input has such names, when a source has them under its own"
+)
+def test_a_rule_by_the_names_of_a_source_is_explained(tmp_path: Path) -> None:
+    base = write_model(tmp_path / "base", {"model.a.weight": random(4, 4, seed=1)})
+    source = write_model(tmp_path / "source", {"module.model.a.weight": random(4, 4, seed=2)})
+    recipe = recipe_of(
+        "task_arithmetic", base, [source], rules=[{"tensors": "module.*", "copy": "base"}]
+    )
+    with pytest.raises(RecipeError, match=r"model\.a\.weight") as caught:
+        streammerge.plan(recipe, memory=MEMORY)
+    assert "no tensor of any input" not in str(caught.value)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from streammerge.checkpoint.types import Checkpoint
+from streammerge.errors import RecipeError
 from streammerge.recipe.resolving import Resolved
 from streammerge.recipe.types import BASE, Recipe, Rule
 
@@ -32,13 +33,18 @@ def settle_parts(
     Returns:
         Parts that some source lacks are copied from the first model, those that only sources have are
         dropped. Parts whose tensors the recipe copies or drops already are left to it.
+
+    Raises:
+        RecipeError: A source has no part that every input has.
     """
     rules: list[Rule] = []
+    decided: set[str] = set()
     own = {folder for folder, _ in first.parts if folder}
     held = [{folder for folder, _ in source.parts if folder} for source in sources]
     for folder in sorted(own.union(*held)):
         everywhere = folder in own and all(folder in each for each in held)
         if everywhere or _is_settled(folder, (first, *sources), resolve):
+            decided.add(folder)
             continue
         pattern = f"{glob.escape(folder)}/*"
         if folder in own:
@@ -46,6 +52,13 @@ def settle_parts(
             rules.append(Rule(pattern, parameters={}, copy=origin))
         else:
             rules.append(Rule(pattern, parameters={}, drop=True))
+    for source, folders in zip(sources, held, strict=True):
+        if folders and not folders & decided:
+            raise RecipeError(
+                f"{source.path}: nothing of it would be in the result, since some other input lacks "
+                f"{', '.join(sorted(folders))}, and only parts that all have are merged; merge part by "
+                "part, with the folder of the part as the base, or say what is copied in `rules`"
+            )
     return replace(recipe, rules=(*recipe.rules, *rules)) if rules else recipe
 
 
