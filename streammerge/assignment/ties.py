@@ -60,7 +60,8 @@ def settle_ties(
         CheckpointError: Tensors come apart in a model whose configuration cannot say so.
     """
     names = dict.fromkeys(name for model in models for name in _names_of(model))
-    pairs = list(iter_pairs(names))
+    # Several families of models may know the same pair.
+    pairs = list(dict.fromkeys(iter_pairs(names)))
     if not pairs:
         return SettledTies(tuple(models), (), frozenset(), unties=False, twins=())
     configs = _configs(models)
