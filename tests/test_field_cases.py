@@ -301,3 +301,15 @@ def test_a_rule_by_the_names_of_a_source_is_explained(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"model\.a\.weight") as caught:
         streammerge.plan(recipe, memory=MEMORY)
     assert "no tensor of any input" not in str(caught.value)
+
+
+def test_the_plan_says_what_changes_in_the_configuration(tmp_path: Path) -> None:
+    codes = {"a.weight": torch.ones(4, 4).to(torch.float8_e4m3fn), "a.weight_scale": torch.ones(1)}
+    quantization = {"quantization_config": {"quant_method": "fp8"}}
+    base = write_model(tmp_path / "base", codes)
+    source = write_model(tmp_path / "source", {"a.weight": torch.ones(4, 4)})
+    for path, more in ((base, quantization), (source, {})):
+        (path / "config.json").write_text(json.dumps({"model_type": "x"} | more))
+    text = str(streammerge.plan(recipe_of("task_arithmetic", base, [source]), memory=MEMORY))
+    assert "config.json: quantization_config left out" in text
+    assert "is taken" not in text

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from streammerge.adapters.adapted import AdaptedModel
 from streammerge.assignment.types import Action
+from streammerge.checkpoint.coded import QUANTIZATION_KEY
 from streammerge.checkpoint.composite import MODULES, list_component_folders, list_parts
 from streammerge.checkpoint.sidecars import list_left_behind, plan_sidecars
 from streammerge.checkpoint.types import (
@@ -168,6 +169,9 @@ def _compare(
             for kind, each in taken.items()
         }
         for difference in compare_companions(inside, chosen, vocabulary=recipe.vocabulary):
+            if difference.key.partition(".")[0] == QUANTIZATION_KEY:
+                # Whoever has it, the output has not: what it is about was read as numbers.
+                continue
             name = "/".join(filter(None, (folder, difference.key)))
             yield replace(difference, key=name)
 

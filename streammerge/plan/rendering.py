@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Sequence
 
@@ -139,8 +140,18 @@ def _companion_rows(plan: MergePlan) -> list[tuple[str, str]]:
         names = _listed([each.name for each in some], _SHOWN_COMPANIONS)
         rows.append(("beside them", f"{names} ({nbytes}), from {origin}"))
     for each in plan.companions:
+        if each.name == "config.json":
+            told = {change.key for change in each.changes}
+            rows += [
+                (
+                    "changed",
+                    f"config.json: {key} {_becomes(json.dumps(value) if value is not None else None)}",
+                )
+                for key, value in plan.config
+                if key not in told
+            ]
         rows += [
-            ("changed", f"{each.name}: {_key(change)} = {_short(change.value)} ({change.why})")
+            ("changed", f"{each.name}: {_key(change)} {_becomes(change.value)} ({change.why})")
             for change in each.changes
         ]
     if plan.left_behind:
@@ -150,6 +161,10 @@ def _companion_rows(plan: MergePlan) -> list[tuple[str, str]]:
     if more > 0:
         rows.append(("", f"and {more} more differences; --json has all"))
     return rows
+
+
+def _becomes(value: str | None) -> str:
+    return "left out" if value is None else f"= {_short(value)}"
 
 
 def _key(change: JsonChange) -> str:
