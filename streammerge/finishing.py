@@ -28,6 +28,7 @@ from streammerge.checkpoint.modelcard import find_library, render_model_card
 from streammerge.checkpoint.outputfile import write_durably
 from streammerge.checkpoint.outputform import OutputForm
 from streammerge.checkpoint.sidecars import write_sidecars
+from streammerge.checkpoint.types import Note
 from streammerge.companions.choosing import companion_directory
 from streammerge.engine.pipeline import RunReport
 from streammerge.errors import OutputError
@@ -36,6 +37,7 @@ from streammerge.methods import discover_methods
 from streammerge.plan.kernels import kernels_serve
 from streammerge.plan.layout import render_header, render_indexes
 from streammerge.plan.planning import find_method
+from streammerge.plan.rendering import changed_keys
 from streammerge.plan.types import MergePlan, TensorTask
 from streammerge.recipe.parsing import parse_recipe
 from streammerge.recipe.types import Recipe
@@ -232,7 +234,7 @@ def _manifest(
         copied_from_base=planned.copied_from_base,
         tensors=_tensor_records(planned, report),
         run=run,
-        notes=planned.notes,
+        notes=(*planned.notes, *(Note("changed", text) for text in changed_keys(planned))),
         revisions={model.label: model.hub for model in planned.models if model.hub is not None},
         left_behind=planned.left_behind,
         metadata_left_out=planned.metadata_left_out,

@@ -117,11 +117,11 @@ def test_parts_without_partners_are_copied_and_the_recipe_says_so(tmp_path: Path
     parts = [
         line.split(maxsplit=1)[1] for line in str(planned).splitlines() if line.startswith("part ")
     ]
-    assert parts == ["text/: 2 copied", "unet/: 2 merged"]
-    # The unet of all three; the text of the base, which one source lacks; no vae, which the base lacks.
-    assert values(tmp_path / "out") == {"unet": 1 + 1.5 + 3, "text": 1.0}
+    assert parts == ["text/: 2 merged", "unet/: 2 merged"]
+    # The unet of all three; the text of the one source that has it; no vae, which the base lacks.
+    assert values(tmp_path / "out") == {"unet": 1 + 1.5 + 3, "text": 1 + 3.0}
     rules = yaml.safe_load(planned.recipe)["rules"]
-    assert rules == [{"tensors": "text/*", "copy": "base"}, {"tensors": "vae/*", "drop": True}]
+    assert rules == [{"tensors": "vae/*", "drop": True}]
     again = streammerge.merge(
         tmp_path / "out" / "streammerge_recipe.yaml", tmp_path / "again", memory=MEMORY
     )
@@ -495,7 +495,7 @@ def test_diffusers_loads_the_pipeline_that_comes_out(tmp_path: Path) -> None:
     for part, weights in (
         ("unet", (0.5, 0.25, 0.25)),
         ("text_encoder", (0.5, 0.25, 0.25)),
-        ("vae", (1, 0, 0)),
+        ("vae", (0.75, 0.25, 0)),
     ):
         states = [getattr(pipeline, part).state_dict() for pipeline in pipelines]
         for name, found in getattr(loaded, part).state_dict().items():

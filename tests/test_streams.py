@@ -509,5 +509,5 @@ def test_an_error_of_a_receiver_of_progress_is_the_callers(recipe: Path, tmp_pat
         raise OSError(28, "the caller's own disk is full")
 
     with pytest.raises(OSError, match="the caller's own disk") as caught:
-        streammerge.merge(recipe, tmp_path / "out", memory="1GiB", on_progress=fail)
+        streammerge.merge(recipe, tmp_path / "out", memory="4GiB", on_progress=fail)
     assert type(caught.value) is OSError

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
+from types import MappingProxyType
 
 from streammerge.adapters.adapted import AdaptedModel
 from streammerge.adapters.changes import Change
@@ -46,6 +47,7 @@ def align_tensors(
     *,
     method: MergeMethod,
     known: Collection[str] = (),
+    renamed: Mapping[str, str] = MappingProxyType({}),
 ) -> Assignment:
     """Decide about every tensor of every input.
 
@@ -56,6 +58,7 @@ def align_tensors(
         resolve: What the recipe says about a tensor name.
         method: What the recipe's method does with a base, and with sources that equal it.
         known: Names that rules may speak of besides: other names of the same tensors.
+        renamed: Names that sources had, with those that rules have to use.
 
     Raises:
         MissingTensorError: A tensor is not in every input; all of them are listed.
@@ -63,7 +66,7 @@ def align_tensors(
         UnsupportedDTypeError: A tensor is a float in one input and an integer in another.
         RecipeError: A rule copies a tensor from a model that has none of that name.
     """
-    return _Aligner(recipe, labels, checkpoints, resolve, method).run(known)
+    return _Aligner(recipe, labels, checkpoints, resolve, method).run(known, renamed)
 
 
 class _Aligner:
@@ -92,6 +95,7 @@ class _Aligner:
         self._rests: list[AssignedTensor] = []
         self._notes: list[Note] = []
         self._masks: list[str] = []
+        self._partless: dict[tuple[int, str], None] = {}
         self._opaque: list[tuple[str, DType]] = []
         # Where no task vectors are taken, a base only lends copies.
         merges_base = method.operand is Operand.TASK_VECTORS
@@ -101,9 +105,9 @@ class _Aligner:
         }
         self._only_adapted = len(self._adapted) == len(checkpoints) - self._has_base
 
-    def run(self, known: Collection[str]) -> Assignment:
+    def run(self, known: Collection[str], renamed: Mapping[str, str]) -> Assignment:
         names = dict.fromkeys(name for each in self._checkpoints for name in each.tensors)
-        _check_rules_match(self._recipe, [*names, *known])
+        _check_rules_match(self._recipe, [*names, *known], renamed)
         tensors = [tensor for name in names if (tensor := self._decide(name)) is not None]
         self._refuse(names)
         self._describe(tensors)
@@ -117,6 +121,9 @@ class _Aligner:
 
     def _describe(self, tensors: Sequence[AssignedTensor]) -> None:
         """Note what was decided about many tensors, and refuse what comes to no merge at all."""
+        for index, folder in self._partless:
+            text = f"{self._labels[index]} has no {folder}, which is in it as it is in the base"
+            self._notes.append(Note("parts", text))
         if self._masks:
             shown = ", ".join(map(printable, self._masks[:_SHOWN]))
             text = f"{len(self._masks)} mask(s) are copied if equal everywhere, not merged: {shown}"
@@ -176,8 +183,15 @@ class _Aligner:
             if decided is not None:
                 return decided
         base = entries[0] if self._has_base else None
-        # An adapter that says nothing about a tensor leaves it as it is in the base.
-        lent = {index for index in self._adapted if entries[index] is None and base is not None}
+        # An adapter that says nothing about a tensor leaves it as it is in the base; so does a
+        # pipeline that lacks the part.
+        lent = {
+            index
+            for index, entry in enumerate(entries)
+            if entry is None and base is not None and self._says_nothing(index, name)
+        }
+        for index in lent - self._adapted.keys():
+            self._partless.setdefault((index, name.partition("/")[0]), None)
         first_merged = 0 if lent else self._first_merged
         merged = range(first_merged, len(entries))
         absent = tuple(
@@ -193,6 +207,15 @@ class _Aligner:
             return None
         inputs = tuple(entry if index in merged else None for index, entry in enumerate(entries))
         return self._merged(name, entries, inputs)
+
+    def _says_nothing(self, index: int, name: str) -> bool:
+        """Return whether a model is an adapter, or has no part of a tensor's folder."""
+        model = self._checkpoints[index]
+        if isinstance(model, AdaptedModel):
+            return True
+        folder, slash, _ = name.partition("/")
+        folders = [each for each, _ in model.parts if each]
+        return bool(slash and folders) and folder not in folders
 
     def _merged(
         self,
@@ -405,12 +428,20 @@ def _size(entry: TensorEntry | None, axis: int) -> int:
     return 0 if entry is None else entry.shape[axis]
 
 
-def _check_rules_match(recipe: Recipe, names: Iterable[str]) -> None:
+def _check_rules_match(recipe: Recipe, names: Iterable[str], renamed: Mapping[str, str]) -> None:
     """Raise if a rule is about no tensor at all: its glob is misspelt, or meant for another model."""
     for index, rule in enumerate(recipe.rules):
-        if not any(fnmatchcase(name, rule.tensors) for name in names):
-            example = printable(next(iter(names), "none"))
+        if any(fnmatchcase(name, rule.tensors) for name in names):
+            continue
+        where = f'rules[{index}].tensors: "{printable(rule.tensors)}"'
+        old = next((name for name in renamed if fnmatchcase(name, rule.tensors)), None)
+        if old is not None:
             raise RecipeError(
-                f'rules[{index}].tensors: no tensor of any input matches "{printable(rule.tensors)}"; the names '
-                f'look like "{example}", correct the glob or remove the rule'
+                f'{where} matches names of a source alone: what is called "{printable(old)}" there is '
+                f'"{printable(renamed[old])}" in the result, by which rules speak of it; write it so'
             )
+        example = printable(next(iter(names), "none"))
+        raise RecipeError(
+            f"{where} matches no tensor of any input; the names look like "
+            f'"{example}", correct the glob or remove the rule'
+        )

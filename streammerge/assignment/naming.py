@@ -14,6 +14,7 @@ from dataclasses import replace
 from functools import partial
 
 from streammerge.adapters.locating import WRAPPERS, BaseNames, Shape, Wanted, locate
+from streammerge.adapters.renames import renamings
 from streammerge.assignment.experts import match_experts
 from streammerge.assignment.types import Model
 from streammerge.checkpoint.types import Checkpoint, Note, TensorEntry
@@ -28,7 +29,7 @@ _SHOWN = 4
 
 def match_names(
     models: Sequence[Model], labels: Sequence[str], recipe: Recipe
-) -> tuple[list[Model], list[Note]]:
+) -> tuple[list[Model], list[Note], dict[str, str]]:
     """Return the models with the names that the first one has, and what was renamed.
 
     Args:
@@ -36,11 +37,15 @@ def match_names(
         labels: How messages name each of them.
         recipe: Says which names to change.
 
+    Returns:
+        The models, what the plan has to state, and the new name of each renamed tensor by its old one.
+
     Raises:
         RecipeError: A ``rename`` fits no name, or gives two tensors the same one.
     """
     matched: list[Model] = []
     notes: list[Note] = []
+    renamed: dict[str, str] = {}
     for index, (label, model) in enumerate(zip(labels, models, strict=True)):
         source = index - (recipe.base is not None)
         renames = recipe.sources[source].rename if source >= 0 else ()
@@ -52,16 +57,19 @@ def match_names(
                 )
             matched.append(model)
             continue
-        named = _renamed(model, _asked(model, renames, where=f"sources[{source}].rename"))
+        asked = _asked(model, renames, where=f"sources[{source}].rename")
+        renamed |= asked
+        named = _renamed(model, asked)
         first = matched[0] if matched else named
         if isinstance(first, Checkpoint) and first is not named:
             named, made = match_experts(named, first, label)
             notes += made
             known = _known(named, first)
+            renamed |= known
             named = _renamed(named, known)
             notes += _describe(known, label)
         matched.append(named)
-    return matched, notes
+    return matched, notes, renamed
 
 
 def _renamed(model: Checkpoint, names: Mapping[str, str]) -> Checkpoint:
@@ -137,6 +145,7 @@ def _known(model: Checkpoint, first: Checkpoint) -> dict[str, str]:
         wanted[path]: found
         for path, found in located.names.items()
         if counts[found] == 1
+        and _is_plausible(path, found)
         and len(first.tensors[found].shape) == len(model.tensors[wanted[path]].shape)
     }
 
@@ -153,6 +162,21 @@ def _respelled(name: str, endings: Collection[str]) -> str:
     other = _NORMS.get(last)
     ending = f"{outer.rpartition('.')[2]}.{other}"
     return f"{outer}.{other}" if other is not None and ending in endings else name
+
+
+def _is_plausible(path: str, found: str) -> bool:
+    """Return whether names can be those of one module: not two that merely have equal shapes inside.
+
+    One beginning is a part of the other, as with wrappers and towers, or it is a known other spelling.
+    """
+    old, new = path.split("."), found.split(".")
+    while old and new and old[-1] == new[-1]:
+        old.pop()
+        new.pop()
+    short, long = sorted((old, new), key=len)
+    if not short or long[: len(short)] == short or long[-len(short) :] == short:
+        return True
+    return any(found == each or found.endswith(f".{each}") for each in renamings(path))
 
 
 def _fits(shape: Shape, other: Shape) -> bool:

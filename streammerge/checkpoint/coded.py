@@ -241,6 +241,8 @@ def _scale_shape(
     """Return how many matrices of scales there are, and their rows and columns."""
     if prod(shape) == 1:
         return 1, 1, 1
+    if stacked and prod(shape) == matrices * rows and shape[-1] == rows and len(shape) > 1:
+        return matrices, rows, 1
     if stacked and len(shape) >= 1 and prod(shape) == matrices and shape[0] == matrices:
         return matrices, 1, 1
     if stacked:

@@ -7,7 +7,6 @@ Memory: one piece of :data:`COPY_BYTES` while copying, and one parsed JSON file 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -19,18 +18,17 @@ from streammerge.checkpoint.composite import (
     READ_SUFFIXES,
     list_component_folders,
 )
+from streammerge.checkpoint.configuring import changed_config, with_changes
 from streammerge.checkpoint.digests import FileDigest
 from streammerge.checkpoint.inputs import (
     check_inside,
     open_input,
-    parse_config,
     parse_json,
-    parse_json_object,
     read_exactly,
 )
 from streammerge.checkpoint.outputfile import write_durably
 from streammerge.checkpoint.reading import MAX_CONFIG_BYTES
-from streammerge.checkpoint.types import Companion, JsonChange
+from streammerge.checkpoint.types import Companion
 from streammerge.errors import CheckpointError, HeaderError, OutputError
 from streammerge.units import MIB, format_size
 
@@ -89,12 +87,6 @@ _MODULE_DIRECTORY = re.compile(r"[0-9]+_\w+")
 # Blanks alone: \s would take line ends too, and look at each empty line of a file once for every
 # empty line before it.
 _RELATIVE_IMPORT = re.compile(rb"^[ \t]*(?:from|import)[ \t]+\.(\w+)", flags=re.MULTILINE)
-
-_OUTERMOST = ("tie_word_embeddings",)
-"""Settings that the outermost configuration takes for granted, whatever those inside say."""
-_DTYPE_KEYS = ("dtype", "torch_dtype")
-# diffusers warns about every key that its class does not know; its configs hold no dtype.
-_DIFFUSERS_KEYS = ("_class_name", "_diffusers_version")
 
 
 def plan_sidecars(directory: Path) -> tuple[Path, ...]:
@@ -227,8 +219,8 @@ def write_sidecars(
         if is_config or companion.changes:
             text = b"".join(_iter_unchanged(path, companion))
             if is_config:
-                text = _changed_config(text, dtype, settings, where=str(path))
-            config = _with_changes(text, companion.changes, where=str(path))
+                text = changed_config(text, dtype, settings, where=str(path))
+            config = with_changes(text, companion.changes, where=str(path))
             write_durably(target, [config])
             digest = FileDigest(len(config), hashlib.sha256(config).hexdigest(), tree=False)
         else:
@@ -369,73 +361,6 @@ def _iter_strings(value: object) -> Iterator[str]:
     elif isinstance(value, list | dict):
         for part in value.values() if isinstance(value, dict) else value:
             yield from _iter_strings(part)
-
-
-def _changed_config(
-    text: bytes, dtype: str | None, settings: Sequence[tuple[str, object]], *, where: str
-) -> bytes:
-    """Return the text of a config with other settings, and one dtype for all its sub-models."""
-    config, _ = parse_config(text, where=where)
-    if dtype is not None:
-        if not any(key in config for key in (*_DTYPE_KEYS, *_DIFFUSERS_KEYS)):
-            config["dtype"] = dtype
-        _set_dtype(config, dtype)
-    for key, value in settings:
-        if value is None:
-            _remove_everywhere(config, key)
-        elif not _set_everywhere(config, key, value) or key in _OUTERMOST:
-            config[key] = value
-    return (json.dumps(config, indent=2) + "\n").encode("ascii")
-
-
-def _with_changes(text: bytes, changes: Sequence[JsonChange], *, where: str) -> bytes:
-    """Return the text of a JSON object with other values at some of its keys."""
-    if not changes:
-        return text
-    document = parse_json_object(text, where=where, parse_constant=float)
-    for change in changes:
-        section = document if not change.section else document.get(change.section)
-        if not isinstance(section, dict):
-            raise HeaderError(
-                f"{where}: has no object {change.section}, which was planned to change"
-            )
-        if change.value is None:
-            section.pop(change.key, None)
-        else:
-            section[change.key] = json.loads(change.value)
-    return (json.dumps(document, indent=2) + "\n").encode("ascii")
-
-
-def _set_everywhere(config: dict[str, object], key: str, value: object) -> bool:
-    """Set a key wherever a model or a sub-model has it; return whether any has."""
-    parts = [
-        inner
-        for name, inner in config.items()
-        if isinstance(inner, dict) and name.endswith("config")
-    ]
-    found = [_set_everywhere(inner, key, value) for inner in parts]
-    if key in config:
-        config[key] = value
-    return key in config or any(found)
-
-
-def _remove_everywhere(config: dict[str, object], key: str) -> None:
-    """Remove a key wherever a model or a sub-model has it."""
-    config.pop(key, None)
-    for name, inner in config.items():
-        if isinstance(inner, dict) and name.endswith("config"):
-            _remove_everywhere(inner, key)
-
-
-def _set_dtype(config: dict[str, object], dtype: str) -> None:
-    for key in _DTYPE_KEYS:
-        # A number is something else: the token of that name in a vocabulary, as in Emu3.
-        if key in config and isinstance(config[key], str | dict | None):
-            config[key] = dtype
-    for key, value in config.items():
-        # Encoder-decoder models keep theirs under "encoder" and "decoder", with a model type.
-        if isinstance(value, dict) and (key.endswith("config") or "model_type" in value):
-            _set_dtype(value, dtype)
 
 
 def _read_json(path: Path) -> object:

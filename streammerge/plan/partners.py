@@ -1,4 +1,4 @@
-"""Parts of a pipeline that not every input has: merged where all have them, else copied as they are.
+"""Parts of a pipeline that not every input has: merged with those that have them, else copied.
 
 What is decided becomes rules of the recipe, behind those of the user: the plan, the manifest and the
 output's recipe say it in words that everybody can change.
@@ -31,8 +31,9 @@ def settle_parts(
         resolve: What the recipe says about a tensor name.
 
     Returns:
-        Parts that some source lacks are copied from the first model, those that only sources have are
-        dropped. Parts whose tensors the recipe copies or drops already are left to it.
+        Parts that no source has are copied from the base, those that only sources have are dropped; a
+        source that lacks a part leaves it as it is in the base. Without a base, parts that some source
+        lacks are copied from the first one. Parts that the recipe copies or drops are left to it.
 
     Raises:
         RecipeError: A source has no part that every input has.
@@ -42,8 +43,9 @@ def settle_parts(
     own = {folder for folder, _ in first.parts if folder}
     held = [{folder for folder, _ in source.parts if folder} for source in sources]
     for folder in sorted(own.union(*held)):
-        everywhere = folder in own and all(folder in each for each in held)
-        if everywhere or _is_settled(folder, (first, *sources), resolve):
+        enough = any if recipe.base is not None else all
+        merges = folder in own and enough(folder in each for each in held)
+        if merges or _is_settled(folder, (first, *sources), resolve):
             decided.add(folder)
             continue
         pattern = f"{glob.escape(folder)}/*"
@@ -55,9 +57,9 @@ def settle_parts(
     for source, folders in zip(sources, held, strict=True):
         if folders and not folders & decided:
             raise RecipeError(
-                f"{source.path}: nothing of it would be in the result, since some other input lacks "
-                f"{', '.join(sorted(folders))}, and only parts that all have are merged; merge part by "
-                "part, with the folder of the part as the base, or say what is copied in `rules`"
+                f"{source.path}: nothing of it would be in the result, since another input lacks "
+                f"{', '.join(sorted(folders))}; merge part by part, with the folder of the part as the "
+                "base, or say what is copied in `rules`"
             )
     return replace(recipe, rules=(*recipe.rules, *rules)) if rules else recipe
 

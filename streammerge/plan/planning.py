@@ -121,11 +121,11 @@ def plan_merge(
     labels = [f"{model.label} ({model.path})" for model in models]
     resolve = build_resolver(recipe, method.parameters)
     given = [*([base] if base is not None else []), *sources]
-    matched, renamed = match_names(given, labels, recipe)
+    matched, renamings, renamed = match_names(given, labels, recipe)
     ties = settle_ties(matched, labels, resolve)
     checkpoints = ties.models
     assignment = align_tensors(
-        recipe, labels, checkpoints, resolve, method=method, known=ties.known
+        recipe, labels, checkpoints, resolve, method=method, known=ties.known, renamed=renamed
     )
     if recipe.output.quantization is not None:
         assignment = encode_as_base(assignment, checkpoints, recipe, resolve)
@@ -192,7 +192,7 @@ def plan_merge(
         dropped=assignment.dropped,
         copied_from_base=assignment.copied_from_base,
         config=_config(checkpoints, assignment.tensors, recipe, unties=ties.unties),
-        notes=(*_notes_of_files(checkpoints, labels), *renamed, *ties.notes, *assignment.notes),
+        notes=(*_notes_of_files(checkpoints, labels), *renamings, *ties.notes, *assignment.notes),
         twins=_twins(ties.twins, labels, file_index),
         needs_torch=torch,
     )

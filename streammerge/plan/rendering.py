@@ -139,21 +139,7 @@ def _companion_rows(plan: MergePlan) -> list[tuple[str, str]]:
         origin = plan.models[0].label if directory is None else directory
         names = _listed([each.name for each in some], _SHOWN_COMPANIONS)
         rows.append(("beside them", f"{names} ({nbytes}), from {origin}"))
-    for each in plan.companions:
-        if each.name == "config.json":
-            told = {change.key for change in each.changes}
-            rows += [
-                (
-                    "changed",
-                    f"config.json: {key} {_becomes(json.dumps(value) if value is not None else None)}",
-                )
-                for key, value in plan.config
-                if key not in told
-            ]
-        rows += [
-            ("changed", f"{each.name}: {_key(change)} {_becomes(change.value)} ({change.why})")
-            for change in each.changes
-        ]
+    rows += [("changed", text) for text in changed_keys(plan)]
     if plan.left_behind:
         rows.append(("left behind", _listed(plan.left_behind)))
     rows += [("differs", str(each)) for each in plan.differences[:_SHOWN_DIFFERENCES]]
@@ -161,6 +147,24 @@ def _companion_rows(plan: MergePlan) -> list[tuple[str, str]]:
     if more > 0:
         rows.append(("", f"and {more} more differences; --json has all"))
     return rows
+
+
+def changed_keys(plan: MergePlan) -> list[str]:
+    """Return which keys of the files beside the tensors differ in the output, with values and reasons."""
+    texts = []
+    for each in plan.companions:
+        if each.name == "config.json":
+            told = {change.key for change in each.changes}
+            texts += [
+                f"config.json: {key} {_becomes(None if value is None else json.dumps(value))}"
+                for key, value in plan.config
+                if key not in told
+            ]
+        texts += [
+            f"{each.name}: {_key(change)} {_becomes(change.value)} ({change.why})"
+            for change in each.changes
+        ]
+    return texts
 
 
 def _becomes(value: str | None) -> str:
