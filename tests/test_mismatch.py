@@ -183,3 +183,17 @@ def test_shapes_that_differ_in_more_than_one_dimension_are_refused(
     )
     with pytest.raises(ShapeMismatchError, match="copy: base"):
         merge(tmp_path / "out", base, [source], "task_arithmetic")
+
+
+def test_models_of_other_sizes_get_no_rules_that_would_not_help(tmp_path: Path) -> None:
+    base, source = (
+        write(
+            tmp_path / str(size),
+            {f"layers.{index}.weight": torch.zeros(size, 8) for index in range(12)},
+        )
+        for size in (16, 24)
+    )
+    with pytest.raises(ShapeMismatchError, match="models of other sizes") as caught:
+        merge(tmp_path / "out", base, [source], "task_arithmetic", rules=[])
+    assert "mismatch: common" not in str(caught.value)
+    assert "rules:" not in str(caught.value)

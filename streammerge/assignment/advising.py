@@ -20,6 +20,8 @@ _RULES = 6
 """Rules that a message spells out before it falls back to one per name."""
 _RULES_LISTED = 20
 """Rules that a message lists before it counts the rest."""
+_OF_OTHER_SIZES = 8
+"""Tensors that may differ in shape in models of one size: embeddings, heads, first convolutions."""
 _NUMBERS = re.compile(r"(?<![A-Za-z0-9_])\d+(?![A-Za-z0-9_])")
 _GLOB_SIGNS = re.compile(r"([*?\[])")
 
@@ -169,6 +171,13 @@ def mismatch_message(
     if any(each.brought for each in mismatched):
         # A rule could not copy what an adapter brings along and changes as well.
         lines.append("merge one adapter into the base first, the other one into the result")
+        return "\n".join(lines)
+    differing = sum(each.shapes for each in mismatched)
+    if differing > _OF_OTHER_SIZES and 2 * differing > len(names):
+        lines.append(
+            "so many differ that these are models of other sizes, which have no parameters in common; "
+            "name models of one architecture and size"
+        )
         return "\n".join(lines)
     common = [each.name for each in mismatched if each.shapes and _have_common(each)]
     settled = set(common)
