@@ -71,6 +71,34 @@ def adapted_models(directory: Path) -> tuple[Path, list[Path]]:
     ]
 
 
+def wider_models(directory: Path) -> dict[str, Any]:
+    """Columns that one source lacks: each of these tensors is two, and lies in runs."""
+    generator = torch.Generator().manual_seed(6)
+    paths = []
+    for name, columns in (("base", 9_000), ("one", 9_000), ("two", 7_000)):
+        tensors = {f"wide.{i}": torch.randn(20, columns, generator=generator) for i in range(2)}
+        paths.append(write_model(directory / name, {k: v.bfloat16() for k, v in tensors.items()}))
+    base, *sources = paths
+    return recipe_of("ties", base, sources, parameters={"density": 0.3}, mismatch="common")
+
+
+def coded_models(directory: Path) -> dict[str, Any]:
+    """float8 codes with scales, in the base and again in the result."""
+    generator = torch.Generator().manual_seed(7)
+
+    def draw(name: str) -> Path:
+        tensors = {}
+        for index in range(2):
+            values = torch.randn(128, 2_048, generator=generator).mul_(20)
+            tensors[f"{index}.weight"] = values.to(torch.float8_e4m3fn)
+            tensors[f"{index}.weight_scale_inv"] = torch.rand(1, 16, generator=generator)
+        return write_model(directory / name, tensors)
+
+    base, *sources = (draw(name) for name in ("base", "one", "two"))
+    output = {"quantization": "as base"}
+    return recipe_of("ties", base, sources, parameters={"density": 0.3}, output=output)
+
+
 def ties(directory: Path, **parameters: Any) -> dict[str, Any]:
     return recipe_of("ties", *full_models(directory), parameters={"density": 0.3} | parameters)
 
@@ -82,6 +110,8 @@ JOBS: dict[str, Callable[[Path], dict[str, Any]]] = {
         "dare_ties", *full_models(directory), parameters={"density": 0.4}
     ),
     "linear": lambda directory: recipe_of("linear", None, full_models(directory)[1]),
+    "tensors in parts": wider_models,
+    "float8 codes": coded_models,
     "baked adapters": lambda directory: recipe_of("task_arithmetic", *adapted_models(directory)),
     "adapters as task vectors": lambda directory: recipe_of(
         "ties", *adapted_models(directory), parameters={"density": 0.3}
