@@ -15,13 +15,11 @@ from pathlib import Path
 from streammerge.adapters.patterns import MAX_PATTERNS
 from streammerge.adapters.types import AdapterConfig, AdapterKind, Patterns, Targets
 from streammerge.checkpoint.inputs import (
-    open_input,
     parse_json_object,
-    read_exactly,
+    read_small,
     refuse_constant,
-    refuse_foreign,
 )
-from streammerge.errors import CheckpointError, HeaderError, UnsupportedAdapterError
+from streammerge.errors import HeaderError, UnsupportedAdapterError
 
 CONFIG_NAME = "adapter_config.json"
 MAX_CONFIG_BYTES = 16 * 2**20
@@ -122,16 +120,7 @@ def read_adapter_config(path: Path) -> AdapterConfig:
         HeaderError: It is not such a file, or contradicts itself.
         UnsupportedAdapterError: It describes an adapter that cannot be merged faithfully.
     """
-    try:
-        with open_input(path) as (stream, status):
-            if status.st_size > MAX_CONFIG_BYTES:
-                raise HeaderError(
-                    f"{path}: has {status.st_size} bytes, the limit is {MAX_CONFIG_BYTES}"
-                )
-            raw = read_exactly(stream, status.st_size, path=path)
-    except FileNotFoundError as error:  # pragma: no cover - open_input names it already
-        raise CheckpointError(f"{path}: is not there") from error
-    refuse_foreign(path, raw[:64])
+    raw = read_small(path, MAX_CONFIG_BYTES)
     document = parse_json_object(raw, where=str(path), parse_constant=refuse_constant)
     return parse_adapter_config(document, where=str(path))
 

@@ -87,11 +87,6 @@ class FormedModule:
         own = () if self.magnitude is None else (self.magnitude,)
         return (*self.parts.values(), *own)
 
-    @property
-    def needs_base(self) -> bool:
-        """Whether the change depends on the weight that it is made to."""
-        return self.form in (Form.GLORA, Form.HRA) or self.magnitude is not None
-
 
 _TURNED = (Form.VERA, Form.VBLORA, Form.LORA)
 """Forms whose programs know weights that are stored ``[in, out]``, embeddings among them."""

@@ -18,9 +18,8 @@ from streammerge.adapters.patterns import check_path
 from streammerge.adapters.roles import Role
 from streammerge.adapters.types import AdapterConfig, Naming
 from streammerge.checkpoint.inputs import (
-    open_input,
     parse_json_object,
-    read_exactly,
+    read_small,
     refuse_constant,
 )
 from streammerge.errors import (
@@ -47,12 +46,7 @@ def read_lower_config(path: Path, naming: Naming) -> tuple[AdapterConfig, float]
         HeaderError: It is no such file.
         UnsupportedAdapterError: It describes an adapter that cannot be merged faithfully.
     """
-    with open_input(path) as (stream, status):
-        if status.st_size > MAX_CONFIG_BYTES:
-            raise HeaderError(
-                f"{path}: has {status.st_size} bytes, the limit is {MAX_CONFIG_BYTES}"
-            )
-        raw = read_exactly(stream, status.st_size, path=path)
+    raw = read_small(path, MAX_CONFIG_BYTES)
     document = parse_json_object(raw, where=str(path), parse_constant=refuse_constant)
     if naming is Naming.MLX:
         return _mlx_config(document, str(path))

@@ -22,10 +22,9 @@ from streammerge.checkpoint.inputs import (
     absolute,
     check_inside,
     is_there,
-    open_input,
     parse_json,
     parse_path,
-    read_exactly,
+    read_limited,
 )
 from streammerge.checkpoint.reading import MAX_CONFIG_BYTES, read_checkpoint
 from streammerge.checkpoint.types import Checkpoint, ShardFile, TensorEntry
@@ -194,10 +193,5 @@ def _has_weights(directory: Path) -> bool:
 
 
 def _read_json(path: Path) -> object:
-    with open_input(path) as (stream, status):
-        if status.st_size > MAX_CONFIG_BYTES:
-            raise HeaderError(
-                f"{path}: has {status.st_size} bytes, the limit is {MAX_CONFIG_BYTES}"
-            )
-        raw = read_exactly(stream, status.st_size, path=path)
+    raw = read_limited(path, MAX_CONFIG_BYTES)
     return parse_json(raw, where=str(path), parse_constant=float, object_pairs_hook=dict)

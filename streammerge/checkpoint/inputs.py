@@ -185,8 +185,25 @@ def read_exactly(stream: BinaryIO, nbytes: int, *, path: Path) -> bytes:
     return raw
 
 
+def read_limited(path: Path, limit: int) -> bytes:
+    """Return the content of a file.
+
+    Args:
+        path: The file.
+        limit: Most bytes that it may have.
+
+    Raises:
+        CheckpointError: It cannot be read.
+        HeaderError: It is larger.
+    """
+    with open_input(path) as (stream, status):
+        if status.st_size > limit:
+            raise HeaderError(f"{path}: has {status.st_size} bytes, the limit is {limit}")
+        return read_exactly(stream, status.st_size, path=path)
+
+
 def read_small(path: Path, limit: int) -> bytes:
-    """Return the content of a text file.
+    """Return the content of a text file that describes a model.
 
     Args:
         path: The file.
@@ -196,10 +213,7 @@ def read_small(path: Path, limit: int) -> bytes:
         CheckpointError: It cannot be read.
         HeaderError: It is larger, or something else than text.
     """
-    with open_input(path) as (stream, status):
-        if status.st_size > limit:
-            raise HeaderError(f"{path}: has {status.st_size} bytes, the limit is {limit}")
-        raw = read_exactly(stream, status.st_size, path=path)
+    raw = read_limited(path, limit)
     refuse_foreign(path, raw[:64])
     return raw
 

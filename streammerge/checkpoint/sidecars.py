@@ -24,12 +24,12 @@ from streammerge.checkpoint.inputs import (
     check_inside,
     open_input,
     parse_json,
-    read_exactly,
+    read_limited,
 )
 from streammerge.checkpoint.outputfile import write_durably
 from streammerge.checkpoint.reading import MAX_CONFIG_BYTES
 from streammerge.checkpoint.types import Companion
-from streammerge.errors import CheckpointError, HeaderError, OutputError
+from streammerge.errors import CheckpointError, OutputError
 from streammerge.units import MIB, format_size
 
 MAX_SIDECAR_BYTES = 256 * MIB
@@ -349,7 +349,7 @@ def _custom_code(directory: Path, chosen: set[str], files: set[str]) -> set[str]
     while pending:
         name = pending.pop()
         code.add(name)
-        imported = _RELATIVE_IMPORT.findall(_read_small(directory / name))
+        imported = _RELATIVE_IMPORT.findall(read_limited(directory / name, MAX_CONFIG_BYTES))
         pending |= {stem.decode("ascii") + ".py" for stem in imported} & (files - code)
     return code
 
@@ -366,17 +366,11 @@ def _iter_strings(value: object) -> Iterator[str]:
 def _read_json(path: Path) -> object:
     """Return what a file holds that is only copied; of two equal keys the last one wins."""
     return parse_json(
-        _read_small(path), where=str(path), parse_constant=float, object_pairs_hook=dict
+        read_limited(path, MAX_CONFIG_BYTES),
+        where=str(path),
+        parse_constant=float,
+        object_pairs_hook=dict,
     )
-
-
-def _read_small(path: Path) -> bytes:
-    with open_input(path) as (stream, status):
-        if status.st_size > MAX_CONFIG_BYTES:
-            raise HeaderError(
-                f"{path}: has {status.st_size} bytes, the limit is {MAX_CONFIG_BYTES}"
-            )
-        return read_exactly(stream, status.st_size, path=path)
 
 
 def _iter_pieces(path: Path) -> Iterator[bytes]:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from streammerge.checkpoint.inputs import is_there, open_input, parse_json, read_exactly
+from streammerge.checkpoint.inputs import is_there, parse_json, read_limited
 from streammerge.checkpoint.reading import MAX_CONFIG_BYTES
 from streammerge.checkpoint.sidecars import read_companions
 from streammerge.checkpoint.types import Companion, JsonChange
@@ -154,12 +154,7 @@ def _texts_of(value: object) -> dict[str, str]:
 
 
 def _read_text(path: Path) -> str:
-    with open_input(path) as (stream, status):
-        if status.st_size > MAX_CONFIG_BYTES:
-            raise HeaderError(
-                f"{path}: has {status.st_size} bytes, the limit is {MAX_CONFIG_BYTES}"
-            )
-        raw = read_exactly(stream, status.st_size, path=path)
+    raw = read_limited(path, MAX_CONFIG_BYTES)
     try:
         return raw.decode("utf-8")
     except UnicodeDecodeError as error:
