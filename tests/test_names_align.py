@@ -307,3 +307,25 @@ def test_the_plan_says_how_much_of_the_base_a_source_lacks(tmp_path: Path) -> No
     text = str(sm.plan(recipe(first, second, missing="base")))
 
     assert f"lacks {len(base) - 4} tensor(s) of the base, which are copied" in text
+
+
+def test_modules_that_merely_have_equal_shapes_do_not_align(tmp_path: Path) -> None:
+    """A tower that sees is no tower that reads, unless the recipe says so."""
+
+    def tower(name: str, value: float) -> Tensors:
+        return {
+            f"{name}.encoder.layers.{layer}.mlp.fc1.weight": torch.full((4, 4), value)
+            for layer in range(3)
+        }
+
+    base = write(tmp_path / "base", tower("text_model", 1.0))
+    source = write(tmp_path / "tuned", tower("vision_model", 3.0))
+
+    with pytest.raises(MissingTensorError, match="0 of which have a name that base"):
+        sm.plan(recipe(base, source))
+    rename = [{"from": "vision_model.", "to": "text_model."}]
+    sm.merge(recipe(base, source, rename=rename), tmp_path / "out")
+
+    merged = load_file(tmp_path / "out" / "model.safetensors")
+    assert merged.keys() == tower("text_model", 0.0).keys()
+    assert all(torch.equal(each, torch.full((4, 4), 2.0)) for each in merged.values())
