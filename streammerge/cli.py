@@ -357,8 +357,8 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _inspect(options: argparse.Namespace) -> int:
-    from streammerge.adapters.inspecting import describe_adapter, describe_adapter_as_json
-    from streammerge.adapters.reading import is_adapter, read_adapter
+    from streammerge.adapters.files.inspecting import describe_adapter, describe_adapter_as_json
+    from streammerge.adapters.files.reading import is_adapter, read_adapter
     from streammerge.checkpoint.composite import read_model
     from streammerge.checkpoint.hub import locate_model
     from streammerge.checkpoint.inspecting import describe, describe_as_json

@@ -17,7 +17,7 @@ from benchmarks.floor import run_floor
 from benchmarks.jobs import METHODS, Job, mergekit_config, streammerge_recipe
 from benchmarks.models import ROOT, Models, tensor_nbytes
 from benchmarks.plotting import render_svg
-from streammerge.adapters.reading import read_adapter
+from streammerge.adapters.files.reading import read_adapter
 from streammerge.methods import discover_methods
 
 RUN = measuring.Run(

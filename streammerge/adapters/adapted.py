@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from streammerge.adapters.changes import Change, list_changes
+from streammerge.adapters.files.types import Adapter
 from streammerge.adapters.finding import find_homes
-from streammerge.adapters.types import Adapter
 from streammerge.checkpoint.types import Checkpoint, ShardFile, TensorEntry
 
 

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from enum import StrEnum
 from math import prod
 
-from streammerge.adapters.forms import Form, FormedModule
+from streammerge.adapters.files.forms import Form, FormedModule
+from streammerge.adapters.files.types import LayerKind, LowRankModule
 from streammerge.adapters.homes import Homes, ModuleHome, TokensHome, VectorHome
-from streammerge.adapters.types import LayerKind, LowRankModule
 from streammerge.adapters.workings import Part, Working, form_workings
 from streammerge.checkpoint.types import TensorEntry
 

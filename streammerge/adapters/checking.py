@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from streammerge.adapters.combinations import COMBINATIONS, SVD_CLAMP
-from streammerge.adapters.types import Adapter, AdapterKind, LayerKind
+from streammerge.adapters.files.types import Adapter, AdapterKind, LayerKind
 from streammerge.errors import RecipeError, UnsupportedAdapterError
 from streammerge.recipe.types import NonFinitePolicy, ParameterValue, Recipe
 

@@ -27,6 +27,7 @@ from streammerge.adapters.factors import (
     split_coefficients,
     sum_low_rank,
 )
+from streammerge.adapters.files.types import LowRankModule
 from streammerge.adapters.plans import (
     CombinationPlan,
     CopyTask,
@@ -35,7 +36,6 @@ from streammerge.adapters.plans import (
     VectorTask,
 )
 from streammerge.adapters.sizing import COPY_BYTES
-from streammerge.adapters.types import LowRankModule
 from streammerge.checkpoint.bytesource import ByteSource
 from streammerge.checkpoint.outputfile import OutputFile
 from streammerge.checkpoint.types import TensorEntry

@@ -11,14 +11,23 @@ from dataclasses import replace
 from functools import partial
 from types import MappingProxyType
 
-from streammerge.adapters.components import split_component
+from streammerge.adapters.files.components import split_component
+from streammerge.adapters.files.forms import FormedModule, form_fits, form_orientation
+from streammerge.adapters.files.types import (
+    Adapter,
+    LayerKind,
+    LowRankModule,
+    Naming,
+    ScalingVector,
+    TokenRows,
+    strip_wrappers,
+)
 from streammerge.adapters.fitting import (
     is_feedforward,
     layer_orientation,
     module_fits,
     scales_rows,
 )
-from streammerge.adapters.forms import FormedModule, form_fits, form_orientation
 from streammerge.adapters.heads import in_order_of, key_value_heads
 from streammerge.adapters.homes import Homes, ModuleHome, TokensHome, VectorHome
 from streammerge.adapters.layouts import Place, find_places
@@ -40,15 +49,6 @@ from streammerge.adapters.stacks import (
     stack_parts,
 )
 from streammerge.adapters.tying import find_tie, settle_tie, unknown_tie
-from streammerge.adapters.types import (
-    Adapter,
-    LayerKind,
-    LowRankModule,
-    Naming,
-    ScalingVector,
-    TokenRows,
-    strip_wrappers,
-)
 from streammerge.checkpoint.ties import TIE_KEY
 from streammerge.checkpoint.types import Checkpoint, TensorEntry
 from streammerge.errors import (

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from math import prod
 
-from streammerge.adapters.forms import FormedModule, form_orientation
-from streammerge.adapters.locating import Shape
-from streammerge.adapters.patterns import matches_targets
-from streammerge.adapters.types import (
+from streammerge.adapters.files.forms import FormedModule, form_orientation
+from streammerge.adapters.files.patterns import matches_targets
+from streammerge.adapters.files.types import (
     AdapterConfig,
     LayerKind,
     LowRankModule,
     ScalingVector,
     strip_wrappers,
 )
+from streammerge.adapters.locating import Shape
 
 
 def module_fits(module: LowRankModule, shape: Shape) -> bool:

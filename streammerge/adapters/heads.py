@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from streammerge.adapters.forms import FormedModule
+from streammerge.adapters.files.forms import FormedModule
 from streammerge.errors import UnsupportedAdapterError, printable
 
 _PAIRED = frozenset({"llama", "mistral"})

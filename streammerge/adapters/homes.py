@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from streammerge.adapters.forms import FormedModule
-from streammerge.adapters.types import LowRankModule, ScalingVector, TokenRows
+from streammerge.adapters.files.forms import FormedModule
+from streammerge.adapters.files.types import LowRankModule, ScalingVector, TokenRows
 from streammerge.checkpoint.types import TensorEntry
 
 

@@ -1,6 +1,6 @@
 """From a recipe and the headers of adapters to a plan: every tensor, every byte, the peak memory.
 
-Nothing is read but what :mod:`streammerge.adapters.reading` has read.
+Nothing is read but what :mod:`streammerge.adapters.files.reading` has read.
 """
 
 from __future__ import annotations
@@ -10,9 +10,10 @@ from collections.abc import Callable, Sequence
 
 from streammerge.adapters.checking import check_clamp, check_combination
 from streammerge.adapters.combinations import COMBINATIONS, Combination, Target
-from streammerge.adapters.naming import PEFT_PREFIX
+from streammerge.adapters.files.naming import PEFT_PREFIX
+from streammerge.adapters.files.patterns import blocks_targets, is_saved_module, matches_targets
+from streammerge.adapters.files.types import Adapter, AdapterKind, LayerKind, LowRankModule, Naming
 from streammerge.adapters.outputs import FILE_NAMES, factor_names, lay_out
-from streammerge.adapters.patterns import blocks_targets, is_saved_module, matches_targets
 from streammerge.adapters.plans import (
     CombinationPlan,
     CopyTask,
@@ -23,7 +24,6 @@ from streammerge.adapters.plans import (
 )
 from streammerge.adapters.resultconfig import ia3_config, lora_config
 from streammerge.adapters.sizing import task_workspace
-from streammerge.adapters.types import Adapter, AdapterKind, LayerKind, LowRankModule, Naming
 from streammerge.checkpoint.types import TensorEntry
 from streammerge.dtypes import DType
 from streammerge.errors import MemoryBudgetError, RecipeError, ShapeMismatchError

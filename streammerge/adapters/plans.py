@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from math import prod
 from typing import Any
 
-from streammerge.adapters.types import Adapter, LayerKind, LowRankModule
+from streammerge.adapters.files.types import Adapter, LayerKind, LowRankModule
 from streammerge.checkpoint.types import ShardFile, TensorEntry
 from streammerge.dtypes import DType
 from streammerge.errors import printable

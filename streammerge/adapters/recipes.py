@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from streammerge.adapters.combinations import COMBINATIONS
-from streammerge.adapters.reading import is_adapter
+from streammerge.adapters.files.reading import is_adapter
 from streammerge.checkpoint.hub import locate_model
 from streammerge.errors import CheckpointError, RecipeError
 from streammerge.recipe.types import ParameterSpec, Recipe

@@ -11,8 +11,8 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
-from streammerge.adapters.patterns import matches_targets
-from streammerge.adapters.types import Adapter, AdapterKind, strip_wrappers
+from streammerge.adapters.files.patterns import matches_targets
+from streammerge.adapters.files.types import Adapter, AdapterKind, strip_wrappers
 
 _NESTED = ".base_layer."
 

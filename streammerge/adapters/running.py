@@ -11,11 +11,11 @@ from typing import Any
 import safetensors
 
 from streammerge.adapters.combinations import COMBINATIONS
-from streammerge.adapters.config import CONFIG_NAME
 from streammerge.adapters.executing import check_equal_copies, execute
+from streammerge.adapters.files.config import CONFIG_NAME
+from streammerge.adapters.files.types import Naming
 from streammerge.adapters.plans import CombinationPlan, CopyTask, ModuleTask
 from streammerge.adapters.resultconfig import render_config
-from streammerge.adapters.types import Naming
 from streammerge.checkpoint.bytesource import (
     ByteSource,
     ByteSourceKind,

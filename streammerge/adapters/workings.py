@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from math import prod
 
-from streammerge.adapters.forms import Form, FormedModule
-from streammerge.adapters.roles import Role
+from streammerge.adapters.files.forms import Form, FormedModule
+from streammerge.adapters.files.roles import Role
 from streammerge.checkpoint.types import TensorEntry
 from streammerge.reductions import BLOCK
 

@@ -35,7 +35,7 @@ from torch import Tensor, nn
 
 import streammerge
 from streammerge.adapters.combinations import COMBINATIONS, Sparsify, Target
-from streammerge.adapters.reading import read_adapter
+from streammerge.adapters.files.reading import read_adapter
 from streammerge.rng import keep_mask, stream_key
 
 FACTOR_TYPES = [name for name, each in COMBINATIONS.items() if each.target is Target.FACTORS]

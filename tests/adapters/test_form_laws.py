@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import streammerge
-from streammerge.adapters.forms import Form
+from streammerge.adapters.files.forms import Form
 from streammerge.errors import MemoryBudgetError, NonFiniteError
 from streammerge.plan.codec import dump_plan, parse_plan
 from tests.adapters.test_adapters_as_sources import write_adapter

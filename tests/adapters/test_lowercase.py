@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import streammerge
-from streammerge.adapters.inspecting import describe_adapter
-from streammerge.adapters.reading import is_adapter, read_adapter
-from streammerge.adapters.types import Naming
+from streammerge.adapters.files.inspecting import describe_adapter
+from streammerge.adapters.files.reading import is_adapter, read_adapter
+from streammerge.adapters.files.types import Naming
 from streammerge.errors import (
     CheckpointError,
     HeaderError,

@@ -16,9 +16,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import streammerge
-from streammerge.adapters.forms import Form
-from streammerge.adapters.inspecting import describe_adapter, describe_adapter_as_json
-from streammerge.adapters.reading import is_adapter, read_adapter
+from streammerge.adapters.files.forms import Form
+from streammerge.adapters.files.inspecting import describe_adapter, describe_adapter_as_json
+from streammerge.adapters.files.reading import is_adapter, read_adapter
 from streammerge.errors import (
     HeaderError,
     MissingTensorError,

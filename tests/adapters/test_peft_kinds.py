@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 import streammerge
 from streammerge.adapters.cayley import make_butterfly
-from streammerge.adapters.reading import read_adapter
+from streammerge.adapters.files.reading import read_adapter
 from streammerge.errors import (
     MissingTensorError,
     RecipeError,

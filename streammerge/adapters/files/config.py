@@ -12,8 +12,8 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from streammerge.adapters.patterns import MAX_PATTERNS
-from streammerge.adapters.types import AdapterConfig, AdapterKind, Patterns, Targets
+from streammerge.adapters.files.patterns import MAX_PATTERNS
+from streammerge.adapters.files.types import AdapterConfig, AdapterKind, Patterns, Targets
 from streammerge.checkpoint.inputs import (
     parse_json_object,
     read_small,

@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import asdict
 from typing import Any
 
-from streammerge.adapters.types import Adapter
+from streammerge.adapters.files.types import Adapter
 from streammerge.errors import printable
 from streammerge.units import format_size
 

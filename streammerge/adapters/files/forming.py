@@ -10,9 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from math import prod
 
-from streammerge.adapters.forms import Form, FormedModule
-from streammerge.adapters.locating import Shape
-from streammerge.adapters.roles import Role
+from streammerge.adapters.files.forms import Form, FormedModule
+from streammerge.adapters.files.roles import Role
 from streammerge.checkpoint.types import TensorEntry
 from streammerge.errors import (
     HeaderError,
@@ -22,6 +21,7 @@ from streammerge.errors import (
 )
 
 Parts = dict[Role, TensorEntry]
+_Shape = tuple[int, ...]
 _LOKR = (
     Role.LOKR_1,
     Role.LOKR_1A,
@@ -273,7 +273,7 @@ class FormBuilder:
         return ", ".join(sorted(repr(entry.name) for entry in self._parts.values()))
 
 
-def _glora_shape(a1: Shape, a2: Shape, b1: Shape, b2: Shape) -> tuple[int, int, int] | None:
+def _glora_shape(a1: _Shape, a2: _Shape, b1: _Shape, b2: _Shape) -> tuple[int, int, int] | None:
     """Return rows, columns and rank of ``W @ a1 @ a2 + b1 @ b2``; None where they do not multiply."""
     shapes = (a1, a2, b1, b2)
     if any(len(shape) < 2 for shape in shapes) or any(

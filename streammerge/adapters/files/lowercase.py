@@ -11,12 +11,12 @@ import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from streammerge.adapters.assembling import Sorted
-from streammerge.adapters.config import MAX_CONFIG_BYTES, parse_adapter_config
-from streammerge.adapters.forms import Form, FormedModule
-from streammerge.adapters.patterns import check_path
-from streammerge.adapters.roles import Role
-from streammerge.adapters.types import AdapterConfig, Naming
+from streammerge.adapters.files.assembling import Sorted
+from streammerge.adapters.files.config import MAX_CONFIG_BYTES, parse_adapter_config
+from streammerge.adapters.files.forms import Form, FormedModule
+from streammerge.adapters.files.patterns import check_path
+from streammerge.adapters.files.roles import Role
+from streammerge.adapters.files.types import AdapterConfig, Naming
 from streammerge.checkpoint.inputs import (
     parse_json_object,
     read_small,

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from math import prod
 
-from streammerge.adapters.roles import Role
+from streammerge.adapters.files.roles import Role
 from streammerge.checkpoint.types import TensorEntry
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
-from streammerge.adapters.types import AdapterConfig, Patterns, Targets
+from streammerge.adapters.files.types import AdapterConfig, Patterns, Targets
 from streammerge.errors import HeaderError
 
 MAX_PATTERN_CHARACTERS = 4096

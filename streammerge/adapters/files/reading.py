@@ -12,17 +12,22 @@ import struct
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
-from streammerge.adapters.assembling import ModuleBuilder, Sorted
-from streammerge.adapters.config import (
+from streammerge.adapters.files.assembling import ModuleBuilder, Sorted
+from streammerge.adapters.files.config import (
     CONFIG_NAME,
     MAX_CONFIG_BYTES,
     parse_adapter_config,
     read_adapter_config,
 )
-from streammerge.adapters.forming import FORM_ROLES, FormBuilder
-from streammerge.adapters.forms import FormedModule
-from streammerge.adapters.lowercase import MLX_NAME, TORCHTUNE_NAME, build_lower, read_lower_config
-from streammerge.adapters.naming import (
+from streammerge.adapters.files.forming import FORM_ROLES, FormBuilder
+from streammerge.adapters.files.forms import FormedModule
+from streammerge.adapters.files.lowercase import (
+    MLX_NAME,
+    TORCHTUNE_NAME,
+    build_lower,
+    read_lower_config,
+)
+from streammerge.adapters.files.naming import (
     PEFT_PREFIX,
     SHARED_STEM,
     foreign_variant,
@@ -32,11 +37,10 @@ from streammerge.adapters.naming import (
     parse_peft_name,
     recognise_naming,
 )
-from streammerge.adapters.patterns import is_saved_module
-from streammerge.adapters.roles import Role
-from streammerge.adapters.stacks import wrapper_depths
-from streammerge.adapters.tuning import TUNED_KINDS, build_tuned
-from streammerge.adapters.types import (
+from streammerge.adapters.files.patterns import is_saved_module
+from streammerge.adapters.files.roles import Role
+from streammerge.adapters.files.tuning import TUNED_KINDS, build_tuned
+from streammerge.adapters.files.types import (
     Adapter,
     AdapterConfig,
     AdapterKind,
@@ -46,6 +50,7 @@ from streammerge.adapters.types import (
     TokenRows,
     strip_wrappers,
 )
+from streammerge.adapters.files.wrapping import wrapper_depths
 from streammerge.checkpoint.header import read_safetensors_header
 from streammerge.checkpoint.inputs import (
     absolute,

@@ -10,12 +10,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 
-from streammerge.adapters.forming import FormBuilder, Parts
-from streammerge.adapters.forms import Form, FormedModule
-from streammerge.adapters.naming import SHARED_STEM
-from streammerge.adapters.patterns import build_lookup, check_path
-from streammerge.adapters.roles import Role
-from streammerge.adapters.types import AdapterConfig, AdapterKind, strip_wrappers
+from streammerge.adapters.files.forming import FormBuilder, Parts
+from streammerge.adapters.files.forms import Form, FormedModule
+from streammerge.adapters.files.naming import SHARED_STEM
+from streammerge.adapters.files.patterns import build_lookup, check_path
+from streammerge.adapters.files.roles import Role
+from streammerge.adapters.files.types import AdapterConfig, AdapterKind, strip_wrappers
 from streammerge.checkpoint.types import TensorEntry
 from streammerge.errors import (
     MissingTensorError,

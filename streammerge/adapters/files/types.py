@@ -8,7 +8,7 @@ from enum import StrEnum
 from math import prod
 from pathlib import Path
 
-from streammerge.adapters.forms import FormedModule
+from streammerge.adapters.files.forms import FormedModule
 from streammerge.checkpoint.types import ShardFile, TensorEntry
 
 

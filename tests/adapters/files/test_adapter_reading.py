@@ -10,7 +10,20 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from tiny import (
+
+from streammerge.adapters.files.inspecting import describe_adapter, describe_adapter_as_json
+from streammerge.adapters.files.reading import is_adapter, read_adapter
+from streammerge.adapters.files.types import AdapterKind, LayerKind, Naming
+from streammerge.cli import main
+from streammerge.errors import (
+    CheckpointError,
+    HeaderError,
+    MissingTensorError,
+    ShapeMismatchError,
+    TruncatedShardError,
+    UnsupportedAdapterError,
+)
+from tests.adapters.tiny import (
     bert,
     convnet,
     gpt2,
@@ -21,19 +34,6 @@ from tiny import (
     mixtral,
     read_tensors,
     rewrite,
-)
-
-from streammerge.adapters.inspecting import describe_adapter, describe_adapter_as_json
-from streammerge.adapters.reading import is_adapter, read_adapter
-from streammerge.adapters.types import AdapterKind, LayerKind, Naming
-from streammerge.cli import main
-from streammerge.errors import (
-    CheckpointError,
-    HeaderError,
-    MissingTensorError,
-    ShapeMismatchError,
-    TruncatedShardError,
-    UnsupportedAdapterError,
 )
 
 VARIANTS = {

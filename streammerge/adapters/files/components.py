@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import replace
 
-from streammerge.adapters.types import Adapter, Naming
+from streammerge.adapters.files.types import Adapter, Naming
 from streammerge.errors import RecipeError, printable, suggestion
 
 _KOHYA = {

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from streammerge.adapters.config import (
+from streammerge.adapters.files.config import (
     _INERT,
     _KIND_INERT,
     _KIND_READ,
@@ -17,15 +17,15 @@ from streammerge.adapters.config import (
     _REFUSED,
     parse_adapter_config,
 )
-from streammerge.adapters.naming import (
+from streammerge.adapters.files.naming import (
     parse_diffusers_name,
     parse_kohya_name,
     parse_lower_name,
     parse_peft_name,
     recognise_naming,
 )
-from streammerge.adapters.patterns import build_lookup, compile_pattern, matches_targets
-from streammerge.adapters.types import AdapterConfig, AdapterKind
+from streammerge.adapters.files.patterns import build_lookup, compile_pattern, matches_targets
+from streammerge.adapters.files.types import AdapterConfig, AdapterKind
 from streammerge.errors import HeaderError, StreamMergeError
 
 OTHERS = frozenset().union(*_KIND_READ.values(), *_KIND_INERT.values()) | _OTHER_INERT

@@ -6,11 +6,11 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from streammerge.adapters.naming import Parsed
-from streammerge.adapters.patterns import Lookup, build_lookup, check_path, matches_targets
-from streammerge.adapters.roles import Role
-from streammerge.adapters.stacks import wrapped_parameters
-from streammerge.adapters.types import AdapterConfig, LayerKind, LowRankModule, strip_wrappers
+from streammerge.adapters.files.naming import Parsed
+from streammerge.adapters.files.patterns import Lookup, build_lookup, check_path, matches_targets
+from streammerge.adapters.files.roles import Role
+from streammerge.adapters.files.types import AdapterConfig, LayerKind, LowRankModule, strip_wrappers
+from streammerge.adapters.files.wrapping import wrapped_parameters
 from streammerge.checkpoint.types import TensorEntry
 from streammerge.errors import (
     HeaderError,

@@ -10,8 +10,8 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from streammerge.adapters.roles import Role
-from streammerge.adapters.types import Naming
+from streammerge.adapters.files.roles import Role
+from streammerge.adapters.files.types import Naming
 
 PEFT_PREFIX = "base_model.model."
 SHARED_STEM = ""

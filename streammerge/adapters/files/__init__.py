@@ -1,0 +1,1 @@
+"""Adapters as files have them: formats, names and configurations, read into an ``Adapter``."""
