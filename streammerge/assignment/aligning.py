@@ -8,8 +8,8 @@ from dataclasses import replace
 from fnmatch import fnmatchcase
 from types import MappingProxyType
 
-from streammerge.adapters.adapted import AdaptedModel
-from streammerge.adapters.changes import Change
+from streammerge.adapters.onto_base.adapted import AdaptedModel
+from streammerge.adapters.onto_base.changes import Change
 from streammerge.assignment.advising import (
     Mismatch,
     Present,

@@ -13,8 +13,8 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
-from streammerge.adapters.locating import WRAPPERS, BaseNames, Shape, Wanted, locate
-from streammerge.adapters.renames import renamings
+from streammerge.adapters.onto_base.locating import WRAPPERS, BaseNames, Shape, Wanted, locate
+from streammerge.adapters.onto_base.renames import renamings
 from streammerge.assignment.experts import match_experts
 from streammerge.assignment.types import Model
 from streammerge.checkpoint.types import Checkpoint, Note, TensorEntry

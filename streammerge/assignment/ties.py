@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
-from streammerge.adapters.adapted import AdaptedModel
+from streammerge.adapters.onto_base.adapted import AdaptedModel
 from streammerge.assignment.types import Model, Twins
 from streammerge.checkpoint.ties import (
     TIE_KEY,

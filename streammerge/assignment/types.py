@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
-from streammerge.adapters.adapted import AdaptedModel
-from streammerge.adapters.changes import Change
+from streammerge.adapters.onto_base.adapted import AdaptedModel
+from streammerge.adapters.onto_base.changes import Change
 from streammerge.checkpoint.types import Checkpoint, Encoding, Note, TensorEntry
 from streammerge.dtypes import DType
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from streammerge.adapters.adapted import AdaptedModel
+from streammerge.adapters.onto_base.adapted import AdaptedModel
 from streammerge.assignment.types import Action
 from streammerge.checkpoint.coded import QUANTIZATION_KEY
 from streammerge.checkpoint.composite import MODULES, list_component_folders, list_parts

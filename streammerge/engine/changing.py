@@ -1,6 +1,6 @@
 """What adapters do to blocks of a piece, on one worker.
 
-Memory: :data:`~streammerge.adapters.changes.DELTA_ROWS` blocks in the compute dtype, where a plan has
+Memory: :data:`~streammerge.adapters.onto_base.changes.DELTA_ROWS` blocks in the compute dtype, where a plan has
 adapters.
 """
 
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from streammerge.adapters.deltas import WORK_NUMEL, Delta
+from streammerge.adapters.onto_base.deltas import WORK_NUMEL, Delta
 from streammerge.engine.pieces import PieceInMemory, torch_dtype
 from streammerge.lazily import torch
 from streammerge.plan.types import MergePlan

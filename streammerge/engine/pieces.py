@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from streammerge.adapters.deltas import Delta
+from streammerge.adapters.onto_base.deltas import Delta
 from streammerge.assignment.types import Action
 from streammerge.dtypes import DType
 from streammerge.lazily import torch

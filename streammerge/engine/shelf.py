@@ -16,9 +16,9 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
 
-from streammerge.adapters.changes import Change, ChangeKind
-from streammerge.adapters.deltas import WORK_NUMEL, Delta
-from streammerge.adapters.making import make_working, view_stored
+from streammerge.adapters.onto_base.changes import Change, ChangeKind
+from streammerge.adapters.onto_base.deltas import WORK_NUMEL, Delta
+from streammerge.adapters.onto_base.making import make_working, view_stored
 from streammerge.checkpoint.bytesource import ByteSource
 from streammerge.checkpoint.types import TensorEntry
 from streammerge.engine.buffers import allocate

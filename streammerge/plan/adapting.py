@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 
-from streammerge.adapters.changes import Change, ChangeKind
-from streammerge.adapters.workings import Op
+from streammerge.adapters.onto_base.changes import Change, ChangeKind
+from streammerge.adapters.onto_base.workings import Op
 from streammerge.plan.types import MergePlan
 
 

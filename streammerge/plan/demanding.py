@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from streammerge.adapters.changes import DELTA_ROWS
+from streammerge.adapters.onto_base.changes import DELTA_ROWS
 from streammerge.assignment.types import Action, Setting
 from streammerge.checkpoint.types import coded_bits
 from streammerge.methods.base import MergeMethod

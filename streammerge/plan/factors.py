@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from streammerge.adapters.changes import WHOLE_NORM_NUMEL, Change, ChangeKind
-from streammerge.adapters.workings import working_numel
+from streammerge.adapters.onto_base.changes import WHOLE_NORM_NUMEL, Change, ChangeKind
+from streammerge.adapters.onto_base.workings import working_numel
 from streammerge.plan.types import TensorInput, TensorTask
 from streammerge.reductions import BLOCK
 

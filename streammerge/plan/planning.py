@@ -9,8 +9,8 @@ from math import prod
 from pathlib import Path
 from typing import Protocol
 
-from streammerge.adapters.adapted import AdaptedModel
-from streammerge.adapters.changes import Change
+from streammerge.adapters.onto_base.adapted import AdaptedModel
+from streammerge.adapters.onto_base.changes import Change
 from streammerge.assignment.aligning import align_tensors
 from streammerge.assignment.naming import match_names
 from streammerge.assignment.ties import settle_ties

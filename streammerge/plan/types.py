@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from streammerge.adapters.changes import Change
+from streammerge.adapters.onto_base.changes import Change
 from streammerge.assignment.types import Action, Region, Setting
 from streammerge.checkpoint.runs import Runs
 from streammerge.checkpoint.types import (

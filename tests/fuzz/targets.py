@@ -18,7 +18,7 @@ from types import FrameType
 
 import generators
 
-from streammerge.adapters.changes import Change, ChangeKind
+from streammerge.adapters.onto_base.changes import Change, ChangeKind
 from streammerge.assignment.types import Action
 from streammerge.checkpoint.inspecting import describe
 from streammerge.checkpoint.manifest import read_manifest_files

@@ -1,7 +1,7 @@
 """Changes of weights that are no product of two thin matrices as they are stored.
 
-Each form says what its tensors are and what shape of weight they can change. What is computed from
-them is in :mod:`streammerge.adapters.workings`.
+Each form says what its tensors are. What shape of weight they can change, and what is computed from
+them, is in :mod:`streammerge.adapters.onto_base`.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from math import prod
 
 from streammerge.adapters.files.roles import Role
 from streammerge.checkpoint.types import TensorEntry
@@ -86,45 +85,3 @@ class FormedModule:
         """Every tensor of the module; some may belong to other modules too."""
         own = () if self.magnitude is None else (self.magnitude,)
         return (*self.parts.values(), *own)
-
-
-_TURNED = (Form.VERA, Form.VBLORA, Form.LORA)
-"""Forms whose programs know weights that are stored ``[in, out]``, embeddings among them."""
-
-
-def form_fits(module: FormedModule, shape: tuple[int, ...]) -> bool:
-    """Return whether a tensor of this shape could be the one that a module changes."""
-    return form_orientation(module, shape, fan_in_fan_out=False) is not None
-
-
-def form_orientation(
-    module: FormedModule, shape: tuple[int, ...], *, fan_in_fan_out: bool
-) -> bool | None:
-    """Return whether the base stores a module's weight ``[in, out]``; None where it does not fit."""
-    if module.form is Form.DIFFERENCE:
-        return False if shape == module.parts[Role.DIFFERENCE].shape else None
-    if len(shape) < 2:
-        return None
-    plain = _fits(module, shape[0], prod(shape[1:]))
-    if module.form is Form.GLORA:
-        # What is multiplied from the right knows channels alone.
-        plain = plain and shape[1] == module.parts[Role.GLORA_A2].shape[1]
-    swapped = module.form in _TURNED and len(shape) == 2 and _fits(module, *shape[::-1])
-    if plain and swapped:
-        return fan_in_fan_out
-    return False if plain else True if swapped else None
-
-
-def _fits(module: FormedModule, rows: int, columns: int) -> bool:
-    if module.outer not in (None, rows):
-        return False
-    match module.form:
-        case Form.OFT:
-            block = int(module.settings["block"])
-            blocks = int(module.settings["blocks"])
-            # One rotation may be shared by all blocks.
-            return columns % block == 0 and blocks in (columns // block, 1)
-        case Form.VERA:
-            return columns <= module.parts[Role.SHARED_DOWN].shape[1]
-        case _:
-            return columns == module.columns

@@ -12,7 +12,7 @@ from functools import partial
 from types import MappingProxyType
 
 from streammerge.adapters.files.components import split_component
-from streammerge.adapters.files.forms import FormedModule, form_fits, form_orientation
+from streammerge.adapters.files.forms import FormedModule
 from streammerge.adapters.files.types import (
     Adapter,
     LayerKind,
@@ -22,16 +22,18 @@ from streammerge.adapters.files.types import (
     TokenRows,
     strip_wrappers,
 )
-from streammerge.adapters.fitting import (
+from streammerge.adapters.onto_base.fitting import (
+    form_fits,
+    form_orientation,
     is_feedforward,
     layer_orientation,
     module_fits,
     scales_rows,
 )
-from streammerge.adapters.heads import in_order_of, key_value_heads
-from streammerge.adapters.homes import Homes, ModuleHome, TokensHome, VectorHome
-from streammerge.adapters.layouts import Place, find_places
-from streammerge.adapters.locating import (
+from streammerge.adapters.onto_base.heads import in_order_of, key_value_heads
+from streammerge.adapters.onto_base.homes import Homes, ModuleHome, TokensHome, VectorHome
+from streammerge.adapters.onto_base.layouts import Place, find_places
+from streammerge.adapters.onto_base.locating import (
     BaseNames,
     Located,
     Shape,
@@ -40,15 +42,15 @@ from streammerge.adapters.locating import (
     locate,
     locate_flat,
 )
-from streammerge.adapters.placing import overlaps, placed_homes, refuse_shared
-from streammerge.adapters.stacks import (
+from streammerge.adapters.onto_base.placing import overlaps, placed_homes, refuse_shared
+from streammerge.adapters.onto_base.stacks import (
     Orientation,
     StackPart,
     square_is_transposed,
     stack_orientation,
     stack_parts,
 )
-from streammerge.adapters.tying import find_tie, settle_tie, unknown_tie
+from streammerge.adapters.onto_base.tying import find_tie, settle_tie, unknown_tie
 from streammerge.checkpoint.ties import TIE_KEY
 from streammerge.checkpoint.types import Checkpoint, TensorEntry
 from streammerge.errors import (
@@ -75,7 +77,7 @@ def find_homes(adapter: Adapter, base: Checkpoint, *, where: str, shares_ties: b
         base: The checkpoint whose weights it changes.
         where: The adapter's place in the recipe and its path, for messages.
         shares_ties: Whether tied embeddings stay one tensor whatever the adapter does to them; see
-            :mod:`~streammerge.adapters.tying`.
+            :mod:`~streammerge.adapters.onto_base.tying`.
 
     Raises:
         HeaderError: Two tensors of the adapter belong to the same tensor of the base.

@@ -14,7 +14,7 @@ from torch import nn
 
 import streammerge as sm
 from streammerge.errors import ShapeMismatchError, UnsupportedAdapterError
-from tests.adapters.test_baking import bake_both
+from tests.adapters.onto_base.test_baking import bake_both
 from tests.adapters.tiny import Tensors, gpt_oss, make_lora, mixtral, qwen_moe, rewrite
 
 BOTH = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]

@@ -13,8 +13,8 @@ from math import prod
 
 from streammerge.adapters.files.forms import Form, FormedModule
 from streammerge.adapters.files.types import LayerKind, LowRankModule
-from streammerge.adapters.homes import Homes, ModuleHome, TokensHome, VectorHome
-from streammerge.adapters.workings import Part, Working, form_workings
+from streammerge.adapters.onto_base.homes import Homes, ModuleHome, TokensHome, VectorHome
+from streammerge.adapters.onto_base.workings import Part, Working, form_workings
 from streammerge.checkpoint.types import TensorEntry
 
 DELTA_ROWS = 3

@@ -2,14 +2,14 @@
 
 Follows: peft 0.21.2, ``OFTRotationModule`` and ``BOFTLayer``.
 
-Memory: some copies of the rotations; see :func:`~streammerge.adapters.workings.working_numel`.
+Memory: some copies of the rotations; see :func:`~streammerge.adapters.onto_base.workings.working_numel`.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from streammerge.adapters.workings import Working
+from streammerge.adapters.onto_base.workings import Working
 from streammerge.lazily import torch
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ def make_rotations(triangles: Tensor, working: Working) -> Tensor:
 
     Args:
         triangles: ``[n, b (b - 1) / 2]``, the entries above the diagonals, row by row.
-        working: Says how; see :class:`~streammerge.adapters.workings.Op`.
+        working: Says how; see :class:`~streammerge.adapters.onto_base.workings.Op`.
     """
     terms, bound, turned = working.numbers
     size = working.columns

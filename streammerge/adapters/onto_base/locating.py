@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import takewhile
 
-from streammerge.adapters.renames import renamings
+from streammerge.adapters.onto_base.renames import renamings
 from streammerge.checkpoint.types import TensorEntry
 
 Shape = tuple[int, ...]

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import streammerge
-from streammerge.adapters.layouts import RULES
+from streammerge.adapters.onto_base.layouts import RULES
 from streammerge.errors import HeaderError, ShapeMismatchError, UnsupportedAdapterError
 
 Tensors = dict[str, Tensor]

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from streammerge.adapters.changes import Change, list_changes
 from streammerge.adapters.files.types import Adapter
-from streammerge.adapters.finding import find_homes
+from streammerge.adapters.onto_base.changes import Change, list_changes
+from streammerge.adapters.onto_base.finding import find_homes
 from streammerge.checkpoint.types import Checkpoint, ShardFile, TensorEntry
 
 
@@ -36,7 +36,7 @@ def adapt(adapter: Adapter, base: Checkpoint, *, where: str, shares_ties: bool) 
 
     Raises:
         CheckpointError: The adapter does not belong to this base; see
-            :func:`~streammerge.adapters.finding.find_homes`.
+            :func:`~streammerge.adapters.onto_base.finding.find_homes`.
     """
     homes = find_homes(adapter, base, where=where, shares_ties=shares_ties)
     tensors = {**homes.replaced, **homes.added}

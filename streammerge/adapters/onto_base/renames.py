@@ -4,7 +4,7 @@ transformers 5 renames modules while it loads a checkpoint and back while it sav
 carry the names in memory at the time of training, so either spelling may meet either.
 
 Source: the renamings of transformers 5 (``conversion_mapping``), facts only. Prefixes that are
-exchanged as a whole need no entry here: :mod:`streammerge.adapters.locating` finds them.
+exchanged as a whole need no entry here: :mod:`streammerge.adapters.onto_base.locating` finds them.
 """
 
 from __future__ import annotations

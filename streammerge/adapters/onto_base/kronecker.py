@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from streammerge.adapters.rows import by_rows
+from streammerge.adapters.onto_base.rows import by_rows
 from streammerge.lazily import torch
 
 if TYPE_CHECKING:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from math import prod
 
-from streammerge.adapters.files.forms import FormedModule, form_orientation
+from streammerge.adapters.files.forms import Form, FormedModule
 from streammerge.adapters.files.patterns import matches_targets
+from streammerge.adapters.files.roles import Role
 from streammerge.adapters.files.types import (
     AdapterConfig,
     LayerKind,
@@ -13,7 +14,10 @@ from streammerge.adapters.files.types import (
     ScalingVector,
     strip_wrappers,
 )
-from streammerge.adapters.locating import Shape
+from streammerge.adapters.onto_base.locating import Shape
+
+_TURNED = (Form.VERA, Form.VBLORA, Form.LORA)
+"""Forms whose programs know weights that are stored ``[in, out]``, embeddings among them."""
 
 
 def module_fits(module: LowRankModule, shape: Shape) -> bool:
@@ -35,6 +39,27 @@ def layer_orientation(module: LowRankModule, shape: Shape, *, fan_in_fan_out: bo
     if plain:
         return False
     return True if swapped and module.layer is LayerKind.LINEAR else None
+
+
+def form_fits(module: FormedModule, shape: Shape) -> bool:
+    """Return whether a tensor of this shape could be the one that a module changes."""
+    return form_orientation(module, shape, fan_in_fan_out=False) is not None
+
+
+def form_orientation(module: FormedModule, shape: Shape, *, fan_in_fan_out: bool) -> bool | None:
+    """Return whether the base stores a module's weight ``[in, out]``; None where it does not fit."""
+    if module.form is Form.DIFFERENCE:
+        return False if shape == module.parts[Role.DIFFERENCE].shape else None
+    if len(shape) < 2:
+        return None
+    plain = _takes(module, shape[0], prod(shape[1:]))
+    if module.form is Form.GLORA:
+        # What is multiplied from the right knows channels alone.
+        plain = plain and shape[1] == module.parts[Role.GLORA_A2].shape[1]
+    swapped = module.form in _TURNED and len(shape) == 2 and _takes(module, *shape[::-1])
+    if plain and swapped:
+        return fan_in_fan_out
+    return False if plain else True if swapped else None
 
 
 def rows_of(module: LowRankModule | FormedModule) -> int | None:
@@ -94,3 +119,18 @@ def _same_kernel(stored: Shape, trained: Shape) -> bool:
     return stored[0] == trained[0] and (
         stored == trained or (prod(stored[1:]) == 1 and prod(trained[1:]) == 1)
     )
+
+
+def _takes(module: FormedModule, rows: int, columns: int) -> bool:
+    if module.outer not in (None, rows):
+        return False
+    match module.form:
+        case Form.OFT:
+            block = int(module.settings["block"])
+            blocks = int(module.settings["blocks"])
+            # One rotation may be shared by all blocks.
+            return columns % block == 0 and blocks in (columns // block, 1)
+        case Form.VERA:
+            return columns <= module.parts[Role.SHARED_DOWN].shape[1]
+        case _:
+            return columns == module.columns

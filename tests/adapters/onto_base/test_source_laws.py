@@ -27,7 +27,7 @@ from streammerge.errors import DiskSpaceError
 from streammerge.plan.codec import parse_plan
 from streammerge.plan.types import MergePlan
 from streammerge.reductions import BLOCK
-from tests.adapters.test_adapters_as_sources import write_adapter
+from tests.adapters.onto_base.test_adapters_as_sources import write_adapter
 from tests.adapters.tiny import Tensors
 from tests.methods.test_laws import CASES, DTYPES, Case, with_densities
 from tests.test_resume import bytes_of, interrupt_after

@@ -32,8 +32,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import streammerge
-from streammerge.adapters.cayley import make_butterfly
 from streammerge.adapters.files.reading import read_adapter
+from streammerge.adapters.onto_base.cayley import make_butterfly
 from streammerge.errors import (
     MissingTensorError,
     RecipeError,
@@ -41,7 +41,7 @@ from streammerge.errors import (
     StreamMergeError,
     UnsupportedAdapterError,
 )
-from tests.adapters.test_baking_layers import saved
+from tests.adapters.onto_base.test_baking_layers import saved
 from tests.adapters.tiny import convnet, gpt2, llama, read_config, rewrite
 
 LINEAR = ["q_proj", "v_proj", "down_proj"]

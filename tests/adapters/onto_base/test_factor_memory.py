@@ -15,7 +15,7 @@ from models import Models, recut, tight_plan, write_model
 from numpy.typing import NDArray
 
 from streammerge.engine import shelf
-from tests.adapters.test_adapters_as_sources import write_adapter
+from tests.adapters.onto_base.test_adapters_as_sources import write_adapter
 from tests.test_memory import STATUS, run_merge
 
 LAYERS = 12

@@ -15,10 +15,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 import streammerge as sm
-from streammerge.adapters.tying import find_tie
+from streammerge.adapters.onto_base.tying import find_tie
 from streammerge.checkpoint.reading import read_checkpoint
 from streammerge.errors import UnsupportedAdapterError
-from tests.adapters.test_baking import bake_both
+from tests.adapters.onto_base.test_baking import bake_both
 from tests.adapters.tiny import Tensors, gemma, llama, load_peft, make_lora
 
 INNER, OUTER = "model.embed_tokens.weight", "lm_head.weight"

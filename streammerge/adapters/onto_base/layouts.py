@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 
-from streammerge.adapters.locating import BaseNames
+from streammerge.adapters.onto_base.locating import BaseNames
 
 _WRAPPERS = re.compile(r"^(?:module\.|model\.)+(?=decoder\.|embedding\.|output_layer)")
 """What Megatron's checkpoints have before the names."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from streammerge.adapters.workings import LEAST_ROWS
+from streammerge.adapters.onto_base.workings import LEAST_ROWS
 from streammerge.lazily import torch
 from streammerge.reductions import BLOCK
 
@@ -21,7 +21,7 @@ def rotate_(weights: Tensor, begin: int, matrices: Tensor, columns: int, help_: 
 
     Blocks that reach beyond the range are completed with what the file holds. Those that are
     multiplied by the same matrix are multiplied together, at least
-    :data:`~streammerge.adapters.workings.LEAST_ROWS` rows at once, so that the bits do not depend on
+    :data:`~streammerge.adapters.onto_base.workings.LEAST_ROWS` rows at once, so that the bits do not depend on
     how many there are.
 
     Args:

@@ -16,7 +16,7 @@ import streammerge
 from streammerge.adapters.files.forms import Form
 from streammerge.errors import MemoryBudgetError, NonFiniteError
 from streammerge.plan.codec import dump_plan, parse_plan
-from tests.adapters.test_adapters_as_sources import write_adapter
+from tests.adapters.onto_base.test_adapters_as_sources import write_adapter
 from tests.test_resume import bytes_of, interrupt_after
 
 Tensors = dict[str, Tensor]

@@ -2,7 +2,7 @@
 
 A product ``B @ A`` is never formed whole. A block asks for the rows it touches, and always gets
 them from the same multiplication, whatever else is in memory: its shape depends on the tensor and
-the block alone. At least :data:`~streammerge.adapters.workings.LEAST_ROWS` rows are multiplied at once, since libraries compute
+the block alone. At least :data:`~streammerge.adapters.onto_base.workings.LEAST_ROWS` rows are multiplied at once, since libraries compute
 a single row in another order of addition than the same row of a matrix.
 
 Follows: peft 0.21.2, ``get_delta_weight`` of each layer and the merges of its variants.
@@ -16,11 +16,11 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from streammerge.adapters.changes import WHOLE_NORM_NUMEL, Change, ChangeKind
-from streammerge.adapters.kronecker import fill_kronecker
-from streammerge.adapters.rotations import rotate_
-from streammerge.adapters.rows import by_rows
-from streammerge.adapters.workings import LEAST_ROWS
+from streammerge.adapters.onto_base.changes import WHOLE_NORM_NUMEL, Change, ChangeKind
+from streammerge.adapters.onto_base.kronecker import fill_kronecker
+from streammerge.adapters.onto_base.rotations import rotate_
+from streammerge.adapters.onto_base.rows import by_rows
+from streammerge.adapters.onto_base.workings import LEAST_ROWS
 from streammerge.lazily import torch
 from streammerge.reductions import BLOCK
 

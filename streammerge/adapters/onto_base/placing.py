@@ -6,10 +6,10 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from streammerge.adapters.files.forms import FormedModule
 from streammerge.adapters.files.types import LowRankModule
-from streammerge.adapters.fitting import columns_of, norms_inputs, rows_fit, rows_of
-from streammerge.adapters.homes import Homes, ModuleHome
-from streammerge.adapters.layouts import Place
-from streammerge.adapters.locating import Shape
+from streammerge.adapters.onto_base.fitting import columns_of, norms_inputs, rows_fit, rows_of
+from streammerge.adapters.onto_base.homes import Homes, ModuleHome
+from streammerge.adapters.onto_base.layouts import Place
+from streammerge.adapters.onto_base.locating import Shape
 from streammerge.errors import ShapeMismatchError, UnsupportedAdapterError, printable
 
 

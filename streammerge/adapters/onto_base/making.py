@@ -3,7 +3,7 @@
 What is multiplied out whole is multiplied as the programs do that wrote the files, so that it has
 their bits. What the base takes part in is summed in float64 and rounded once.
 
-Memory: what :func:`~streammerge.adapters.workings.working_numel` says.
+Memory: what :func:`~streammerge.adapters.onto_base.workings.working_numel` says.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from streammerge.adapters.cayley import make_butterfly, make_rotations
-from streammerge.adapters.workings import Op, Working
+from streammerge.adapters.onto_base.cayley import make_butterfly, make_rotations
+from streammerge.adapters.onto_base.workings import Op, Working
 from streammerge.lazily import torch
 from streammerge.reductions import BLOCK
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from streammerge.adapters.files.types import LowRankModule
-from streammerge.adapters.locating import BaseNames, Shape
+from streammerge.adapters.onto_base.locating import BaseNames, Shape
 
 _PARTS = {"gate_up_proj": ("gate_proj", "up_proj")}
 """Parameters that checkpoints with a tensor per expert have in parts, one above the other."""

@@ -14,7 +14,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
-from streammerge.adapters.homes import Homes, ModuleHome, TokensHome, VectorHome
+from streammerge.adapters.onto_base.homes import Homes, ModuleHome, TokensHome, VectorHome
 from streammerge.checkpoint.ties import declares_tie, has_word_embedding, head_pair, says_apart
 from streammerge.checkpoint.types import Checkpoint, TensorEntry
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import streammerge as sm
-from tests.adapters.test_baking_layers import saved
+from tests.adapters.onto_base.test_baking_layers import saved
 from tests.adapters.tiny import bert, convnet, gpt2, llama, load_peft, make_ia3, make_lora
 
 TOKENS = torch.tensor([[1, 3, 5, 7, 9, 11]])
