@@ -21,7 +21,7 @@ from benchmarks.reporting import (  # noqa: E402 - found through ROOT
     render_baking_table,
     render_performance_table,
 )
-from streammerge.adapters.recipes import every_method  # noqa: E402
+from streammerge.adapters.combining.recipes import every_method  # noqa: E402
 from streammerge.methods import discover_methods  # noqa: E402
 from streammerge.methods.describing import render_methods_table  # noqa: E402
 from streammerge.recipe.json_schema import recipe_json_schema  # noqa: E402

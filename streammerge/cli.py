@@ -26,7 +26,7 @@ from streammerge.version import VERSION
 if TYPE_CHECKING:
     from _typeshed import SupportsWrite
 
-    from streammerge.adapters.plans import CombinationPlan
+    from streammerge.adapters.combining.plans import CombinationPlan
     from streammerge.checkpoint.manifest import Manifest
     from streammerge.plan.types import MergePlan
 
@@ -380,13 +380,13 @@ def _inspect(options: argparse.Namespace) -> int:
 
 
 def _methods(options: argparse.Namespace) -> int:
-    from streammerge.adapters.combinations import COMBINATIONS
-    from streammerge.adapters.describing import (
+    from streammerge.adapters.combining.combinations import COMBINATIONS
+    from streammerge.adapters.combining.describing import (
         combinations_as_json,
         describe_combination,
         list_combinations,
     )
-    from streammerge.adapters.recipes import every_method
+    from streammerge.adapters.combining.recipes import every_method
     from streammerge.methods import discover_methods
     from streammerge.methods.describing import describe_method, list_methods, method_as_json
     from streammerge.plan.planning import find_method

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from typing import Any
 
-from streammerge.adapters.plans import CombinationPlan
+from streammerge.adapters.combining.plans import CombinationPlan
 from streammerge.checkpoint.manifest import digest_recipe
 from streammerge.lazily import torch_version
 from streammerge.plan.types import MergePlan

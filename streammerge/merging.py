@@ -10,7 +10,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from streammerge.adapters.plans import CombinationPlan
+from streammerge.adapters.combining.plans import CombinationPlan
 from streammerge.checkpoint.bytesource import (
     ByteSource,
     OpenByteSource,
@@ -77,7 +77,7 @@ class MergeJob:
         return self._merge(self.planned, on_progress)
 
     def _combine(self, planned: CombinationPlan, on_progress: OnProgress) -> Manifest:
-        from streammerge.adapters.running import run_combination  # noqa: PLC0415 - loads torch
+        from streammerge.adapters.combining.running import run_combination  # noqa: PLC0415 - loads torch
 
         with _naming_errors(self.out):
             return run_combination(

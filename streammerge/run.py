@@ -9,13 +9,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from streammerge.adapters.combining.planning import plan_combination
+from streammerge.adapters.combining.plans import CombinationPlan
+from streammerge.adapters.combining.recipes import is_combination, methods_for, sources_of
 from streammerge.adapters.files.components import choose_component
 from streammerge.adapters.files.reading import is_adapter, read_adapter
 from streammerge.adapters.files.types import Adapter
 from streammerge.adapters.onto_base.adapted import AdaptedModel, adapt
-from streammerge.adapters.planning import plan_combination
-from streammerge.adapters.plans import CombinationPlan
-from streammerge.adapters.recipes import is_combination, methods_for, sources_of
 from streammerge.checkpoint.bytesource import (
     ByteSourceKind,
     choose_byte_source,

@@ -17,7 +17,7 @@ from models import MEMORY, Models, load_model, recipe_of
 
 import streammerge
 from streammerge import display, merging, run
-from streammerge.adapters.combinations import COMBINATIONS
+from streammerge.adapters.combining.combinations import COMBINATIONS
 from streammerge.checkpoint.manifest import read_manifest_files
 from streammerge.checkpoint.outputform import MANIFEST_NAME, RECIPE_NAME
 from streammerge.cli import main

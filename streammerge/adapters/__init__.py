@@ -1,1 +1,1 @@
-"""Low-rank adapters: what they are on disk, and what they come to when they are combined."""
+"""Low-rank adapters: as files have them, in their place in a base, and combined without one."""

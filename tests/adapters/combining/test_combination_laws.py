@@ -12,10 +12,10 @@ import pytest
 import torch
 from models import MEMORY
 from safetensors.torch import save_file
-from tiny import llama, make_lora, read_tensors
 
 import streammerge
-from streammerge.adapters.combinations import COMBINATIONS, Sparsify, Target
+from streammerge.adapters.combining.combinations import COMBINATIONS, Sparsify, Target
+from tests.adapters.tiny import llama, make_lora, read_tensors
 
 NAME = "adapter_model.safetensors"
 

@@ -1,7 +1,7 @@
 """Does what a plan of a combination says: one tensor at a time from the inputs to the output file.
 
 Memory: the factors of one module in all sources, as stored and in the compute dtype, and what
-:mod:`streammerge.adapters.sizing` says that the combination takes; copies pass through two pieces.
+:mod:`streammerge.adapters.combining.sizing` says that the combination takes; copies pass through two pieces.
 
 One thread of torch computes, so that the bits of a decomposition do not depend on the machine.
 """
@@ -15,8 +15,8 @@ from math import prod
 import torch
 from torch import Tensor
 
-from streammerge.adapters.combinations import COMBINATIONS, Target
-from streammerge.adapters.factors import (
+from streammerge.adapters.combining.combinations import COMBINATIONS, Target
+from streammerge.adapters.combining.factors import (
     Settings,
     clamp_factors,
     concatenate,
@@ -27,15 +27,15 @@ from streammerge.adapters.factors import (
     split_coefficients,
     sum_low_rank,
 )
-from streammerge.adapters.files.types import LowRankModule
-from streammerge.adapters.plans import (
+from streammerge.adapters.combining.plans import (
     CombinationPlan,
     CopyTask,
     ModuleTask,
     OutputTensor,
     VectorTask,
 )
-from streammerge.adapters.sizing import COPY_BYTES
+from streammerge.adapters.combining.sizing import COPY_BYTES
+from streammerge.adapters.files.types import LowRankModule
 from streammerge.checkpoint.bytesource import ByteSource
 from streammerge.checkpoint.outputfile import OutputFile
 from streammerge.checkpoint.types import TensorEntry

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from streammerge.adapters.combinations import Combination, Sparsify
+from streammerge.adapters.combining.combinations import Combination, Sparsify
 from streammerge.functional import (
     SignMethod,
     calculate_majority_sign_mask,

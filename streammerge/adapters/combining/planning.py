@@ -8,13 +8,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 
-from streammerge.adapters.checking import check_clamp, check_combination
-from streammerge.adapters.combinations import COMBINATIONS, Combination, Target
-from streammerge.adapters.files.naming import PEFT_PREFIX
-from streammerge.adapters.files.patterns import blocks_targets, is_saved_module, matches_targets
-from streammerge.adapters.files.types import Adapter, AdapterKind, LayerKind, LowRankModule, Naming
-from streammerge.adapters.outputs import FILE_NAMES, factor_names, lay_out
-from streammerge.adapters.plans import (
+from streammerge.adapters.combining.checking import check_clamp, check_combination
+from streammerge.adapters.combining.combinations import COMBINATIONS, Combination, Target
+from streammerge.adapters.combining.config import ia3_config, lora_config
+from streammerge.adapters.combining.outputs import FILE_NAMES, factor_names, lay_out
+from streammerge.adapters.combining.plans import (
     CombinationPlan,
     CopyTask,
     ModuleTask,
@@ -22,8 +20,10 @@ from streammerge.adapters.plans import (
     Task,
     VectorTask,
 )
-from streammerge.adapters.resultconfig import ia3_config, lora_config
-from streammerge.adapters.sizing import task_workspace
+from streammerge.adapters.combining.sizing import task_workspace
+from streammerge.adapters.files.naming import PEFT_PREFIX
+from streammerge.adapters.files.patterns import blocks_targets, is_saved_module, matches_targets
+from streammerge.adapters.files.types import Adapter, AdapterKind, LayerKind, LowRankModule, Naming
 from streammerge.checkpoint.types import TensorEntry
 from streammerge.dtypes import DType
 from streammerge.errors import MemoryBudgetError, RecipeError, ShapeMismatchError

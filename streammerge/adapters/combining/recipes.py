@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from streammerge.adapters.combinations import COMBINATIONS
+from streammerge.adapters.combining.combinations import COMBINATIONS
 from streammerge.adapters.files.reading import is_adapter
 from streammerge.checkpoint.hub import locate_model
 from streammerge.errors import CheckpointError, RecipeError

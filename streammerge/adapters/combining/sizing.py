@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from streammerge.adapters.combinations import Combination, Sparsify, Target
-from streammerge.adapters.plans import CopyTask, ModuleTask, Task, VectorTask
+from streammerge.adapters.combining.combinations import Combination, Sparsify, Target
+from streammerge.adapters.combining.plans import CopyTask, ModuleTask, Task, VectorTask
 from streammerge.recipe.types import ComputeDType
 from streammerge.units import MIB
 

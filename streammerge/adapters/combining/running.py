@@ -10,12 +10,12 @@ from typing import Any
 
 import safetensors
 
-from streammerge.adapters.combinations import COMBINATIONS
-from streammerge.adapters.executing import check_equal_copies, execute
+from streammerge.adapters.combining.combinations import COMBINATIONS
+from streammerge.adapters.combining.config import render_config
+from streammerge.adapters.combining.executing import check_equal_copies, execute
+from streammerge.adapters.combining.plans import CombinationPlan, CopyTask, ModuleTask
 from streammerge.adapters.files.config import CONFIG_NAME
 from streammerge.adapters.files.types import Naming
-from streammerge.adapters.plans import CombinationPlan, CopyTask, ModuleTask
-from streammerge.adapters.resultconfig import render_config
 from streammerge.checkpoint.bytesource import (
     ByteSource,
     ByteSourceKind,
@@ -63,7 +63,7 @@ def run_combination(
     """Write the combined adapter to ``out``, which exists when this returns and not before.
 
     Args:
-        plan: What :func:`~streammerge.adapters.planning.plan_combination` returned.
+        plan: What :func:`~streammerge.adapters.combining.planning.plan_combination` returned.
         out: The directory to make; the one file, if it is called ``.safetensors``.
         identity: What decides every byte of the result, as JSON.
         overwrite: Whether an earlier merge in ``out`` may be replaced.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from streammerge.adapters.combinations import COMBINATIONS, Combination
+from streammerge.adapters.combining.combinations import COMBINATIONS, Combination
 from streammerge.methods.describing import parameter_as_json, parameter_lines
 
 

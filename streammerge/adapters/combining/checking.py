@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from streammerge.adapters.combinations import COMBINATIONS, SVD_CLAMP
+from streammerge.adapters.combining.combinations import COMBINATIONS, SVD_CLAMP
 from streammerge.adapters.files.types import Adapter, AdapterKind, LayerKind
 from streammerge.errors import RecipeError, UnsupportedAdapterError
 from streammerge.recipe.types import NonFinitePolicy, ParameterValue, Recipe

@@ -6,9 +6,9 @@ import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 
+from streammerge.adapters.combining.plans import ModuleTask, OutputTensor, Task
 from streammerge.adapters.files.naming import PEFT_PREFIX
 from streammerge.adapters.files.types import LayerKind, Naming
-from streammerge.adapters.plans import ModuleTask, OutputTensor, Task
 
 FILE_NAMES = {
     Naming.PEFT: "adapter_model.safetensors",

@@ -15,10 +15,9 @@ import torch
 import yaml
 from models import MEMORY
 from safetensors.torch import save_file
-from tiny import bert, llama, make_ia3, make_lora, mixtral, rewrite
 
 import streammerge
-from streammerge.adapters.plans import CombinationPlan
+from streammerge.adapters.combining.plans import CombinationPlan
 from streammerge.cli import main
 from streammerge.errors import (
     CheckpointError,
@@ -30,6 +29,7 @@ from streammerge.errors import (
     StreamMergeError,
     UnsupportedAdapterError,
 )
+from tests.adapters.tiny import bert, llama, make_ia3, make_lora, mixtral, rewrite
 
 Q = {"target_modules": ["q_proj"], "r": 4}
 

@@ -15,7 +15,13 @@ from models import MEMORY, assert_same_bits
 from peft import get_peft_model_state_dict
 from peft.utils import merge_utils
 from safetensors.torch import load_file, save_file
-from tiny import (
+from torch import Tensor, nn
+
+import streammerge
+from streammerge.adapters.combining.combinations import COMBINATIONS, Sparsify, Target
+from streammerge.adapters.files.reading import read_adapter
+from streammerge.rng import keep_mask, stream_key
+from tests.adapters.tiny import (
     Tensors,
     bert,
     combine_in_peft,
@@ -31,12 +37,6 @@ from tiny import (
     read_tensors,
     rewrite,
 )
-from torch import Tensor, nn
-
-import streammerge
-from streammerge.adapters.combinations import COMBINATIONS, Sparsify, Target
-from streammerge.adapters.files.reading import read_adapter
-from streammerge.rng import keep_mask, stream_key
 
 FACTOR_TYPES = [name for name, each in COMBINATIONS.items() if each.target is Target.FACTORS]
 SVD_TYPES = [name for name, each in COMBINATIONS.items() if each.makes_rank]
