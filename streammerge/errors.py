@@ -31,7 +31,8 @@ and a name that would move the cursor is escaped.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 MAX_LINE_CHARACTERS = 4_000
 """Characters in a line of a message before it is cut: as many as a path may have."""
@@ -146,6 +147,20 @@ class OutputExistsError(OutputError):
     """Something is already at the place of the output."""
 
     exit_code = 4
+
+
+@contextmanager
+def naming_source(label: str) -> Iterator[None]:
+    """Add to errors which part of the recipe was being read.
+
+    Args:
+        label: The part, as in ``"sources[0]"``.
+    """
+    try:
+        yield
+    except CheckpointError as error:
+        error.add_note(f"while reading {label} of the recipe")
+        raise
 
 
 def printable(text: str) -> str:

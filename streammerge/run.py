@@ -3,40 +3,29 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from streammerge.adapters.combining.planning import plan_combination
 from streammerge.adapters.combining.plans import CombinationPlan
-from streammerge.adapters.combining.recipes import is_combination, methods_for, sources_of
-from streammerge.adapters.files.components import choose_component
-from streammerge.adapters.files.reading import is_adapter, read_adapter
-from streammerge.adapters.files.types import Adapter
-from streammerge.adapters.onto_base.adapted import AdaptedModel, adapt
+from streammerge.adapters.combining.recipes import is_combination, methods_for, read_adapters
 from streammerge.checkpoint.bytesource import (
     ByteSourceKind,
     choose_byte_source,
 )
-from streammerge.checkpoint.coded import read_codes
-from streammerge.checkpoint.composite import fit_parts, read_model
 from streammerge.checkpoint.finished import find_finished
-from streammerge.checkpoint.hub import locate_model
 from streammerge.checkpoint.inputs import parse_path
 from streammerge.checkpoint.manifest import Manifest, digest_identity
-from streammerge.checkpoint.metadata import read_metadata
 from streammerge.checkpoint.outputform import form_of
-from streammerge.checkpoint.quantised import check_not_quantized
-from streammerge.checkpoint.reading import check_gathered
 from streammerge.checkpoint.types import Checkpoint
 from streammerge.companions.choosing import accompany
 from streammerge.comparing import Comparison, Sample, check_sample
 from streammerge.engine.accelerator.opening import choose_devices
 from streammerge.engine.progress import OnProgress
 from streammerge.engine.shelter import run_sheltered
-from streammerge.errors import CheckpointError, DeviceError, RecipeError
+from streammerge.errors import DeviceError, RecipeError
 from streammerge.finishing import recipe_of
 from streammerge.identity import identify
 from streammerge.limits import naming_limits
@@ -61,7 +50,8 @@ from streammerge.recipe.parsing import (
     recipe_from_mapping,
 )
 from streammerge.recipe.resolving import build_resolver
-from streammerge.recipe.types import Recipe, Source
+from streammerge.recipe.types import Recipe
+from streammerge.sources import download_sources, locate_models, read_models
 
 RecipeLike = str | os.PathLike[str] | Mapping[str, Any] | Recipe
 """A recipe file, its parsed document, or a parsed recipe."""
@@ -101,41 +91,36 @@ def plan(
     names = choose_devices(device)
     device_budget = choose_device_budget(names, device_memory)
     asked = load_recipe(recipe, download=download)
-    parsed = _locate_models(asked, download=download)
+    parsed = locate_models(asked, download=download)
     _check_planning_room(parsed, memory)
     if is_combination(parsed):
         if names:
             raise DeviceError(
                 f"device: {device!r}, but adapters are combined on the cpu, in seconds; leave it out"
             )
-        return replace(_plan_combination(parsed, memory), recipe=dump_recipe(asked))
+        combination = plan_combination(
+            parsed,
+            read_adapters(parsed),
+            budget=choose_budget(memory),
+            baseline=measure_baseline(torch=True),
+        )
+        return replace(combination, recipe=dump_recipe(asked))
     # Before the files are opened: a method that does not exist is a matter of the recipe.
     shares_ties = takes_in_turn(parsed, find_method(parsed.method))
-    base = None if parsed.base is None else _read_model(parsed.base, "base")
-    sources = [
-        _read_source(source, f"sources[{index}]", base, shares_ties=shares_ties)
-        for index, source in enumerate(parsed.sources)
-    ]
-    first, left_out = _with_metadata(sources[0] if base is None else base)
-    base, sources = (None, [first, *sources[1:]]) if base is None else (first, sources)
-    sources = [
-        _fitted(source, first, parsed.sources[index], f"sources[{index}]")
-        for index, source in enumerate(sources)
-    ]
-    if first.parts:
-        full = [source for source in sources if isinstance(source, Checkpoint)]
+    read = read_models(parsed, shares_ties=shares_ties)
+    if read.first.parts:
+        full = [source for source in read.sources if isinstance(source, Checkpoint)]
         specs = find_method(parsed.method).parameters
-        parsed = settle_parts(parsed, first, full, build_resolver(parsed, specs))
+        parsed = settle_parts(parsed, read.first, full, build_resolver(parsed, specs))
     machine = describe_machine(
         memory=memory, workers=workers, devices=names, device_budget=device_budget
     )
-    planned = plan_merge(parsed, base, sources, machine)
-    models = sources if base is None else [base, *sources]
+    planned = plan_merge(parsed, read.base, read.sources, machine)
     return replace(
-        accompany(planned, parsed, models),
+        accompany(planned, parsed, read.models),
         # As it was given: another machine has its cache elsewhere.
         recipe=dump_recipe(replace(asked, rules=parsed.rules)),
-        metadata_left_out=left_out,
+        metadata_left_out=read.metadata_left_out,
     )
 
 
@@ -334,7 +319,7 @@ def load_recipe(recipe: RecipeLike, *, download: bool = False) -> Recipe:
     models = {name: method.parameters for name, method in discover_methods().items()}
     if isinstance(recipe, Mapping):
         if download:
-            _download_sources(recipe)
+            download_sources(recipe)
         methods = methods_for(recipe, origin="recipe", models=models)
         return recipe_from_mapping(recipe, origin="recipe", methods=methods)
     path = parse_path(recipe, "recipe")
@@ -353,29 +338,9 @@ def load_recipe(recipe: RecipeLike, *, download: bool = False) -> Recipe:
         )
     document = load_document(text, origin=str(path))
     if download:
-        _download_sources(document)
+        download_sources(document)
     methods = methods_for(document, origin=str(path), models=models)
     return recipe_from_mapping(document, origin=str(path), methods=methods)
-
-
-def _download_sources(document: object) -> None:
-    """Fetch the sources that an unchecked recipe names, where they are not on this machine."""
-    for index, path in sources_of(document):
-        with _naming_source(f"sources[{index}]"):
-            locate_model(path, download=True)
-
-
-def _locate_models(recipe: Recipe, *, download: bool) -> Recipe:
-    """Return the recipe with the paths of all models in the place of their names."""
-    base = recipe.base
-    if base is not None:
-        with _naming_source("base"):
-            base = locate_model(base, download=download)
-    sources = []
-    for index, source in enumerate(recipe.sources):
-        with _naming_source(f"sources[{index}]"):
-            sources.append(replace(source, path=locate_model(source.path, download=download)))
-    return replace(recipe, base=base, sources=tuple(sources))
 
 
 def _check_planning_room(recipe: Recipe, memory: int | str | None) -> None:
@@ -383,90 +348,3 @@ def _check_planning_room(recipe: Recipe, memory: int | str | None) -> None:
     if recipe.base is not None:
         models.insert(0, ("base", recipe.base))
     check_planning_room(models, choose_budget(memory))
-
-
-def _plan_combination(recipe: Recipe, memory: int | str | None) -> CombinationPlan:
-    adapters = []
-    for index, source in enumerate(recipe.sources):
-        with _naming_source(f"sources[{index}]"):
-            adapters.append(_read_adapter(source, f"sources[{index}]"))
-    return plan_combination(
-        recipe, adapters, budget=choose_budget(memory), baseline=measure_baseline(torch=True)
-    )
-
-
-def _read_source(
-    source: Source, label: str, base: Checkpoint | None, *, shares_ties: bool
-) -> Checkpoint | AdaptedModel:
-    with _naming_source(label):
-        adapted = is_adapter(source.path)
-    if not adapted:
-        return _read_model(source.path, label)
-    where = _where(source, label)
-    if base is not None and any(folder for folder, _ in base.parts) and base.config is None:
-        raise RecipeError(
-            f"{where} is an adapter and the base a pipeline; name the folder of the part that it "
-            f"changes as the base: {base.path / base.parts[0][0]}"
-        )
-    if base is None:
-        raise RecipeError(
-            f"{where} is an adapter and others are models; add `base: PATH`, the model that it was "
-            "trained on"
-        )
-    with _naming_source(label):
-        return adapt(_read_adapter(source, label), base, where=where, shares_ties=shares_ties)
-
-
-def _read_adapter(source: Source, label: str) -> Adapter:
-    return choose_component(
-        read_adapter(source.path), source.component, where=_where(source, label)
-    )
-
-
-def _where(source: Source, label: str) -> str:
-    return f"{label} ({source.path})"
-
-
-def _read_model(path: Path, label: str) -> Checkpoint:
-    with _naming_source(label):
-        checkpoint = read_codes(read_model(path))
-        check_gathered(checkpoint)
-        for part in (checkpoint, *(part for _, part in checkpoint.parts)):
-            check_not_quantized(part)
-    return checkpoint
-
-
-def _with_metadata(first: Checkpoint | AdaptedModel) -> tuple[Checkpoint, tuple[str, ...]]:
-    """Return the first model with what its headers say, and which of their keys hold no more."""
-    assert isinstance(first, Checkpoint)  # noqa: S101 - adapters without a base are refused
-    parts = []
-    left_out: set[str] = set()
-    for folder, part in first.parts or (("", first),):
-        metadata, stale = read_metadata(
-            [file.path for file in part.files], dequantised=first.dequantised
-        )
-        parts.append((folder, replace(part, metadata=metadata)))
-        left_out |= {*stale}
-    if first.parts:
-        return replace(first, parts=tuple(parts)), tuple(sorted(left_out))
-    return parts[0][1], tuple(sorted(left_out))
-
-
-def _fitted(
-    source: Checkpoint | AdaptedModel, first: Checkpoint, named: Source, label: str
-) -> Checkpoint | AdaptedModel:
-    """Return a source whose parts are called as those of the first model."""
-    if isinstance(source, AdaptedModel) or (source is first and named.component is None):
-        return source
-    with _naming_source(label):
-        return fit_parts(source, first, named.component, where=_where(named, label))
-
-
-@contextmanager
-def _naming_source(label: str) -> Iterator[None]:
-    """Add to errors which part of the recipe was being read."""
-    try:
-        yield
-    except CheckpointError as error:
-        error.add_note(f"while reading {label} of the recipe")
-        raise

@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from streammerge.adapters.combining.combinations import COMBINATIONS
+from streammerge.adapters.files.components import read_named
 from streammerge.adapters.files.reading import is_adapter
+from streammerge.adapters.files.types import Adapter
 from streammerge.checkpoint.hub import locate_model
 from streammerge.errors import CheckpointError, RecipeError
 from streammerge.recipe.types import ParameterSpec, Recipe
@@ -28,6 +30,16 @@ _POINTLESS = {
 def is_combination(recipe: Recipe) -> bool:
     """Return whether a parsed recipe makes an adapter of adapters."""
     return recipe.base is None and all(is_adapter(source.path) for source in recipe.sources)
+
+
+def read_adapters(recipe: Recipe) -> list[Adapter]:
+    """Return the adapters that a parsed recipe combines, in its order.
+
+    Raises:
+        RecipeError: An adapter has not the part that the recipe asks for.
+        CheckpointError: One is not what an adapter should be.
+    """
+    return [read_named(source, f"sources[{index}]") for index, source in enumerate(recipe.sources)]
 
 
 def every_method(models: Methods) -> Methods:

@@ -9,8 +9,10 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import replace
 
+from streammerge.adapters.files.reading import read_adapter
 from streammerge.adapters.files.types import Adapter, Naming
-from streammerge.errors import RecipeError, printable, suggestion
+from streammerge.errors import RecipeError, naming_source, printable, suggestion
+from streammerge.recipe.types import Source
 
 _KOHYA = {
     "lora_unet_": "unet",
@@ -48,17 +50,24 @@ def split_component(stem: str, naming: Naming) -> tuple[str, str]:
     return "", stem
 
 
-def choose_component(adapter: Adapter, component: str | None, *, where: str) -> Adapter:
-    """Return an adapter with the modules of one part only.
+def read_named(source: Source, label: str) -> Adapter:
+    """Return the adapter that a recipe names, or the part of it that the recipe asks for.
 
     Args:
-        adapter: The adapter.
-        component: The part; None keeps everything.
-        where: The adapter's place in the recipe and its path, for messages.
+        source: The source.
+        label: Its place in the recipe, for messages.
 
     Raises:
         RecipeError: It has no such part.
+        CheckpointError: It is not what an adapter should be.
     """
+    with naming_source(label):
+        adapter = read_adapter(source.path)
+        return _choose_component(adapter, source.component, where=f"{label} ({source.path})")
+
+
+def _choose_component(adapter: Adapter, component: str | None, *, where: str) -> Adapter:
+    """Return an adapter with the modules of one part only; None keeps everything."""
     if component is None:
         return adapter
     parts = Counter(split_component(stem, adapter.naming)[0] for stem in adapter.stems)

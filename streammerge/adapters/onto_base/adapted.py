@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from streammerge.adapters.files.components import read_named
 from streammerge.adapters.files.types import Adapter
 from streammerge.adapters.onto_base.changes import Change, list_changes
 from streammerge.adapters.onto_base.finding import find_homes
 from streammerge.checkpoint.types import Checkpoint, ShardFile, TensorEntry
+from streammerge.errors import RecipeError, naming_source
+from streammerge.recipe.types import Source
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +26,37 @@ class AdaptedModel:
     """Changes of the base's tensors, or of those that the adapter brings along, by name."""
     untied: Mapping[str, str]
     """Tensors that the base's files lack, because they are tied, by the one that each equals."""
+
+
+def read_adapted(
+    source: Source, label: str, base: Checkpoint | None, *, shares_ties: bool
+) -> AdaptedModel:
+    """Return what the adapter that a recipe names makes of the base.
+
+    Args:
+        source: The source.
+        label: Its place in the recipe, for messages.
+        base: The base's headers.
+        shares_ties: As for :func:`adapt`.
+
+    Raises:
+        RecipeError: There is no base, or not the part of one that the adapter changes.
+        CheckpointError: The adapter is not what it should be, or belongs to another base.
+    """
+    where = f"{label} ({source.path})"
+    if base is None:
+        raise RecipeError(
+            f"{where} is an adapter and others are models; add `base: PATH`, the model that it was "
+            "trained on"
+        )
+    if any(folder for folder, _ in base.parts) and base.config is None:
+        raise RecipeError(
+            f"{where} is an adapter and the base a pipeline; name the folder of the part that it "
+            f"changes as the base: {base.path / base.parts[0][0]}"
+        )
+    adapter = read_named(source, label)
+    with naming_source(label):
+        return adapt(adapter, base, where=where, shares_ties=shares_ties)
 
 
 def adapt(adapter: Adapter, base: Checkpoint, *, where: str, shares_ties: bool) -> AdaptedModel:
