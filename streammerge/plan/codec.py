@@ -9,6 +9,7 @@ from pathlib import PurePosixPath, PureWindowsPath
 from pydantic import TypeAdapter, ValidationError
 
 from streammerge.errors import PlanError
+from streammerge.plan.rendering import printed_plan
 from streammerge.plan.types import PLAN_VERSION, MergePlan
 
 
@@ -36,7 +37,7 @@ def parse_plan(text: str) -> MergePlan:
         )
     for name in _odd_names(plan):
         raise PlanError(f"the plan names the output file {name!r}, not a plain name; plan again")
-    return plan
+    return printed_plan(plan)
 
 
 def _odd_names(plan: MergePlan) -> Iterator[str]:

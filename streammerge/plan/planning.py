@@ -29,6 +29,7 @@ from streammerge.plan.demanding import measure_demand
 from streammerge.plan.devices import add_devices, choose_device_resources
 from streammerge.plan.kernels import needs_torch
 from streammerge.plan.layout import place_parts, plan_layout_like
+from streammerge.plan.rendering import PrintedPlan
 from streammerge.plan.requantising import encode_as_base
 from streammerge.plan.sweeps import Needs, bytes_beyond_once
 from streammerge.plan.types import (
@@ -170,7 +171,7 @@ def plan_merge(
     )
     # The order of work is that of the files, the order of the layout that of the names.
     order = _work_order(tasks)
-    plan = MergePlan(
+    plan = PrintedPlan(
         version=PLAN_VERSION,
         method=method.name,
         semantics=recipe.semantics.value,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass, fields
 
 from streammerge.assignment.types import Action
 from streammerge.checkpoint.metadata import FORMAT
@@ -20,6 +21,24 @@ _SHOWN_COMPANIONS = 4
 _SHOWN_NAMES = 8
 _SHOWN_DIFFERENCES = 12
 _SHOWN_CHARACTERS = 60
+
+
+@dataclass(frozen=True, slots=True)
+class PrintedPlan(MergePlan):
+    """A plan that prints as a table for people; the others are the same data.
+
+    The table says what the modules of this room conclude from a plan, and they know plans as plain
+    data. So what prints one stands above them, and above its type.
+    """
+
+    def __str__(self) -> str:
+        """Return the plan as a table for people."""
+        return render_plan(self)
+
+
+def printed_plan(plan: MergePlan) -> PrintedPlan:
+    """Return a plan that prints."""
+    return PrintedPlan(**{each.name: getattr(plan, each.name) for each in fields(plan)})
 
 
 def render_plan(plan: MergePlan) -> str:

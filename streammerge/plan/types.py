@@ -259,7 +259,10 @@ class MemoryProjection:
 
 @dataclass(frozen=True, slots=True)
 class MergePlan:
-    """Everything that a merge will do, decided before any tensor byte is read."""
+    """Everything that a merge will do, decided before any tensor byte is read.
+
+    Plans that are handed out are :class:`~streammerge.plan.rendering.PrintedPlan`.
+    """
 
     version: int
     """:data:`PLAN_VERSION` of the code that made it."""
@@ -328,9 +331,3 @@ class MergePlan:
     def label(self, model: int) -> str:
         """Return how messages name a model: ``"base (models/base)"``."""
         return f"{self.models[model].label} ({self.models[model].path})"
-
-    def __str__(self) -> str:
-        """Return the plan as a table for people."""
-        from streammerge.plan.rendering import render_plan  # noqa: PLC0415 - it reads this type
-
-        return render_plan(self)

@@ -518,6 +518,13 @@ def test_a_plan_survives_json(job: tuple[Recipe, list[Tensors]]) -> None:
     assert parse_plan(dump_plan(planned)) == planned
 
 
+def test_a_plan_prints_the_same_when_it_was_read_back() -> None:
+    planned = plan(recipe("linear", 1, base=False), SMALL)
+
+    assert str(parse_plan(dump_plan(planned))) == str(planned)
+    assert str(planned).startswith("method ")
+
+
 @given(jobs())
 @settings(deadline=None, max_examples=50)
 def test_the_recipe_in_a_plan_is_the_recipe_it_was_made_from(
