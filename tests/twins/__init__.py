@@ -10,5 +10,9 @@ sources' shape; those that look at whole models take models, mappings of names t
     selecting       nearswap, ram, ramplus_tl, arcee_fusion
     sparsifying     what trims and drops task vectors, and what makes up for it
     families        ties, dare, breadcrumbs, della, magnitude_prune out of those parts
+    paper_ties      TIES as its authors' notebook does it, over whole models
     sce             select, calculate, erase
+    localising      TALL masks, consensus, EMR's unified task vector, MagMax
+    competition     PCB-Merging
+    matrices        TSV-M, Iso-C, Iso-CTS
 """

@@ -272,7 +272,7 @@ def dare_linear(
         rescaled: mergekit's switch: keep each task vector's sum of magnitudes.
         lambda_: A factor on the whole change.
 
-    Source: Yu et al. 2023, arXiv:2311.03099, equations 1 and 2; Deng et al. 2024,
+    Source: Yu et al. 2023, arXiv:2311.03099, ``m * delta / (1 - p)``; Deng et al. 2024,
     arXiv:2410.09344, DAREx-q.
     """
     parts = _parts("dare_linear", preset, normalize=normalize, rescaled=rescaled, count="total")
@@ -346,7 +346,7 @@ def breadcrumbs(
         rescaled: mergekit's switch: keep each task vector's sum of magnitudes.
         lambda_: A factor on the whole change, the paper's alpha.
 
-    Source: Davari and Belilovsky 2023, arXiv:2312.06795, equations 1 to 3.
+    Source: Davari and Belilovsky 2023, arXiv:2312.06795.
     """
     parts = _parts("breadcrumbs", preset, normalize=normalize, rescaled=rescaled, count="total")
     return combine(

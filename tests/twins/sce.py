@@ -38,7 +38,7 @@ def sce(
             which common task vectors do not reach.
         divisor_floor: The least sum of agreeing weights that is divided by.
 
-    Source: Wan et al. 2024, FuseChat, arXiv:2408.07990, section 3.3. Over whole models through
+    Source: Wan et al. 2024, FuseChat, arXiv:2408.07990, select, calculate and erase. Over whole models through
     ``shapes.over_model``.
     Differs from mergekit 0.1.5: see ``select_without_variance`` and ``uniform_below``.
     """

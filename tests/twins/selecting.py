@@ -64,7 +64,7 @@ def ramplus_tl(
         epsilon: As in :func:`ram`; also the least denominator of the ratio.
 
     Source: Yuan et al. 2026, arXiv:2601.13572, RAM+, counted per tensor instead of per model.
-    Agrees with mergekit 0.1.5 ``ramplus_tl``.
+    Agrees with mergekit 0.1.5 ``ramplus_tl``, whose factors are float32 whatever the tensors are.
     """
     start, tasks = subtract_base(base, sources)
     moves = [np.abs(task) > epsilon for task in tasks]

@@ -115,7 +115,7 @@ def della_probabilities(
     Raises:
         ValueError: A probability would not be in (0, 1).
 
-    Source: Deep, Bhardwaj and Poria 2024, arXiv:2406.11617, section 3.1; the range is that of
+    Source: Deep, Bhardwaj and Poria 2024, arXiv:2406.11617, MagPrune; the range is that of
     mergekit 0.1.5, from ``density - epsilon`` to ``density + epsilon``.
     Differs from mergekit: ranks are exact in every type; rows of one entry are no error.
     """
@@ -155,7 +155,8 @@ def rescale(
         kept: The sparsified task vector.
         task: What it was.
         by: ``density`` divides by it; DAREx-q gives its q as the density, arXiv:2410.09344.
-            ``l1`` multiplies by the ratio of the sums of magnitudes, unless one is below 1e-7.
+            ``l1`` multiplies by the ratio of the sums of magnitudes, unless one is below 1e-7;
+            mergekit 0.1.5 does so in float32 for random masks, whatever the tensors are.
             ``probability`` divides every entry by its own probability, as DELLA's paper does.
         density: The divisor of ``density``. At 1 and above nothing is rescaled by any rule.
         probabilities: Those of ``probability``.
