@@ -14,11 +14,13 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from streammerge.dtypes import DType
+from streammerge.native.machine import JobCall, RoomCall, list_sizes
 
 SWITCH = "STREAMMERGE_NATIVE"
 """Environment variable that, set to 0, leaves the compiled kernels alone."""
@@ -32,6 +34,9 @@ DTYPE_CODES: Mapping[DType, int] = {DType.F32: 0, DType.BF16: 1, DType.F16: 2}
 """The element types that the kernels read and write."""
 _ROW_NUMEL = 528
 """``ROW`` of block.h."""
+
+
+Call = TypeVar("Call", bound=ctypes.Structure)
 
 
 class SourceCall(ctypes.Structure):
@@ -132,7 +137,12 @@ class Kernels:
         sizes = [*map(ctypes.sizeof, calls), _ROW_NUMEL, SOURCES_AT_MOST, CROWDS_AT_MOST]
         if sizes != [library.sm_size_of(index) for index in range(len(sizes))]:
             raise OSError(f"{path} was compiled from other sources")
+        sizes = list_sizes()
+        if sizes != [library.sm_machine_size_of(index) for index in range(len(sizes))]:
+            raise OSError(f"{path} was compiled from other sources")
         numbers = (ctypes.c_int32, ctypes.c_void_p)
+        self._run = library.sm_run
+        self._run.argtypes = (ctypes.POINTER(JobCall), *numbers, ctypes.POINTER(RoomCall))
         self._merge_blocks = library.sm_merge_blocks
         self._merge_blocks.argtypes = (ctypes.POINTER(MergeCall), *numbers)
         self._answer_bands = library.sm_answer_bands
@@ -151,6 +161,27 @@ class Kernels:
         self._guard_end.restype = None
         self._mappings = 0
         self._guarding = threading.Lock()
+
+    def run(
+        self,
+        jobs: ctypes.Array[JobCall],
+        first: int,
+        count: int,
+        *,
+        memory: int,
+        room: RoomCall | None = None,
+    ) -> int:
+        """Run jobs and return how many were refused; what those wrote is not to be used.
+
+        Args:
+            jobs: The jobs.
+            first: The first one that is run.
+            count: How many are; fewer where the room is too small: it says how many were.
+            memory: Address of as many float32 numbers as the largest program needs.
+            room: Where questions collect; None where nothing is collected.
+        """
+        room_or_null = None if room is None else ctypes.byref(room)
+        return int(self._run(_from(jobs, first), count, memory, room_or_null))
 
     def merge_blocks(self, calls: ctypes.Array[MergeCall], count: int, scratch: int) -> int:
         """Merge blocks and return how many were refused; what those wrote is not to be used.
@@ -234,7 +265,7 @@ class Kernels:
         return int(self._copy_mapped(to, mapped, nbytes))
 
 
-def _from(calls: ctypes.Array[QuestionCall], first: int) -> ctypes._Pointer[QuestionCall]:
+def _from(calls: ctypes.Array[Call], first: int) -> ctypes._Pointer[Call]:
     """Return a pointer to one of the calls."""
     return ctypes.pointer(calls[first])
 

@@ -1,0 +1,83 @@
+/* Exponential and logarithm: the operations of streammerge/tiles/functions.py, in its order. */
+#ifndef STREAMMERGE_FUNCTIONS_H
+#define STREAMMERGE_FUNCTIONS_H
+
+#include "arithmetic.h"
+
+/* 2^52 + 2^51: a number of less than 2^51 that is added to it is rounded to a whole one, to even where
+ * two are as near, and stands in its low bits. Works in vectors of every instruction set. */
+#define WHOLE 0x1.8p52
+
+ALWAYS_INLINE int64_t bits_of_double(double value) {
+    int64_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    return bits;
+}
+
+ALWAYS_INLINE double double_of(int64_t bits) {
+    double value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+#define LN2_HIGH 0.693147180369123816490
+#define LN2_LOW 1.90821492927058770002e-10
+#define LOG2_E 1.44269504088896338700
+#define SQRT_HALF 0.70710678118654752440
+
+ALWAYS_INLINE double exponential(double value) {
+    static const double terms[] = {
+        1.0 / 6227020800.0, 1.0 / 479001600.0, 1.0 / 39916800.0, 1.0 / 3628800.0, 1.0 / 362880.0,
+        1.0 / 40320.0,      1.0 / 5040.0,      1.0 / 720.0,      1.0 / 120.0,     1.0 / 24.0,
+        1.0 / 6.0,          1.0 / 2.0,         1.0,              1.0,
+    };
+    value = value < -745.2 ? -745.2 : value;
+    value = value > 709.7 ? 709.7 : value;
+    double shifted = value * LOG2_E + WHOLE;
+    double powers = shifted - WHOLE;
+    double rest = value - powers * LN2_HIGH - powers * LN2_LOW;
+    double series = terms[0];
+#pragma GCC unroll 13
+    for (int term = 1; term < 14; term++) series = series * rest + terms[term];
+    int64_t power = bits_of_double(shifted) - bits_of_double(WHOLE);
+    /* Shifted as what is not negative: few instruction sets shift signed vectors of 64 bits. */
+    int64_t half = (int64_t)((uint64_t)(power + 2048) >> 1) - 1024;
+    return series * double_of((half + 1023) << 52) * double_of((power - half + 1023) << 52);
+}
+
+ALWAYS_INLINE double logarithm(double value) {
+    static const double terms[] = {
+        1.0 / 21, 1.0 / 19, 1.0 / 17, 1.0 / 15, 1.0 / 13, 1.0 / 11,
+        1.0 / 9,  1.0 / 7,  1.0 / 5,  1.0 / 3,  1.0,
+    };
+    int64_t bits = bits_of_double(value);
+    /* With the sign's bit, as a shift of signed numbers leaves it. */
+    int64_t exponent = ((int64_t)((uint64_t)bits >> 52) ^ 2048) - 2048 - 1022;
+    double exponents = double_of(exponent + bits_of_double(WHOLE)) - WHOLE;
+    double mantissa = double_of((bits & (((int64_t)1 << 52) - 1)) | (int64_t)1022 << 52);
+    int small = mantissa < SQRT_HALF;
+    mantissa = small ? mantissa + mantissa : mantissa;
+    exponents = small ? exponents - 1.0 : exponents;
+    double ratio = (mantissa - 1.0) / (mantissa + 1.0);
+    double square = ratio * ratio;
+    double series = terms[0];
+#pragma GCC unroll 10
+    for (int term = 1; term < 11; term++) series = series * square + terms[term];
+    return exponents * LN2_HIGH + (exponents * LN2_LOW + (ratio + ratio) * series);
+}
+
+/* Computes from one row. */
+ALWAYS_INLINE void compute_unary(enum op op, float *out, const float *a, int64_t count) {
+    switch (op) {
+        case OP_ABSOLUTE:
+            EACH(i, count) out[i] = float_of(bits_of(a[i]) & MAGNITUDE_BITS);
+            break;
+        case OP_SIGN: EACH(i, count) out[i] = sign_or_zero(a[i]); break;
+        case OP_SQUARE_ROOT: EACH(i, count) out[i] = __builtin_sqrtf(a[i]); break;
+        case OP_EXPONENTIAL: EACH(i, count) out[i] = (float)exponential(a[i]); break;
+        case OP_LOGARITHM: EACH(i, count) out[i] = (float)logarithm(a[i]); break;
+        default: break;
+    }
+}
+
+#endif

@@ -1,0 +1,51 @@
+/* Totals of rows, in float64: the order of streammerge/tiles/interpreter.py. */
+#ifndef STREAMMERGE_TOTALS_H
+#define STREAMMERGE_TOTALS_H
+
+#include "arithmetic.h"
+
+/* Element i of a row is added to running sum i % SUMS; tiles are whole numbers of them. */
+enum { SUMS = 16 };
+
+ALWAYS_INLINE double larger(double a, double b) { return (b > a) | (b != b) ? b : a; }
+
+ALWAYS_INLINE double totalled(enum op op, double so_far, const float *a, const float *b, int64_t i) {
+    if (op == OP_LARGEST) return larger(so_far, a[i]);
+    if (op == OP_DOT) return so_far + (double)a[i] * (double)b[i];
+    return so_far + (double)a[i];
+}
+
+ALWAYS_INLINE void total_tile_by(enum op op, double *kept, const float *a, const float *b,
+                                 int64_t count) {
+    double sums[SUMS];
+    int64_t whole = count / SUMS * SUMS;
+    memcpy(sums, kept, sizeof sums);
+    for (int64_t at = 0; at < whole; at += SUMS)
+        for (int64_t k = 0; k < SUMS; k++) sums[k] = totalled(op, sums[k], a, b, at + k);
+    for (int64_t at = whole; at < count; at++)
+        sums[at - whole] = totalled(op, sums[at - whole], a, b, at);
+    memcpy(kept, sums, sizeof sums);
+}
+
+ALWAYS_INLINE void total_tile(enum op op, double *sums, const float *a, const float *b,
+                              int64_t count) {
+    switch (op) {
+        case OP_SUM: total_tile_by(OP_SUM, sums, a, b, count); break;
+        case OP_DOT: total_tile_by(OP_DOT, sums, a, b, count); break;
+        default: total_tile_by(OP_LARGEST, sums, a, b, count);
+    }
+}
+
+ALWAYS_INLINE void begin_total(enum op op, double *sums) {
+    for (int k = 0; k < SUMS; k++) sums[k] = op == OP_LARGEST ? -__builtin_inf() : 0.0;
+}
+
+/* A total of zero has no sign. */
+ALWAYS_INLINE double end_total(enum op op, double *sums) {
+    for (int half = SUMS / 2; half > 0; half /= 2)
+        for (int k = 0; k < half; k++)
+            sums[k] = op == OP_LARGEST ? larger(sums[k], sums[half + k]) : sums[k] + sums[half + k];
+    return sums[0] + 0.0;
+}
+
+#endif
