@@ -25,16 +25,16 @@ from streammerge.engine.pieces import Part, PieceInMemory, Stored
 from streammerge.methods import discover_methods
 from streammerge.methods.base import MagnitudeTopK, MergeMethod, Scope
 from streammerge.plan.types import MergePlan
-from streammerge.reductions import BLOCK
-from streammerge.reductions.magnitude import (
+from streammerge.rng import keep_mask, stream_key
+from streammerge.statistics import BLOCK
+from streammerge.statistics.magnitude import (
     Band,
     Bins,
     MagnitudeSearch,
     answer_block,
     choose_sample_runs,
 )
-from streammerge.reductions.topk import TiePolicy, TopK
-from streammerge.rng import keep_mask, stream_key
+from streammerge.statistics.topk import TiePolicy, TopK
 
 pytest.importorskip("pytest_benchmark", reason="micro-benchmarks need pytest-benchmark")
 

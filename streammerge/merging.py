@@ -229,7 +229,7 @@ def _write_shards(
             sources,
             shards,
             recovered=Recovered(planned, kept, wanted=None),
-            on_scope=lambda task, tops: output.journal.append([scope_found(task, tops)]),
+            on_scope=lambda task, found: output.journal.append([scope_found(task, found)]),
             snapshot=output.partial / SNAPSHOT_NAME,
             keep_cached=fits_page_cache(planned),
             on_progress=on_progress,

@@ -14,6 +14,7 @@ upper lane decides about all elements but one in 65,536, so the second stream is
 from __future__ import annotations
 
 import hashlib
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -82,6 +83,26 @@ def keep_mask(key: int, start: int, count: int, density: float) -> NDArray[np.bo
     if lower_limit:
         for element in np.flatnonzero(upper == np.uint16(upper_limit)).tolist():
             mask[element] = _lower_lane(key, start + element) < lower_limit
+    return mask
+
+
+def keep_mask_by(
+    key: int, start: int, probabilities: NDArray[np.floating[Any]]
+) -> NDArray[np.bool_]:
+    """Return which elements from flat index ``start`` are kept, each with its own probability.
+
+    Args:
+        key: What :func:`stream_key` returned.
+        start: Flat index of the first element; a multiple of :data:`LANES_PER_COUNTER`.
+        probabilities: ``[count]``, in [0, 1].
+    """
+    # rint rounds halves to even, as round does.
+    limits = np.rint(probabilities.astype(np.float64) * 2.0**32).astype(np.int64)
+    upper = random_lanes(key, start, probabilities.size).astype(np.int64)
+    mask = upper < limits >> 16
+    undecided = (upper == limits >> 16) & (limits & 0xFFFF > 0)
+    for element in np.flatnonzero(undecided).tolist():
+        mask[element] = _lower_lane(key, start + element) < limits[element] & 0xFFFF
     return mask
 
 

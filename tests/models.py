@@ -29,7 +29,7 @@ from streammerge.errors import MemoryBudgetError
 from streammerge.plan import kernels
 from streammerge.plan.chunking import Residence, iter_units
 from streammerge.plan.types import MergePlan
-from streammerge.reductions import BLOCK
+from streammerge.statistics import BLOCK
 
 Tensors = dict[str, Tensor]
 Layout = Literal["given", "reversed", "interleaved"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -11,11 +11,19 @@ import torch
 from torch import Tensor
 
 from streammerge import functional
+from streammerge.engine.plain import bind_numbers
 from streammerge.methods import discover_methods
-from streammerge.methods.base import MergeChunk, Operand, Stack
-from streammerge.methods.parts import trim_
-from streammerge.reductions.topk import TiePolicy, TopK
-from streammerge.rng import keep_mask, stream_key
+from streammerge.methods.base import Operand, Scope
+from streammerge.methods.programs import Programs, programs_of
+from streammerge.rng import keep_mask, keep_mask_by, stream_key
+from streammerge.statistics import BLOCK
+from streammerge.statistics.rounds import NOTHING, Answers, Found
+from streammerge.statistics.topk import TopK
+from streammerge.statistics.totals import join_totals
+from streammerge.statistics.trimming import mark_, trim_
+from streammerge.tiles.interpreter import count_rows, run_program
+from streammerge.tiles.program import Op, Program
+from streammerge.tiles.totalling import total_rows
 
 Tensors = Mapping[str, Tensor]
 
@@ -36,11 +44,15 @@ class Trim:
 
 def trim_by_sorting(values: np.ndarray, density: float, policy: str = "exact") -> Trim:
     """Return what a trim keeps; NaN ranks above everything."""
+    return trim_to(values, values.size if density >= 1 else int(density * values.size), policy)
+
+
+def trim_to(values: np.ndarray, k: int, policy: str) -> Trim:
+    """Return which k values of largest magnitude are kept; NaN ranks above everything."""
     magnitudes = np.abs(values)
-    k = int(density * magnitudes.size)
-    if density >= 1 or magnitudes.size == 0:
+    if k >= magnitudes.size:
         return Trim(np.ones(magnitudes.size, dtype=bool), 0.0, magnitudes.size, 0)
-    if k == 0:
+    if k <= 0:
         return Trim(np.zeros(magnitudes.size, dtype=bool), None, 0, 0)
     ranks = np.where(np.isnan(magnitudes), np.inf, magnitudes)
     # NaN before infinity, then by magnitude; a stable sort leaves ties in flat order.
@@ -191,7 +203,7 @@ def apply_to_whole_tensors(
     seed: int = 0,
     compute_dtype: torch.dtype = torch.float32,
 ) -> dict[str, Tensor]:
-    """Run any method's ``apply`` on each tensor as one chunk, however large.
+    """Run any method's programs on each tensor as one block, however large.
 
     This knows no method by name, so it checks those that are still to be written.
     """
@@ -204,46 +216,79 @@ def apply_to_whole_tensors(
         values[spec.name] = (value,) * n if spread else value
         if isinstance(value, list):
             values[spec.name] = tuple(value)
-    params = method.params(**values)
-    need = method.reduction(params)
     on_tasks = method.operand is Operand.TASK_VECTORS
-    vectors, trims = {}, {}
-    for name in sorted(base):
-        start = base[name].to(compute_dtype).reshape(-1)
-        rows = [source[name].to(compute_dtype).reshape(-1) for source in sources]
-        vectors[name] = torch.stack([row - start if on_tasks else row for row in rows])
-    if need is not None:
-        policy = TiePolicy(need.tie_policy).value
-        for source, density in enumerate(need.densities):
-            scopes = [list(vectors)] if need.scope.value == "model" else [[n] for n in vectors]
-            for scope in scopes:
-                flat = torch.cat([vectors[name][source] for name in scope]).numpy()
-                trim = trim_by_sorting(flat, density, policy)
-                begin = 0
-                for name in scope:
-                    end = begin + vectors[name].shape[1]
-                    trims[name, source] = _whole_top(trim, flat, begin, end)
-                    begin = end
-    merged = {}
-    for name, rows in vectors.items():
-        chunk = MergeChunk(
-            base=base[name].to(compute_dtype).reshape(-1) if on_tasks else None,
-            vectors=Stack(rows, rows.unbind()),
-            scratch=torch.empty(method.scratch_rows, rows.shape[1], dtype=compute_dtype),
-            trims=_WholeTrims(tuple(trims[name, source] for source in range(n)) if need else ()),
-            masks=_WholeMasks(seed, name),
-            steps=_NoSteps(),
+    programs = programs_of(method, values.items(), sources=n, has_base=on_tasks)
+    whole = {
+        name: _WholeTensor(
+            name,
+            base[name].to(compute_dtype).reshape(-1),
+            [source[name].to(compute_dtype).reshape(-1) for source in sources],
+            seed,
         )
-        result = method.apply(chunk, params).clone()
-        merged[name] = result.reshape(base[name].shape).to(base[name].dtype)
+        for name in sorted(base)
+    }
+    of_model = programs.work.scope is Scope.MODEL
+    found = {}
+    for scope in [list(whole)] if of_model else [[name] for name in whole]:
+        found |= _find_plainly(programs, {name: whole[name] for name in scope})
+    merged = {}
+    for name, tensor in whole.items():
+        result = tensor.run(programs.merge, found[name])
+        assert result is not None
+        merged[name] = result.clone().reshape(base[name].shape).to(base[name].dtype)
     return merged
 
 
-class _NoSteps:
-    """Whole models are merged at once, never one after the other."""
+def _find_plainly(programs: Programs, scope: Mapping[str, _WholeTensor]) -> dict[str, Found]:
+    """Return what a method asks about a scope, as each of its tensors sees it: by sorting."""
+    known = dict.fromkeys(scope, NOTHING)
+    numel = sum(tensor.base_row.numel() for tensor in scope.values())
+    for program, asked in zip(programs.rounds, programs.work.rounds, strict=True):
+        sinks = {name: _Collected(program) for name in scope}
+        for name, tensor in scope.items():
+            tensor.run(program, known[name], sinks[name])
+        of_blocks = np.concatenate([each.totals() for each in sinks.values()])
+        totals = join_totals(program.totals, of_blocks)
+        before = next(iter(known.values()))
+        tops: dict[str, list[TopK]] = {name: [] for name in scope}
+        for index, wish in enumerate(asked.ranks(numel, before)):
+            flat = np.concatenate([each.ranked[index] for each in sinks.values()])
+            trim = trim_to(flat, wish.k, wish.tie_policy.value)
+            begin = 0
+            for name, each in sinks.items():
+                end = begin + each.ranked[index].size
+                tops[name].append(_whole_top(trim, flat, begin, end))
+                begin = end
+        for name in scope:
+            answers = Answers(numel, totals, tuple(tops[name]), known[name])
+            known[name] = known[name].joined(asked.concluded(answers))
+    return known
 
-    def step_(self, weights: Tensor, *, source: int) -> Tensor:
-        raise AssertionError(f"source {source} is no adapter: {weights.shape}")
+
+class _Collected:
+    """What a program leaves behind, whole."""
+
+    def __init__(self, program: Program) -> None:
+        self._kinds = program.totals
+        self.ranked: dict[int, np.ndarray] = {}
+        self._totals: dict[int, np.ndarray] = {}
+
+    def rank(self, index: int, row: Tensor) -> None:
+        self.ranked[index] = row.numpy().copy()
+
+    def total(self, index: int, op: Op, a: Tensor, b: Tensor) -> None:
+        self._totals[index] = np.array(
+            [
+                total_rows(op, x.numpy()[None], y.numpy()[None])[0]
+                for x, y in zip(a.split(BLOCK), b.split(BLOCK), strict=True)
+                if x.numel()
+            ]
+        )
+
+    def totals(self) -> np.ndarray:
+        """Return ``[blocks, totals]``."""
+        columns = [self._totals[index] for index in range(len(self._kinds))]
+        return np.stack(columns, axis=1) if columns else np.zeros((0, 0))
 
 
 def _whole_top(trim: Trim, flat: np.ndarray, begin: int, end: int) -> TopK:
@@ -254,18 +299,46 @@ def _whole_top(trim: Trim, flat: np.ndarray, begin: int, end: int) -> TopK:
 
 
 @dataclass(frozen=True)
-class _WholeTrims:
-    tops: tuple[TopK, ...]
+class _WholeTensor:
+    """A tensor as a program reads it, in one block, however large."""
 
-    def trim_(self, row: Tensor, *, source: int) -> Tensor:
-        return trim_(row, self.tops[source], 0)
-
-
-@dataclass(frozen=True)
-class _WholeMasks:
-    seed: int
     name: str
+    base_row: Tensor
+    rows: list[Tensor]
+    seed: int
+    program: Program | None = None
+    found: Found = NOTHING
 
-    def drop_(self, row: Tensor, *, source: int, density: float) -> Tensor:
-        mask = keep_mask(stream_key(self.seed, source, self.name), 0, row.numel(), density)
-        return row.mul_(torch.from_numpy(mask))
+    def run(self, program: Program, found: Found, sinks: _Collected | None = None) -> Tensor | None:
+        numel = self.base_row.numel()
+        return run_program(
+            program,
+            replace(self, program=program, found=found),
+            numbers=bind_numbers(program, found),
+            memory=torch.empty(count_rows(program), numel, dtype=self.base_row.dtype),
+            row_numel=numel,
+            sinks=sinks,
+        )
+
+    def base(self, out: Tensor) -> None:
+        out.copy_(self.base_row)
+
+    def source(self, source: int, out: Tensor) -> None:
+        out.copy_(self.rows[source])
+
+    def task_vector(self, source: int, out: Tensor) -> None:
+        torch.sub(self.rows[source], self.base_row, out=out)
+
+    def trim_(self, row: Tensor, trim: int) -> None:
+        trim_(row, self.found.tops[self.program.trims[trim]], 0)
+
+    def mark_(self, row: Tensor, trim: int) -> None:
+        mark_(row, self.found.tops[self.program.trims[trim]], 0)
+
+    def drop_(self, row: Tensor, stream: int, probability: Tensor | float) -> None:
+        key = stream_key(self.seed, self.program.streams[stream], self.name)
+        if isinstance(probability, float):
+            mask = keep_mask(key, 0, row.numel(), probability)
+        else:
+            mask = keep_mask_by(key, 0, probability.numpy())
+        row.mul_(torch.from_numpy(mask))

@@ -17,7 +17,7 @@ import torch
 from models import MEMORY, recipe_of, write_model
 
 import streammerge
-from streammerge.reductions import BLOCK
+from streammerge.statistics import BLOCK
 
 pytestmark = [
     pytest.mark.timeout(1800),

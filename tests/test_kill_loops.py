@@ -24,7 +24,7 @@ from models import recipe_of, write_model
 
 from streammerge.checkpoint.journal import JOURNAL_NAME, read_journal
 from streammerge.checkpoint.verifying import verify_files
-from streammerge.reductions import BLOCK
+from streammerge.statistics import BLOCK
 
 pytestmark = [
     pytest.mark.timeout(7200),

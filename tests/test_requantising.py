@@ -39,8 +39,8 @@ from streammerge.errors import CheckpointError, PlanError, RecipeError
 from streammerge.plan.chunking import Residence
 from streammerge.plan.codec import dump_plan, parse_plan
 from streammerge.plan.types import MergePlan
-from streammerge.reductions import BLOCK
 from streammerge.run import verify_against
+from streammerge.statistics import BLOCK
 
 pytestmark = pytest.mark.timeout(120)
 

@@ -45,7 +45,7 @@ from streammerge.engine.statistics import ScopeStatistics
 from streammerge.errors import CheckpointError, OutputError, OutputExistsError, ResumeError
 from streammerge.plan.chunking import Piece
 from streammerge.plan.types import MergePlan
-from streammerge.reductions import BLOCK
+from streammerge.statistics import BLOCK
 
 pytestmark = pytest.mark.timeout(120)
 

@@ -326,9 +326,9 @@ class _Aligner:
         ]
         params = self._method.bind(self._resolve(name).values)
         if base is not None and self._only_adapted and not touching:
-            need = self._method.reduction(params)
+            work = self._method.work(params)
             # Its zeros count among the entries that a threshold over the model keeps a share of.
-            counts = need is not None and need.scope is Scope.MODEL
+            counts = bool(work.rounds) and work.scope is Scope.MODEL
             kept = self._method.keeps_base(params) and not counts
             return self._taken(name, entries, 0) if kept else None
         full = [i for i in range(1, len(entries)) if i not in self._adapted and entries[i]]

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from streammerge.checkpoint.types import TensorEntry
-from streammerge.reductions import BLOCK
+from streammerge.statistics import BLOCK
 
 LEAF_ELEMENTS = BLOCK
 """Elements of a leaf. Chunks are whole blocks, so no leaf is ever split between two of them."""

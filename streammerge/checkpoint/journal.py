@@ -24,7 +24,7 @@ from typing import Any
 from streammerge.checkpoint.digests import DIGEST_BYTES
 from streammerge.checkpoint.ownfiles import open_own, read_own
 from streammerge.errors import DiskSpaceError, OutputError, ResumeError
-from streammerge.reductions.topk import TopK
+from streammerge.statistics.topk import TopK
 
 JOURNAL_NAME = ".streammerge-journal"
 _CHECKSUM_BYTES = 8
@@ -62,7 +62,9 @@ class ScopeFound:
     task: int
     """Index of the tensor; -1 for the whole model."""
     tops: tuple[tuple[float, ...], ...]
-    """Per source the fields of :class:`~streammerge.reductions.topk.TopK`, in order."""
+    """Per ranked value the fields of :class:`~streammerge.statistics.topk.TopK`, in order."""
+    numbers: tuple[float, ...]
+    """What the method settled on."""
 
 
 Entry = PieceDone | ScopeFound
@@ -293,6 +295,7 @@ _CHECKS: dict[str, Callable[[Any], bool]] = {
     "tensor_kept": _are(_is_count),
     "thresholds": _are(_is_number),
     "tops": _are(_is_top),
+    "numbers": _are(_is_number),
 }
 """What the value of a field must be."""
 

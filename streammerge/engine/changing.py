@@ -14,7 +14,7 @@ from streammerge.adapters.onto_base.deltas import WORK_NUMEL, Delta
 from streammerge.engine.pieces import PieceInMemory, torch_dtype
 from streammerge.lazily import torch
 from streammerge.plan.types import MergePlan
-from streammerge.reductions import BLOCK
+from streammerge.statistics import BLOCK
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -15,10 +15,9 @@ from typing import Any, Protocol
 
 from numpy.typing import NDArray
 
+from streammerge.engine.asking import Asking, BlockAnswer
 from streammerge.engine.pieces import PieceInMemory, Stored
-from streammerge.methods.base import MagnitudeTopK
-from streammerge.reductions.magnitude import Counted, Question
-from streammerge.reductions.topk import TopK
+from streammerge.statistics.rounds import Found
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,15 +34,12 @@ class Applied:
 class DeviceStage(Protocol):
     """What a device must be able to do. One per worker thread; never called concurrently."""
 
-    def apply(
-        self, piece: PieceInMemory, tops: Sequence[tuple[TopK, ...]], out: Stored
-    ) -> list[Applied]:
+    def apply(self, piece: PieceInMemory, found: Sequence[Found], out: Stored) -> list[Applied]:
         """Merge a piece into ``out``, ``[numel]`` in the output dtype.
 
         Args:
             piece: The inputs.
-            tops: For each part of the piece, one statistic per source; empty tuples when the
-                method needs none.
+            found: What is known of each part of the piece.
             out: Receives the result.
 
         Returns:
@@ -62,20 +58,14 @@ class DeviceStage(Protocol):
         """
         ...
 
-    def measure(
-        self, piece: PieceInMemory, questions: Sequence[Question | None]
-    ) -> list[list[Counted | None]]:
-        """Answer every source's question for each block of a piece of one part.
-
-        Returns:
-            ``[blocks][sources]``.
-        """
+    def measure(self, piece: PieceInMemory, asking: Asking) -> list[BlockAnswer]:
+        """Answer what is asked, for each block of a piece of one part."""
         ...
 
-    def select(self, piece: PieceInMemory, need: MagnitudeTopK) -> list[tuple[TopK, ...]]:
-        """Return the statistics of whole tensors that fill at most a block: parts, then sources."""
+    def settle(self, piece: PieceInMemory) -> list[Found]:
+        """Return all that the method asks about whole tensors that fill at most a block, each."""
         ...
 
-    def sample(self, piece: PieceInMemory, start: int, out: NDArray[Any]) -> None:
-        """Fill ``out``, ``[n_sources, run]``, with magnitudes from the tensor's ``start`` on."""
+    def sample(self, piece: PieceInMemory, start: int, asking: Asking, out: NDArray[Any]) -> None:
+        """Fill ``out``, ``[ranked, run]``, with values to be ranked, from the tensor's ``start`` on."""
         ...

@@ -11,7 +11,7 @@ from streammerge.dtypes import DType
 from streammerge.engine.pieces import PieceInMemory
 from streammerge.errors import NonFiniteError, printable
 from streammerge.plan.types import MergePlan
-from streammerge.reductions.topk import Floats
+from streammerge.statistics.topk import Floats
 
 LARGEST = {
     DType.F16: 65504.0,

@@ -22,9 +22,9 @@ from streammerge.engine.writing import Claim, Extent, WriteJob
 from streammerge.errors import CheckpointError, printable
 from streammerge.plan.chunking import padded
 from streammerge.plan.types import MergePlan, find_scale_tasks
-from streammerge.reductions.topk import TopK
+from streammerge.statistics.rounds import NOTHING, Found
 
-FindTops = Callable[[PieceInMemory], Sequence[tuple[TopK, ...]]]
+FindStatistics = Callable[[PieceInMemory], Sequence[Found]]
 """Gives the statistics of a piece: one per source, for each of its parts."""
 
 
@@ -60,7 +60,7 @@ class ChunkMerger:
         self,
         stage: DeviceStage,
         loaded: LoadedChunk,
-        find_tops: FindTops,
+        find_statistics: FindStatistics,
         scales: TensorScales | None = None,
     ) -> None:
         """Turn a loaded chunk into write jobs and let go of it.
@@ -68,7 +68,7 @@ class ChunkMerger:
         Args:
             stage: The worker's device.
             loaded: The chunk.
-            find_tops: Gives the statistics of a piece: one per source, for each of its parts.
+            find_statistics: Gives the statistics of a piece: one per source, for each of its parts.
             scales: The scales of the chunk's only tensor, if it is a part of one that becomes codes;
                 None for whole tensors, whose scales are found here.
         """
@@ -87,7 +87,7 @@ class ChunkMerger:
             nbytes = piece.numel * task.made_dtype.itemsize
             memory = slots[0].memory[cursor : cursor + nbytes]
             cursor += padded(nbytes)
-            tops, applied = _make(stage, piece, find_tops, Stored(memory, task.made_dtype))
+            found, applied = _make(stage, piece, find_statistics, Stored(memory, task.made_dtype))
             if task.encoding is not None:
                 own = scales or _scales_of_whole(piece, memory)
                 memory = _encode(piece, memory, own)
@@ -96,7 +96,7 @@ class ChunkMerger:
                     cursor += padded(own.stored.size)
                     room[:] = own.stored
                     merged.append(self._scales_extent(own, room.data))
-            merged.extend(_extents(piece, memory.data, applied, tops))
+            merged.extend(_extents(piece, memory.data, applied, found))
         if copied:
             loaded.hold()
         loaded.release()
@@ -113,7 +113,7 @@ class ChunkMerger:
         self,
         stage: DeviceStage,
         loaded: LoadedChunk,
-        find_tops: FindTops,
+        find_statistics: FindStatistics,
         scales: TensorScales,
     ) -> None:
         """Merge a part of a tensor for the sake of its scales alone, and let go of it."""
@@ -121,7 +121,7 @@ class ChunkMerger:
             with self._progress.waiting():
                 slots = self._outputs.acquire(1)
             memory = slots[0].memory[: piece.numel * piece.first.task.made_dtype.itemsize]
-            _make(stage, piece, find_tops, Stored(memory, piece.first.task.made_dtype))
+            _make(stage, piece, find_statistics, Stored(memory, piece.first.task.made_dtype))
             scales.look(piece.first.start, memory.view("<f4"))
             self._outputs.release(slots)
         loaded.release()
@@ -133,7 +133,7 @@ class ChunkMerger:
     def _scales_extent(self, scales: TensorScales, memory: memoryview) -> Extent:
         index = self._scale_tasks[scales.encoding.scales]
         task = self._plan.tasks[index]
-        claim = Claim(Part(task, index, 0, task.numel), _COPIED, (), 0, len(memory))
+        claim = Claim(Part(task, index, 0, task.numel), _COPIED, NOTHING, 0, len(memory))
         return Extent(task.shard, task.offset, memory, (claim,))
 
     def _copy(self, piece: PieceInMemory) -> Extent:
@@ -149,17 +149,17 @@ class ChunkMerger:
                     f"{self._plan.label(first_model)} and {self._plan.label(model)} differ at flat "
                     f"element {element}; add a rule {{tensors: {task.name!r}, copy: ...}}"
                 )
-        return next(_extents(piece, first.memory.data, [_COPIED], [()]))
+        return next(_extents(piece, first.memory.data, [_COPIED], [NOTHING]))
 
 
 def _make(
-    stage: DeviceStage, piece: PieceInMemory, find_tops: FindTops, out: Stored
-) -> tuple[Sequence[tuple[TopK, ...]], list[Applied]]:
+    stage: DeviceStage, piece: PieceInMemory, find_statistics: FindStatistics, out: Stored
+) -> tuple[Sequence[Found], list[Applied]]:
     """Fill ``out`` with the values of a piece; return the statistics used, and what it came to."""
     if piece.first.task.action is Action.CONVERT:
-        return [()], [stage.convert(piece, out)]
-    tops = find_tops(piece)
-    return tops, stage.apply(piece, tops, out)
+        return [NOTHING], [stage.convert(piece, out)]
+    found = find_statistics(piece)
+    return found, stage.apply(piece, found, out)
 
 
 def _scales_of_whole(piece: PieceInMemory, memory: NDArray[np.uint8]) -> TensorScales:
@@ -186,13 +186,13 @@ def _extents(
     piece: PieceInMemory,
     memory: memoryview,
     applied: Sequence[Applied],
-    tops: Sequence[tuple[TopK, ...]],
+    found: Sequence[Found],
 ) -> Iterator[Extent]:
     """Say where the parts of a piece go; neighbours in the file go there together."""
     first = 0
     claims: list[Claim] = []
-    for (part, begin, end), part_applied, part_tops in zip(
-        piece.ranges(), applied, tops, strict=True
+    for (part, begin, end), part_applied, part_found in zip(
+        piece.ranges(), applied, found, strict=True
     ):
         itemsize = part.task.dtype.itemsize
         if claims and not _follows(claims[-1].part, part):
@@ -201,7 +201,7 @@ def _extents(
         if not claims:
             first = begin * itemsize
         claims.append(
-            Claim(part, part_applied, part_tops, begin * itemsize - first, end * itemsize - first)
+            Claim(part, part_applied, part_found, begin * itemsize - first, end * itemsize - first)
         )
     yield _extent(memory, first, claims)
 

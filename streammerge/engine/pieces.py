@@ -16,10 +16,9 @@ from streammerge.adapters.onto_base.deltas import Delta
 from streammerge.assignment.types import Action
 from streammerge.dtypes import DType
 from streammerge.lazily import torch
-from streammerge.methods.parts import ADD_LEFT_TO_RIGHT
 from streammerge.plan.chunking import Chunk, ModelRead
 from streammerge.plan.types import MergePlan, TensorTask
-from streammerge.reductions import BLOCK
+from streammerge.statistics import BLOCK
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -156,10 +155,8 @@ class _ChunkView:
         """Return the end of the run of pieces, from ``begin`` on, that can be merged as one."""
         plan = self._plan
         first = plan.tasks[self._pieces[begin].task]
-        # torch.sum of more rows adds in an order that depends on how long they are.
-        many = len(plan.models) - plan.has_base > ADD_LEFT_TO_RIGHT
         alone = first.changes or first.region or first.encoding or plan.keep_non_finite
-        if first.action is not Action.MERGE or alone or many:
+        if first.action is not Action.MERGE or alone:
             return begin + 1
         kind = _kind(first)
         numel = self._pieces[begin].numel

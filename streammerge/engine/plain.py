@@ -1,17 +1,16 @@
-"""Pieces measured and merged block by block with the operations of torch.
+"""Pieces measured and merged block by block: programs run by the plain interpreter.
 
 Blocks of 262,144 elements go from the slots through a worker's own scratch memory, small enough for
 the core's cache, into the output slot.
 
-Memory: per worker ``(n_sources + 1 + scratch rows + 1)`` blocks in the compute dtype, comparison
-masks, and one block's random words.
+Memory: per worker :func:`streammerge.plan.demanding.count_plain_rows` blocks in the compute dtype,
+comparison masks, and one block's random words.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
@@ -19,27 +18,35 @@ import numpy as np
 from numpy.typing import NDArray
 
 from streammerge.dtypes import DType
-from streammerge.engine.changing import ChangeWork, PieceSteps
+from streammerge.engine.asking import Asking, BlockAnswer
+from streammerge.engine.changing import ChangeWork
 from streammerge.engine.device import Applied
-from streammerge.engine.finite import LARGEST, check_range, refuse_operand
+from streammerge.engine.finite import LARGEST, check_range
 from streammerge.engine.pieces import Part, PieceInMemory, Stored, torch_dtype
+from streammerge.engine.reading import Bench, BlockReader
 from streammerge.engine.segments import Block, Segment, split_piece
 from streammerge.lazily import torch
-from streammerge.methods.base import MagnitudeTopK, MergeChunk, MergeMethod, Operand, Stack
-from streammerge.methods.parts import trim_, trim_rows_
+from streammerge.methods.base import MergeMethod
+from streammerge.methods.programs import Programs, found_of_nothing
+from streammerge.plan.demanding import count_plain_rows
+from streammerge.plan.sweeps import programs_of_plan
 from streammerge.plan.types import MergePlan
-from streammerge.reductions import BLOCK
-from streammerge.reductions.magnitude import Counted, Question, answer_block
-from streammerge.reductions.selecting import select_block, select_rows
-from streammerge.reductions.topk import TopK, count_kept
-from streammerge.rng import keep_mask, stream_key
+from streammerge.statistics import BLOCK
+from streammerge.statistics.magnitude import Counted, answer_block
+from streammerge.statistics.rounds import NOTHING, Answers, Found, Rank
+from streammerge.statistics.selecting import select_block, select_rows
+from streammerge.statistics.topk import TopK
+from streammerge.statistics.totals import join_totals, no_totals
+from streammerge.tiles.interpreter import run_program
+from streammerge.tiles.program import Op, Origin, Program
+from streammerge.tiles.totalling import total_rows
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 _LEAST_ROWS = 8
-"""Tensors of one size, side by side, whose thresholds are handled together. For fewer, larger ones
-it takes as long, or up to a tenth longer: each call does enough by itself."""
+"""Tensors of one size, side by side, whose thresholds are found together. For fewer, larger ones it
+takes as long, or up to a tenth longer: each call does enough by itself."""
 
 
 class PlainStage:
@@ -49,34 +56,27 @@ class PlainStage:
         """Allocate one worker's scratch memory."""
         self._plan = plan
         self._method = method
-        self._params = [method.bind(setting.values) for setting in plan.settings]
-        self._first_source = 1 if plan.has_base else 0
-        self._subtracts = method.operand is Operand.TASK_VECTORS
-        self._has_base = plan.has_base
-        self._in_turn = [method.in_turn(params) for params in self._params]
-        self._n_sources = len(plan.models) - self._first_source
-        rows = self._n_sources + 1 + method.scratch_rows + 1
-        self._memory = torch.empty(rows * BLOCK, dtype=torch_dtype(plan.compute_dtype))
-        self._changes = ChangeWork(plan)
-        self._vectors = self._memory[: self._n_sources * BLOCK]
-        rest = self._memory[self._n_sources * BLOCK :].view(-1, BLOCK)
-        self._base, self._scratch, self._magnitudes = rest[0], rest[1:-1], rest[-1]
-        self._masks = np.empty((2, BLOCK), dtype=np.bool_)
-        # Making views costs as much as a small operation; nearly all blocks share these.
-        self._whole = self._vectors.view(self._n_sources, BLOCK)
-        self._full_block = Stack(self._whole, self._whole.unbind())
-        self._selected: tuple[PieceInMemory, Tensor | None, Stack] | None = None
+        self._programs = programs_of_plan(plan, method)
+        self._in_turn = [method.in_turn(method.bind(each.values)) for each in plan.settings]
+        rows = count_plain_rows(self._programs)
+        memory = torch.empty(rows * BLOCK, dtype=torch_dtype(plan.compute_dtype)).view(rows, BLOCK)
+        masks = np.empty((2, BLOCK), dtype=np.bool_)
+        self._bench = Bench(plan, ChangeWork(plan), memory[0], memory[1], masks)
+        self._registers = memory[2:]
+        self._tells = method.random or plan.model_scope
 
-    def apply(
-        self, piece: PieceInMemory, tops: Sequence[tuple[TopK, ...]], out: Stored
-    ) -> list[Applied]:
+    def apply(self, piece: PieceInMemory, found: Sequence[Found], out: Stored) -> list[Applied]:
         """Merge a piece; see :class:`DeviceStage`."""
-        kept = [[0] * self._n_sources for _ in piece.parts]
-        not_finite = sum(self.merge(piece, block, out) for block in split_piece(piece, tops, kept))
-        self._selected = None
+        programs = self._programs[piece.first.task.setting]
+        kept = [[0] * count_kept_of(programs) for _ in piece.parts]
+        blocks = split_piece(piece, found, kept)
+        not_finite = sum(self.merge(piece, block, out) for block in blocks)
         # Values that are not finite are only let through, and counted, in pieces of one part.
-        tell = self._method.random or self._plan.model_scope
-        return [Applied(not_finite, tuple(counts) if tell else ()) for counts in kept]
+        return [Applied(not_finite, self.told(programs, counts)) for counts in kept]
+
+    def told(self, programs: Programs, counts: Sequence[int]) -> tuple[int, ...]:
+        """Return what the manifest says about what was kept of a part."""
+        return tuple(programs.work.kept(counts)) if self._tells else ()
 
     def merge(self, piece: PieceInMemory, block: Block, out: Stored) -> int:
         """Merge one block of a piece.
@@ -92,37 +92,68 @@ class PlainStage:
         Raises:
             NonFiniteError: As :meth:`apply` does.
         """
-        begin, end, segments = block.begin, block.end, block.segments
-        params = self._params[piece.first.task.setting]
-        in_turn = self._in_turn[piece.first.task.setting]
-        check = not self._plan.keep_non_finite and not self._method.sums
-        base, vectors = self._load(piece, begin, end, check=check)
-        if self._plan.model_scope:
-            self._count_kept(segments, vectors)
-        chunk = MergeChunk(
-            base=base,
-            vectors=vectors,
-            scratch=self._scratch[:, : end - begin],
-            trims=_Trims(segments, self._magnitudes, self._masks),
-            masks=_PositionalMasks(self._plan.seed, segments),
-            steps=PieceSteps(self._changes, piece, begin, self._first_source),
-        )
+        program = self._programs[piece.first.task.setting].merge
+        if len(block.segments) > 1 and program.has_found_numbers:
+            return sum(self._merge_whole(piece, each, out) for each in _one_by_one(block))
+        return self._merge_whole(piece, block, out)
+
+    def _merge_whole(self, piece: PieceInMemory, block: Block, out: Stored) -> int:
+        begin, end = block.begin, block.end
+        setting = piece.first.task.setting
+        program = self._programs[setting].merge
+        keep, in_turn = self._plan.keep_non_finite, self._in_turn[setting]
         not_finite = 0
-        if self._plan.keep_non_finite:
+        if keep:
             not_finite += _count_stored(piece, begin, end)
             if piece.deltas and not in_turn:
-                not_finite += self._count_from_adapters(piece, vectors)
-        merged = self._method.apply(chunk, params)
-        if self._plan.keep_non_finite:
+                not_finite += self._count_from_adapters(piece, block, program)
+        check = not keep and not self._method.sums
+        merged = self._run(program, piece, block, check=check, count=self._tells)
+        assert merged is not None  # noqa: S101 - a merge stores
+        if keep:
             if in_turn:
                 # The operands are never there by themselves.
                 not_finite += _count_non_finite(merged)
         elif not _surely_in_range(merged, out.dtype):
             # A sum tells that something is not finite; only its operands tell what.
-            self._load(piece, begin, end, check=self._method.sums)
+            if self._method.sums:
+                merged = self._run(program, piece, block, check=True)
+                assert merged is not None  # noqa: S101 - a merge stores
             check_range(merged.numpy(), piece, begin)
         out.tensor()[begin:end].copy_(merged)
         return not_finite
+
+    def _run(
+        self,
+        program: Program,
+        piece: PieceInMemory,
+        block: Block,
+        *,
+        check: bool,
+        count: bool = False,
+        sinks: HostSinks | None = None,
+    ) -> Tensor | None:
+        """Run a program on one block."""
+        numel = block.end - block.begin
+        reader = BlockReader(
+            self._bench,
+            piece,
+            block.begin,
+            numel,
+            block.segments,
+            program=program,
+            in_turn=self._in_turn[piece.first.task.setting],
+            check=check,
+            count=count,
+        )
+        return run_program(
+            program,
+            reader,
+            numbers=bind_numbers(program, block.segments[0].found),
+            memory=self._registers[:, :numel],
+            row_numel=numel,
+            sinks=sinks,
+        )
 
     def convert(self, piece: PieceInMemory, out: Stored) -> Applied:
         """Convert the values of a piece; see :class:`DeviceStage`."""
@@ -131,7 +162,7 @@ class PlainStage:
         not_finite = 0
         for begin in range(0, piece.numel, BLOCK):
             end = min(begin + BLOCK, piece.numel)
-            values = self._base[: end - begin].copy_(stored[begin:end])
+            values = self._bench.base[: end - begin].copy_(stored[begin:end])
             if self._plan.keep_non_finite:
                 not_finite += _count_stored(piece, begin, end)
             elif not _surely_in_range(values, out.dtype):
@@ -139,161 +170,161 @@ class PlainStage:
             converted[begin:end].copy_(stored[begin:end])
         return Applied(not_finite, ())
 
-    def measure(
-        self, piece: PieceInMemory, questions: Sequence[Question | None]
-    ) -> list[list[Counted | None]]:
+    def measure(self, piece: PieceInMemory, asking: Asking) -> list[BlockAnswer]:
         """Answer questions about a piece; see :class:`DeviceStage`."""
+        program = self._programs[piece.first.task.setting].rounds[asking.round]
         return [
-            self._answer(piece, questions, begin, min(begin + BLOCK, piece.numel))
-            for begin in range(0, piece.numel, BLOCK)
+            self._answer(program, piece, block, asking)
+            for block in split_piece(piece, [asking.found], [[]])
         ]
 
     def _answer(
-        self, piece: PieceInMemory, questions: Sequence[Question | None], begin: int, end: int
-    ) -> list[Counted | None]:
-        """Return the answers of one block, one per source."""
+        self, program: Program, piece: PieceInMemory, block: Block, asking: Asking
+    ) -> BlockAnswer:
+        """Return the answers of one block."""
+        counted: list[Counted | None] = [None] * program.ranked
+
+        def answer(index: int, values: Tensor) -> None:
+            question = asking.questions[index]
+            if question is not None:
+                counted[index] = answer_block(question, values.numpy(), self._bench.masks)
+
         # A tensor is merged right after it is measured, and checked then; a whole model is not.
         check = self._plan.model_scope and not self._plan.keep_non_finite
-        _, vectors = self._load(piece, begin, end, check=check)
-        magnitudes = self._magnitudes[: end - begin]
-        found: list[Counted | None] = []
-        for row, question in zip(vectors.rows, questions, strict=True):
-            if question is None:
-                found.append(None)
-                continue
-            torch.abs(row, out=magnitudes)
-            found.append(answer_block(question, magnitudes.numpy(), self._masks))
-        return found
+        sinks = HostSinks(program, answer)
+        self._run(program, piece, block, check=check, sinks=sinks)
+        return BlockAnswer(tuple(counted), sinks.totals[0] if asking.totals else None)
 
-    def select(self, piece: PieceInMemory, need: MagnitudeTopK) -> list[tuple[TopK, ...]]:
-        """Find the thresholds of small tensors; see :class:`DeviceStage`."""
-        base, vectors = self._load(piece, 0, piece.numel, check=False)
-        magnitudes = self._magnitudes[: piece.numel]
+    def settle(self, piece: PieceInMemory) -> list[Found]:
+        """Find all that is asked about small tensors; see :class:`DeviceStage`."""
+        programs = self._programs[piece.first.task.setting]
+        if piece.numel == 0:
+            return [found_of_nothing(programs)] * len(piece.parts)
+        if len(programs.rounds) == 1 and not programs.rounds[0].totals:
+            return self._rank_together(piece, programs)
+        whole = split_piece(piece, [NOTHING] * len(piece.parts), [[] for _ in piece.parts])
+        return [
+            self._settle_one(piece, segment, programs)
+            for block in whole
+            for segment in _one_by_one(block)
+        ]
+
+    def _settle_one(self, piece: PieceInMemory, block: Block, programs: Programs) -> Found:
+        """Go through all rounds of one tensor."""
+        numel = block.end - block.begin
+        if numel == 0:
+            return found_of_nothing(programs)
+        known = NOTHING
+        for program, asked in zip(programs.rounds, programs.work.rounds, strict=True):
+            ranks = asked.ranks(numel, known)
+            tops: list[TopK] = []
+
+            def rank(index: int, values: Tensor, ranks: Sequence[Rank] = ranks) -> None:
+                wish = ranks[index]
+                tops.append(select_block(values.numpy(), wish.k, wish.tie_policy))  # noqa: B023
+
+            asking = replace(block, segments=tuple(_knowing(block.segments, known)))
+            sinks = HostSinks(program, rank)
+            self._run(program, piece, asking, check=False, sinks=sinks)
+            totals = join_totals(program.totals, sinks.totals)
+            answers = Answers(numel, totals, tuple(tops), known)
+            known = known.joined(asked.concluded(answers))
+        return known
+
+    def _rank_together(self, piece: PieceInMemory, programs: Programs) -> list[Found]:
+        """Find the ranks of several tensors, those of one size at once."""
+        (asked,) = programs.work.rounds
         runs = _equal_runs(list(piece.ranges()))
-        by_source = []
-        for row, density in zip(vectors.rows, need.densities, strict=True):
-            values = torch.abs(row, out=magnitudes).numpy()
+        by_value: list[list[TopK]] = []
+
+        def rank(index: int, values: Tensor) -> None:
+            magnitudes = values.numpy()
             found: list[TopK] = []
             for begin, end, count in runs:
-                rows = values[begin:end].reshape(count, -1)
+                rows = magnitudes[begin:end].reshape(count, -1)
+                wish = asked.ranks(rows.shape[1], NOTHING)[index]
                 if count < _LEAST_ROWS:
-                    found += [select_block(each, density, need.tie_policy) for each in rows]
+                    found += [select_block(each, wish.k, wish.tie_policy) for each in rows]
                 else:
-                    found += select_rows(rows, density, need.tie_policy, self._scratch[0])
-            by_source.append(found)
-        # The merge of these tensors comes next, as a rule, and finds them as they are.
-        self._selected = piece, base, vectors
-        return list(zip(*by_source, strict=True))
+                    spare = self._bench.magnitudes
+                    found += select_rows(rows, wish.k, wish.tie_policy, spare)
+            by_value.append(found)
 
-    def sample(self, piece: PieceInMemory, start: int, out: NDArray[Any]) -> None:
-        """Fill in magnitudes; see :class:`DeviceStage`."""
-        begin = start - piece.first.start
-        _, vectors = self._load(piece, begin, begin + out.shape[1], check=False)
-        for row, magnitudes in zip(vectors.rows, torch.from_numpy(out), strict=True):
-            torch.abs(row, out=magnitudes)
-
-    def _count_from_adapters(self, piece: PieceInMemory, vectors: Stack) -> int:
-        """Return how many values that adapters make of the base are NaN or infinite."""
-        changed = [
-            row
-            for source, row in enumerate(vectors.rows)
-            if piece.deltas[self._first_source + source]
+        (block,) = split_piece(piece, [NOTHING] * len(piece.parts), [[] for _ in piece.parts])
+        sinks = HostSinks(programs.rounds[0], rank)
+        self._run(programs.rounds[0], piece, block, check=False, sinks=sinks)
+        return [
+            asked.concluded(Answers(part.numel, (), tops, NOTHING))
+            for part, tops in zip(piece.parts, zip(*by_value, strict=True), strict=True)
         ]
-        return sum(map(_count_non_finite, changed))
 
-    def _count_kept(self, segments: Sequence[Segment], vectors: Stack) -> None:
-        """Add how many entries of this block each source keeps under a threshold of the model."""
-        for source, row in enumerate(vectors.rows):
-            for segment in segments:
-                values = row[segment.begin : segment.end]
-                magnitudes = torch.abs(values, out=self._magnitudes[: values.numel()]).numpy()
-                top = segment.tops[source]
-                segment.kept[source] += count_kept(magnitudes, top, segment.block, self._masks)
+    def sample(self, piece: PieceInMemory, start: int, asking: Asking, out: NDArray[Any]) -> None:
+        """Fill in values to be ranked; see :class:`DeviceStage`."""
+        program = self._programs[piece.first.task.setting].rounds[asking.round]
+        begin = start - piece.first.start
+        end = begin + out.shape[1]
+        part = piece.first
+        block = part.task.scope_block + start // BLOCK
+        segment = Segment(0, end - begin, part, start, block, asking.found, [])
 
-    def _load(
-        self, piece: PieceInMemory, begin: int, end: int, *, check: bool
-    ) -> tuple[Tensor | None, Stack]:
-        """Convert one block of every input; return the base and the operands."""
-        selected, self._selected = self._selected, None
-        if selected is not None and selected[0] is piece:
-            if check:
-                for source, row in enumerate(selected[2].rows):
-                    self._check_finite(row, piece, begin, self._first_source + source)
-            return selected[1:]
-        numel = end - begin
-        vectors = self._operands(piece, numel)
-        if self._in_turn[piece.first.task.setting]:
-            # PEFT loads all adapters first, each in place of what the base has, then merges them.
-            stored = next(each.tensor() for each in reversed(piece.inputs) if each is not None)
-            in_type = stored[begin:end].to(torch_dtype(piece.first.task.dtype))
-            return self._base[:numel].copy_(in_type), vectors
-        base = None
-        if self._has_base and piece.inputs[0] is not None:
-            base = self._base[:numel].copy_(piece.inputs[0].tensor()[begin:end])
-        lent = False
-        for source, row in enumerate(vectors.rows):
-            if piece.inputs[self._first_source + source] is None:
-                lent = True
-                self._fill_adapted(row, base, piece, source, begin)
-            else:
-                self._fill_stored(row, base, piece, source, begin)
-            if check:
-                self._check_finite(row, piece, begin, self._first_source + source)
-        if lent and check and base is not None:
-            self._check_finite(base, piece, begin, 0)
-        return base, vectors
+        def keep(index: int, values: Tensor) -> None:
+            out[index] = values.numpy()
 
-    def _check_finite(self, row: Tensor, piece: PieceInMemory, begin: int, model: int) -> None:
-        """Raise if an operand holds NaN or infinity.
+        sinks = HostSinks(program, keep)
+        self._run(program, piece, Block(begin, end, (segment,)), check=False, sinks=sinks)
 
-        A sum of squares is finite only if every term is, so one cheap reduction acquits almost
-        every block; only a suspect is searched.
-        """
-        if not math.isfinite(float(torch.dot(row, row))) and not torch.isfinite(row).all():
-            refuse_operand(row.numpy(), piece, begin, self._plan, model)
+    def _count_from_adapters(self, piece: PieceInMemory, block: Block, program: Program) -> int:
+        """Return how many values that adapters make of the base are NaN or infinite."""
+        numel = block.end - block.begin
+        reader = BlockReader(
+            self._bench, piece, block.begin, numel, block.segments, program=program, check=False
+        )
+        row = self._registers[0, :numel]
+        read = reader.task_vector if program.uses(Op.TASK_VECTOR) else reader.source
+        found = 0
+        for source, deltas in enumerate(piece.deltas[self._bench.first_source :]):
+            if deltas:
+                read(source, row)
+                found += _count_non_finite(row)
+        return found
 
-    def _fill_stored(
-        self, row: Tensor, base: Tensor | None, piece: PieceInMemory, source: int, begin: int
-    ) -> None:
-        """Write the operand of a source that has values of its own, which it may change as well."""
-        model = self._first_source + source
-        stored = piece.inputs[model]
-        assert stored is not None  # noqa: S101 - the planner gave every merge all its sources
-        row.copy_(stored.tensor()[begin : begin + row.numel()])
-        for delta in piece.deltas[model] if piece.deltas else ():
-            self._changes.apply_(row, delta, piece, begin)
-        if self._subtracts and base is not None:
-            row.sub_(base)
 
-    def _fill_adapted(
-        self, row: Tensor, base: Tensor | None, piece: PieceInMemory, source: int, begin: int
-    ) -> None:
-        """Write the operand of an adapter: what it adds to the base, or the base with that."""
-        assert base is not None  # noqa: S101 - the planner gave every adapter its base
-        deltas = piece.deltas[self._first_source + source] if piece.deltas else ()
-        if self._subtracts and all(delta.is_sum for delta in deltas):
-            # Not by way of the base: adding to it and subtracting it again would round.
-            self._changes.sum_into(row, deltas, piece, begin)
-            return
-        row.copy_(base)
-        for delta in deltas:
-            self._changes.apply_(row, delta, piece, begin)
-        if self._subtracts:
-            row.sub_(base)
+class HostSinks:
+    """Takes what a program on the CPU does not store; see :class:`streammerge.tiles.interpreter.Sinks`."""
 
-    def _operands(self, piece: PieceInMemory, numel: int) -> Stack:
-        """Return ``[n, numel]`` of scratch memory, laid out as a whole-tensor stack would be.
+    def __init__(self, program: Program, on_ranked: Callable[[int, Tensor], None]) -> None:
+        """Make room for the totals; values that are ranked are handed on."""
+        self.totals = no_totals(program.totals, 1)
+        self.rank = on_ranked
 
-        torch.sum chooses its order of addition by the layout: a tensor of one block is dense, a
-        block of a larger one has rows far apart. This matters for five or more sources.
-        """
-        if piece.first.task.numel <= BLOCK:
-            dense = self._vectors[: self._n_sources * numel].view(self._n_sources, numel)
-            return Stack(dense, dense.unbind())
-        if numel == BLOCK:
-            return self._full_block
-        part = self._whole[:, :numel]
-        return Stack(part, part.unbind())
+    def total(self, index: int, op: Op, a: Tensor, b: Tensor) -> None:
+        """Total one block."""
+        self.totals[:, index] = total_rows(op, a.numpy()[None], b.numpy()[None])
+
+
+def bind_numbers(program: Program, found: Found) -> list[float]:
+    """Return the numbers of a program for a tensor of which something is known."""
+    return [
+        found.numbers[each.index] if each.origin is Origin.FOUND else each.value
+        for each in program.numbers
+    ]
+
+
+def count_kept_of(programs: Programs) -> int:
+    """Return how many counts a merge keeps of what its trims, or random numbers, keep."""
+    return max(len(programs.merge.trims), len(programs.merge.streams))
+
+
+def _one_by_one(block: Block) -> Iterator[Block]:
+    """Yield each tensor of a block as a block."""
+    for segment in block.segments:
+        own = replace(segment, begin=0, end=segment.end - segment.begin)
+        yield Block(block.begin + segment.begin, block.begin + segment.end, (own,))
+
+
+def _knowing(segments: Sequence[Segment], found: Found) -> Iterator[Segment]:
+    for segment in segments:
+        yield replace(segment, found=found)
 
 
 def _surely_in_range(merged: Tensor, dtype: DType) -> bool:
@@ -325,58 +356,3 @@ def _equal_runs(ranges: Sequence[tuple[Part, int, int]]) -> list[tuple[int, int,
         ranges_of = list(group)
         runs.append((ranges_of[0][1], ranges_of[-1][2], len(ranges_of)))
     return runs
-
-
-@dataclass(frozen=True, slots=True)
-class _Trims:
-    """Trims one block."""
-
-    segments: Sequence[Segment]
-    magnitudes: Tensor
-    masks: NDArray[np.bool_]
-
-    def trim_(self, row: Tensor, *, source: int) -> Tensor:
-        # Small tensors side by side share the calls, which cost more than what is done in them.
-        for numel, run in groupby(self.segments, key=lambda each: each.end - each.begin):
-            segments = list(run)
-            if len(segments) < _LEAST_ROWS:
-                for segment in segments:
-                    part = row[segment.begin : segment.end]
-                    trim_(part, segment.tops[source], segment.block)
-            elif numel:
-                trim_rows_(
-                    row[segments[0].begin : segments[-1].end].view(-1, numel),
-                    [segment.tops[source] for segment in segments],
-                    [segment.block for segment in segments],
-                    magnitudes=self.magnitudes,
-                    masks=self.masks,
-                )
-        return row
-
-
-@dataclass(frozen=True, slots=True)
-class _PositionalMasks:
-    """Draws the masks of one block."""
-
-    seed: int
-    segments: Sequence[Segment]
-
-    def drop_(self, row: Tensor, *, source: int, density: float) -> Tensor:
-        for segment in self.segments:
-            values = row[segment.begin : segment.end]
-            segment.kept[source] += self._drop(values, segment, source, density)
-        return row
-
-    def _drop(self, row: Tensor, segment: Segment, source: int, density: float) -> int:
-        """Drop in one tensor; return how many entries are kept."""
-        if density >= 1:
-            return row.numel()
-        if density <= 0:
-            row.zero_()
-            return 0
-        key = stream_key(self.seed, source, segment.part.task.name)
-        mask = keep_mask(key, segment.start, row.numel(), density)
-        # numpy multiplies floats by bool several times faster than torch, on the same memory.
-        values = row.numpy()
-        np.multiply(values, mask, out=values)
-        return int(np.count_nonzero(mask))

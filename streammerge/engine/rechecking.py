@@ -19,6 +19,8 @@ from streammerge.checkpoint.journal import Entry, PieceDone, ScopeFound
 from streammerge.engine.progress import OnProgress, ProgressEvent
 from streammerge.engine.resuming import WHOLE_MODEL
 from streammerge.errors import ResumeError, printable
+from streammerge.methods import discover_methods
+from streammerge.plan.sweeps import programs_of_plan
 from streammerge.plan.types import MergePlan, TensorTask
 from streammerge.units import MIB
 
@@ -49,12 +51,15 @@ def check_entries(plan: MergePlan, entries: Sequence[Entry]) -> None:
         ResumeError: One names a tensor, a range or a number of sources or leaves that is not its own.
     """
     sources = len(plan.models) - plan.has_base
+    programs = programs_of_plan(plan, discover_methods()[plan.method])
     for entry in entries:
         if entry.task >= len(plan.tasks) or (entry.task == WHOLE_MODEL and _is_piece(entry)):
             raise _odd_entry(f"tensor {entry.task} of {len(plan.tasks)}")
         if isinstance(entry, ScopeFound):
-            if len(entry.tops) != sources:
-                raise _odd_entry(f"statistics of {len(entry.tops)} sources, there are {sources}")
+            setting = 0 if entry.task == WHOLE_MODEL else plan.tasks[entry.task].setting
+            tops = sum(each.ranked for each in programs[setting].rounds) if setting >= 0 else 0
+            if len(entry.tops) != tops:
+                raise _odd_entry(f"{len(entry.tops)} thresholds, there are {tops}")
             continue
         task = plan.tasks[entry.task]
         where = f"{printable(task.name)} from element {entry.start} on"
@@ -64,9 +69,12 @@ def check_entries(plan: MergePlan, entries: Sequence[Entry]) -> None:
         if len(entry.leaves) != 2 * DIGEST_BYTES * leaves:
             found = len(entry.leaves) // (2 * DIGEST_BYTES)
             raise _odd_entry(f"{where}: {found} digests, its leaves are {leaves}")
-        counts = (entry.kept, entry.tensor_kept, entry.thresholds)
-        if any(len(each) not in {0, sources} for each in counts):
+        if len(entry.kept) not in {0, sources}:
             raise _odd_entry(f"{where}: numbers per source that are not {sources}")
+        if len(entry.tensor_kept) != len(entry.thresholds):
+            raise _odd_entry(
+                f"{where}: {len(entry.tensor_kept)} counts of {len(entry.thresholds)} thresholds"
+            )
 
 
 def keep_sound(

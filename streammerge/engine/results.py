@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from streammerge.checkpoint.digests import DIGEST_BYTES, LEAF_ELEMENTS
 from streammerge.checkpoint.journal import PieceDone
+from streammerge.methods import discover_methods
+from streammerge.plan.sweeps import programs_of_plan
 from streammerge.plan.types import MergePlan
 
 
@@ -17,8 +19,10 @@ class TensorResult:
 
     kept: tuple[int, ...]
     """Entries kept per source; empty for methods that neither trim nor drop."""
+    tensor_kept: tuple[int, ...]
+    """Entries that each threshold of the tensor keeps."""
     thresholds: tuple[float, ...]
-    """Threshold per source; empty for methods that do not trim."""
+    """The thresholds; empty for methods that do not trim."""
     not_finite: int
     """Input values that were NaN or infinite and let through."""
     leaves: bytes
@@ -34,6 +38,7 @@ class Results:
     def __init__(self, plan: MergePlan, done_before: Iterable[PieceDone] = ()) -> None:
         """Start with what an interrupted run did."""
         self._plan = plan
+        self._programs = programs_of_plan(plan, discover_methods()[plan.method])
         self._lock = threading.Lock()
         self._by_task: dict[int, _Sum] = {}
         self.add(done_before)
@@ -51,7 +56,16 @@ class Results:
     def by_task(self) -> dict[int, TensorResult]:
         """Return the result of every tensor, by task index."""
         with self._lock:
-            return {task: self._by_task[task].result() for task in sorted(self._by_task)}
+            return {task: self._result(task) for task in sorted(self._by_task)}
+
+    def _result(self, task: int) -> TensorResult:
+        found = self._by_task[task].result()
+        setting = self._plan.tasks[task].setting
+        if setting < 0 or not found.tensor_kept:
+            return found
+        # By the thresholds of the tensor, of which a source may have several.
+        kept = tuple(self._programs[setting].work.kept(found.tensor_kept))
+        return replace(found, kept=found.kept or kept)
 
 
 class _Sum:
@@ -78,7 +92,8 @@ class _Sum:
 
     def result(self) -> TensorResult:
         return TensorResult(
-            kept=self._kept or self._tensor_kept,
+            kept=self._kept,
+            tensor_kept=self._tensor_kept,
             thresholds=self._thresholds,
             not_finite=self._not_finite,
             leaves=bytes(self._leaves),

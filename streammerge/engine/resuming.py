@@ -15,7 +15,8 @@ from dataclasses import astuple, replace
 from streammerge.checkpoint.journal import Entry, PieceDone, ScopeFound
 from streammerge.plan.chunking import Chunk, Piece, Unit
 from streammerge.plan.types import MergePlan, TensorTask, find_scale_tasks
-from streammerge.reductions.topk import TopK
+from streammerge.statistics.rounds import Found
+from streammerge.statistics.topk import TopK
 
 WHOLE_MODEL = -1
 """Stands for the whole model where a tensor's index is expected."""
@@ -38,13 +39,14 @@ class Recovered:
         self._plan = plan
         self._wanted = wanted
         self._records: dict[int, dict[int, PieceDone]] = {}
-        self._tops: dict[int, tuple[TopK, ...]] = {}
+        self._found: dict[int, Found] = {}
         for entry in entries:
             if isinstance(entry, ScopeFound):
-                self._tops[entry.task] = tuple(
+                tops = tuple(
                     TopK(float(threshold), *(int(count) for count in counts))
                     for threshold, *counts in entry.tops
                 )
+                self._found[entry.task] = Found(tops, tuple(map(float, entry.numbers)))
             else:
                 # A later record of the same place is of the cut that the last run used.
                 self._records.setdefault(entry.task, {})[entry.start] = entry
@@ -79,9 +81,9 @@ class Recovered:
         index = self._scale_tasks[task.encoding.scales]
         return self.has(Piece(index, 0, self._plan.tasks[index].numel))
 
-    def tops_of(self, task: int) -> tuple[TopK, ...] | None:
+    def found_of(self, task: int) -> Found | None:
         """Return the statistics of a tensor, or of :data:`WHOLE_MODEL`, where they are known."""
-        return self._tops.get(task)
+        return self._found.get(task)
 
     def has(self, piece: Piece) -> bool:
         """Return whether a piece need not be done."""
@@ -143,9 +145,9 @@ class Recovered:
         return self.has(piece) and (piece.numel < task.numel or self.has_scales(task))
 
 
-def scope_found(task: int, tops: Sequence[TopK]) -> ScopeFound:
+def scope_found(task: int, found: Found) -> ScopeFound:
     """Return the journal's entry about the statistics of a scope."""
-    return ScopeFound(task, tuple(astuple(top) for top in tops))
+    return ScopeFound(task, tuple(astuple(top) for top in found.tops), found.numbers)
 
 
 def _covers(numels: Mapping[int, int], numel: int) -> bool:

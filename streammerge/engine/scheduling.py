@@ -26,14 +26,14 @@ from streammerge.engine.buffers import Allowance, SlotPool
 from streammerge.engine.device import DeviceStage
 from streammerge.engine.encoding import TensorScales
 from streammerge.engine.loading import Load, LoadedChunk
-from streammerge.engine.merging import ChunkMerger, FindTops
+from streammerge.engine.merging import ChunkMerger, FindStatistics
 from streammerge.engine.monitor import Monitor
 from streammerge.engine.pieces import PieceInMemory
 from streammerge.engine.progress import Progress
 from streammerge.engine.queues import Outstanding, WorkQueue
 from streammerge.engine.resuming import WHOLE_MODEL, Recovered
-from streammerge.engine.statistics import ScopeStatistics
-from streammerge.methods.base import MagnitudeTopK
+from streammerge.engine.scopes import ScopeStatistics
+from streammerge.methods.programs import Programs
 from streammerge.plan.budgeting import values_limit
 from streammerge.plan.chunking import Chunk, Piece, Residence, Unit, iter_units
 from streammerge.plan.sweeps import (
@@ -44,9 +44,9 @@ from streammerge.plan.sweeps import (
     spread_runs,
 )
 from streammerge.plan.types import MergePlan, TensorTask
-from streammerge.reductions import BLOCK, count_blocks
-from streammerge.reductions.magnitude import choose_sample_runs
-from streammerge.reductions.topk import TopK
+from streammerge.statistics import BLOCK, count_blocks
+from streammerge.statistics.magnitude import choose_sample_runs
+from streammerge.statistics.rounds import NOTHING, Found
 
 Work = Callable[[DeviceStage], None]
 """Something for a worker to do, on its own device stage."""
@@ -54,7 +54,7 @@ Work = Callable[[DeviceStage], None]
 
 SNAPSHOT_SECONDS = 60.0
 """Between two snapshots of a sweep over the model. One may take a second, if the disk is slow."""
-OnScope = Callable[[int, tuple[TopK, ...]], None]
+OnScope = Callable[[int, Found], None]
 """Told the index of a tensor, or :data:`~streammerge.engine.resuming.WHOLE_MODEL`, and the statistics
 of that scope, one per source, on the thread that found them."""
 
@@ -101,14 +101,14 @@ class Schedule:
     def iter_loads(self) -> Iterator[Load]:
         """Yield every load in order; waits where one depends on earlier results."""
         shop = self._shop
-        tops = yield from self._sweep_model()
+        found = yield from self._sweep_model()
         for unit in iter_units(shop.plan, must_look=shop.needs.must_look):
             rest = [left for chunk in unit.chunks if (left := shop.recovered.rest_of(chunk))]
-            known = tops
+            known = found
             first = unit.chunks[0].pieces[0].task
             if unit.residence is not Residence.PASSING and known is None:
                 # All its chunks are of one tensor.
-                known = shop.recovered.tops_of(first)
+                known = shop.recovered.found_of(first)
             if unit.residence is Residence.STREAMED and shop.plan.tasks[first].encoding:
                 if rest or not shop.recovered.has_scales(shop.plan.tasks[first]):
                     yield from self._load_encoded(unit, rest, known)
@@ -126,7 +126,7 @@ class Schedule:
     def _merge_load(
         self,
         chunk: Chunk,
-        tops: tuple[TopK, ...] | None,
+        found: Found | None,
         scales: TensorScales | None = None,
         merged: Callable[[], None] = lambda: None,
     ) -> Load:
@@ -134,7 +134,7 @@ class Schedule:
         self._shop.outstanding.begin()
 
         def work(stage: DeviceStage, loaded: LoadedChunk) -> None:
-            self._shop.merger.merge(stage, loaded, self._finder(stage, tops), scales)
+            self._shop.merger.merge(stage, loaded, self._finder(stage, found), scales)
             merged()
 
         def then(loaded: LoadedChunk) -> None:
@@ -142,30 +142,30 @@ class Schedule:
 
         return Load(chunk, then, last_use=True, joined=True)
 
-    def _finder(self, stage: DeviceStage, tops: tuple[TopK, ...] | None) -> FindTops:
+    def _finder(self, stage: DeviceStage, found: Found | None) -> FindStatistics:
         """Return what gives the statistics of a piece: those that are known, or what it finds itself."""
 
-        def find(piece: PieceInMemory) -> Sequence[tuple[TopK, ...]]:
-            return self._tops_of(stage, piece) if tops is None else [tops] * len(piece.parts)
+        def find(piece: PieceInMemory) -> Sequence[Found]:
+            return self._found_of(stage, piece) if found is None else [found] * len(piece.parts)
 
         return find
 
-    def _tops_of(self, stage: DeviceStage, piece: PieceInMemory) -> Sequence[tuple[TopK, ...]]:
+    def _found_of(self, stage: DeviceStage, piece: PieceInMemory) -> Sequence[Found]:
         """Find the thresholds of small tensors that are all here."""
         task = piece.first.task
         need = self._shop.needs.of(task)
         if need is None:
-            return [()] * len(piece.parts)
+            return [NOTHING] * len(piece.parts)
         if task.numel <= BLOCK:
-            return stage.select(piece, need)
+            return stage.settle(piece)
         # Small enough for the room that a worker keeps for itself: nothing is reserved.
         limit = values_limit(task.numel)
         statistics = _tensor_statistics(self._shop.plan, need, task, limit)
-        _sample_pieces(stage, statistics, [piece])
-        while statistics.tops is None:
-            statistics.add(0, stage.measure(piece, statistics.questions))
+        while statistics.found is None:
+            _sample_pieces(stage, statistics, [piece])
+            statistics.add(0, stage.measure(piece, statistics.asking))
             statistics.conclude()
-        return [statistics.tops]
+        return [statistics.found]
 
     def _load_resident(self, unit: Unit) -> Iterator[Load]:
         shop = self._shop
@@ -181,24 +181,24 @@ class Schedule:
             yield Load(chunk, tensor.arrived, last_use=True)
 
     def _load_streamed(self, unit: Unit, rest: Sequence[Chunk]) -> Iterator[Load]:
-        tops = yield from self._find_tops(unit)
+        found = yield from self._find_statistics(unit)
         for chunk in rest:
-            yield self._merge_load(chunk, tops)
+            yield self._merge_load(chunk, found)
 
     def _load_encoded(
-        self, unit: Unit, rest: Sequence[Chunk], tops: tuple[TopK, ...] | None
+        self, unit: Unit, rest: Sequence[Chunk], found: Found | None
     ) -> Iterator[Load]:
         """Load a tensor that becomes codes: for its thresholds, for its scales, and to be merged."""
         shop = self._shop
         task = shop.plan.tasks[unit.chunks[0].pieces[0].task]
-        if tops is None and shop.needs.must_look(task):
-            tops = yield from self._find_tops(unit)
+        if found is None and shop.needs.must_look(task):
+            found = yield from self._find_statistics(unit)
         assert task.encoding is not None  # noqa: S101 - or it would not be here
         reserved = shop.statistics.reserve(task.encoding.nbytes)
         scales = TensorScales(task)
         looking = Outstanding(shop.monitor)
         for chunk in unit.chunks:
-            yield self._look_load(chunk, tops, scales, looking)
+            yield self._look_load(chunk, found, scales, looking)
         looking.wait()
         scales.conclude()
         users = Users(len(rest) + 1, last=lambda: shop.statistics.release(reserved))
@@ -210,12 +210,12 @@ class Schedule:
 
         shop.merger.write_scales(scales, written)
         for chunk in rest:
-            yield self._merge_load(chunk, tops, scales, users.leave)
+            yield self._merge_load(chunk, found, scales, users.leave)
 
     def _look_load(
         self,
         chunk: Chunk,
-        tops: tuple[TopK, ...] | None,
+        found: Found | None,
         scales: TensorScales,
         looking: Outstanding,
     ) -> Load:
@@ -223,7 +223,7 @@ class Schedule:
         looking.begin()
 
         def work(stage: DeviceStage, loaded: LoadedChunk) -> None:
-            self._shop.merger.look(stage, loaded, self._finder(stage, tops), scales)
+            self._shop.merger.look(stage, loaded, self._finder(stage, found), scales)
             looking.end()
 
         def then(loaded: LoadedChunk) -> None:
@@ -231,7 +231,7 @@ class Schedule:
 
         return Load(chunk, then, last_use=False)
 
-    def _find_tops(self, unit: Unit) -> Generator[Load, None, tuple[TopK, ...]]:
+    def _find_statistics(self, unit: Unit) -> Generator[Load, None, Found]:
         """Find the thresholds of a tensor that is too large to be kept."""
         shop = self._shop
         task_index = unit.chunks[0].pieces[0].task
@@ -243,17 +243,17 @@ class Schedule:
         statistics = _tensor_statistics(shop.plan, need, task, limit)
         yield from self._sweep(statistics, [task_index], unit.chunks, keep_cached=True)
         shop.statistics.release(reserved)
-        assert statistics.tops is not None  # noqa: S101 - the sweep ends when they are known
-        shop.on_scope(task_index, statistics.tops)
-        return statistics.tops
+        assert statistics.found is not None  # noqa: S101 - the sweep ends when they are known
+        shop.on_scope(task_index, statistics.found)
+        return statistics.found
 
-    def _sweep_model(self) -> Generator[Load, None, tuple[TopK, ...] | None]:
+    def _sweep_model(self) -> Generator[Load, None, Found | None]:
         """Find one threshold per source over all merged tensors, if they share a scope."""
         shop = self._shop
         whole = shop.needs.of_model()
         if whole is None:
             return None
-        known = shop.recovered.tops_of(WHOLE_MODEL)
+        known = shop.recovered.found_of(WHOLE_MODEL)
         if known is not None:
             return known
         need, merged = whole
@@ -279,11 +279,11 @@ class Schedule:
         )
         shop.progress.activity = "merge"
         shop.statistics.release(reserved)
-        assert statistics.tops is not None  # noqa: S101 - the sweep ends when they are known
-        shop.on_scope(WHOLE_MODEL, statistics.tops)
+        assert statistics.found is not None  # noqa: S101 - the sweep ends when they are known
+        shop.on_scope(WHOLE_MODEL, statistics.found)
         if shop.snapshot is not None:
             discard_snapshot(shop.snapshot)
-        return statistics.tops
+        return statistics.found
 
     def _sweep(
         self,
@@ -294,18 +294,19 @@ class Schedule:
         keep_cached: bool,
         snapshot: Path | None = None,
     ) -> Iterator[Load]:
-        """Load a sample, then everything once per round, until the thresholds are known."""
+        """Load a sample where one helps, and everything once per question, until all is known."""
         measuring = Outstanding(self._shop.monitor)
-        restored = snapshot is not None and statistics.restore(snapshot)
-        runs = spread_runs(self._shop.plan, tasks, statistics.sample_runs)
-        if runs and not restored:
-            statistics.prepare_sample(sum(piece.numel for piece in runs))
-            for chunk in pack_sample(self._shop.plan, runs):
-                yield self._measure_load(chunk, statistics, measuring, sample=True)
-            measuring.wait()
-            statistics.conclude_sample()
+        if snapshot is not None:
+            statistics.restore(snapshot)
         due = time.monotonic() + SNAPSHOT_SECONDS
-        while statistics.tops is None:
+        while statistics.found is None:
+            runs = spread_runs(self._shop.plan, tasks, statistics.sample_runs)
+            if runs:
+                statistics.prepare_sample(sum(piece.numel for piece in runs))
+                for chunk in pack_sample(self._shop.plan, runs):
+                    yield self._measure_load(chunk, statistics, measuring, sample=True)
+                measuring.wait()
+                statistics.conclude_sample()
             for chunk in chunks:
                 rest = _unanswered(self._shop.plan, statistics, chunk)
                 if rest is None:
@@ -326,7 +327,8 @@ class Schedule:
         def work(stage: DeviceStage, loaded: LoadedChunk) -> None:
             for piece in loaded.pieces:
                 if sample:
-                    stage.sample(piece, piece.first.start, statistics.sample_room(piece.numel))
+                    room = statistics.sample_room(piece.numel)
+                    stage.sample(piece, piece.first.start, statistics.asking, room)
                 else:
                     _measure(stage, statistics, piece)
             loaded.release()
@@ -360,19 +362,16 @@ class ResidentTensor:
             self._shop.work.put(self._start, urgent=True)
 
     def _start(self, stage: DeviceStage) -> None:
-        pieces = [loaded.pieces[0] for loaded in self._loaded]
-        _sample_pieces(stage, self._statistics, pieces)
-        self._next_round()
-
-    def _next_round(self) -> None:
-        tops = self._statistics.tops
-        if tops is None:
+        found = self._statistics.found
+        if found is None:
+            pieces = [loaded.pieces[0] for loaded in self._loaded]
+            _sample_pieces(stage, self._statistics, pieces)
             self._unanswered = len(self._loaded)
             for loaded in self._loaded:
                 self._shop.work.put(_bind(self._measure, loaded), urgent=True)
             return
         self._shop.statistics.release(self._reserved)
-        self._shop.on_scope(self._loaded[0].chunk.pieces[0].task, tops)
+        self._shop.on_scope(self._loaded[0].chunk.pieces[0].task, found)
         for loaded in self._loaded:
             self._shop.work.put(_bind(self._merge, loaded), urgent=True)
         self._loaded = []
@@ -384,17 +383,17 @@ class ResidentTensor:
             last = self._unanswered == 0
         if last:
             self._statistics.conclude()
-            self._next_round()
+            self._start(stage)
 
     def _merge(self, stage: DeviceStage, loaded: LoadedChunk) -> None:
-        tops = self._statistics.tops
-        assert tops is not None  # noqa: S101 - merging starts when they are known
+        found = self._statistics.found
+        assert found is not None  # noqa: S101 - merging starts when they are known
         if self._shop.recovered.has(loaded.chunk.pieces[0]):
             # It was read again only because the statistics of its tensor were lost.
             loaded.release()
             self._shop.outstanding.end()
             return
-        self._shop.merger.merge(stage, loaded, lambda _: [tops])
+        self._shop.merger.merge(stage, loaded, lambda _: [found])
 
 
 class Users:
@@ -421,7 +420,7 @@ def _bind(work: Callable[[DeviceStage, LoadedChunk], None], loaded: LoadedChunk)
 
 def _measure(stage: DeviceStage, statistics: ScopeStatistics, piece: PieceInMemory) -> None:
     first_block = piece.first.task.scope_block + piece.first.start // BLOCK
-    statistics.add(first_block, stage.measure(piece, statistics.questions))
+    statistics.add(first_block, stage.measure(piece, statistics.asking))
 
 
 def _sample_pieces(
@@ -435,7 +434,7 @@ def _sample_pieces(
     by_start = sorted(pieces, key=lambda piece: piece.first.start)
     for start, count in runs:
         piece = next(p for p in reversed(by_start) if p.first.start <= start)
-        stage.sample(piece, start, statistics.sample_room(count))
+        stage.sample(piece, start, statistics.asking, statistics.sample_room(count))
     statistics.conclude_sample()
 
 
@@ -451,7 +450,7 @@ def _unanswered(plan: MergePlan, statistics: ScopeStatistics, chunk: Chunk) -> C
 
 
 def _tensor_statistics(
-    plan: MergePlan, need: MagnitudeTopK, task: TensorTask, limit: int
+    plan: MergePlan, need: Programs, task: TensorTask, limit: int
 ) -> ScopeStatistics:
     """Start the statistics of one tensor."""
     return ScopeStatistics(

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from streammerge.engine.pieces import Part, PieceInMemory
-from streammerge.reductions import BLOCK
-from streammerge.reductions.topk import TopK
+from streammerge.statistics import BLOCK
+from streammerge.statistics.rounds import Found
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,15 +24,15 @@ class Segment:
     """Flat index in the tensor of the first element."""
     block: int
     """Which block of the statistics' scope this is."""
-    tops: tuple[TopK, ...]
-    """One statistic per source, or none."""
+    found: Found
+    """What is known of the tensor, or of the model."""
     kept: list[int]
-    """Counts per source, of the whole part."""
+    """Counts of what trims, or random numbers, keep; of the whole part."""
 
     def add_kept(self, counts: Sequence[int]) -> None:
-        """Add what each source keeps of this block."""
-        for source, count in enumerate(counts):
-            self.kept[source] += count
+        """Add what is kept of this block."""
+        for index, count in enumerate(counts):
+            self.kept[index] += count
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,22 +48,20 @@ class Block:
 
 
 def split_piece(
-    piece: PieceInMemory, tops: Sequence[tuple[TopK, ...]], kept: Sequence[list[int]]
+    piece: PieceInMemory, found: Sequence[Found], kept: Sequence[list[int]]
 ) -> list[Block]:
     """Return the blocks of a piece.
 
     Args:
         piece: The piece.
-        tops: One statistic per source, or none, for each of its parts.
-        kept: Counts per source for each of its parts.
+        found: What is known of each of its parts.
+        kept: Counts for each of its parts.
     """
     if len(piece.parts) > 1:
         # Several tensors are one block, each of them whole.
         segments = tuple(
-            Segment(begin, end, part, 0, part.task.scope_block, part_tops, counts)
-            for (part, begin, end), part_tops, counts in zip(
-                piece.ranges(), tops, kept, strict=True
-            )
+            Segment(begin, end, part, 0, part.task.scope_block, known, counts)
+            for (part, begin, end), known, counts in zip(piece.ranges(), found, kept, strict=True)
         )
         return [Block(0, piece.numel, segments)]
     part = piece.first
@@ -72,6 +70,6 @@ def split_piece(
         end = min(begin + BLOCK, piece.numel)
         start = part.start + begin
         scope_block = part.task.scope_block + start // BLOCK
-        segment = Segment(0, end - begin, part, start, scope_block, tops[0], kept[0])
+        segment = Segment(0, end - begin, part, start, scope_block, found[0], kept[0])
         blocks.append(Block(begin, end, (segment,)))
     return blocks

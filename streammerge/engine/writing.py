@@ -17,7 +17,7 @@ from streammerge.engine.pieces import Part
 from streammerge.engine.progress import Progress, Stage
 from streammerge.engine.queues import WorkQueue
 from streammerge.engine.results import Results
-from streammerge.reductions.topk import TopK
+from streammerge.statistics.rounds import Found
 
 
 class Output(Protocol):
@@ -44,7 +44,7 @@ class Claim:
     """What it is."""
     applied: Applied
     """What merging it came to."""
-    tops: tuple[TopK, ...]
+    found: Found
     """The statistics it was merged with."""
     begin: int
     """First byte in the extent."""
@@ -111,7 +111,7 @@ def run_writer(
 
 
 def _record(claim: Claim, memory: memoryview) -> PieceDone:
-    part, tops = claim.part, claim.tops
+    part, found = claim.part, claim.found
     leaf_nbytes = LEAF_ELEMENTS * part.task.dtype.itemsize
     return PieceDone(
         task=part.task_index,
@@ -120,6 +120,6 @@ def _record(claim: Claim, memory: memoryview) -> PieceDone:
         leaves=leaf_digests(memory[claim.begin : claim.end], leaf_nbytes).hex(),
         kept=claim.applied.kept,
         not_finite=claim.applied.not_finite,
-        tensor_kept=tuple(top.kept for top in tops),
-        thresholds=tuple(top.threshold for top in tops),
+        tensor_kept=tuple(top.kept for top in found.tops),
+        thresholds=tuple(top.threshold for top in found.tops),
     )

@@ -10,27 +10,12 @@ there and gives NaN, drops everything here.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-from streammerge.methods.base import (
-    DENSITY,
-    WEIGHT,
-    Law,
-    Locality,
-    MergeChunk,
-    MergeMethod,
-    Operand,
-    Stack,
-    Sweep,
-    parameter,
-)
-from streammerge.methods.parts import SignVote, disjoint_mean, divide_, elect_sign, sum_rows, weigh_
-from streammerge.methods.ties import MAJORITY_SIGN_METHOD, combine_majority
-from streammerge.native.words import Combine, Keep
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from streammerge.methods.base import DENSITY, WEIGHT, Law, MergeMethod, Operand, Work, parameter
+from streammerge.methods.ties import MAJORITY_SIGN_METHOD, agreeing_mean
+from streammerge.tiles.writing import Row, Sheet, keep_random, weighted_sum
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,35 +40,32 @@ class DareTiesParams:
     """``total`` or ``frequency``."""
 
 
-def drop_and_rescale_(chunk: MergeChunk, densities: tuple[float, ...]) -> Stack:
-    """Drop entries at random and divide the rest by the density, in place."""
-    for source, (row, density) in enumerate(zip(chunk.vectors.rows, densities, strict=True)):
-        chunk.masks.drop_(row, source=source, density=density)
-        if 0 < density < 1:
-            divide_(row, density)
-    return chunk.vectors
+def drop_and_rescale(sheet: Sheet, densities: Sequence[float]) -> list[Row]:
+    """Return task vectors with entries dropped at random, and the rest divided by the density."""
+    rows = []
+    for source, (vector, density) in enumerate(zip(sheet.task_vectors, densities, strict=True)):
+        kept = keep_random(vector, source, density)
+        rows.append(kept / density if 0 < density < 1 else kept)
+    return rows
 
 
-def dare_linear(chunk: MergeChunk, params: DareLinearParams) -> Tensor:
+def dare_linear(params: DareLinearParams) -> Work:
     """Return ``base + sum_i w_i drop(x_i - base) / density_i``."""
-    dropped = drop_and_rescale_(chunk, params.density)
-    return chunk.base_plus(sum_rows(weigh_(dropped, params.weight), chunk.scratch[0]))
+
+    def merge(sheet: Sheet) -> Row:
+        return sheet.base + weighted_sum(drop_and_rescale(sheet, params.density), params.weight)
+
+    return Work(merge)
 
 
-def dare_ties(chunk: MergeChunk, params: DareTiesParams) -> Tensor:
+def dare_ties(params: DareTiesParams) -> Work:
     """Return ``base + disjoint mean of w_i drop(x_i - base) / density_i``."""
-    dropped = drop_and_rescale_(chunk, params.density)
-    elected = elect_sign(dropped, SignVote(params.majority_sign_method), chunk.scratch[:2])
-    return chunk.base_plus(disjoint_mean(dropped, params.weight, elected, chunk.scratch[1:]))
 
+    def merge(sheet: Sheet) -> Row:
+        dropped = drop_and_rescale(sheet, params.density)
+        return sheet.base + agreeing_mean(dropped, params.weight, params.majority_sign_method)
 
-def _sweep_linear(params: DareLinearParams) -> Sweep:
-    return Sweep(Combine.SUM, params.weight, Keep.RANDOM, params.density)
-
-
-def _sweep_ties(params: DareTiesParams) -> Sweep:
-    combine = combine_majority(params.majority_sign_method)
-    return Sweep(combine, params.weight, Keep.RANDOM, params.density)
+    return Work(merge)
 
 
 METHODS = (
@@ -93,11 +75,7 @@ METHODS = (
         reference="Yu et al. 2024, arXiv:2311.03099",
         params=DareLinearParams,
         operand=Operand.TASK_VECTORS,
-        locality=Locality.ELEMENT,
-        reduction=lambda _: None,
-        apply=dare_linear,
-        scratch_rows=1,
-        sweep=_sweep_linear,
+        work=dare_linear,
         random=True,
         examples=(
             {"density": 0.5},
@@ -113,11 +91,7 @@ METHODS = (
         reference="Yu et al. 2024, arXiv:2311.03099",
         params=DareTiesParams,
         operand=Operand.TASK_VECTORS,
-        locality=Locality.ELEMENT,
-        reduction=lambda _: None,
-        apply=dare_ties,
-        scratch_rows=3,
-        sweep=_sweep_ties,
+        work=dare_ties,
         random=True,
         examples=(
             {"density": 0.5},

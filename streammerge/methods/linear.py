@@ -6,24 +6,10 @@ Source: Wortsman et al. 2022, "Model soups", arXiv:2203.05482, with weights.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-from streammerge.methods.base import (
-    WEIGHT,
-    Law,
-    Locality,
-    MergeChunk,
-    MergeMethod,
-    Operand,
-    Sweep,
-    parameter,
-)
-from streammerge.methods.parts import divide_, sum_rows, weigh_
-from streammerge.native.words import Combine
+from streammerge.methods.base import WEIGHT, Law, MergeMethod, Operand, Work, parameter
 from streammerge.recipe.types import ParameterKind, ParameterSpec
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from streammerge.tiles.writing import Row, Sheet, weighted_sum
 
 NORMALIZE = ParameterSpec(
     name="normalize",
@@ -44,15 +30,14 @@ class LinearParams:
     """Divide by the sum of the weights."""
 
 
-def linear(chunk: MergeChunk, params: LinearParams) -> Tensor:
+def linear(params: LinearParams) -> Work:
     """Return ``sum_i w_i x_i``, divided by ``sum_i w_i`` when ``normalize`` is set."""
-    merged = sum_rows(weigh_(chunk.vectors, params.weight), chunk.scratch[0])
-    return divide_(merged, sum(params.weight)) if params.normalize else merged
 
+    def merge(sheet: Sheet) -> Row:
+        merged = weighted_sum(sheet.values, params.weight)
+        return merged / sum(params.weight) if params.normalize else merged
 
-def _sweep(params: LinearParams) -> Sweep:
-    divisor = sum(params.weight) if params.normalize else 1.0
-    return Sweep(Combine.SUM, params.weight, divisor=divisor)
+    return Work(merge)
 
 
 METHODS = (
@@ -62,13 +47,9 @@ METHODS = (
         reference="Wortsman et al. 2022, arXiv:2203.05482",
         params=LinearParams,
         operand=Operand.WEIGHTS,
-        locality=Locality.ELEMENT,
-        reduction=lambda _: None,
-        apply=linear,
-        scratch_rows=1,
+        work=linear,
         keeps_base=lambda params: params.normalize or sum(params.weight) == 1,
         sums=True,
-        sweep=_sweep,
         examples=(
             {},
             {"weight": (0.25, 0.75)},

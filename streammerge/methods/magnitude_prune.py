@@ -8,26 +8,20 @@ Differs from PEFT: ties at the threshold follow ``tie_policy``; the scope may be
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from streammerge.methods.base import (
     DENSITY,
     SCOPE,
     TIE_POLICY,
     WEIGHT,
-    Locality,
-    MergeChunk,
     MergeMethod,
     Operand,
-    Sweep,
+    Scope,
+    Work,
     parameter,
-    top_k_of,
 )
-from streammerge.methods.parts import sum_rows, weigh_
-from streammerge.native.words import Combine, Keep
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from streammerge.methods.trimming import trim_round, trimmed
+from streammerge.tiles.writing import Row, Sheet, weighted_sum
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,12 +38,14 @@ class MagnitudePruneParams:
     """``exact``, ``inclusive`` or ``strict``."""
 
 
-def magnitude_prune(chunk: MergeChunk, params: MagnitudePruneParams) -> Tensor:
+def magnitude_prune(params: MagnitudePruneParams) -> Work:
     """Return ``base + sum_i w_i trim(x_i - base)``."""
-    for source, row in enumerate(chunk.vectors.rows):
-        chunk.trims.trim_(row, source=source)
-    merged = sum_rows(weigh_(chunk.vectors, params.weight), chunk.scratch[0])
-    return chunk.base_plus(merged)
+
+    def merge(sheet: Sheet) -> Row:
+        return sheet.base + weighted_sum(trimmed(sheet), params.weight)
+
+    trim = trim_round(params.density, params.tie_policy)
+    return Work(merge, (trim,), Scope(params.scope))
 
 
 METHODS = (
@@ -59,11 +55,7 @@ METHODS = (
         reference="Yadav et al. 2023, arXiv:2306.01708 (trim step)",
         params=MagnitudePruneParams,
         operand=Operand.TASK_VECTORS,
-        locality=Locality.ELEMENT,
-        reduction=top_k_of,
-        apply=magnitude_prune,
-        scratch_rows=1,
-        sweep=lambda params: Sweep(Combine.SUM, params.weight, Keep.LARGEST),
+        work=magnitude_prune,
         examples=(
             {"density": 0.3, "weight": (0.5, 1.0)},
             {"density": (0.1, 0.8)},

@@ -9,23 +9,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import TYPE_CHECKING
 
-from streammerge.methods.base import (
-    WEIGHT,
-    Locality,
-    MergeChunk,
-    MergeMethod,
-    Operand,
-    Sweep,
-    parameter,
-)
-from streammerge.methods.parts import sum_rows, weigh_
-from streammerge.native.words import Combine
+from streammerge.methods.base import WEIGHT, MergeMethod, Operand, Work, parameter
 from streammerge.recipe.types import ParameterKind, ParameterSpec
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from streammerge.tiles.writing import Row, Sheet, changed, weighted_sum
 
 
 class Rounding(StrEnum):
@@ -58,20 +45,19 @@ class TaskArithmeticParams:
     """``once`` or ``peft``."""
 
 
-def task_arithmetic(chunk: MergeChunk, params: TaskArithmeticParams) -> Tensor:
+def task_arithmetic(params: TaskArithmeticParams) -> Work:
     """Return ``base + sum_i w_i (x_i - base)``; or adapters added and rounded one by one."""
-    if params.rounding == Rounding.PEFT:
-        return _merge_in_turn(chunk)
-    merged = sum_rows(weigh_(chunk.vectors, params.weight), chunk.scratch[0])
-    return chunk.base_plus(merged)
+
+    def merge(sheet: Sheet) -> Row:
+        return sheet.base + weighted_sum(sheet.task_vectors, params.weight)
+
+    return Work(_merge_in_turn if params.rounding == Rounding.PEFT else merge)
 
 
-def _merge_in_turn(chunk: MergeChunk) -> Tensor:
-    if chunk.base is None:
-        raise ValueError("a method on task vectors was run without a base")
-    merged = chunk.scratch[0].copy_(chunk.base)
-    for source in range(len(chunk.vectors.rows)):
-        chunk.steps.step_(merged, source=source)
+def _merge_in_turn(sheet: Sheet) -> Row:
+    merged = sheet.base
+    for source in range(sheet.sources):
+        merged = changed(merged, source)
     return merged
 
 
@@ -82,14 +68,8 @@ METHODS = (
         reference="Ilharco et al. 2023, arXiv:2212.04089",
         params=TaskArithmeticParams,
         operand=Operand.TASK_VECTORS,
-        locality=Locality.ELEMENT,
-        reduction=lambda _: None,
-        apply=task_arithmetic,
-        scratch_rows=1,
+        work=task_arithmetic,
         sums=True,
-        sweep=lambda params: (
-            Sweep(Combine.SUM, params.weight) if params.rounding == Rounding.ONCE else None
-        ),
         in_turn=lambda params: params.rounding == Rounding.PEFT,
         takes_whole=lambda params, source: params.weight[source] == 1,
         examples=({}, {"weight": (0.4, 0.6)}, {"weight": (1.0, -0.5)}),

@@ -8,8 +8,9 @@ Differs from the paper: trims per tensor unless ``scope: model``; a zero sum ele
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from enum import StrEnum
 
 from streammerge.methods.base import (
     DENSITY,
@@ -17,20 +18,26 @@ from streammerge.methods.base import (
     TIE_POLICY,
     WEIGHT,
     Law,
-    Locality,
-    MergeChunk,
     MergeMethod,
     Operand,
-    Sweep,
+    Scope,
+    Work,
     parameter,
-    top_k_of,
 )
-from streammerge.methods.parts import SignVote, disjoint_mean, elect_sign
-from streammerge.native.words import Combine, Keep
+from streammerge.methods.trimming import trim_round, trimmed
 from streammerge.recipe.types import ParameterKind, ParameterSpec
+from streammerge.tiles.program import Vote
+from streammerge.tiles.writing import Row, Sheet, majority_mean
 
-if TYPE_CHECKING:
-    from torch import Tensor
+
+class SignVote(StrEnum):
+    """How the majority sign of an element is elected."""
+
+    TOTAL = "total"
+    """By the sign of the sum of the kept values."""
+    FREQUENCY = "frequency"
+    """By the sign of the sum of their signs."""
+
 
 MAJORITY_SIGN_METHOD = ParameterSpec(
     name="majority_sign_method",
@@ -58,23 +65,26 @@ class TiesParams:
     """``exact``, ``inclusive`` or ``strict``."""
 
 
-def ties(chunk: MergeChunk, params: TiesParams) -> Tensor:
+def ties(params: TiesParams) -> Work:
     """Return ``base + disjoint mean of w_i trim(x_i - base)`` under the elected sign."""
-    for source, row in enumerate(chunk.vectors.rows):
-        chunk.trims.trim_(row, source=source)
-    elected = elect_sign(chunk.vectors, SignVote(params.majority_sign_method), chunk.scratch[:2])
-    merged = disjoint_mean(chunk.vectors, params.weight, elected, chunk.scratch[1:])
-    return chunk.base_plus(merged)
+
+    def merge(sheet: Sheet) -> Row:
+        return sheet.base + agreeing_mean(
+            trimmed(sheet), params.weight, params.majority_sign_method
+        )
+
+    trim = trim_round(params.density, params.tie_policy)
+    return Work(merge, (trim,), Scope(params.scope))
 
 
-def combine_majority(majority_sign_method: str) -> Combine:
-    """Return how a sweep combines operands under an elected sign."""
-    total = SignVote(majority_sign_method) is SignVote.TOTAL
-    return Combine.MAJORITY_TOTAL if total else Combine.MAJORITY_FREQUENCY
+def agreeing_mean(rows: Sequence[Row], weights: Sequence[float], vote: str) -> Row:
+    """Return the mean of the weighted entries that have the elected sign, over their number.
 
-
-def _sweep(params: TiesParams) -> Sweep:
-    return Sweep(combine_majority(params.majority_sign_method), params.weight, Keep.LARGEST)
+    As PEFT's: weights take no part in the election, and do not divide.
+    """
+    return majority_mean(
+        rows, vote=Vote[SignVote(vote).name], factors=weights, shares=[1.0] * len(rows)
+    )
 
 
 METHODS = (
@@ -84,11 +94,7 @@ METHODS = (
         reference="Yadav et al. 2023, arXiv:2306.01708",
         params=TiesParams,
         operand=Operand.TASK_VECTORS,
-        locality=Locality.ELEMENT,
-        reduction=top_k_of,
-        apply=ties,
-        scratch_rows=3,
-        sweep=_sweep,
+        work=ties,
         examples=(
             {"density": 0.2},
             {"density": (0.2, 0.7), "weight": (0.6, -0.4)},

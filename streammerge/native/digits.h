@@ -1,4 +1,4 @@
-/* The k-th largest of some magnitudes: see streammerge/reductions/selecting.py.
+/* The k-th largest of some magnitudes: see streammerge/statistics/selecting.py.
  *
  * Bit patterns order like magnitudes, so they are told apart digit by digit, the highest first: a
  * histogram of the digit says in which bin the k-th largest is, and only what lies in that bin has a

@@ -1,4 +1,4 @@
-/* Answers one question about one block of a task vector: see streammerge/reductions/magnitude.py. */
+/* Answers one question about one block of a task vector: see streammerge/statistics/magnitude.py. */
 #include "block.h"
 #include "calls.h"
 

@@ -1,4 +1,4 @@
-/* The k-th largest magnitude of a task vector that is all here: see streammerge/reductions/selecting.py. */
+/* The k-th largest magnitude of a task vector that is all here: see streammerge/statistics/selecting.py. */
 #include "calls.h"
 #include "digits.h"
 

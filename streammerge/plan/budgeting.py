@@ -6,7 +6,7 @@ The parts, in bytes, for ``n`` inputs, ``w`` workers and slots of ``s`` bytes:
     outputs     output slots · s'        a merged chunk until it is written
     scratch     w · rows · block in the compute dtype: one for the kernels, and where torch computes one
                 for each input and for each scratch row of the method, and one more; masks, random words
-    statistics  top-k searches, or scales of codes, of the tensors in flight
+    statistics  searches and totals, or scales of codes, of the tensors in flight
     factors     adapters' tensors, in the compute dtype, of the tensors in flight
     growth      thread stacks, allocator slack, small objects, what is known of finished tensors
     baseline    the process as it stands: interpreter, headers, this plan, torch where it is needed
@@ -17,8 +17,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from streammerge.errors import MemoryBudgetError
+from streammerge.methods.programs import Counts
 from streammerge.plan.types import MemoryProjection, Resources
-from streammerge.reductions import BLOCK
+from streammerge.statistics import BLOCK
 from streammerge.units import BASELINE_NOISE, MIB, format_budget, format_size
 
 GROWTH_BYTES = 40 * MIB
@@ -61,8 +62,8 @@ class Demand:
     """Blocks that a worker keeps in the compute dtype."""
     compute_itemsize: int
     """Bytes per element there."""
-    statistic_sources: int
-    """Searches that run at once for one tensor; 0 when the method needs none."""
+    statistics: Counts
+    """What the statistics of one tensor hold at once; nothing when the method needs none."""
     statistic_numel: int
     """Elements in the largest scope of a statistic."""
     resident_nbytes: int
@@ -173,44 +174,51 @@ def values_limit(numel: int) -> int:
     return min(numel, max(_DIRECT_NUMEL, numel // 40))
 
 
-def search_bytes(sources: int, numel: int, itemsize: int, limit: int) -> int:
-    """Return the memory of one top-k search per source, and of a spare room to conclude one.
+def search_bytes(counts: Counts, numel: int, itemsize: int, limit: int) -> int:
+    """Return the memory of the searches and totals of a scope, and of a spare room to conclude one.
 
     Args:
-        sources: Searches at once.
+        counts: Values that are ranked at once, and totals per block.
         numel: Elements in the scope.
         itemsize: Bytes per magnitude.
         limit: Most magnitudes that each collects.
     """
-    per_source = _BYTES_PER_BLOCK * (numel // BLOCK + 1) + _BINS_BYTES + limit * itemsize
-    return sources * per_source + limit * itemsize
+    blocks = numel // BLOCK + 1
+    totals = counts.totals * 8 * blocks
+    if not counts.ranked:
+        return totals
+    per_value = _BYTES_PER_BLOCK * blocks + _BINS_BYTES + limit * itemsize
+    return totals + counts.ranked * per_value + limit * itemsize
 
 
-def affordable_limit(sources: int, numel: int, itemsize: int, available: int) -> int:
+def affordable_limit(counts: Counts, numel: int, itemsize: int, available: int) -> int:
     """Return the largest collecting limit, up to the useful one, that ``available`` bytes pay for."""
-    fixed = search_bytes(sources, numel, itemsize, 0)
-    return max(0, min(values_limit(numel), (available - fixed) // ((sources + 1) * itemsize)))
+    if not counts.ranked:
+        return 0
+    fixed = search_bytes(counts, numel, itemsize, 0)
+    rooms = (counts.ranked + 1) * itemsize
+    return max(0, min(values_limit(numel), (available - fixed) // rooms))
+
+
+def _has_statistics(demand: Demand) -> bool:
+    return bool(demand.statistics.ranked or demand.statistics.totals)
 
 
 def _statistics_floor(demand: Demand) -> int:
     # A tensor has its search behind it when its scales are found.
-    if not demand.statistic_sources:
+    if not _has_statistics(demand):
         return demand.scales_nbytes
     limit = min(demand.statistic_numel, _DIRECT_NUMEL)
-    search = search_bytes(
-        demand.statistic_sources, demand.statistic_numel, demand.compute_itemsize, limit
-    )
+    search = search_bytes(demand.statistics, demand.statistic_numel, demand.compute_itemsize, limit)
     return max(search, demand.scales_nbytes)
 
 
 def _statistics_useful(demand: Demand) -> int:
     """Two scopes at once, so that one is counted while the other is sorted out."""
-    if not demand.statistic_sources:
+    if not _has_statistics(demand):
         return 2 * demand.scales_nbytes
     numel = demand.statistic_numel
-    search = search_bytes(
-        demand.statistic_sources, numel, demand.compute_itemsize, values_limit(numel)
-    )
+    search = search_bytes(demand.statistics, numel, demand.compute_itemsize, values_limit(numel))
     return 2 * max(search, demand.scales_nbytes)
 
 
@@ -218,11 +226,11 @@ def _worker_bytes(demand: Demand) -> int:
     """One worker's blocks, and the search that it runs by itself on a small tensor."""
     blocks = demand.compute_rows * BLOCK * demand.compute_itemsize + _WORKER_BYTES
     blocks += demand.device_worker_bytes + demand.encoding_bytes
-    if not demand.statistic_sources:
+    if not _has_statistics(demand):
         return blocks
     numel = min(demand.statistic_numel, LARGEST_SLOT // demand.input_itemsize)
     return blocks + search_bytes(
-        demand.statistic_sources, numel, demand.compute_itemsize, values_limit(numel)
+        demand.statistics, numel, demand.compute_itemsize, values_limit(numel)
     )
 
 

@@ -8,7 +8,7 @@ from streammerge.dtypes import DType
 from streammerge.errors import PlanError, printable
 from streammerge.plan.chunking import chunk_numel, output_bytes, widest_input
 from streammerge.plan.types import MergePlan
-from streammerge.reductions import BLOCK
+from streammerge.statistics import BLOCK
 
 _CODES = frozenset({DType.F8_E4M3, DType.F8_E5M2})
 """What values become."""

@@ -16,7 +16,7 @@ from streammerge.checkpoint.types import Coding
 from streammerge.checkpoint.views import iter_range
 from streammerge.plan.factors import factors_nbytes
 from streammerge.plan.types import MergePlan, TensorInput, TensorTask
-from streammerge.reductions import BLOCK
+from streammerge.statistics import BLOCK
 
 _PIECE_ALIGNMENT = 64
 """Pieces start at multiples of this many bytes of a slot: a cache line, and a multiple of every

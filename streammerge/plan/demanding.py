@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import reduce
 
 from streammerge.adapters.onto_base.changes import DELTA_ROWS
-from streammerge.assignment.types import Action, Setting
+from streammerge.assignment.types import Action
 from streammerge.checkpoint.types import coded_bits
-from streammerge.methods.base import MergeMethod
+from streammerge.methods.programs import Counts, Programs
 from streammerge.plan.budgeting import LARGEST_SLOT, Demand
 from streammerge.plan.chunking import DECODING_BYTES, output_bytes, widest_input
 from streammerge.plan.factors import factors_nbytes, stored_nbytes
 from streammerge.plan.types import TensorTask
-from streammerge.recipe.types import Recipe
-from streammerge.reductions import count_blocks
+from streammerge.statistics import count_blocks
+from streammerge.tiles.interpreter import count_rows
 
 ENCODING_BYTES = 2**22
 """Scratch memory of a worker that makes codes of numbers: quotients, scales spread out, bits of one step."""
@@ -23,10 +24,8 @@ fit by many times, and what one scale takes beside one code is no measure for ot
 
 
 def measure_demand(
-    recipe: Recipe,
-    method: MergeMethod,
+    programs: Sequence[Programs],
     tasks: Sequence[TensorTask],
-    settings: Sequence[Setting],
     *,
     itemsize: int,
     model_scope: bool,
@@ -35,18 +34,16 @@ def measure_demand(
     """Return what a merge asks of memory.
 
     Args:
-        recipe: What is asked for.
-        method: Its method.
+        programs: What the method does, for each of its settings.
         tasks: All tensors.
-        settings: The method's parameters.
         itemsize: Bytes per element in the compute dtype.
         model_scope: Whether statistics cover the whole model.
         torch: Whether torch computes anything.
     """
     merged = [task for task in tasks if task.action is Action.MERGE]
     made = [task for task in tasks if task.action in (Action.MERGE, Action.CONVERT)]
-    needs = any(method.reduction(method.bind(setting.values)) for setting in settings)
-    n_sources = len(recipe.sources)
+    counts = reduce(Counts.joined, (each.counts for each in programs), Counts(0, 0))
+    needs = any(each.rounds for each in programs)
     widest = {id(task): widest_input(task) for task in tasks}
     numels = [task.numel for task in merged] or [0]
     changed = [task for task in merged if task.changes]
@@ -62,9 +59,9 @@ def measure_demand(
             ],
             default=0.0,
         ),
-        compute_rows=_compute_rows(method, n_sources, torch=torch, changed=bool(changed)),
+        compute_rows=_compute_rows(programs, torch=torch, changed=bool(changed)),
         compute_itemsize=itemsize,
-        statistic_sources=n_sources if needs else 0,
+        statistics=counts,
         statistic_numel=sum(numels) if model_scope else max(numels),
         resident_nbytes=0
         if model_scope or not needs
@@ -90,15 +87,18 @@ def _scales_nbytes(task: TensorTask) -> int:
     return 0 if task.encoding is None else task.encoding.nbytes
 
 
-def _compute_rows(method: MergeMethod, n_sources: int, *, torch: bool, changed: bool) -> int:
+def _compute_rows(programs: Sequence[Programs], *, torch: bool, changed: bool) -> int:
     """Return how many blocks a worker keeps in the compute dtype."""
     kernels = 1
     if not torch:
         return kernels
-    # Sources, base, the method's scratch, and one row of magnitudes for the reduction; for changes,
-    # a product and one more row.
-    plain = n_sources + 1 + method.scratch_rows + 1
-    return kernels + plain + (DELTA_ROWS if changed else 0)
+    # For changes, a product and one more row.
+    return kernels + count_plain_rows(programs) + (DELTA_ROWS if changed else 0)
+
+
+def count_plain_rows(programs: Sequence[Programs]) -> int:
+    """Return how many blocks the plain way keeps: the base, magnitudes, and what programs need."""
+    return 2 + max((count_rows(each) for one in programs for each in one.all), default=0)
 
 
 def _models_read(tasks: Sequence[TensorTask]) -> set[int]:

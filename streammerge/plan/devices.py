@@ -4,9 +4,9 @@ A chunk goes through a device in steps of whole blocks, in lanes that take turns
 computed, the next one is copied in and the last one out. The parts, in bytes, for each worker:
 
     lanes       LANES · step · (inputs · widest input + widest output)
-    rows        (sources + base + scratch rows + magnitudes) · step in the compute dtype
+    rows        (registers of the programs, base, magnitudes) · step in the compute dtype
     temporary   what single operations need beside that, per element of a step
-    answers     per source: collected magnitudes, a histogram, counts per block
+    answers     per ranked value: what is collected, a histogram, counts per block; totals per block
     notes       largest magnitudes per step, to tell NaN, infinity and overflows
 
 and once for each device the allocator's slack. The driver's own memory, a few hundred MiB that it
@@ -19,16 +19,21 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
 
 from streammerge.assignment.types import Action
 from streammerge.errors import MemoryBudgetError
 from streammerge.methods.base import MergeMethod
+from streammerge.methods.programs import Counts, Programs
 from streammerge.plan.budgeting import LARGEST_SLOT, Demand, values_limit
 from streammerge.plan.chunking import widest_input
+from streammerge.plan.demanding import count_plain_rows
+from streammerge.plan.sweeps import programs_of_plan
 from streammerge.plan.types import DeviceResources, MergePlan, TensorTask
-from streammerge.reductions import BLOCK, count_blocks
-from streammerge.reductions.in_tensors import COUNTS
-from streammerge.reductions.magnitude import BINS
+from streammerge.statistics import BLOCK, count_blocks
+from streammerge.statistics.in_tensors import COUNTS
+from streammerge.statistics.magnitude import BINS
+from streammerge.tiles.program import Op
 from streammerge.units import MIB, format_budget, format_size
 
 LANES = 2
@@ -41,6 +46,8 @@ _SLACK_BYTES = 96 * MIB
 """Requests of the allocator are rounded up to 2 and 20 MiB. An estimate, see docs/design.md."""
 _LARGEST_STEP = 16 * BLOCK
 """4 million elements: an operation on them takes several times longer than to ask for it."""
+_ON_THE_CPU = (Op.EXPONENTIAL, Op.LOGARITHM, Op.COMPUTED, Op.CHANGED)
+"""Steps that are done in numpy, whose bits no other library has, or by adapters."""
 HOST_GROWTH_BYTES = 192 * MIB
 """What a device's kernels and streams take of the process once they are used. An estimate."""
 
@@ -60,7 +67,9 @@ class StepShape:
     compute_itemsize: int
     """Bytes per element there."""
     searches: int
-    """Sources whose thresholds are searched on the device; 0 for none."""
+    """Values that are ranked on the device; 0 for none."""
+    totals: int
+    """Totals per block."""
     collected: int
     """Most magnitudes collected per source and chunk."""
     chunk_numel: int
@@ -90,8 +99,8 @@ class StepShape:
 
     @property
     def notes(self) -> int:
-        """Columns of notes per step: the rows of sources, base and result."""
-        return self.rows
+        """Columns of notes per step: sources, base and result."""
+        return self.models + 2
 
     @property
     def device_bytes(self) -> int:
@@ -101,14 +110,19 @@ class StepShape:
         temporary = _TEMPORARY_BYTES * self.step_numel + (_SORT_BYTES if self.searches else 0)
         notes = self.steps * self.notes * self.compute_itemsize
         borders = 4 * (BINS + 1) if self.searches else 0
-        return lanes + rows + temporary + notes + borders + self.searches * self._answer_bytes
+        answers = self.searches * self._answer_bytes + self._total_bytes
+        return lanes + rows + temporary + notes + borders + answers
 
     @property
     def host_bytes(self) -> int:
         """Bytes of page-locked memory that one worker takes for what comes back."""
         notes = self.steps * self.notes * self.compute_itemsize
         # torch rounds page-locked memory up to powers of two.
-        return 2 * (notes + self.searches * self._answer_bytes)
+        return 2 * (notes + self.searches * self._answer_bytes + self._total_bytes)
+
+    @property
+    def _total_bytes(self) -> int:
+        return 8 * max(1, self.totals * self.chunk_blocks)
 
     @property
     def _answer_bytes(self) -> int:
@@ -116,43 +130,50 @@ class StepShape:
         return (self.collected + 1) * self.compute_itemsize + 8 * BINS + counts + 8
 
 
-def runs_on_device(task: TensorTask, *, has_base: bool) -> bool:
+def runs_on_device(task: TensorTask, programs: Programs, *, has_base: bool) -> bool:
     """Return whether a tensor is measured and merged on an accelerator, if there is one.
 
     A tensor of at most a block costs a core less time than it takes to ask a device for some thirty
     operations. The products of adapters are computed on the CPU, whose bits no other library has.
     What is copied or converted has no arithmetic.
     """
+    if any(program.uses(*_ON_THE_CPU) for program in programs.all):
+        return False
     base_is_here = not has_base or task.inputs[0] is not None
     return task.action is Action.MERGE and task.numel > BLOCK and not task.changes and base_is_here
 
 
 def shape_step(
     tasks: Iterable[TensorTask],
-    method: MergeMethod,
     *,
     slot_bytes: int,
     step_numel: int,
     compute_itemsize: int,
     has_base: bool,
     searched_numel: int,
+    programs: Sequence[Programs],
 ) -> StepShape | None:
     """Return what a worker needs on a device; None where no tensor goes there.
 
     Args:
         tasks: The plan's tensors.
-        method: The method.
         slot_bytes: Size of an input buffer, which limits chunks.
         step_numel: Most elements in a step.
         compute_itemsize: Bytes per element that is computed with.
         has_base: Whether the first model is the base.
         searched_numel: Elements in the largest scope of a statistic; 0 where none is needed.
+        programs: What the method does, for each of its settings.
     """
-    there = [task for task in tasks if runs_on_device(task, has_base=has_base)]
+    there = [
+        task
+        for task in tasks
+        if task.action is Action.MERGE
+        and runs_on_device(task, programs[task.setting], has_base=has_base)
+    ]
     if not there:
         return None
     models = len(there[0].inputs)
-    sources = models - has_base
+    counts = reduce(Counts.joined, (each.counts for each in programs))
     largest = max(
         min(task.numel, slot_bytes // widest_input(task) // BLOCK * BLOCK) for task in there
     )
@@ -160,10 +181,11 @@ def shape_step(
         models=models,
         input_itemsize=max(widest_input(task) for task in there),
         output_itemsize=max(task.made_dtype.itemsize for task in there),
-        rows=sources + 1 + method.scratch_rows + 1,
+        rows=count_plain_rows(programs),
         compute_itemsize=compute_itemsize,
-        searches=sources if searched_numel else 0,
-        collected=min(largest, values_limit(searched_numel)) if searched_numel else 0,
+        searches=counts.ranked,
+        totals=counts.totals,
+        collected=min(largest, values_limit(searched_numel)) if counts.ranked else 0,
         chunk_numel=largest,
         step_numel=min(step_numel, -(-largest // BLOCK) * BLOCK),
     )
@@ -172,7 +194,7 @@ def shape_step(
 def add_devices(
     demand: Demand,
     tasks: Iterable[TensorTask],
-    method: MergeMethod,
+    programs: Sequence[Programs],
     *,
     count: int,
     has_base: bool,
@@ -180,12 +202,12 @@ def add_devices(
     """Return a demand with what the use of ``count`` devices takes of the host."""
     shape = shape_step(
         tasks,
-        method,
         slot_bytes=LARGEST_SLOT,
         step_numel=BLOCK,
         compute_itemsize=demand.compute_itemsize,
         has_base=has_base,
-        searched_numel=demand.statistic_numel if demand.statistic_sources else 0,
+        searched_numel=demand.statistic_numel,
+        programs=programs,
     )
     return replace(
         demand,
@@ -196,17 +218,16 @@ def add_devices(
 
 def plan_step(plan: MergePlan, method: MergeMethod, step_numel: int) -> StepShape | None:
     """Return the shape of a plan's steps; see :func:`shape_step`."""
-    needs = [method.reduction(method.bind(setting.values)) for setting in plan.settings]
     merged = [task.numel for task in plan.tasks if task.action is Action.MERGE]
     scope = sum(merged) if plan.model_scope else max(merged, default=0)
     return shape_step(
         plan.tasks,
-        method,
         slot_bytes=plan.resources.slot_bytes,
         step_numel=step_numel,
         compute_itemsize=plan.compute_dtype.itemsize,
         has_base=plan.has_base,
-        searched_numel=scope if any(needs) else 0,
+        searched_numel=scope,
+        programs=programs_of_plan(plan, method),
     )
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from streammerge.adapters.onto_base.changes import WHOLE_NORM_NUMEL, Change, ChangeKind
 from streammerge.adapters.onto_base.workings import working_numel
 from streammerge.plan.types import TensorInput, TensorTask
-from streammerge.reductions import BLOCK
+from streammerge.statistics import BLOCK
 
 FactorKey = tuple[int, int]
 """A tensor of an adapter: index of its file in the plan, and first byte."""

@@ -23,6 +23,7 @@ from streammerge.dtypes import DType
 from streammerge.errors import RecipeError, printable, suggestion
 from streammerge.methods import discover_methods
 from streammerge.methods.base import MergeMethod, Operand, Scope
+from streammerge.methods.programs import programs_of
 from streammerge.plan.adapting import describe_changes
 from streammerge.plan.budgeting import choose_resources
 from streammerge.plan.demanding import measure_demand
@@ -44,7 +45,7 @@ from streammerge.plan.types import (
 from streammerge.recipe.parsing import dump_recipe
 from streammerge.recipe.resolving import build_resolver
 from streammerge.recipe.types import ComputeDType, NonFinitePolicy, Recipe
-from streammerge.reductions import count_blocks
+from streammerge.statistics import count_blocks
 
 
 class Baseline(Protocol):
@@ -139,27 +140,27 @@ def plan_merge(
     )
     files, file_index = _files(checkpoints)
     tasks = _tasks(assignment.tensors, places, file_index, model_scope=model_scope)
+    programs = [
+        programs_of(method, each.values, sources=len(sources), has_base=base is not None)
+        for each in assignment.settings
+    ]
     torch = bool(machine.devices) or needs_torch(
-        method,
-        assignment.settings,
+        programs,
         tasks,
-        n_sources=len(sources),
         has_base=base is not None,
         compute_dtype=_compute_dtype(recipe),
         keep_non_finite=recipe.non_finite is NonFinitePolicy.KEEP,
     )
     demand = measure_demand(
-        recipe,
-        method,
+        programs,
         tasks,
-        assignment.settings,
         itemsize=_compute_dtype(recipe).itemsize,
         model_scope=model_scope,
         torch=torch,
     )
     if machine.devices:
         demand = add_devices(
-            demand, tasks, method, count=len(machine.devices), has_base=base is not None
+            demand, tasks, programs, count=len(machine.devices), has_base=base is not None
         )
     resources, memory = choose_resources(
         demand,
@@ -237,7 +238,7 @@ def _compute_dtype(recipe: Recipe) -> DType:
 def _check_settings(method: MergeMethod, assignment: Assignment, n_sources: int) -> bool:
     """Check what concerns several parameters at once; return whether statistics span the model."""
     scopes = set()
-    densities = set()
+    asked = set()
     for setting in assignment.settings:
         values = dict(setting.values)
         weights = values.get("weight")
@@ -247,15 +248,15 @@ def _check_settings(method: MergeMethod, assignment: Assignment, n_sources: int)
                 f"weight: the {n_sources} weights {list(weights)} sum to 0, and {method.name} "
                 "divides by the sum; change them or set `normalize: false`"
             )
-        need = method.reduction(method.bind(setting.values))
-        if need is not None:
-            scopes.add(need.scope)
-            densities.add(need.densities)
+        work = method.work(method.bind(setting.values))
+        if work.rounds:
+            scopes.add(work.scope)
+            asked.add(tuple(each.about for each in work.rounds))
     if scopes != {Scope.MODEL}:
         return False
-    if len(densities) > 1:
+    if len(asked) > 1:
         raise RecipeError(
-            f"rules: {len(densities)} different densities under `scope: model`, where one "
+            f"rules: {len(asked)} different densities under `scope: model`, where one "
             "threshold per source covers the whole model; remove the density from the rules or "
             "set `scope: tensor`"
         )

@@ -9,13 +9,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from streammerge.assignment.types import Action
-from streammerge.methods.base import MagnitudeTopK, MergeMethod
+from streammerge.methods.base import MergeMethod
+from streammerge.methods.programs import Programs, programs_of
 from streammerge.plan.budgeting import affordable_limit, search_bytes, values_limit
 from streammerge.plan.chunking import Chunk, Piece, fits_one_slot, reads_twice
 from streammerge.plan.factors import factors_nbytes, norms_nbytes
 from streammerge.plan.types import MergePlan, TensorTask
-from streammerge.reductions.magnitude import SAMPLE_RUN, choose_sample_runs
-from streammerge.reductions.topk import kept_count
+from streammerge.statistics.magnitude import SAMPLE_RUN, choose_sample_runs
+from streammerge.statistics.rounds import NOTHING, Rank
+from streammerge.statistics.topk import TiePolicy
 
 _SAMPLE_RUNS = 64
 """Runs sampled from a tensor: 2^16 elements put the rank within 0.8 % at five sigma."""
@@ -25,19 +27,33 @@ _LEAST_NUMEL_PER_RUN = 8 * SAMPLE_RUN
 """A smaller scope is sampled at most to an eighth, or the sample would cost as much as a sweep."""
 
 
+def programs_of_plan(plan: MergePlan, method: MergeMethod) -> list[Programs]:
+    """Return what a method does in a plan, for each of its settings."""
+    return [
+        programs_of(
+            method,
+            setting.values,
+            sources=len(plan.models) - plan.has_base,
+            has_base=plan.has_base,
+        )
+        for setting in plan.settings
+    ]
+
+
 class Needs:
     """The statistics that a plan's tensors need."""
 
     def __init__(self, plan: MergePlan, method: MergeMethod) -> None:
         """Ask the method once per setting."""
         self._plan = plan
-        self._by_setting = [
-            method.reduction(method.bind(setting.values)) for setting in plan.settings
-        ]
+        self._by_setting = programs_of_plan(plan, method)
 
-    def of(self, task: TensorTask) -> MagnitudeTopK | None:
+    def of(self, task: TensorTask) -> Programs | None:
         """Return what one tensor needs; None for copies and for methods without statistics."""
-        return self._by_setting[task.setting] if task.action is Action.MERGE else None
+        if task.action is not Action.MERGE:
+            return None
+        programs = self._by_setting[task.setting]
+        return programs if programs.rounds else None
 
     def must_look(self, task: TensorTask) -> bool:
         """Return whether a tensor must be seen whole before it can be merged.
@@ -48,7 +64,7 @@ class Needs:
         need = self.of(task)
         return need is not None and not self._plan.model_scope and asks(need, task.numel)
 
-    def of_model(self) -> tuple[MagnitudeTopK, list[int]] | None:
+    def of_model(self) -> tuple[Programs, list[int]] | None:
         """Return the one need of a model-wide scope and its tensors; None without one."""
         merged = [i for i, task in enumerate(self._plan.tasks) if task.action is Action.MERGE]
         need = self.of(self._plan.tasks[merged[0]]) if merged else None
@@ -57,27 +73,34 @@ class Needs:
         return need, merged
 
 
-def asks(need: MagnitudeTopK, numel: int) -> bool:
-    """Return whether thresholds over ``numel`` elements depend on the elements at all."""
-    return any(density < 1 and kept_count(density, numel) > 0 for density in need.densities)
+def asks(need: Programs, numel: int) -> bool:
+    """Return whether the statistics of ``numel`` elements depend on the elements at all."""
+    if numel == 0:
+        return False
+    if len(need.rounds) > 1 or need.rounds[0].totals:
+        return True
+    return _any_open(need.work.rounds[0].ranks(numel, NOTHING), numel)
 
 
-def scope_bytes(plan: MergePlan, need: MagnitudeTopK, numel: int) -> int:
+def _any_open(ranks: Sequence[Rank], numel: int) -> bool:
+    return any(0 < rank.k < numel for rank in ranks)
+
+
+def scope_bytes(plan: MergePlan, need: Programs, numel: int) -> int:
     """Return the bytes that the statistics of a scope reserve, at most what the plan has."""
     itemsize = plan.compute_dtype.itemsize
-    useful = search_bytes(len(need.densities), numel, itemsize, values_limit(numel))
+    useful = search_bytes(need.counts, numel, itemsize, values_limit(numel))
     return min(useful, plan.resources.statistics_bytes)
 
 
-def collecting_limit(plan: MergePlan, need: MagnitudeTopK, numel: int, available: int) -> int:
-    """Return how many magnitudes each search of a scope may collect in ``available`` bytes."""
-    sources = len(need.densities)
-    return affordable_limit(sources, numel, plan.compute_dtype.itemsize, available)
+def collecting_limit(plan: MergePlan, need: Programs, numel: int, available: int) -> int:
+    """Return how many values each search of a scope may collect in ``available`` bytes."""
+    return affordable_limit(need.counts, numel, plan.compute_dtype.itemsize, available)
 
 
-def count_sample_runs(need: MagnitudeTopK, numel: int, limit: int) -> int:
+def count_sample_runs(ranks: Sequence[Rank], numel: int, limit: int) -> int:
     """Return how many runs to sample; 0 where nothing is asked, or everything is collected."""
-    if numel <= limit or not asks(need, numel):
+    if numel <= limit or not _any_open(ranks, numel):
         return 0
     runs = max(_SAMPLE_RUNS, numel // _SAMPLE_NUMEL_PER_RUN)
     # The sample lies where the collected values will; it is used before they come.
@@ -158,14 +181,29 @@ def bytes_beyond_once(plan: MergePlan, needs: Needs) -> int:
     return total
 
 
-def _sweep_bytes(plan: MergePlan, need: MagnitudeTopK, tasks: Sequence[int]) -> int:
+def _sweep_bytes(plan: MergePlan, need: Programs, tasks: Sequence[int]) -> int:
+    """Return what the rounds of a scope read, as far as it is known before they have found anything.
+
+    How many values a later round ranks may depend on what an earlier one found; it is taken to
+    need a sample, and one sweep.
+    """
     numel = sum(plan.tasks[index].numel for index in tasks)
     if not asks(need, numel):
         return 0
     limit = collecting_limit(plan, need, numel, scope_bytes(plan, need, numel))
-    sample = spread_runs(plan, tasks, count_sample_runs(need, numel, limit))
-    read = sum(_stored_nbytes(plan.tasks[piece.task], piece.numel) for piece in sample)
-    return read + sum(_stored_nbytes(plan.tasks[index], plan.tasks[index].numel) for index in tasks)
+    whole = sum(_stored_nbytes(plan.tasks[index], plan.tasks[index].numel) for index in tasks)
+    read = 0
+    for index, program in enumerate(need.rounds):
+        if index == 0:
+            ranks = need.work.rounds[0].ranks(numel, NOTHING)
+        else:
+            ranks = [Rank(numel // 2, TiePolicy.EXACT)] * program.ranked
+        if not program.totals and not _any_open(ranks, numel):
+            continue
+        sample = spread_runs(plan, tasks, count_sample_runs(ranks, numel, limit))
+        read += whole
+        read += sum(_stored_nbytes(plan.tasks[piece.task], piece.numel) for piece in sample)
+    return read
 
 
 def _stored_nbytes(task: TensorTask, numel: int) -> int:

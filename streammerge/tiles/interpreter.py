@@ -10,7 +10,6 @@ a slice.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -18,13 +17,11 @@ from numpy.typing import NDArray
 
 from streammerge.lazily import torch
 from streammerge.tiles.functions import exponential, logarithm
-from streammerge.tiles.program import TOTALS, Op, Program, Step, Vote
+from streammerge.tiles.program import SINKS, Op, Program, Step, Vote
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-_LANES = 16
-"""Running sums that a total is added up in, element ``i`` in sum ``i % 16``."""
 _SLICE = 16_384
 """Elements whose exponentials are computed at once."""
 
@@ -65,18 +62,16 @@ class Models(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """What a run leaves behind."""
+class Sinks(Protocol):
+    """What becomes of the rows that a program does not store."""
 
-    result: Tensor | None
-    """``[m]``, in a register; None where nothing is stored."""
-    totals: NDArray[np.float64]
-    """``[rows, totals]``."""
+    def rank(self, index: int, row: Tensor) -> None:
+        """Take ``[m]`` of values that are ranked, in a register."""
+        ...
 
-
-OnRanked = Callable[[int, "Tensor"], None]
-"""Is called with which value it is, and ``[m]`` of it in a register."""
+    def total(self, index: int, op: Op, a: Tensor, b: Tensor) -> None:
+        """Take ``[m]``, or two of them, in registers, whose total of this kind is asked for."""
+        ...
 
 
 def run_program(
@@ -86,8 +81,8 @@ def run_program(
     numbers: Sequence[float | NDArray[np.float64]],
     memory: Tensor,
     row_numel: int,
-    on_ranked: OnRanked | None = None,
-) -> Outcome:
+    sinks: Sinks | None = None,
+) -> Tensor | None:
     """Run a program on some consecutive elements of a tensor.
 
     Args:
@@ -97,16 +92,28 @@ def run_program(
         memory: ``[count_rows(program), m]`` in the compute dtype.
         row_numel: Elements per row; ``m`` is a multiple of it. The same as ``m`` where rows do not
             matter.
-        on_ranked: Is given what is to be ranked.
+        sinks: Takes what is not stored.
+
+    Returns:
+        The result, ``[m]``, in a register; None where nothing is stored.
     """
     machine = _Machine(program, models, numbers, memory, row_numel)
+    result = None
     for step in program.steps:
-        if step.op is Op.RANK:
-            assert on_ranked is not None  # noqa: S101 - who asks, listens
-            on_ranked(step.out, machine.rows[step.a])
+        if step.op is Op.STORE:
+            result = machine.rows[step.a]
+            if step.b >= 0:
+                result = torch.add(machine.rows[step.b], result, out=result)
+        elif step.op in SINKS:
+            assert sinks is not None  # noqa: S101 - who asks, listens
+            row = machine.rows[step.a]
+            if step.op is Op.RANK:
+                sinks.rank(step.out, row)
+            else:
+                sinks.total(step.out, step.op, row, machine.rows[step.b])
         else:
             machine.run(step)
-    return Outcome(machine.result, machine.totals)
+    return result
 
 
 def count_rows(program: Program) -> int:
@@ -132,9 +139,6 @@ class _Machine:
         self.rows = memory[: program.registers].unbind()
         self._spare = memory[program.registers :].unbind()
         self._row_numel = row_numel
-        self.result: Tensor | None = None
-        n_rows = memory.shape[1] // row_numel if row_numel else 1
-        self.totals = np.zeros((n_rows, len(program.totals)))
 
     def run(self, step: Step) -> None:
         """Do one step."""
@@ -146,8 +150,6 @@ class _Machine:
             _UNARY[step.op](self.rows[step.a], self.rows[step.out])
         elif step.op in _PLACED:
             self._place(step)
-        elif step.op in TOTALS:
-            self._total(step)
         else:
             self._do_other(step)
 
@@ -211,16 +213,6 @@ class _Machine:
             case _:
                 self._models.change_(out, step.c)
 
-    def _total(self, step: Step) -> None:
-        a = self._by_row(self.rows[step.a]).cpu().numpy()
-        if step.op is Op.LARGEST:
-            self.totals[:, step.out] = a.max(axis=1, initial=-np.inf)
-            return
-        terms = a.astype(np.float64)
-        if step.op is Op.DOT:
-            terms *= self._by_row(self.rows[step.b]).cpu().numpy()
-        self.totals[:, step.out] = add_up(terms)
-
     def _do_other(self, step: Step) -> None:
         match step.op:
             case Op.FILL:
@@ -234,10 +226,6 @@ class _Machine:
                 torch.where(chosen, self.rows[step.a], self.rows[step.b], out=self.rows[step.out])
             case Op.MAJORITY_MEAN:
                 self._average_majority(step)
-            case Op.STORE:
-                self.result = self.rows[step.a]
-                if step.b >= 0:
-                    self.result = torch.add(self.rows[step.b], self.result, out=self.result)
             case _:
                 raise AssertionError(f"no step does {step.op}")
 
@@ -258,7 +246,9 @@ class _Machine:
         factors = [self._number(first + i, rows[0]) for i in range(n)]
         shares = [self._number(first + n + i, rows[0]) for i in range(n)]
         elected, total, share = self._spare[2:5]
-        self._elect(rows, how.vote, self._number(first + 2 * n, rows[0]), elected)
+        zero_elects = self._numbers[first + 2 * n]
+        assert not isinstance(zero_elects, np.ndarray)  # noqa: S101 - one sign for all rows
+        self._elect(rows, how.vote, zero_elects, elected)
         total.zero_()
         share.zero_()
         for row, factor, own_share in zip(rows, factors, shares, strict=True):
@@ -274,7 +264,7 @@ class _Machine:
         torch.add(total, 0.0, out=self.rows[step.out])
 
     def _elect(
-        self, rows: Sequence[Tensor], vote: Vote, zero_elects: Tensor, elected: Tensor
+        self, rows: Sequence[Tensor], vote: Vote, zero_elects: float, elected: Tensor
     ) -> None:
         """Fill a row with 1 and -1."""
         votes = self._spare[1]
@@ -285,25 +275,9 @@ class _Machine:
             else:
                 votes.add_(own)
         # ge and gt write 1.0 and 0.0 into a float row; 2x - 1 makes them 1 and -1.
-        compare = torch.ge if float(zero_elects) >= 0 else torch.gt
+        compare = torch.ge if zero_elects >= 0 else torch.gt
         compare(votes, 0.0, out=elected)
         elected.mul_(2.0).sub_(1.0)
-
-
-def add_up(terms: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return the sum of each row of ``[rows, m]``, in the order that every machine keeps.
-
-    Element ``i`` is added to running sum ``i % 16``; then the upper half of the sums is added to the
-    lower half, four times.
-    """
-    n_rows, numel = terms.shape
-    whole = numel // _LANES * _LANES
-    lanes = terms[:, :whole].reshape(n_rows, -1, _LANES).sum(axis=1)
-    lanes[:, : numel - whole] += terms[:, whole:]
-    for half in (8, 4, 2, 1):
-        lanes = lanes[:, :half] + lanes[:, half:]
-    added: NDArray[np.float64] = lanes[:, 0]
-    return added
 
 
 _Binary = Callable[["Tensor", "Tensor", "Tensor"], object]

@@ -196,6 +196,11 @@ def keep_random(row: Row, source: int, probability: Row | float) -> Row:
     return Row(Op.KEEP_RANDOM, (row,), (_number(probability),), index=source)
 
 
+def changed(row: Row, source: int) -> Row:
+    """Return values as a source's adapter leaves them, rounded to the base's type."""
+    return Row(Op.CHANGED, (row,), index=source)
+
+
 def weighted_sum(rows: Sequence[Row], weights: Sequence[Factor]) -> Row:
     """Return the sum of weighted rows, added from left to right; a zero has no sign.
 

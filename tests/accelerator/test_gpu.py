@@ -27,10 +27,10 @@ import streammerge
 from streammerge.engine.accelerator.cuda import CudaBackend
 from streammerge.engine.accelerator.opening import count_devices
 from streammerge.errors import DeviceError, MemoryBudgetError, NonFiniteError
-from streammerge.methods.masks import draw_keep_mask
+from streammerge.tiles.masks import draw_keep_mask
 from streammerge.methods.parts import divide_, trim_, trim_unseen_
-from streammerge.reductions.topk import TopK
 from streammerge.rng import keep_mask, stream_key
+from streammerge.statistics.topk import TopK
 
 pytestmark = [
     pytest.mark.gpu,

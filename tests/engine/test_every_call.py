@@ -24,7 +24,7 @@ from models import MEMORY, Models, recipe_of
 import streammerge
 from streammerge.checkpoint import outputfile
 from streammerge.plan.types import MergePlan
-from streammerge.reductions import BLOCK
+from streammerge.statistics import BLOCK
 
 pytestmark = [
     pytest.mark.timeout(900),

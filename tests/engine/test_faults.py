@@ -42,7 +42,7 @@ from streammerge.plan import kernels
 from streammerge.plan.chunking import Residence, iter_units
 from streammerge.plan.sweeps import Needs
 from streammerge.plan.types import MergePlan
-from streammerge.reductions import BLOCK
+from streammerge.statistics import BLOCK
 
 pytestmark = pytest.mark.timeout(60)
 

@@ -17,7 +17,7 @@ from models import recipe_of, write_model
 
 from streammerge.engine.progress import OnProgress, ProgressEvent
 from streammerge.engine.shelter import run_sheltered
-from streammerge.reductions import BLOCK
+from streammerge.statistics import BLOCK
 
 pytestmark = pytest.mark.timeout(120)
 

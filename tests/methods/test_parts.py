@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from streammerge.methods.parts import trim_, trim_rows_
-from streammerge.reductions.selecting import select_block
-from streammerge.reductions.topk import TiePolicy, TopK
+from streammerge.statistics.selecting import select_block
+from streammerge.statistics.topk import TiePolicy, TopK
 
 
 @settings(deadline=None)

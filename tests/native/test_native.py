@@ -40,9 +40,9 @@ from streammerge.native.library import (
     load_kernels,
 )
 from streammerge.plan.types import MergePlan
-from streammerge.reductions.magnitude import MOST_CROWDS, Band, Bins, Question, answer_block
-from streammerge.reductions.selecting import select_block
-from streammerge.reductions.topk import TiePolicy
+from streammerge.statistics.magnitude import MOST_CROWDS, Band, Bins, Question, answer_block
+from streammerge.statistics.selecting import select_block
+from streammerge.statistics.topk import TiePolicy
 
 KERNELS = load_kernels()
 pytestmark = pytest.mark.skipif(KERNELS is None, reason="no compiler was found at installation")

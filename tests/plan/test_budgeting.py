@@ -21,7 +21,7 @@ from streammerge.plan.budgeting import (
     values_limit,
 )
 from streammerge.plan.types import MemoryProjection, Resources
-from streammerge.reductions import BLOCK
+from streammerge.statistics import BLOCK
 from streammerge.units import GIB, MIB, parse_size
 
 BASELINE = 100_000_007

@@ -34,7 +34,7 @@ from streammerge.plan.types import (
     TensorInput,
     TensorTask,
 )
-from streammerge.reductions import BLOCK
+from streammerge.statistics import BLOCK
 
 FLOATS = [DType.F64, DType.F32, DType.BF16, DType.F8_E4M3]
 NUMELS = st.one_of(

@@ -30,7 +30,7 @@ from streammerge.plan.sweeps import Needs
 from streammerge.plan.types import PLAN_VERSION, MergePlan
 from streammerge.recipe.parsing import parse_recipe, recipe_from_mapping
 from streammerge.recipe.types import Recipe
-from streammerge.reductions import BLOCK, count_blocks
+from streammerge.statistics import BLOCK, count_blocks
 from streammerge.units import GIB, KIB, MIB
 
 MACHINE = Machine(

@@ -27,11 +27,11 @@ from streammerge.functional import (
     magnitude_mask,
     task_arithmetic,
 )
-from streammerge.methods.parts import trim_
 from streammerge.recipe.types import ParameterValue
-from streammerge.reductions.selecting import select_block
-from streammerge.reductions.topk import TiePolicy
 from streammerge.rng import keep_mask, stream_key
+from streammerge.statistics.selecting import select_block
+from streammerge.statistics.topk import TiePolicy, kept_count
+from streammerge.statistics.trimming import trim_
 
 _MASK_STEP = 2**22
 """Elements whose random mask is drawn at once; a multiple of what one counter gives."""
@@ -240,7 +240,8 @@ def _sparsify_(product: Tensor, index: int, settings: Settings, *, name: str) ->
         case Sparsify.TRIM:
             flat = product.view(-1)
             magnitudes = flat.abs().numpy()
-            top = select_block(magnitudes, settings.densities[index], TiePolicy.EXACT)
+            k = kept_count(settings.densities[index], magnitudes.size)
+            top = select_block(magnitudes, k, TiePolicy.EXACT)
             del magnitudes
             trim_(flat, top, 0)
             return product

@@ -22,7 +22,7 @@ from streammerge.adapters.onto_base.rotations import rotate_
 from streammerge.adapters.onto_base.rows import by_rows
 from streammerge.adapters.onto_base.workings import LEAST_ROWS
 from streammerge.lazily import torch
-from streammerge.reductions import BLOCK
+from streammerge.statistics import BLOCK
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from streammerge.adapters.onto_base.cayley import make_butterfly, make_rotations
 from streammerge.adapters.onto_base.workings import Op, Working
 from streammerge.lazily import torch
-from streammerge.reductions import BLOCK
+from streammerge.statistics import BLOCK
 
 if TYPE_CHECKING:
     from torch import Tensor

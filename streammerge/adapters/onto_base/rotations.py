@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from streammerge.adapters.onto_base.workings import LEAST_ROWS
 from streammerge.lazily import torch
-from streammerge.reductions import BLOCK
+from streammerge.statistics import BLOCK
 
 if TYPE_CHECKING:
     from torch import Tensor

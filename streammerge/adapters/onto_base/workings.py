@@ -14,7 +14,7 @@ from math import prod
 from streammerge.adapters.files.forms import Form, FormedModule
 from streammerge.adapters.files.roles import Role
 from streammerge.checkpoint.types import TensorEntry
-from streammerge.reductions import BLOCK
+from streammerge.statistics import BLOCK
 
 LEAST_ROWS = 16
 """Rows multiplied at once, if a matrix has so many. Measured with MKL: from 8 rows on, a part of

@@ -1,7 +1,7 @@
 """Pieces measured and merged on a device, in the mathematics that the CPU's stage uses.
 
-Everything but the sum of more than four rows has one rounding per operation, the CPU's; such sums
-add from left to right here, whatever the size of the chunk.
+Every operation has one rounding, the CPU's; only totals are added up in an order of their own, which
+depends on nothing but the length of a block.
 
 Memory: that of the ring.
 """
@@ -9,7 +9,7 @@ Memory: that of the ring.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -18,19 +18,30 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from streammerge.engine.accelerator.ring import Returned, Ring, Step
+from streammerge.engine.asking import Asking, BlockAnswer
 from streammerge.engine.device import Applied
 from streammerge.engine.finite import LARGEST
 from streammerge.engine.pieces import PieceInMemory, Stored, torch_dtype
+from streammerge.engine.plain import bind_numbers
 from streammerge.lazily import torch
-from streammerge.methods.base import MergeChunk, MergeMethod, Operand, Stack
-from streammerge.methods.masks import draw_keep_mask
-from streammerge.methods.parts import trim_unseen_
+from streammerge.methods.base import MergeMethod
+from streammerge.plan.sweeps import programs_of_plan
 from streammerge.plan.types import MergePlan
-from streammerge.reductions import BLOCK, count_blocks
-from streammerge.reductions.in_tensors import COUNTS, counted_blocks, values_inside
-from streammerge.reductions.magnitude import BINS, Bins, Counted, Question
-from streammerge.reductions.topk import TopK
 from streammerge.rng import stream_key
+from streammerge.statistics import BLOCK, count_blocks
+from streammerge.statistics.in_tensors import (
+    COUNTS,
+    counted_blocks,
+    total_blocks_,
+    values_inside,
+)
+from streammerge.statistics.magnitude import BINS, Bins, Counted, Question
+from streammerge.statistics.rounds import Found
+from streammerge.statistics.topk import TopK
+from streammerge.statistics.trimming import mark_, trim_unseen_
+from streammerge.tiles.interpreter import run_program
+from streammerge.tiles.masks import draw_keep_mask
+from streammerge.tiles.program import Op, Program
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,32 +57,31 @@ class DeviceComputing:
     def __init__(self, plan: MergePlan, method: MergeMethod, ring: Ring) -> None:
         """Prepare to compute in a ring's memory."""
         self._plan = plan
-        self._method = method
-        self._params = [method.bind(setting.values) for setting in plan.settings]
+        self._programs = programs_of_plan(plan, method)
         self._ring = ring
-        self._first_source = 1 if plan.has_base else 0
-        self._n_sources = len(plan.models) - self._first_source
-        self._subtracts = method.operand is Operand.TASK_VECTORS
+        self._n_sources = len(plan.models) - plan.has_base
         self._tells = method.random or plan.model_scope
 
-    def merge(self, piece: PieceInMemory, tops: tuple[TopK, ...], out: Stored) -> Applied:
+    def merge(self, piece: PieceInMemory, found: Found, out: Stored) -> Applied:
         """Merge a piece of one part; see :meth:`streammerge.engine.device.DeviceStage.apply`.
 
         Raises:
             Suspicion: A value is not finite or out of range, and the recipe forbids it.
         """
         ring = self._ring
+        programs = self._programs[piece.first.task.setting]
         ring.run(ring.clear)
-        merge = partial(self._merge_step, piece, tops, torch_dtype(piece.first.task.made_dtype))
+        dtype = torch_dtype(piece.first.task.made_dtype)
+        merge = partial(self._merge_step, piece, programs.merge, found, dtype)
         ring.stream(_tensors(piece), piece.numel, merge, torch.from_numpy(out.memory))
         checked = not self._plan.keep_non_finite
-        self._fetch(piece, [(ring.counts, self._n_sources + 1)], checked=checked)
+        counts = ring.counts.device.numel()
+        self._fetch(piece, [(ring.counts, counts)], checked=checked)
         *kept, not_finite = ring.counts.host.tolist()
-        return Applied(not_finite, tuple(kept) if self._tells else ())
+        of_each = kept[: max(len(programs.merge.trims), len(programs.merge.streams))]
+        return Applied(not_finite, tuple(programs.work.kept(of_each)) if self._tells else ())
 
-    def measure(
-        self, piece: PieceInMemory, questions: Sequence[Question | None]
-    ) -> list[list[Counted | None]]:
+    def measure(self, piece: PieceInMemory, asking: Asking) -> list[BlockAnswer]:
         """Answer questions; see :meth:`streammerge.engine.device.DeviceStage.measure`.
 
         What was collected lies in memory that the next call overwrites.
@@ -80,17 +90,21 @@ class DeviceComputing:
             Suspicion: A value is not finite, where a sweep over the model has to look.
         """
         ring = self._ring
+        program = self._programs[piece.first.task.setting].rounds[asking.round]
+        questions = asking.questions
         asked = [index for index, question in enumerate(questions) if question is not None]
         # A tensor is merged right after it is measured, and checked then; a whole model is not.
         checked = self._plan.model_scope and not self._plan.keep_non_finite
         ring.run(ring.clear)
-        measure = partial(self._measure_step, questions, checked=checked)
+        measure = partial(self._measure_step, piece, program, asking, checked=checked)
         ring.stream(_tensors(piece), piece.numel, measure, None)
         blocks = count_blocks(piece.numel)
+        totals = len(program.totals)
         self._fetch(
             piece,
             [(ring.counted[index], blocks * COUNTS) for index in asked]
-            + [(ring.histograms[i], BINS) for i in asked if isinstance(questions[i], Bins)],
+            + [(ring.histograms[i], BINS) for i in asked if isinstance(questions[i], Bins)]
+            + ([(ring.totals, blocks * ring.shape.totals)] if totals else []),
             checked=checked,
         )
         sizes = [
@@ -105,7 +119,14 @@ class DeviceComputing:
             None if question is None else self._counted(index, question, piece.numel, sizes[index])
             for index, question in enumerate(questions)
         ]
-        return [[None if own is None else own[block] for own in answers] for block in range(blocks)]
+        of_blocks = ring.totals.host.numpy()
+        return [
+            BlockAnswer(
+                tuple(None if own is None else own[block] for own in answers),
+                of_blocks[block, :totals].copy() if asking.totals else None,
+            )
+            for block in range(blocks)
+        ]
 
     def _counted(self, source: int, question: Question, numel: int, size: int) -> list[Counted]:
         ring = self._ring
@@ -136,88 +157,83 @@ class DeviceComputing:
     def _merge_step(
         self,
         piece: PieceInMemory,
-        tops: tuple[TopK, ...],
+        program: Program,
+        found: Found,
         dtype: torch.dtype,
         step: Step,
     ) -> None:
         checked = not self._plan.keep_non_finite
-        base, rows = self._load(step, checked=checked)
-        place = _Place(piece, step)
-        kept = self._ring.counts.device
-        if self._plan.model_scope:
-            for source, (row, top) in enumerate(zip(rows, tops, strict=True)):
-                self._count_kept(row, top, place, kept[source])
         if not checked:
-            _count_non_finite(step.inputs, kept[self._n_sources])
-        chunk = MergeChunk(
-            base=base,
-            vectors=Stack(None, rows),
-            scratch=self._ring.rows[self._n_sources + 1 : -1, : step.numel],
-            trims=_Trims(tops, place),
-            masks=_Masks(self._plan.seed, place, kept),
-            steps=_NoSteps(),
-        )
-        merged = self._method.apply(chunk, self._params[piece.first.task.setting])
+            _count_non_finite(step.inputs, self._ring.counts.device[-1])
+        merged = self._run(program, piece, step, found, checked=checked, count=self._tells)
+        assert merged is not None  # noqa: S101 - a merge stores
         if checked:
-            self._note(merged, step, self._n_sources + 1)
+            self.note(merged, step, self._n_sources + 1)
         step.out.view(dtype).copy_(merged)
 
     def _measure_step(
-        self, questions: Sequence[Question | None], step: Step, *, checked: bool
+        self, piece: PieceInMemory, program: Program, asking: Asking, step: Step, *, checked: bool
     ) -> None:
-        _, rows = self._load(step, checked=checked)
-        magnitudes = self._ring.rows[-1, : step.numel]
-        for row, question, answers in zip(rows, questions, self._ring.answers, strict=True):
-            if question is not None:
-                torch.abs(row, out=magnitudes)
-                answers.add_(question, magnitudes, step.begin // BLOCK)
+        sinks = _DeviceSinks(self._ring, asking, step)
+        self._run(program, piece, step, asking.found, checked=checked, sinks=sinks)
 
-    def _load(self, step: Step, *, checked: bool) -> tuple[Tensor | None, tuple[Tensor, ...]]:
-        """Convert a step of every input; return the base and the operands."""
+    def _run(
+        self,
+        program: Program,
+        piece: PieceInMemory,
+        step: Step,
+        found: Found,
+        *,
+        checked: bool,
+        count: bool = False,
+        sinks: _DeviceSinks | None = None,
+    ) -> Tensor | None:
         memory = self._ring.rows[:, : step.numel]
-        base = None
-        if self._first_source:
-            stored = step.inputs[0]
-            assert stored is not None  # noqa: S101 - else the piece would not be here
-            base = memory[self._n_sources].copy_(stored)
-        rows = memory[: self._n_sources].unbind()
-        for source, row in enumerate(rows):
-            stored = step.inputs[self._first_source + source]
-            if stored is not None:
-                row.copy_(stored)
-                if self._subtracts and base is not None:
-                    row.sub_(base)
-            elif self._subtracts:
-                # An adapter that leaves this tensor alone.
-                row.zero_()
-            else:
-                assert base is not None  # noqa: S101 - the planner gave every adapter its base
-                row.copy_(base)
-            if checked:
-                self._note(row, step, source)
-        if checked and base is not None and None in step.inputs:
-            self._note(base, step, self._n_sources)
-        return base, rows
+        reader = _StepReader(
+            program,
+            _Place(piece, step),
+            found,
+            seed=self._plan.seed,
+            has_base=self._plan.has_base,
+            base_row=memory[0],
+            note=partial(self.note, step=step) if checked else None,
+            kept=self._ring.counts.device if count else None,
+        )
+        return run_program(
+            program,
+            reader,
+            numbers=bind_numbers(program, found),
+            memory=memory[2:],
+            row_numel=step.numel,
+            sinks=sinks,
+        )
 
-    def _note(self, row: Tensor, step: Step, column: int) -> None:
+    def note(self, row: Tensor, step: Step, column: int) -> None:
         """Note the largest magnitude, which is NaN or infinite if any value is."""
-        magnitudes = torch.abs(row, out=self._ring.rows[-1, : step.numel])
+        magnitudes = torch.abs(row, out=self._ring.rows[1, : step.numel])
         notes = self._ring.notes.device.view(-1, self._ring.shape.notes)
         torch.amax(magnitudes, dim=0, out=notes[step.index, column])
 
-    def _count_kept(self, row: Tensor, top: TopK, place: _Place, kept: Tensor) -> None:
-        """Add how many entries a source keeps under a threshold of the model."""
-        if top.greater == top.numel:
-            kept.add_(row.numel())
+
+@dataclass(frozen=True, slots=True)
+class _DeviceSinks:
+    """Takes what a program does not store; see :class:`streammerge.tiles.interpreter.Sinks`."""
+
+    ring: Ring
+    asking: Asking
+    step: Step
+
+    def rank(self, index: int, row: Tensor) -> None:
+        question = self.asking.questions[index]
+        if question is not None:
+            self.ring.answers[index].add_(question, row, self.step.begin // BLOCK)
+
+    def total(self, index: int, op: Op, a: Tensor, b: Tensor) -> None:
+        if not self.asking.totals:
             return
-        magnitudes = torch.abs(row, out=self._ring.rows[-1, : row.numel()])
-        for begin, end, block in place.fates(top):
-            part = magnitudes[begin:end]
-            ties = top.ties_to_keep(block)
-            if ties is None:
-                kept.add_((part >= top.threshold).sum())
-            else:
-                kept.add_((part > top.threshold).sum()).add_(ties)
+        first = self.step.begin // BLOCK
+        column = self.ring.totals.device[first : first + count_blocks(a.numel()), index]
+        total_blocks_(op, a, b, column)
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,41 +272,110 @@ def _count_non_finite(inputs: Sequence[Tensor | None], found: Tensor) -> None:
             found.add_(torch.isfinite(wide).logical_not_().sum())
 
 
-@dataclass(frozen=True, slots=True)
-class _Trims:
-    """Trims a step."""
+class _StepReader:
+    """Reads one step on the device; see :class:`streammerge.tiles.interpreter.Models`."""
 
-    tops: tuple[TopK, ...]
-    place: _Place
+    def __init__(
+        self,
+        program: Program,
+        place: _Place,
+        found: Found,
+        *,
+        seed: int,
+        has_base: bool,
+        base_row: Tensor,
+        note: Callable[..., None] | None,
+        kept: Tensor | None,
+    ) -> None:
+        self._program = program
+        self._place = place
+        self._found = found
+        self._seed = seed
+        self._has_base = has_base
+        self._base_row = base_row
+        self._note = note
+        self._kept = kept
+        self._base_is_here = False
 
-    def trim_(self, row: Tensor, *, source: int) -> Tensor:
-        for begin, end, block in self.place.fates(self.tops[source]):
-            trim_unseen_(row[begin:end], self.tops[source], block)
-        return row
+    def base(self, out: Tensor) -> None:
+        out.copy_(self._base())
 
+    def _base(self) -> Tensor:
+        if not self._base_is_here:
+            stored = self._place.step.inputs[0]
+            assert stored is not None  # noqa: S101 - else the piece would not be here
+            self._base_row.copy_(stored)
+            self._base_is_here = True
+            if self._note is not None:
+                self._note(self._base_row, column=len(self._place.step.inputs) - self._has_base)
+        return self._base_row
 
-@dataclass(frozen=True, slots=True)
-class _Masks:
-    """Draws the masks of a step."""
+    def source(self, source: int, out: Tensor) -> None:
+        stored = self._place.step.inputs[self._has_base + source]
+        # An adapter that leaves this tensor alone.
+        out.copy_(self._base() if stored is None else stored)
+        if self._note is not None:
+            self._note(out, column=source)
 
-    seed: int
-    place: _Place
-    kept: Tensor
+    def task_vector(self, source: int, out: Tensor) -> None:
+        stored = self._place.step.inputs[self._has_base + source]
+        base = self._base()
+        if stored is None:
+            out.zero_()
+        else:
+            out.copy_(stored).sub_(base)
+        if self._note is not None:
+            self._note(out, column=source)
 
-    def drop_(self, row: Tensor, *, source: int, density: float) -> Tensor:
-        if density >= 1:
-            self.kept[source].add_(row.numel())
-            return row
-        if density <= 0:
-            return row.zero_()
-        key = stream_key(self.seed, source, self.place.piece.first.task.name)
-        mask = draw_keep_mask(key, self.place.start, row.numel(), density, device=row.device)
-        self.kept[source].add_(mask.sum())
-        return row.mul_(mask)
+    def trim_(self, row: Tensor, trim: int) -> None:
+        top = self._found.tops[self._program.trims[trim]]
+        self._count_kept(row, trim, top)
+        for begin, end, block in self._place.fates(top):
+            trim_unseen_(row[begin:end], top, block)
 
+    def mark_(self, row: Tensor, trim: int) -> None:
+        top = self._found.tops[self._program.trims[trim]]
+        for begin, end, block in self._place.fates(top):
+            mark_(row[begin:end], top, block)
+        if self._kept is not None:
+            self._kept[trim].add_(row.sum(dtype=torch.float64).to(torch.int64))
 
-class _NoSteps:
-    """Adapters in turn are the CPU's."""
+    def _count_kept(self, row: Tensor, trim: int, top: TopK) -> None:
+        """Add how many entries a trim keeps."""
+        if self._kept is None:
+            return
+        kept = self._kept[trim]
+        if top.greater == top.numel:
+            kept.add_(row.numel())
+            return
+        for begin, end, block in self._place.fates(top):
+            part = row[begin:end].abs()
+            ties = top.ties_to_keep(block)
+            if ties is None:
+                kept.add_((part >= top.threshold).sum())
+            else:
+                kept.add_((part > top.threshold).sum()).add_(ties)
 
-    def step_(self, weights: Tensor, *, source: int) -> Tensor:
-        raise AssertionError(f"source {source} has no step here, for {weights.shape}")
+    def drop_(self, row: Tensor, stream: int, probability: Tensor | float) -> None:
+        assert isinstance(probability, float)  # noqa: S101 - other programs stay on the CPU
+        if probability >= 1:
+            self._add_kept(stream, row.numel())
+            return
+        if probability <= 0:
+            row.zero_()
+            return
+        source = self._program.streams[stream]
+        key = stream_key(self._seed, source, self._place.piece.first.task.name)
+        mask = draw_keep_mask(key, self._place.start, row.numel(), probability, device=row.device)
+        self._add_kept(stream, mask.sum())
+        row.mul_(mask)
+
+    def _add_kept(self, stream: int, count: Tensor | int) -> None:
+        if self._kept is not None:
+            self._kept[stream].add_(count)
+
+    def computed(self, index: int, out: Tensor) -> None:
+        raise AssertionError(f"row {index} of {out.shape} is the CPU's")
+
+    def change_(self, row: Tensor, source: int) -> None:
+        raise AssertionError(f"source {source} changes nothing here, of {row.shape}")

@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING
 from streammerge.engine.accelerator.backend import Backend, Event
 from streammerge.lazily import torch
 from streammerge.plan.devices import LANES, StepShape
-from streammerge.reductions.in_tensors import COUNTS, Answers
-from streammerge.reductions.magnitude import BINS
+from streammerge.statistics.in_tensors import COUNTS, Answers
+from streammerge.statistics.magnitude import BINS
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -86,6 +86,11 @@ class Ring:
         self.rows = rows.view(dtype).view(shape.rows, shape.step_numel)
         self.notes = Returned(backend, shape.steps * shape.notes, dtype)
         self.counts = Returned(backend, counts, torch.int64)
+        totals = max(1, shape.chunk_blocks * shape.totals)
+        self.totals = Returned.of(
+            backend,
+            backend.allocate(8 * totals).view(torch.float64).view(-1, max(1, shape.totals)),
+        )
         self.answers = self._make_answers(dtype) if shape.searches else ()
         self.values = tuple(Returned.of(backend, each.values) for each in self.answers)
         self.counted = tuple(Returned.of(backend, each.counts) for each in self.answers)

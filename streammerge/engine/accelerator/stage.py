@@ -17,16 +17,17 @@ from numpy.typing import NDArray
 from streammerge.engine.accelerator.backend import Backend, Failure, lost
 from streammerge.engine.accelerator.computing import DeviceComputing, Suspicion
 from streammerge.engine.accelerator.ring import Ring
+from streammerge.engine.asking import Asking, BlockAnswer
 from streammerge.engine.compiled.opening import open_cpu_stage
 from streammerge.engine.device import Applied
 from streammerge.engine.pieces import PieceInMemory, Stored, torch_dtype
 from streammerge.errors import MemoryBudgetError, NonFiniteError, printable
-from streammerge.methods.base import MagnitudeTopK, MergeMethod
+from streammerge.methods.base import MergeMethod
 from streammerge.plan.devices import plan_step, runs_on_device
+from streammerge.plan.sweeps import programs_of_plan
 from streammerge.plan.types import DeviceResources, MergePlan
-from streammerge.reductions import BLOCK
-from streammerge.reductions.magnitude import Counted, Question
-from streammerge.reductions.topk import TopK
+from streammerge.statistics import BLOCK
+from streammerge.statistics.rounds import Found
 from streammerge.units import format_size
 
 Result = TypeVar("Result")
@@ -44,6 +45,7 @@ class AcceleratorStage:
     ) -> None:
         """Prepare a worker; the device's memory is taken with the first piece that goes there."""
         self._plan = plan
+        self._programs = programs_of_plan(plan, method)
         self._method = method
         self._backend = backend
         self._host = open_cpu_stage(plan, method)
@@ -52,41 +54,37 @@ class AcceleratorStage:
         self._ring: Ring | None = None
         self._computing: DeviceComputing | None = None
 
-    def apply(
-        self, piece: PieceInMemory, tops: Sequence[tuple[TopK, ...]], out: Stored
-    ) -> list[Applied]:
+    def apply(self, piece: PieceInMemory, found: Sequence[Found], out: Stored) -> list[Applied]:
         """Merge a piece."""
         if not self._takes(piece):
-            return self._host.apply(piece, tops, out)
+            return self._host.apply(piece, found, out)
         try:
-            return [self._attempt(lambda computing: computing.merge(piece, tops[0], out))]
+            return [self._attempt(lambda computing: computing.merge(piece, found[0], out))]
         except Suspicion:
-            self._host.apply(piece, tops, out)
+            self._host.apply(piece, found, out)
             raise _unnamed(piece) from None
 
     def convert(self, piece: PieceInMemory, out: Stored) -> Applied:
         """Convert a piece."""
         return self._host.convert(piece, out)
 
-    def measure(
-        self, piece: PieceInMemory, questions: Sequence[Question | None]
-    ) -> list[list[Counted | None]]:
+    def measure(self, piece: PieceInMemory, asking: Asking) -> list[BlockAnswer]:
         """Answer questions about a piece; the answers are good until the next call."""
         if not self._takes(piece):
-            return self._host.measure(piece, questions)
+            return self._host.measure(piece, asking)
         try:
-            return self._attempt(lambda computing: computing.measure(piece, questions))
+            return self._attempt(lambda computing: computing.measure(piece, asking))
         except Suspicion:
-            self._host.measure(piece, questions)
+            self._host.measure(piece, asking)
             raise _unnamed(piece) from None
 
-    def select(self, piece: PieceInMemory, need: MagnitudeTopK) -> list[tuple[TopK, ...]]:
-        """Find the thresholds of small tensors."""
-        return self._host.select(piece, need)
+    def settle(self, piece: PieceInMemory) -> list[Found]:
+        """Find all that is asked about small tensors."""
+        return self._host.settle(piece)
 
-    def sample(self, piece: PieceInMemory, start: int, out: NDArray[Any]) -> None:
-        """Fill in magnitudes."""
-        self._host.sample(piece, start, out)
+    def sample(self, piece: PieceInMemory, start: int, asking: Asking, out: NDArray[Any]) -> None:
+        """Fill in values to be ranked."""
+        self._host.sample(piece, start, asking, out)
 
     def close(self) -> None:
         """Wait for what is in flight and let go of the device's memory."""
@@ -95,7 +93,8 @@ class AcceleratorStage:
         self._ring = self._computing = None
 
     def _takes(self, piece: PieceInMemory) -> bool:
-        return runs_on_device(piece.first.task, has_base=self._plan.has_base)
+        programs = self._programs[piece.first.task.setting]
+        return runs_on_device(piece.first.task, programs, has_base=self._plan.has_base)
 
     def _attempt(self, work: Callable[[DeviceComputing], Result]) -> Result:
         """Run work on the device; once, if its memory runs out, again in smaller steps."""
@@ -123,8 +122,10 @@ class AcceleratorStage:
             shape = plan_step(self._plan, self._method, self._step_numel)
             assert shape is not None  # noqa: S101 - there is a piece for the device
             dtype = torch_dtype(self._plan.compute_dtype)
-            # What each source keeps, and values that are not finite.
-            counts = len(self._plan.models) - self._plan.has_base + 1
+            # What each trim or source keeps, and values that are not finite.
+            counts = 1 + max(
+                max(len(each.merge.trims), len(each.merge.streams)) for each in self._programs
+            )
             self._ring = Ring(self._backend, shape, dtype, counts=counts)
             self._computing = DeviceComputing(self._plan, self._method, self._ring)
         return self._computing

@@ -1,219 +1,314 @@
-"""Samples, answers to questions and thresholds of small tensors, by the compiled kernels.
+"""Samples, answers to questions and statistics of small tensors, by the compiled machine.
 
-Memory: 20 KiB of calls, and rows of the stage's scratch memory.
+Memory: the worker's bench, whose room holds a block of collected values, and copies of what is
+collected in a batch of blocks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Never
+from dataclasses import dataclass, field
+from typing import Any, Never
 
 import numpy as np
 from numpy.typing import NDArray
 
+from streammerge.engine.asking import Asking, BlockAnswer
+from streammerge.engine.compiled.bench import Bench, Encoded
 from streammerge.engine.compiled.operands import CALLS, StoredOperand, find_operands, in_batches
 from streammerge.engine.compiled.refusing import refuse_operands
-from streammerge.engine.pieces import PieceInMemory
-from streammerge.methods.base import MagnitudeTopK, MergeMethod, Operand
-from streammerge.native.library import CROWDS_AT_MOST, Kernels, QuestionCall, SelectionCall
-from streammerge.plan.types import MergePlan
-from streammerge.reductions import BLOCK
-from streammerge.reductions.magnitude import BINS, MOST_CROWDS, Band, Bins, Counted, Question
-from streammerge.reductions.selecting import settled_without_values, statistic_of_block
-from streammerge.reductions.topk import TopK, kept_count
+from streammerge.engine.pieces import Part, PieceInMemory
+from streammerge.engine.segments import Segment, split_piece
+from streammerge.methods.programs import Programs, found_of_nothing
+from streammerge.native.machine import CRAMMED, MOST_CROWDS, Asked, AskedCall
+from streammerge.statistics import BLOCK, magnitude
+from streammerge.statistics.magnitude import BINS, Band, Bins, Counted, Question
+from streammerge.statistics.rounds import NOTHING, Answers, Found, Rank, Round
+from streammerge.statistics.selecting import statistic_of_block
+from streammerge.statistics.topk import TopK, settled_without_values
+from streammerge.statistics.totals import join_totals
 
-assert MOST_CROWDS <= CROWDS_AT_MOST  # noqa: S101 - a band must fit a call
+assert magnitude.MOST_CROWDS <= MOST_CROWDS  # noqa: S101 - a band must fit what asks for it
 
-_MAGNITUDE_BITS = 2**31 - 1
-_INFINITY = float("inf")
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """A part of one tensor, and what is asked about it."""
+
+    begin: int
+    """First element in the piece."""
+    end: int
+    """End in the piece."""
+    segment: Segment
+    """What it is of the tensor."""
+    asked: Sequence[_Wish]
+    """What is asked, one for each ranked value."""
+    counted: list[Any] = field(default_factory=list)
+    """The answers."""
+    histograms: dict[int, NDArray[np.int64]] = field(default_factory=dict)
+    """What bins are counted in, by the index of their value."""
+
+
+_Wish = Question | Rank | str | None
+"""A question, a rank, :data:`_ALL` for all values, or nothing."""
+_ALL = "all"
 
 
 class CompiledMeasuring:
-    """Measures task vectors for one worker."""
+    """Measures for one worker."""
 
-    def __init__(
-        self, kernels: Kernels, plan: MergePlan, method: MergeMethod, memory: NDArray[np.float32]
-    ) -> None:
-        """Prepare the calls.
+    def __init__(self, bench: Bench, programs: Sequence[Programs]) -> None:
+        """Prepare.
 
         Args:
-            kernels: The compiled functions.
-            plan: The plan.
-            method: Its method; only task vectors can be measured.
-            memory: ``[BLOCK]``, scratch.
+            bench: The worker's own.
+            programs: What the method does, for each of its settings.
         """
-        self._kernels = kernels
-        self._subtracts = method.operand is Operand.TASK_VECTORS
-        self._plan = plan
-        self._memory = memory
-        self._questions = (QuestionCall * CALLS)()
-        self._selections = (SelectionCall * CALLS)()
+        self._bench = bench
+        self._plan = bench.plan
+        self._programs = programs
+        most = max((each.counts.totals for each in programs), default=0)
+        self._totals = np.zeros((CALLS, most))
 
-    def answer(
-        self, piece: PieceInMemory, questions: Sequence[Question | None]
-    ) -> list[list[Counted | None]] | None:
-        """Answer every source's question for each block of a piece.
+    def answer(self, piece: PieceInMemory, asking: Asking) -> list[BlockAnswer] | None:
+        """Answer what is asked for each block of a piece.
 
         Returns:
-            ``[blocks][sources]``; None if the kernels cannot read the piece.
+            None if the machine cannot read the piece.
 
         Raises:
             NonFiniteError: A value is not finite.
         """
-        operands = self._find_operands(piece)
+        encoded = self._bench.rounds[piece.first.task.setting][asking.round]
+        operands = self._find_operands(piece, encoded)
         if operands is None:
             return None
-        base, *sources = operands
-        ranges = [(i, min(i + BLOCK, piece.numel)) for i in range(0, piece.numel, BLOCK)]
-        found: list[list[Counted | None]] = [[None] * len(questions) for _ in ranges]
-        asked = [
-            (block, source, question)
-            for block in range(len(ranges))
-            for source, question in enumerate(questions)
-            if question is not None
+        jobs = [
+            _Job(block.begin, block.end, block.segments[0], asking.questions)
+            for block in split_piece(piece, [asking.found], [[]])
         ]
-        for batch in in_batches(asked):
-            for index, (block, source, question) in enumerate(batch):
-                _ask(self._questions[index], base, sources[source], *ranges[block])
-                _ask_about(self._questions[index], question)
-            answers = self._answer_batch([question for *_, question in batch])
-            for (block, source, _), answer in zip(batch, answers, strict=True):
-                if answer is None:
-                    self._refuse(piece, *ranges[block])
-                found[block][source] = answer
-        return found
+        answers = []
+        # One histogram at a time: each is half a MiB.
+        bins = any(isinstance(question, Bins) for question in asking.questions)
+        for batch in ([job] for job in jobs) if bins else in_batches(jobs):
+            totals = self._run(piece, encoded, operands, batch)
+            answers += [
+                BlockAnswer(tuple(job.counted), own.copy() if asking.totals else None)
+                for job, own in zip(batch, totals, strict=True)
+            ]
+        return answers
 
-    def _refuse(self, piece: PieceInMemory, begin: int, end: int) -> Never:
+    def _find_operands(self, piece: PieceInMemory, encoded: Encoded) -> list[StoredOperand] | None:
+        return find_operands(piece, has_base=self._plan.has_base, loads_base=encoded.loads_base)
+
+    def _run(
+        self,
+        piece: PieceInMemory,
+        encoded: Encoded,
+        operands: Sequence[StoredOperand],
+        batch: Sequence[_Job],
+    ) -> NDArray[np.float64]:
+        """Run a batch; return ``[jobs, totals]``, and leave what is counted with the jobs."""
+        bench = self._bench
+        bench.begin()
+        n_totals = len(encoded.program.totals)
+        totals = self._totals.reshape(-1)[: len(batch) * n_totals].reshape(len(batch), n_totals)
+        for index, job in enumerate(batch):
+            bench.fill(
+                index,
+                encoded,
+                operands,
+                begin=job.begin,
+                end=job.end,
+                segment=job.segment,
+                totals=totals[index:].ctypes.data if n_totals else 0,
+            )
+            job.counted[:] = [None] * len(job.asked)
+            for at in range(len(job.asked)):
+                _ask(bench.jobs.asked[index][at], job, at)
+        done = 0
+        while done < len(batch):
+            done += self._run_some(piece, encoded, batch, done)
+        return totals
+
+    def _run_some(
+        self, piece: PieceInMemory, encoded: Encoded, batch: Sequence[_Job], first: int
+    ) -> int:
+        """Run as many jobs as there is room for what they collect; return how many."""
+        bench = self._bench
+        done, refused = bench.run(first, len(batch) - first, collects=True)
+        if refused:
+            calls = [bench.jobs.calls[first + index].refused for index in range(done)]
+            self._refuse(piece, encoded, batch[first + calls.index(1)])
+        for index in range(first, first + done):
+            crammed = self._take(index, batch[index])
+            # Alone each has all the room, which holds a block.
+            for at in crammed:
+                for other in range(len(batch[index].asked)):
+                    bench.jobs.asked[index][other].kind = Asked.NOTHING
+                _ask(bench.jobs.asked[index][at], batch[index], at)
+                bench.run(index, 1, collects=True)
+                left = self._take(index, batch[index], only=at)
+                assert not left  # noqa: S101 - a block holds what is collected of a block
+        return done
+
+    def _take(self, index: int, job: _Job, only: int | None = None) -> list[int]:
+        """Take the answers of a job; return which found no room."""
+        crammed = []
+        for at, wish in enumerate(job.asked):
+            if wish is None or only not in {None, at}:
+                continue
+            call = self._bench.jobs.asked[index][at]
+            if call.collected == CRAMMED:
+                crammed.append(at)
+                continue
+            job.counted[at] = self._answer_of(call, job, at)
+        return crammed
+
+    def _answer_of(self, call: AskedCall, job: _Job, at: int) -> Any:
+        wish = job.asked[at]
+        if isinstance(wish, Rank):
+            return call.threshold, call.above, call.equal
+        if isinstance(wish, Bins):
+            return Counted(call.above, None, (), job.histograms[at])
+        values = self._bench.values[call.first : call.first + call.collected].copy()
+        if wish == _ALL:
+            return values
+        return Counted(call.above, values, tuple(call.crowds[: call.n_crowded]), None)
+
+    def _refuse(self, piece: PieceInMemory, encoded: Encoded, job: _Job) -> Never:
         """Raise the error about an operand that is not finite.
 
         A merge would raise it as well; a sweep over a model need not wait for that.
         """
-        refuse_operands(piece, begin, end, self._plan, subtracts=True)
-        raise AssertionError("the kernels refuse what is finite")
+        begin, end = (0, piece.numel) if len(piece.parts) > 1 else (job.begin, job.end)
+        refuse_operands(
+            piece,
+            begin,
+            end,
+            self._plan,
+            loads_base=encoded.loads_base,
+            subtracts=encoded.subtracts,
+        )
+        raise AssertionError("the machine refuses what is finite")
 
-    def _find_operands(self, piece: PieceInMemory) -> list[StoredOperand] | None:
-        """Return the base and the sources; None if there is no base, or the kernels cannot read."""
-        return find_operands(piece, 0) if self._subtracts else None
-
-    def _answer_batch(self, questions: Sequence[Question]) -> list[Counted | None]:
-        """Answer what has been asked; None for a block in which a value is not finite."""
-        answers: list[Counted | None] = []
-        while len(answers) < len(questions):
-            first = len(answers)
-            if isinstance(questions[first], Bins):
-                answers.append(self._answer_bins(first))
-                continue
-            bands = 1
-            while first + bands < len(questions) and isinstance(questions[first + bands], Band):
-                bands += 1
-            answers += self._answer_bands(first, bands)
-        return answers
-
-    def _answer_bands(self, first: int, count: int) -> list[Counted | None]:
-        """Answer at least one question, as many as there is room for what they collect."""
-        done = self._kernels.answer_bands(self._questions, first, count, self._memory)
-        answers: list[Counted | None] = []
-        begin = 0
-        for call in self._questions[first : first + done]:
-            values = self._memory[begin : begin + call.inside].copy()
-            begin += call.inside
-            answer = Counted(call.above, values, tuple(call.crowds[: call.n_crowded]), None)
-            answers.append(answer if call.largest < _INFINITY_BITS else None)
-        return answers
-
-    def _answer_bins(self, index: int) -> Counted | None:
-        call = self._questions[index]
-        histogram = np.zeros(BINS, dtype=np.int64)
-        call.histogram = histogram.ctypes.data
-        self._kernels.answer_bins(self._questions, index, 1)
-        answer = Counted(call.above, None, (), histogram)
-        return answer if call.largest < _INFINITY_BITS else None
-
-    def sample(self, piece: PieceInMemory, begin: int, out: NDArray[np.float32]) -> bool:
-        """Fill ``out``, ``[n_sources, run]``, with magnitudes from the piece's ``begin`` on.
-
-        Returns:
-            Whether the kernels can read the piece.
-        """
-        operands = self._find_operands(piece)
-        if operands is None or out.size > self._memory.size:
-            return False
-        base, *sources = operands
-        for batch in in_batches(list(zip(sources, out, strict=True))):
-            for index, (source, row) in enumerate(batch):
-                _ask(self._questions[index], base, source, begin, begin + row.size)
-                # A band that holds every pattern: all are collected, in order.
-                call = self._questions[index]
-                call.low, call.high, call.n_crowded = 0, _MAGNITUDE_BITS, 0
-            self._kernels.answer_bands(self._questions, 0, len(batch), self._memory)
-            for index, (_, row) in enumerate(batch):
-                row[:] = self._memory[index * row.size :][: row.size]
-        return True
-
-    def select(self, piece: PieceInMemory, need: MagnitudeTopK) -> list[tuple[TopK, ...]] | None:
-        """Return the statistics of whole tensors that fill at most a block: parts, then sources.
-
-        Returns:
-            None where the kernels cannot read a tensor.
+    def sample(self, piece: PieceInMemory, start: int, asking: Asking, out: NDArray[Any]) -> bool:
+        """Fill in values to be ranked; return whether the machine can read them.
 
         Raises:
-            NonFiniteError: A threshold is not finite.
+            NonFiniteError: A value is not finite.
         """
-        operands = self._find_operands(piece)
+        encoded = self._bench.rounds[piece.first.task.setting][asking.round]
+        operands = self._find_operands(piece, encoded)
         if operands is None:
-            return None
-        base, *sources = operands
-        found = [
-            [settled_without_values(end - begin, density) for density in need.densities]
-            for _, begin, end in piece.ranges()
-        ]
+            return False
+        begin = start - piece.first.start
+        end = begin + out.shape[1]
+        part = piece.first
+        block = part.task.scope_block + start // BLOCK
+        segment = Segment(0, end - begin, part, start, block, asking.found, [])
+        job = _Job(begin, end, segment, [_ALL] * len(out))
+        self._run(piece, encoded, operands, [job])
+        for row, values in zip(out, job.counted, strict=True):
+            row[:] = values
+        return True
+
+    def settle(self, piece: PieceInMemory) -> list[Found] | None:
+        """Return all that the method asks about whole tensors that fill at most a block, each.
+
+        Returns:
+            None where the machine cannot read a tensor.
+
+        Raises:
+            NonFiniteError: A value is not finite.
+        """
+        setting = piece.first.task.setting
+        programs = self._programs[setting]
+        scopes = [_Scope(begin, end, part) for part, begin, end in piece.ranges() if part.numel > 0]
+        for encoded, asked in zip(self._bench.rounds[setting], programs.work.rounds, strict=True):
+            operands = self._find_operands(piece, encoded)
+            if operands is None:
+                return None
+            for batch in in_batches(scopes):
+                self._settle_round(piece, encoded, asked, operands, batch)
+        nothing = found_of_nothing(programs)
+        known = iter(scopes)
+        return [next(known).known if part.numel > 0 else nothing for part in piece.parts]
+
+    def _settle_round(
+        self,
+        piece: PieceInMemory,
+        encoded: Encoded,
+        asked: Round,
+        operands: Sequence[StoredOperand],
+        batch: Sequence[_Scope],
+    ) -> None:
+        """Add to what is known of some tensors what a round finds."""
+        ranks = [asked.ranks(scope.numel, scope.known) for scope in batch]
         jobs = [
-            (part, source, begin, end)
-            for part, (_, begin, end) in enumerate(piece.ranges())
-            for source in range(len(sources))
-            if found[part][source] is None
+            _Job(
+                scope.begin,
+                scope.end,
+                Segment(0, scope.numel, scope.part, 0, 0, scope.known, []),
+                [rank if 0 < rank.k < scope.numel else None for rank in own],
+            )
+            for scope, own in zip(batch, ranks, strict=True)
         ]
-        for batch in in_batches(jobs):
-            for call, (_, source, begin, end) in zip(self._selections, batch, strict=False):
-                _ask(call, base, sources[source], begin, end)
-                call.k = kept_count(need.densities[source], end - begin)
-            self._kernels.select(self._selections, len(batch), self._memory.ctypes.data)
-            for call, (part, source, *_) in zip(self._selections, batch, strict=False):
-                if not call.threshold < _INFINITY:
-                    self._refuse(piece, 0, piece.numel)
-                found[part][source] = statistic_of_block(
-                    (call.threshold, call.greater, call.equal), call.numel, call.k, need.tie_policy
-                )
-        return [tuple(top for top in tops if top is not None) for tops in found]
+        totals = self._run(piece, encoded, operands, jobs)
+        for scope, job, own, sums in zip(batch, jobs, ranks, totals, strict=True):
+            joined = join_totals(encoded.program.totals, sums[None])
+            tops = _tops(job, own, scope.numel)
+            answers = Answers(scope.numel, joined, tops, scope.known)
+            scope.known = scope.known.joined(asked.concluded(answers))
 
 
-def _ask(
-    call: QuestionCall | SelectionCall,
-    base: StoredOperand,
-    source: StoredOperand,
-    begin: int,
-    end: int,
-) -> None:
-    """Say which part of which task vector a call is about."""
-    call.numel = end - begin
-    call.values, call.dtype = source.at(begin), source.code
-    call.base, call.base_dtype = base.at(begin), base.code
+@dataclass(slots=True)
+class _Scope:
+    """A whole tensor of a piece, and what is known of it."""
+
+    begin: int
+    end: int
+    part: Part
+    known: Found = NOTHING
+
+    @property
+    def numel(self) -> int:
+        return self.end - self.begin
 
 
-def _ask_about(call: QuestionCall, question: Question) -> None:
-    """Say what is asked about it."""
-    if isinstance(question, Bins):
-        call.low, call.high = question.low_bits, question.high_bits
-        call.shift = question.shift
-        return
-    call.low, call.high = _bits_of(question.low), _bits_of(question.high)
-    call.n_crowded = len(question.crowded)
-    for index, crowd in enumerate(question.crowded):
-        call.crowded[index] = _bits_of(crowd)
+def _tops(job: _Job, ranks: Sequence[Rank], numel: int) -> tuple[TopK, ...]:
+    tops = []
+    for rank, counted in zip(ranks, job.counted, strict=True):
+        settled = settled_without_values(numel, rank.k)
+        if settled is None:
+            settled = statistic_of_block(counted, numel, rank.k, rank.tie_policy)
+        tops.append(settled)
+    return tuple(tops)
 
 
-def _bits_of(magnitude: float) -> int:
-    return int(np.float32(magnitude).view(np.uint32))
+def _ask(call: AskedCall, job: _Job, at: int) -> None:
+    """Say what is asked about one of a job's values."""
+    wish = job.asked[at]
+    call.n_crowded = 0
+    if wish is None:
+        call.kind = Asked.NOTHING
+    elif wish == _ALL:
+        call.kind = Asked.KEEP
+    elif isinstance(wish, Rank):
+        call.kind, call.k = Asked.SELECT, wish.k
+    elif isinstance(wish, Bins):
+        call.kind = Asked.BINS
+        call.low, call.high, call.shift = wish.low_bits, wish.high_bits, wish.shift
+        job.histograms[at] = np.zeros(BINS, dtype=np.int64)
+        call.histogram = job.histograms[at].ctypes.data
+    else:
+        assert isinstance(wish, Band)  # noqa: S101 - there is no other
+        call.kind = Asked.BAND
+        call.low, call.high = _bits_of(wish.low), _bits_of(wish.high)
+        call.n_crowded = len(wish.crowded)
+        for index, crowd in enumerate(wish.crowded):
+            call.crowded[index] = _bits_of(crowd)
 
 
-_INFINITY_BITS = _bits_of(_INFINITY)
+def _bits_of(value: float) -> int:
+    return int(np.float32(value).view(np.uint32))

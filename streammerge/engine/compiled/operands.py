@@ -1,4 +1,4 @@
-"""Pieces as the kernels see them: addresses and types."""
+"""Pieces as the machine sees them: addresses and types."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
+from streammerge.dtypes import DType
 from streammerge.engine.pieces import PieceInMemory, Stored
 from streammerge.native.library import DTYPE_CODES
 
 Job = TypeVar("Job")
 
 CALLS = 64
-"""Most calls that the kernels are given at once."""
+"""Most jobs that the machine is given at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,11 +25,11 @@ class StoredOperand:
     itemsize: int
     """Bytes per element."""
     code: int
-    """The kernels' number of its type."""
+    """The machine's number of its type."""
 
     @classmethod
     def of(cls, stored: Stored) -> StoredOperand:
-        """Return where values lie, whose type the kernels know."""
+        """Return where values lie, whose type the machine knows."""
         return cls(stored.memory.ctypes.data, stored.dtype.itemsize, DTYPE_CODES[stored.dtype])
 
     def at(self, element: int) -> int:
@@ -36,17 +37,34 @@ class StoredOperand:
         return self.address + element * self.itemsize
 
 
-def find_operands(piece: PieceInMemory, first: int) -> list[StoredOperand] | None:
-    """Return a piece's inputs from model ``first`` on; None if the kernels cannot read them all."""
-    inputs = piece.inputs[first:]
-    if any(stored is None or stored.dtype not in DTYPE_CODES for stored in inputs):
-        return None
+_UNUSED = StoredOperand(0, 0, DTYPE_CODES[DType.F32])
+"""A base that nothing loads."""
+
+
+def find_operands(
+    piece: PieceInMemory, *, has_base: bool, loads_base: bool
+) -> list[StoredOperand] | None:
+    """Return a piece's inputs; None if the machine cannot read them all.
+
+    Args:
+        piece: The piece.
+        has_base: Whether its first input is the base's.
+        loads_base: Whether the base is loaded.
+    """
     if any(piece.deltas):
         return None
-    return [StoredOperand.of(stored) for stored in inputs if stored is not None]
+    operands = []
+    for model, stored in enumerate(piece.inputs):
+        if has_base and model == 0 and not loads_base:
+            operands.append(_UNUSED)
+        elif stored is None or stored.dtype not in DTYPE_CODES:
+            return None
+        else:
+            operands.append(StoredOperand.of(stored))
+    return operands
 
 
 def in_batches(jobs: Sequence[Job]) -> Iterator[Sequence[Job]]:
-    """Yield jobs as many at a time as the kernels are given at once."""
+    """Yield jobs as many at a time as the machine is given at once."""
     for begin in range(0, len(jobs), CALLS):
         yield jobs[begin : begin + CALLS]

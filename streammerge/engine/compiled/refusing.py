@@ -1,4 +1,4 @@
-"""What is wrong with a block that holds an operand which is not finite.
+"""What is wrong with a block that holds a value which is not finite.
 
 Memory: 24 bytes per element of a block, once, in the arrays of numpy.
 """
@@ -13,7 +13,13 @@ from streammerge.plan.types import MergePlan
 
 
 def refuse_operands(
-    piece: PieceInMemory, begin: int, end: int, plan: MergePlan, *, subtracts: bool
+    piece: PieceInMemory,
+    begin: int,
+    end: int,
+    plan: MergePlan,
+    *,
+    loads_base: bool,
+    subtracts: bool,
 ) -> None:
     """Raise the error about the first operand that is not finite; return if all are.
 
@@ -22,16 +28,18 @@ def refuse_operands(
         begin: First element of the block in the piece.
         end: End of the block.
         plan: Names the models.
+        loads_base: Whether the base is loaded.
         subtracts: Whether operands are sources minus the base.
 
     Raises:
         NonFiniteError: With tensor, model, element and value.
     """
     base = piece.inputs[0] if subtracts else None
+    first = int(plan.has_base and not (loads_base and base is None))
     with np.errstate(all="ignore"):
-        for model in range(int(plan.has_base), len(piece.inputs)):
+        for model in range(first, len(piece.inputs)):
             stored = piece.inputs[model]
-            assert stored is not None  # noqa: S101 - the kernels have read it
+            assert stored is not None  # noqa: S101 - the machine has read it
             vector = stored.widen(begin, end).astype(np.float32)
             if base is not None:
                 vector -= base.widen(begin, end).astype(np.float32)

@@ -1,8 +1,8 @@
-"""Pieces measured and merged by compiled kernels, in one sweep from the slots to the output slot.
+"""Pieces measured and merged by the compiled machine, from the slots to the output slot.
 
-What kernels cannot take, of which the planner knows, goes the plain way, with the same bits.
+What it cannot take, of which the planner knows, goes the plain way, with the same bits.
 
-Memory: one block of float32 per worker, its calls, and what the plain way takes where it is needed.
+Memory: a worker's bench, and what the plain way takes where it is needed.
 """
 
 from __future__ import annotations
@@ -10,21 +10,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
+from streammerge.engine.asking import Asking, BlockAnswer
+from streammerge.engine.compiled.bench import Bench
 from streammerge.engine.compiled.measuring import CompiledMeasuring
 from streammerge.engine.compiled.merging import CompiledMerging
 from streammerge.engine.device import Applied
 from streammerge.engine.pieces import PieceInMemory, Stored
-from streammerge.engine.plain import PlainStage
+from streammerge.engine.plain import PlainStage, count_kept_of
 from streammerge.engine.segments import split_piece
-from streammerge.methods.base import MagnitudeTopK, MergeMethod
+from streammerge.methods.base import MergeMethod
 from streammerge.native.library import Kernels
+from streammerge.plan.sweeps import programs_of_plan
 from streammerge.plan.types import MergePlan
-from streammerge.reductions import BLOCK
-from streammerge.reductions.magnitude import Counted, Question
-from streammerge.reductions.topk import TopK
+from streammerge.statistics.rounds import Found
 
 
 class CompiledStage:
@@ -39,28 +39,28 @@ class CompiledStage:
             kernels: The compiled functions.
             plan: The plan.
             method: Its method.
-            plain: Takes what the kernels do not; None where there is no such thing.
+            plain: Takes what the machine does not; None where there is no such thing.
         """
-        memory = np.empty(BLOCK, dtype=np.float32)
-        self._merging = CompiledMerging(kernels, plan, method, memory)
-        self._measuring = CompiledMeasuring(kernels, plan, method, memory)
-        self._maybe_plain = plain
-        self._n_sources = len(plan.models) - plan.has_base
+        self._programs = programs_of_plan(plan, method)
         self._tells = method.random or plan.model_scope
+        bench = Bench(kernels, plan, self._programs)
+        self._merging = CompiledMerging(bench, counts=self._tells)
+        self._measuring = CompiledMeasuring(bench, self._programs)
+        self._maybe_plain = plain
 
     @property
     def _plain(self) -> PlainStage:
         assert self._maybe_plain is not None  # noqa: S101 - the planner foresaw it
         return self._maybe_plain
 
-    def apply(
-        self, piece: PieceInMemory, tops: Sequence[tuple[TopK, ...]], out: Stored
-    ) -> list[Applied]:
+    def apply(self, piece: PieceInMemory, found: Sequence[Found], out: Stored) -> list[Applied]:
         """Merge a piece."""
-        kept = [[0] * self._n_sources for _ in piece.parts]
-        for block in self._merging.merge(piece, split_piece(piece, tops, kept), out):
-            self._plain.merge(piece, block, out)
-        return [Applied(0, tuple(counts) if self._tells else ()) for counts in kept]
+        programs = self._programs[piece.first.task.setting]
+        kept = [[0] * count_kept_of(programs) for _ in piece.parts]
+        if not self._merging.merge(piece, split_piece(piece, found, kept), out):
+            return self._plain.apply(piece, found, out)
+        told = [tuple(programs.work.kept(each)) if self._tells else () for each in kept]
+        return [Applied(0, each) for each in told]
 
     def convert(self, piece: PieceInMemory, out: Stored) -> Applied:
         """Convert a piece."""
@@ -68,19 +68,17 @@ class CompiledStage:
             return Applied(0, ())
         return self._plain.convert(piece, out)
 
-    def measure(
-        self, piece: PieceInMemory, questions: Sequence[Question | None]
-    ) -> list[list[Counted | None]]:
+    def measure(self, piece: PieceInMemory, asking: Asking) -> list[BlockAnswer]:
         """Answer questions about a piece."""
-        answers = self._measuring.answer(piece, questions)
-        return self._plain.measure(piece, questions) if answers is None else answers
+        answers = self._measuring.answer(piece, asking)
+        return self._plain.measure(piece, asking) if answers is None else answers
 
-    def select(self, piece: PieceInMemory, need: MagnitudeTopK) -> list[tuple[TopK, ...]]:
-        """Find the thresholds of small tensors."""
-        tops = self._measuring.select(piece, need)
-        return self._plain.select(piece, need) if tops is None else tops
+    def settle(self, piece: PieceInMemory) -> list[Found]:
+        """Find all that is asked about small tensors."""
+        found = self._measuring.settle(piece)
+        return self._plain.settle(piece) if found is None else found
 
-    def sample(self, piece: PieceInMemory, start: int, out: NDArray[Any]) -> None:
-        """Fill in magnitudes."""
-        if not self._measuring.sample(piece, start - piece.first.start, out):
-            self._plain.sample(piece, start, out)
+    def sample(self, piece: PieceInMemory, start: int, asking: Asking, out: NDArray[Any]) -> None:
+        """Fill in values to be ranked."""
+        if not self._measuring.sample(piece, start, asking, out):
+            self._plain.sample(piece, start, asking, out)

@@ -27,7 +27,7 @@ from streammerge.errors import (
     UnsupportedAdapterError,
 )
 from streammerge.plan.codec import dump_plan, parse_plan
-from streammerge.reductions import BLOCK
+from streammerge.statistics import BLOCK
 
 Tensors = dict[str, Tensor]
 Formula = Callable[[Tensor, Tensors], Tensor]

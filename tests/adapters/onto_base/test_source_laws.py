@@ -26,7 +26,7 @@ from streammerge.cli import main
 from streammerge.errors import DiskSpaceError
 from streammerge.plan.codec import parse_plan
 from streammerge.plan.types import MergePlan
-from streammerge.reductions import BLOCK
+from streammerge.statistics import BLOCK
 from tests.adapters.onto_base.test_adapters_as_sources import write_adapter
 from tests.adapters.tiny import Tensors
 from tests.methods.test_laws import CASES, DTYPES, Case, with_densities

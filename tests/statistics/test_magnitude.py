@@ -12,8 +12,8 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from oracles import trim_by_sorting
 
-from streammerge.reductions import BLOCK, count_blocks, selecting
-from streammerge.reductions.magnitude import (
+from streammerge.statistics import BLOCK, count_blocks, selecting
+from streammerge.statistics.magnitude import (
     SAMPLE_RUN,
     STATE_ARRAYS,
     Bins,
@@ -21,8 +21,8 @@ from streammerge.reductions.magnitude import (
     answer_block,
     choose_sample_runs,
 )
-from streammerge.reductions.selecting import select_block, select_rows
-from streammerge.reductions.topk import TiePolicy, TopK, count_kept, kept_count
+from streammerge.statistics.selecting import select_block, select_rows
+from streammerge.statistics.topk import TiePolicy, TopK, count_kept, kept_count
 
 DTYPES = {32: np.float32, 64: np.float64}
 PIECE = 50

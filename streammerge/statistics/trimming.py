@@ -1,41 +1,27 @@
-"""The steps that methods are made of, in place on float32 or float64 chunks.
+"""Rows of float32 or float64 trimmed to what ranks have found, with the operations of torch and numpy.
 
-Each equals the step of the same name in :mod:`streammerge.functional` bit for bit, for finite
-numbers, and avoids boolean tensors, which cost several times more than arithmetic.
+trim_           one block: float arithmetic, which is several times faster than boolean tensors
+trim_unseen_    the same without a look at any value, for accelerators
+trim_rows_      small scopes of one size, at once
+mark_           1 for what is kept, and 0 for the rest
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from enum import StrEnum
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from streammerge.lazily import torch
-from streammerge.methods.base import Stack
-from streammerge.reductions.topk import TopK
+from streammerge.statistics.topk import TopK
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-ADD_LEFT_TO_RIGHT = 4
-"""Up to this many rows, torch.sum over dimension 0 adds from left to right, in every column; so
-rows may be added one by one. Beyond, its order depends on the column and torch.sum itself is used."""
-
-
 _TIES_GROUP = 128
 """Entries that are counted together to find the last kept tie; a byte must hold their number."""
-
-
-class SignVote(StrEnum):
-    """How the majority sign of an element is elected."""
-
-    TOTAL = "total"
-    """By the sign of the sum of the kept values."""
-    FREQUENCY = "frequency"
-    """By the sign of the sum of their signs."""
 
 
 def trim_(vector: Tensor, top: TopK, block: int) -> Tensor:
@@ -161,88 +147,18 @@ def _count_groups(tied: NDArray[np.bool_]) -> NDArray[np.uint8]:
     return np.add.reduceat(tied.view(np.uint8), starts, axis=1, dtype=np.uint8)
 
 
-def weigh_(vectors: Stack, weights: Sequence[float]) -> Stack:
-    """Multiply every row by its weight, in place."""
-    for row, weight in zip(vectors.rows, weights, strict=True):
-        if weight != 1:
-            row.mul_(weight)
-    return vectors
-
-
-def divide_(row: Tensor, divisor: float) -> Tensor:
-    """Divide by a number, in place, with the one rounding that a division has on every device.
-
-    torch multiplies by the reciprocal on an accelerator when the divisor is a Python number, which
-    rounds twice; a tensor of no dimensions is divided by.
-    """
-    return row.div_(row.new_full((), divisor))
-
-
-def sum_rows(vectors: Stack, out: Tensor) -> Tensor:
-    """Sum over rows into ``out``, in the order of torch.sum, from +0.0."""
-    # A sum that starts from +0.0 is never -0.0; one that starts from a -0.0 may be.
-    if len(vectors.rows) == 1:
-        return torch.add(vectors.rows[0], 0.0, out=out)
-    return _add_rows(vectors, out).add_(0.0)
-
-
-def _add_rows(vectors: Stack, out: Tensor) -> Tensor:
-    """Sum over rows; a zero may have either sign."""
-    rows = vectors.rows
-    if len(rows) > ADD_LEFT_TO_RIGHT and vectors.whole is not None:
-        return torch.sum(vectors.whole, dim=0, out=out)
-    if len(rows) == 1:
-        return out.copy_(rows[0])
-    torch.add(rows[0], rows[1], out=out)
-    for row in rows[2:]:
-        out.add_(row)
-    return out
-
-
-def elect_sign(vectors: Stack, vote: SignVote, scratch: Tensor) -> Tensor:
-    """Return ``[m]`` of +1 and -1: the majority sign; a tie, and a sum of zero, elects +1.
+def mark_(vector: Tensor, top: TopK, block: int) -> Tensor:
+    """Replace every value by 1 if it is kept, and by 0 if not.
 
     Args:
-        vectors: Trimmed, unweighted task vectors.
-        vote: How to count.
-        scratch: ``[2, m]``; the result lies in its first row.
+        vector: ``[m]``, one block of values of which none is negative; overwritten.
+        top: The statistic over the whole scope.
+        block: Which block of the scope this is.
     """
-    elected, sign = scratch[0], scratch[1]
-    if vote is SignVote.TOTAL:
-        _add_rows(vectors, elected)
-    else:
-        torch.sign(vectors.rows[0], out=elected)
-        for row in vectors.rows[1:]:
-            elected.add_(torch.sign(row, out=sign))
-    # ge writes 1.0 and 0.0 into a float row; 2x - 1 makes them +1 and -1.
-    torch.ge(elected, 0.0, out=elected)
-    return elected.mul_(2.0).sub_(1.0)
-
-
-def disjoint_mean(
-    vectors: Stack, weights: Sequence[float], elected: Tensor, scratch: Tensor
-) -> Tensor:
-    """Average the weighted entries whose sign is the elected one, over their number.
-
-    Args:
-        vectors: Trimmed, unweighted task vectors; overwritten.
-        weights: One factor per row.
-        elected: ``[m]`` of +1 and -1.
-        scratch: ``[2, m]``.
-
-    Returns:
-        ``[m]``, in the second row of ``scratch``.
-    """
-    count, term = scratch[0], scratch[1]
-    for index, (row, weight) in enumerate(zip(vectors.rows, weights, strict=True)):
-        # The magnitude where the entry agrees with the elected sign, and 0 elsewhere.
-        torch.mul(row, elected, out=row).clamp_min_(0.0)
-        if index == 0:
-            torch.sign(row, out=count)
-        else:
-            count.add_(torch.sign(row, out=term))
-        row.mul_(weight)
-    # Rounding is symmetric: the sum of magnitudes, signed at the end, is the sum of the entries.
-    # Only the sign of a zero would differ, and +0.0 is what a sum gives.
-    total = _add_rows(vectors, term).mul_(elected)
-    return total.div_(count.clamp_min_(1.0)).add_(0.0)
+    if top.greater == top.numel:
+        return vector.fill_(1.0)
+    keep_ties = top.ties_to_keep(block)
+    ties = vector == top.threshold
+    if keep_ties is not None:
+        ties &= torch.cumsum(ties, dim=0, dtype=torch.int32) <= keep_ties
+    return vector.copy_((vector > top.threshold) | ties)

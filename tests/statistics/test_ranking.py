@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from streammerge.reductions import ranking
-from streammerge.reductions.ranking import select_rank, select_rank_plainly
+from streammerge.statistics import ranking
+from streammerge.statistics.ranking import select_rank, select_rank_plainly
 
 NUMEL = 3 * ranking._LEAST_NUMEL + 17
 Make = Callable[[np.random.Generator], np.ndarray]

@@ -67,6 +67,13 @@ def keep_nothing(numel: int) -> TopK:
     return TopK(float("inf"), numel, 0, 0, 0, -1, 0)
 
 
+def settled_without_values(numel: int, k: int) -> TopK | None:
+    """Return the answer if everything or nothing is kept; None if values decide."""
+    if k >= numel:
+        return keep_everything(numel)
+    return keep_nothing(numel) if k <= 0 else None
+
+
 def kept_count(density: float, numel: int) -> int:
     """Return k, the elements kept: the float product truncated, as PEFT and mergekit do."""
     return int(density * numel)

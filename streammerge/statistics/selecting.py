@@ -1,6 +1,6 @@
 """The exact k-th largest magnitude of scopes that are at most one block each, at once.
 
-The plain way for what :class:`~streammerge.reductions.magnitude.MagnitudeSearch` finds in rounds;
+The plain way for what :class:`~streammerge.statistics.magnitude.MagnitudeSearch` finds in rounds;
 models of many small tensors would spend most of their time in keeping its books.
 
     select_block   one scope: guesses, each checked by counting, or else a partition
@@ -17,13 +17,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from streammerge.lazily import torch
-from streammerge.reductions.topk import (
+from streammerge.statistics.topk import (
     Floats,
     TiePolicy,
     TopK,
-    keep_everything,
-    keep_nothing,
-    kept_count,
+    settled_without_values,
     ties_kept,
 )
 
@@ -38,11 +36,11 @@ _REACH_SIGMAS = 3.0
 """From the first guess to the second, in standard deviations of the sample's rank: far enough to
 have the threshold between them as a rule, near enough that few elements lie there."""
 
-Found = tuple[float, int, int]
+Kth = tuple[float, int, int]
 """The k-th largest magnitude, how many are larger, and how many equal."""
 
 
-def select_block(magnitudes: Floats, density: float, tie_policy: TiePolicy) -> TopK:
+def select_block(magnitudes: Floats, k: int, tie_policy: TiePolicy) -> TopK:
     """Return the statistic of a scope that is one block, at once.
 
     The plain way for what :class:`MagnitudeSearch` finds in rounds; models of many small tensors
@@ -50,19 +48,16 @@ def select_block(magnitudes: Floats, density: float, tie_policy: TiePolicy) -> T
 
     Args:
         magnitudes: ``[m]`` absolute values.
-        density: Fraction kept, in [0, 1].
+        k: Elements kept; all, if there are no more than that.
         tie_policy: Which ties are kept.
     """
-    settled = settled_without_values(magnitudes.size, density)
+    settled = settled_without_values(magnitudes.size, k)
     if settled is not None:
         return settled
-    k = kept_count(density, magnitudes.size)
     return _statistic(_guess_kth(magnitudes, k), magnitudes, k, tie_policy)
 
 
-def select_rows(
-    magnitudes: Floats, density: float, tie_policy: TiePolicy, answers: Tensor
-) -> list[TopK]:
+def select_rows(magnitudes: Floats, k: int, tie_policy: TiePolicy, answers: Tensor) -> list[TopK]:
     """Return what :func:`select_block` returns for every row.
 
     Small operations cost a call each, and the interpreter lock, whatever they do; here a call does
@@ -70,26 +65,18 @@ def select_rows(
 
     Args:
         magnitudes: ``[n, m]`` absolute values, a scope per row.
-        density: Fraction kept, in [0, 1].
+        k: Elements kept; all, if there are no more than that.
         tie_policy: Which ties are kept.
         answers: ``[>= n * m]`` float32 or float64 scratch, on the CPU.
     """
     rows, numel = magnitudes.shape
-    k = kept_count(density, numel)
-    if density >= 1 or k == 0 or rows <= 1:
-        return [select_block(row, density, tie_policy) for row in magnitudes]
+    if not 0 < k < numel or rows <= 1:
+        return [select_block(row, k, tie_policy) for row in magnitudes]
     found = _guess_rows(magnitudes, k, answers)
     return [_statistic(at, row, k, tie_policy) for at, row in zip(found, magnitudes, strict=True)]
 
 
-def settled_without_values(numel: int, density: float) -> TopK | None:
-    """Return the statistic of a scope if it keeps everything or nothing; None if values decide."""
-    if density >= 1 or numel == 0:
-        return keep_everything(numel)
-    return keep_nothing(numel) if kept_count(density, numel) == 0 else None
-
-
-def statistic_of_block(found: Found, numel: int, k: int, tie_policy: TiePolicy) -> TopK:
+def statistic_of_block(found: Kth, numel: int, k: int, tie_policy: TiePolicy) -> TopK:
     """Return the statistic of a scope that is one block, whose k-th largest magnitude is known.
 
     Args:
@@ -108,7 +95,7 @@ def statistic_of_block(found: Found, numel: int, k: int, tie_policy: TiePolicy) 
     return TopK(threshold, numel, greater, equal, kept, 0, kept)
 
 
-def _statistic(guessed: Found | None, magnitudes: Floats, k: int, tie_policy: TiePolicy) -> TopK:
+def _statistic(guessed: Kth | None, magnitudes: Floats, k: int, tie_policy: TiePolicy) -> TopK:
     """Return the statistic of a scope whose threshold was guessed, or was not."""
     numel = magnitudes.size
     found = guessed or _kth_by_partition(magnitudes, k)
@@ -117,7 +104,7 @@ def _statistic(guessed: Found | None, magnitudes: Floats, k: int, tie_policy: Ti
     return statistic_of_block(found, numel, k, tie_policy)
 
 
-def _kth_by_partition(magnitudes: Floats, k: int) -> Found | None:
+def _kth_by_partition(magnitudes: Floats, k: int) -> Kth | None:
     """Return the k-th largest magnitude, how many are larger and how many equal; None for NaN."""
     numel = magnitudes.size
     # partition ranks NaN above everything, as the search does.
@@ -128,7 +115,7 @@ def _kth_by_partition(magnitudes: Floats, k: int) -> Found | None:
     return threshold, greater, int(np.count_nonzero(magnitudes == threshold))
 
 
-def _guess_kth(magnitudes: Floats, k: int) -> Found | None:
+def _guess_kth(magnitudes: Floats, k: int) -> Kth | None:
     """Return the same by guessing from a sample; None unless a guess is exactly right.
 
     Differences of bfloat16 models have few distinct magnitudes, which is where guesses hit and
@@ -156,7 +143,7 @@ def _guess_kth(magnitudes: Floats, k: int) -> Found | None:
     return None
 
 
-def _guess_rows(magnitudes: Floats, k: int, answers: Tensor) -> list[Found | None]:
+def _guess_rows(magnitudes: Floats, k: int, answers: Tensor) -> list[Kth | None]:
     """Return the k-th largest magnitude of every row; None where the guesses are no help.
 
     The first guess is the sample's own k-th largest. Where it misses, a second one lies so far on
@@ -209,11 +196,11 @@ class _Guesses:
             guesses.tolist(), [numel - int(each) for each in smaller], [int(n) for n in equal]
         )
 
-    def at(self, row: int) -> Found:
+    def at(self, row: int) -> Kth:
         """Return one row's guess and counts."""
         return self.values[row], self.greater[row], self.equal[row]
 
-    def found(self, k: int) -> list[Found | None]:
+    def found(self, k: int) -> list[Kth | None]:
         """Return the guesses that are the k-th largest magnitude."""
         return [
             self.at(row) if greater < k <= greater + equal else None
@@ -221,7 +208,7 @@ class _Guesses:
         ]
 
 
-def _kth_between(magnitudes: Floats, k: int, first: Found, second: Found) -> Found | None:
+def _kth_between(magnitudes: Floats, k: int, first: Kth, second: Kth) -> Kth | None:
     """Return the k-th largest magnitude if it lies between two guesses that are not it."""
     (high, greater, equal), (low, below_greater, _) = max(first, second), min(first, second)
     above = greater + equal

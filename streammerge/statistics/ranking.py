@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from streammerge.reductions import BLOCK
-from streammerge.reductions.topk import Floats
+from streammerge.statistics import BLOCK
+from streammerge.statistics.topk import Floats
 
 _LEAST_NUMEL = 2**14
 """Fewer numbers are partitioned as they are."""

@@ -30,16 +30,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from streammerge.reductions import BLOCK
-from streammerge.reductions.ranking import select_rank
-from streammerge.reductions.topk import (
+from streammerge.statistics import BLOCK
+from streammerge.statistics.ranking import select_rank
+from streammerge.statistics.topk import (
     Floats,
     TiePolicy,
     TopK,
-    keep_everything,
-    keep_nothing,
-    kept_count,
     place_ties,
+    settled_without_values,
     ties_kept,
 )
 
@@ -107,7 +105,7 @@ class MagnitudeSearch:
         *,
         numel: int,
         blocks: int,
-        density: float,
+        k: int,
         tie_policy: TiePolicy,
         room: Floats,
         spare: Floats,
@@ -117,12 +115,12 @@ class MagnitudeSearch:
         Args:
             numel: Elements in the scope.
             blocks: Blocks in the scope; every tensor starts a new one.
-            density: Fraction kept, in [0, 1].
+            k: Elements kept; all, if there are no more than that.
             tie_policy: Which ties are kept.
             room: ``[limit]`` float32 or float64; a band collects at most so many magnitudes.
             spare: As large; used while concluding, so searches may share it.
         """
-        self._k = kept_count(density, numel)
+        self._k = k
         self._numel = numel
         self._blocks = blocks
         self._tie_policy = tie_policy
@@ -136,12 +134,8 @@ class MagnitudeSearch:
         self._crowds = np.zeros((0, 0), dtype=np.int32)
         self._histogram = np.zeros(0, dtype=np.int64)
         self.question: Question = Band(0.0, float("inf"))
-        self.result: TopK | None = None
-        if density >= 1 or numel == 0:
-            self.result = keep_everything(numel)
-        elif self._k == 0:
-            self.result = keep_nothing(numel)
-        elif numel > room.size:
+        self.result: TopK | None = settled_without_values(numel, k)
+        if self.result is None and numel > room.size:
             self.question = Bins(0, self._infinity_bits)
         self._clear()
 

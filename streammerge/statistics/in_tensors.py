@@ -1,6 +1,6 @@
-"""Answers to the questions of :mod:`streammerge.reductions.magnitude`, in tensor arithmetic.
+"""Answers to the questions of :mod:`streammerge.statistics.magnitude`, in tensor arithmetic.
 
-What :func:`~streammerge.reductions.magnitude.answer_block` does for one block in numpy, for many
+What :func:`~streammerge.statistics.magnitude.answer_block` does for one block in numpy, for many
 blocks at once and without a look at any value: results are added to tensors on the device, whose
 sizes are known beforehand, and fetched when all is done.
 
@@ -21,9 +21,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from streammerge.lazily import torch
-from streammerge.reductions import BLOCK, count_blocks
-from streammerge.reductions.magnitude import BINS, MOST_CROWDS, Band, Bins, Counted, Question
-from streammerge.reductions.topk import Floats
+from streammerge.statistics import BLOCK, count_blocks
+from streammerge.statistics.magnitude import BINS, MOST_CROWDS, Band, Bins, Counted, Question
+from streammerge.statistics.topk import Floats
+from streammerge.tiles.program import Op
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -112,6 +113,26 @@ def _count_(chosen: Tensor, column: Tensor) -> None:
         column[:whole].copy_(chosen[: whole * BLOCK].view(whole, BLOCK).sum(dim=1))
     if chosen.numel() > whole * BLOCK:
         column[whole].copy_(chosen[whole * BLOCK :].sum())
+
+
+def total_blocks_(op: Op, a: Tensor, b: Tensor, column: Tensor) -> None:
+    """Write the total of each block into ``[blocks]`` float64.
+
+    Args:
+        op: What kind of total.
+        a: ``[m]``, whole blocks but for the last one.
+        b: ``[m]``, for products.
+        column: Receives the totals.
+    """
+    terms = a.to(torch.float64)
+    if op is Op.DOT:
+        terms *= b
+    reduce = torch.amax if op is Op.LARGEST else torch.sum
+    whole = terms.numel() // BLOCK
+    if whole:
+        column[:whole].copy_(reduce(terms[: whole * BLOCK].view(whole, BLOCK), dim=1))
+    if terms.numel() > whole * BLOCK:
+        column[whole].copy_(reduce(terms[whole * BLOCK :], dim=0))
 
 
 def values_inside(question: Question | None, counts: NDArray[np.int64]) -> int:

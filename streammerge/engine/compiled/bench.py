@@ -1,0 +1,152 @@
+"""What one worker has to run programs with: encoded programs, an array of jobs, memory.
+
+Memory: :data:`CALLS` jobs of some hundred bytes, and what the largest program needs, two rows of 2 KiB
+for each of its registers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from streammerge.engine.compiled.operands import CALLS, StoredOperand
+from streammerge.engine.plain import bind_numbers
+from streammerge.engine.segments import Segment
+from streammerge.methods.programs import Programs
+from streammerge.native.library import Kernels
+from streammerge.native.machine import ALL_TIES, EncodedProgram, JobCall, Jobs, RoomCall
+from streammerge.plan.types import MergePlan
+from streammerge.rng import keep_limit, stream_key
+from streammerge.statistics import BLOCK
+from streammerge.tiles.compiling import compile_result
+from streammerge.tiles.program import Op, Program
+from streammerge.tiles.writing import Sheet
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """One step that drops at random."""
+
+    source: int
+    """Whose random numbers decide."""
+    number: int
+    """Index of the probability among the program's numbers; below 0 where a row has it."""
+
+
+class Encoded:
+    """A program, and what has to be said about its jobs."""
+
+    def __init__(self, program: Program, *, sources: int, has_base: bool) -> None:
+        """Encode it."""
+        self.program = program
+        self.code = EncodedProgram(program, sources=sources, has_base=has_base)
+        self.loads_base = program.uses(Op.BASE, Op.TASK_VECTOR)
+        self.subtracts = program.uses(Op.TASK_VECTOR)
+        by_stream = {step.c: step.number for step in program.steps if step.op is Op.KEEP_RANDOM}
+        self.draws = [Draw(source, by_stream[at]) for at, source in enumerate(program.streams)]
+
+
+class Bench:
+    """One worker's own; its users take turns."""
+
+    def __init__(self, kernels: Kernels, plan: MergePlan, programs: Sequence[Programs]) -> None:
+        """Encode all programs and allocate everything."""
+        self.kernels = kernels
+        self.plan = plan
+        sources = len(plan.models) - plan.has_base
+
+        def encode(program: Program) -> Encoded:
+            return Encoded(program, sources=sources, has_base=plan.has_base)
+
+        self.merges = [encode(each.merge) for each in programs]
+        """Of every setting."""
+        self.rounds = [[encode(program) for program in each.rounds] for each in programs]
+        """``[settings][rounds]``."""
+        one = compile_result(Sheet(1, has_base=False).values[0])
+        self.conversion = Encoded(one, sources=1, has_base=False)
+        """Stores what it loads."""
+        every = [*self.merges, *(each for rounds in self.rounds for each in rounds)]
+        codes = [each.code for each in (*every, self.conversion)]
+        self.jobs = Jobs(codes, CALLS)
+        most = max(each.memory_numel for each in codes)
+        self._memory = np.empty(most, dtype=np.float32)
+        self.values: NDArray[np.float32] = np.empty(BLOCK, dtype=np.float32)
+        """Where questions collect."""
+        self._room = RoomCall(self.values.ctypes.data, self.values.size)
+        self._numbers: list[NDArray[np.float32]] = []
+
+    def begin(self) -> None:
+        """Forget the jobs before."""
+        self._numbers.clear()
+
+    def fill(
+        self,
+        index: int,
+        encoded: Encoded,
+        operands: Sequence[StoredOperand],
+        *,
+        begin: int,
+        end: int,
+        segment: Segment | None,
+        **places: float,
+    ) -> None:
+        """Say what a job is about.
+
+        Args:
+            index: Which job.
+            encoded: What it runs.
+            operands: The models.
+            begin: First element in the piece.
+            end: End in the piece.
+            segment: What it is of its tensor; None where programs do not care.
+            places: Where results go; see :meth:`streammerge.native.machine.Jobs.fill`.
+        """
+        flat = [word for each in operands for word in (each.at(begin), each.code)]
+        numbers = None
+        program = encoded.program
+        if segment is not None and program.has_found_numbers:
+            own = encoded.code.numbers(segment.found.numbers)
+            # It must live until the job has run.
+            self._numbers.append(own)
+            numbers = own.ctypes.data
+        self.jobs.fill(index, encoded.code, flat, numel=end - begin, numbers=numbers, **places)  # type: ignore[arg-type]
+        if segment is None:
+            return
+        for at, trim in enumerate(program.trims):
+            top = segment.found.tops[trim]
+            ties = top.ties_to_keep(segment.block)
+            self.jobs.trim(
+                index,
+                at,
+                top.threshold,
+                ties=ALL_TIES if ties is None else ties,
+                everything=top.greater == top.numel,
+            )
+        self._draw(index, encoded, segment)
+
+    def _draw(self, index: int, encoded: Encoded, segment: Segment) -> None:
+        if not encoded.draws:
+            return
+        numbers = bind_numbers(encoded.program, segment.found)
+        for at, draw in enumerate(encoded.draws):
+            key = stream_key(self.plan.seed, draw.source, segment.part.task.name)
+            limit = keep_limit(min(max(numbers[draw.number], 0.0), 1.0)) if draw.number >= 0 else 0
+            self.jobs.draw(index, at, key, start=segment.start, limit=limit)
+
+    def run(self, first: int, count: int, *, collects: bool) -> tuple[int, int]:
+        """Run jobs; return how many were done, and how many of them were refused."""
+        room = self._room if collects else None
+        refused = self.kernels.run(
+            self.jobs.calls, first, count, memory=self._memory.ctypes.data, room=room
+        )
+        return (room.done if room is not None else count), refused
+
+    def first_refused(self, count: int) -> int:
+        """Return the first of the jobs that was refused."""
+        return next(index for index, call in enumerate(self._calls(count)) if call.refused)
+
+    def _calls(self, count: int) -> Sequence[JobCall]:
+        return [self.jobs.calls[index] for index in range(count)]

@@ -1,0 +1,90 @@
+"""What a method may ask about a whole tensor or a whole model, and what comes of it.
+
+A method asks in rounds. In each it writes down, on a sheet like that of its merge, what every element
+contributes: to totals (sums, products, largest values), and to ranks (the k-th largest of some
+values). Blocks answer in any order. What has been found is given to the next round, and to the merge:
+
+    round 0   sinks ─▶ every block ─▶ totals, tops ─▶ settle ─▶ numbers
+    round 1   sinks, which may refer to those ...
+    merge     the program, with all numbers and tops
+
+Totals are added up in float64 within a block, in an order that only the block's length decides, and
+then over all blocks exactly, with one rounding; so they have the same bits for any order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+
+from streammerge.statistics.topk import TiePolicy, TopK
+from streammerge.tiles.writing import Sheet, Sink
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What is known of a scope."""
+
+    tops: tuple[TopK, ...] = ()
+    """Which elements are kept of each ranked value, of all rounds so far in order."""
+    numbers: tuple[float, ...] = ()
+    """What rounds settled on, in order."""
+
+    def joined(self, other: Found) -> Found:
+        """Return this, and what a later round found."""
+        return Found(self.tops + other.tops, self.numbers + other.numbers)
+
+
+NOTHING = Found()
+"""What is known where nothing was asked."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rank:
+    """A wish for the k largest of the values that a sink offers."""
+
+    k: int
+    """How many are kept; all, if there are no more than that."""
+    tie_policy: TiePolicy
+    """Which elements exactly at the threshold are kept."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answers:
+    """What a round came to."""
+
+    numel: int
+    """Elements of the scope."""
+    totals: tuple[float, ...]
+    """Its totals, in the order of its sinks."""
+    tops: tuple[TopK, ...]
+    """Its ranks, in the order of its sinks."""
+    before: Found
+    """What earlier rounds found."""
+
+
+def _all_totals(answers: Answers) -> Sequence[float]:
+    return answers.totals
+
+
+def _no_ranks(_numel: int, _before: Found) -> Sequence[Rank]:
+    return ()
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """A set of questions that one sweep can answer."""
+
+    sinks: Callable[[Sheet], Sequence[Sink]]
+    """What every element contributes."""
+    ranks: Callable[[int, Found], Sequence[Rank]] = _no_ranks
+    """Given the elements of the scope and what is known: a wish for each ranked sink, in order."""
+    settle: Callable[[Answers], Sequence[float]] = _all_totals
+    """The numbers that the answers come to."""
+    about: tuple[Hashable, ...] = ()
+    """The parameters that all this depends on; rounds of one method that are about the same ask the
+    same."""
+
+    def concluded(self, answers: Answers) -> Found:
+        """Return what this round found."""
+        return Found(answers.tops, tuple(float(number) for number in self.settle(answers)))

@@ -1,0 +1,51 @@
+"""Totals of a row, in the order of addition that every machine keeps.
+
+Memory: 16 bytes per element.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from streammerge.tiles.program import Op
+
+Floats = NDArray[np.floating[Any]]
+
+_LANES = 16
+"""Running sums that a total is added up in, element ``i`` in sum ``i % 16``."""
+
+
+def total_rows(op: Op, a: Floats, b: Floats) -> NDArray[np.float64]:
+    """Return the total of each row, ``[rows]``.
+
+    Args:
+        op: What kind of total.
+        a: ``[rows, m]``.
+        b: ``[rows, m]``, for products.
+    """
+    if op is Op.LARGEST:
+        largest: NDArray[np.float64] = a.max(axis=1, initial=-np.inf).astype(np.float64)
+        return largest
+    terms = a.astype(np.float64)
+    if op is Op.DOT:
+        terms *= b
+    return add_up(terms)
+
+
+def add_up(terms: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the sum of each row of ``[rows, m]``, in the order that every machine keeps.
+
+    Element ``i`` is added to running sum ``i % 16``; then the upper half of the sums is added to the
+    lower half, four times.
+    """
+    n_rows, numel = terms.shape
+    whole = numel // _LANES * _LANES
+    lanes = terms[:, :whole].reshape(n_rows, -1, _LANES).sum(axis=1)
+    lanes[:, : numel - whole] += terms[:, whole:]
+    for half in (8, 4, 2, 1):
+        lanes = lanes[:, :half] + lanes[:, half:]
+    added: NDArray[np.float64] = lanes[:, 0]
+    return added
