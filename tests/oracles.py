@@ -202,6 +202,7 @@ def apply_to_whole_tensors(
     *,
     seed: int = 0,
     compute_dtype: torch.dtype = torch.float32,
+    has_base: bool | None = None,
 ) -> dict[str, Tensor]:
     """Run any method's programs on each tensor as one block, however large.
 
@@ -216,7 +217,7 @@ def apply_to_whole_tensors(
         values[spec.name] = (value,) * n if spread else value
         if isinstance(value, list):
             values[spec.name] = tuple(value)
-    on_tasks = method.operand is Operand.TASK_VECTORS
+    on_tasks = method.operand is Operand.TASK_VECTORS if has_base is None else has_base
     programs = programs_of(method, values.items(), sources=n, has_base=on_tasks)
     whole = {
         name: _WholeTensor(

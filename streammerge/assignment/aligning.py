@@ -98,7 +98,7 @@ class _Aligner:
         self._partless: dict[tuple[int, str], None] = {}
         self._opaque: list[tuple[str, DType]] = []
         # Where no task vectors are taken, a base only lends copies.
-        merges_base = method.operand is Operand.TASK_VECTORS
+        merges_base = method.operand is not Operand.WEIGHTS
         self._first_merged = 1 if self._has_base and not merges_base else 0
         self._adapted = {
             index: each for index, each in enumerate(checkpoints) if isinstance(each, AdaptedModel)

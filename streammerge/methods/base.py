@@ -12,7 +12,7 @@ from dataclasses import Field, dataclass, field, fields
 from enum import StrEnum
 from typing import Any
 
-from streammerge.recipe.types import ParameterKind, ParameterSpec
+from streammerge.recipe.types import ParameterKind, ParameterSpec, Semantics
 from streammerge.statistics.rounds import Round
 from streammerge.statistics.topk import TiePolicy
 from streammerge.tiles.writing import Row, Sheet
@@ -25,6 +25,8 @@ class Operand(StrEnum):
     """The source's own values."""
     TASK_VECTORS = "task vectors"
     """Source minus base; the method needs a base."""
+    EITHER = "task vectors, or weights without a base"
+    """Source minus base where there is a base, and else the source's own values."""
 
 
 class Scope(StrEnum):
@@ -43,6 +45,8 @@ class Law(StrEnum):
     """Sources that all equal the base give the base, bit for bit."""
     NEGATION = "negation"
     """Negating all task vectors negates the change."""
+    SCALING = "scaling"
+    """Doubling all task vectors doubles the change."""
     ORDER = "order"
     """The order of the sources changes the result by rounding only."""
 
@@ -84,6 +88,10 @@ class MergeMethod:
     """What it does with given parameters."""
     examples: tuple[dict[str, Any], ...]
     """Parameter sets that the tests run every law on, as a recipe spells them."""
+    semantics: tuple[Semantics, ...] = (Semantics.PAPER,)
+    """Whose definitions of it there are; the first is meant where a recipe says nothing."""
+    sources: tuple[int, int | None] = (1, None)
+    """How many sources it merges, at least and at most; None for any number."""
     random: bool = False
     """Whether the seed matters."""
     sums: bool = False
@@ -107,7 +115,8 @@ class MergeMethod:
 
     def bind(self, values: Iterable[tuple[str, Any]]) -> Any:
         """Return the parameter dataclass for ``(name, value)`` pairs, as a setting holds them."""
-        return self.params(**dict(values))
+        names = {entry.metadata["spec"].name: entry.name for entry in fields(self.params)}
+        return self.params(**{names[name]: value for name, value in values})
 
 
 def parameter(spec: ParameterSpec) -> Any:

@@ -1,6 +1,7 @@
 """Linear: the weighted average of the models themselves.
 
 Source: Wortsman et al. 2022, "Model soups", arXiv:2203.05482, with weights.
+Differs from mergekit: a base is no source; weights whose sum is 0 are refused, not divided by.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from streammerge.methods.base import WEIGHT, Law, MergeMethod, Operand, Work, parameter
-from streammerge.recipe.types import ParameterKind, ParameterSpec
+from streammerge.recipe.types import ParameterKind, ParameterSpec, Semantics
 from streammerge.tiles.writing import Row, Sheet, weighted_sum
 
 NORMALIZE = ParameterSpec(
@@ -48,6 +49,7 @@ METHODS = (
         params=LinearParams,
         operand=Operand.WEIGHTS,
         work=linear,
+        semantics=(Semantics.PEFT, Semantics.MERGEKIT, Semantics.PAPER),
         keeps_base=lambda params: params.normalize or sum(params.weight) == 1,
         sums=True,
         examples=(

@@ -21,6 +21,7 @@ from streammerge.methods.base import (
     parameter,
 )
 from streammerge.methods.trimming import trim_round, trimmed
+from streammerge.recipe.types import Semantics
 from streammerge.tiles.writing import Row, Sheet, weighted_sum
 
 
@@ -56,6 +57,7 @@ METHODS = (
         params=MagnitudePruneParams,
         operand=Operand.TASK_VECTORS,
         work=magnitude_prune,
+        semantics=(Semantics.PEFT,),
         examples=(
             {"density": 0.3, "weight": (0.5, 1.0)},
             {"density": (0.1, 0.8)},

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from streammerge.methods.base import WEIGHT, MergeMethod, Operand, Work, parameter
-from streammerge.recipe.types import ParameterKind, ParameterSpec
-from streammerge.tiles.writing import Row, Sheet, changed, weighted_sum
+from streammerge.methods.families import LAMBDA, SUM_DIVISOR, added
+from streammerge.recipe.types import ParameterKind, ParameterSpec, Semantics
+from streammerge.tiles.writing import Row, Sheet, changed
 
 
 class Rounding(StrEnum):
@@ -43,13 +44,23 @@ class TaskArithmeticParams:
     """Factor per source."""
     rounding: str = parameter(ROUNDING)
     """``once`` or ``peft``."""
+    divisor: str = parameter(SUM_DIVISOR)
+    """``none`` or ``weights``."""
+    lambda_: float = parameter(LAMBDA)
+    """Factor of the whole change."""
 
 
 def task_arithmetic(params: TaskArithmeticParams) -> Work:
-    """Return ``base + sum_i w_i (x_i - base)``; or adapters added and rounded one by one."""
+    """Return ``base + lambda sum_i w_i (x_i - base)``; or adapters added and rounded one by one."""
 
     def merge(sheet: Sheet) -> Row:
-        return sheet.base + weighted_sum(sheet.task_vectors, params.weight)
+        return added(
+            sheet,
+            sheet.task_vectors,
+            params.weight,
+            divisor=params.divisor,
+            factor=params.lambda_,
+        )
 
     return Work(_merge_in_turn if params.rounding == Rounding.PEFT else merge)
 
@@ -69,9 +80,17 @@ METHODS = (
         params=TaskArithmeticParams,
         operand=Operand.TASK_VECTORS,
         work=task_arithmetic,
+        semantics=(Semantics.PEFT, Semantics.MERGEKIT, Semantics.PAPER),
         sums=True,
         in_turn=lambda params: params.rounding == Rounding.PEFT,
-        takes_whole=lambda params, source: params.weight[source] == 1,
-        examples=({}, {"weight": (0.4, 0.6)}, {"weight": (1.0, -0.5)}),
+        takes_whole=lambda params, source: (
+            params.weight[source] == 1 and params.lambda_ == 1 and params.divisor == "none"
+        ),
+        examples=(
+            {},
+            {"weight": (0.4, 0.6)},
+            {"weight": (1.0, -0.5)},
+            {"weight": (0.5, 0.75), "lambda": 0.5, "divisor": "weights"},
+        ),
     ),
 )

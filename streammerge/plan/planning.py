@@ -44,7 +44,7 @@ from streammerge.plan.types import (
 )
 from streammerge.recipe.parsing import dump_recipe
 from streammerge.recipe.resolving import build_resolver
-from streammerge.recipe.types import ComputeDType, NonFinitePolicy, Recipe
+from streammerge.recipe.types import ComputeDType, NonFinitePolicy, Recipe, Semantics
 from streammerge.statistics import count_blocks
 
 
@@ -114,6 +114,9 @@ def plan_merge(
         MemoryBudgetError: The job does not fit.
     """
     method = find_method(recipe.method)
+    semantics = _semantics_of(recipe, method)
+    recipe = replace(recipe, semantics=semantics)
+    _check_sources(recipe, method)
     if method.operand is Operand.TASK_VECTORS and base is None:
         raise RecipeError(
             f"base: {method.name} merges task vectors and needs the model that the sources were "
@@ -175,7 +178,7 @@ def plan_merge(
     plan = PrintedPlan(
         version=PLAN_VERSION,
         method=method.name,
-        semantics=recipe.semantics.value,
+        semantics=semantics.value,
         recipe=dump_recipe(recipe),
         seed=recipe.seed,
         keep_non_finite=recipe.non_finite is NonFinitePolicy.KEEP,
@@ -215,6 +218,35 @@ def plan_merge(
         free=machine.device_free,
     )
     return replace(plan, device=device)
+
+
+def _semantics_of(recipe: Recipe, method: MergeMethod) -> Semantics:
+    if recipe.semantics is None:
+        return method.semantics[0]
+    if recipe.semantics not in method.semantics:
+        known = ", ".join(each.value for each in method.semantics)
+        raise RecipeError(
+            f"semantics: {method.name} is defined by {known}, not by {recipe.semantics.value}; "
+            f"give one of these, or leave `semantics` out for {method.semantics[0].value}"
+        )
+    return recipe.semantics
+
+
+def _check_sources(recipe: Recipe, method: MergeMethod) -> None:
+    """Raise unless there are as many sources as the method merges."""
+    least, most = method.sources
+    count = len(recipe.sources)
+    if least <= count and (most is None or count <= most):
+        return
+    if most is None:
+        wanted = f"{least} or more"
+    else:
+        wanted = str(least) if least == most else f"{least} to {most}"
+    beside = ", beside the base" if method.operand is Operand.TASK_VECTORS else ""
+    raise RecipeError(
+        f"sources: {method.name} merges {wanted}{beside}, and the recipe has {count}; change the "
+        "sources or the method"
+    )
 
 
 def _first(checkpoints: Sequence[Model]) -> Checkpoint:

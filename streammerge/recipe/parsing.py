@@ -121,7 +121,8 @@ def dump_recipe(recipe: Recipe) -> str:
     ]
     document["parameters"] = _plain(recipe.parameters)
     document["rules"] = [_plain_rule(rule) for rule in recipe.rules]
-    document["semantics"] = recipe.semantics.value
+    if recipe.semantics is not None:
+        document["semantics"] = recipe.semantics.value
     document["seed"] = recipe.seed
     document["missing"] = recipe.missing.value
     document["mismatch"] = recipe.mismatch.value

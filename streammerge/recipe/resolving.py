@@ -108,7 +108,11 @@ def _settle(recipe: Recipe, rule: Rule | None, specs: tuple[ParameterSpec, ...])
     values: list[tuple[str, ParameterValue]] = []
     for spec in specs:
         ruled = None if rule is None else rule.parameters.get(spec.name)
-        common = ruled if ruled is not None else recipe.parameters.get(spec.name, spec.default)
+        common = (
+            ruled
+            if ruled is not None
+            else recipe.parameters.get(spec.name, spec.default_of(recipe.semantics))
+        )
         if not spec.per_source:
             if common is None:
                 raise RecipeError(f"parameters.{spec.name}: this key is required")

@@ -407,8 +407,8 @@ class RecipeDocument(_Document):
     rules: list[RuleDocument] = Field(
         default_factory=list, description="Exceptions by tensor name; the first match wins."
     )
-    semantics: Annotated[Semantics, BeforeValidator(_word_of(Semantics))] = Field(
-        default=Semantics.PEFT, description="Whose definition of the method is meant."
+    semantics: Annotated[Semantics | None, BeforeValidator(_word_of(Semantics))] = Field(
+        default=None, description="Whose definition of the method is meant, where they differ."
     )
     seed: int = Field(default=0, ge=0, le=MAX_SEED, description="Seed of the random masks.")
     missing: Annotated[MissingPolicy, BeforeValidator(_word_of(MissingPolicy))] = Field(

@@ -24,6 +24,17 @@ class ParameterKind(StrEnum):
     CHOICE = "choice"
 
 
+class Semantics(StrEnum):
+    """Whose definition of a method is meant, where references differ."""
+
+    PEFT = "peft"
+    """The functions of that name in peft.utils.merge_utils."""
+    MERGEKIT = "mergekit"
+    """What mergekit does, where it is deterministic."""
+    PAPER = "paper"
+    """What the paper, or its authors' code, does."""
+
+
 @dataclass(frozen=True, slots=True)
 class ParameterSpec:
     """One parameter of a merge method, as the method's file declares it."""
@@ -46,12 +57,12 @@ class ParameterSpec:
     """Accepted words, for CHOICE."""
     per_tensor: bool = True
     """Whether rules may change it; False for what concerns the whole model."""
+    presets: tuple[tuple[Semantics, Scalar], ...] = ()
+    """The value when the recipe gives none but asks for these semantics."""
 
-
-class Semantics(StrEnum):
-    """Whose definition of TIES and DARE is meant."""
-
-    PEFT = "peft"
+    def default_of(self, semantics: Semantics | None) -> Scalar | None:
+        """Return the value when the recipe gives none."""
+        return next((value for whose, value in self.presets if whose is semantics), self.default)
 
 
 class MissingPolicy(StrEnum):
@@ -191,8 +202,8 @@ class Recipe:
     """Parameters for all tensors, as given; defaults are not filled in."""
     rules: tuple[Rule, ...]
     """Exceptions by tensor name; the first match wins."""
-    semantics: Semantics
-    """Whose definition of the method."""
+    semantics: Semantics | None
+    """Whose definition of the method; None for the one that the method has first."""
     seed: int
     """Seed of the random masks, in [0, 2^64)."""
     missing: MissingPolicy

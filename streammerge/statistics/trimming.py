@@ -151,12 +151,13 @@ def mark_(vector: Tensor, top: TopK, block: int) -> Tensor:
     """Replace every value by 1 if it is kept, and by 0 if not.
 
     Args:
-        vector: ``[m]``, one block of values of which none is negative; overwritten.
+        vector: ``[m]``, one block of values whose magnitudes were ranked; overwritten.
         top: The statistic over the whole scope.
         block: Which block of the scope this is.
     """
     if top.greater == top.numel:
         return vector.fill_(1.0)
+    vector.abs_()
     keep_ties = top.ties_to_keep(block)
     ties = vector == top.threshold
     if keep_ties is not None:

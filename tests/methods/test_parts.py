@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
 from streammerge.methods.parts import trim_, trim_rows_
+
 from streammerge.statistics.selecting import select_block
 from streammerge.statistics.topk import TiePolicy, TopK
 

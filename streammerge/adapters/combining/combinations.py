@@ -13,7 +13,7 @@ from enum import StrEnum
 from types import MappingProxyType
 
 from streammerge.methods.base import DENSITY, WEIGHT
-from streammerge.methods.ties import MAJORITY_SIGN_METHOD
+from streammerge.methods.families import MAJORITY_SIGN_METHOD
 from streammerge.recipe.types import ParameterKind, ParameterSpec
 
 

@@ -29,7 +29,7 @@ from streammerge.dtypes import DType
 from streammerge.errors import MemoryBudgetError, RecipeError, ShapeMismatchError
 from streammerge.recipe.parsing import dump_recipe
 from streammerge.recipe.resolving import Resolved, build_resolver
-from streammerge.recipe.types import Recipe
+from streammerge.recipe.types import Recipe, Semantics
 from streammerge.units import BASELINE_NOISE, MIB, format_budget, format_size
 
 GROWTH_BYTES = 64 * MIB
@@ -76,7 +76,7 @@ def plan_combination(
     naming = adapters[0].naming
     return CombinationPlan(
         method=recipe.method,
-        semantics=recipe.semantics.value,
+        semantics=(recipe.semantics or Semantics.PEFT).value,
         recipe=dump_recipe(recipe),
         seed=recipe.seed,
         compute_dtype=recipe.compute_dtype,

@@ -1,0 +1,63 @@
+"""Inner products of models as a round, and algorithms that need nothing else.
+
+What a method like spherical interpolation returns lies in the span of what it is given. So the whole
+algorithm, iterations included, runs on coefficients: every inner product that it needs is one of the
+Gram matrix ``G_ij = <v_i, v_j>``, found in one sweep in float64, and the merge is one weighted sum.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Hashable, Sequence
+from itertools import combinations_with_replacement
+
+import numpy as np
+from numpy.typing import NDArray
+
+from streammerge.statistics.rounds import Answers, Round
+from streammerge.tiles.writing import Row, Sheet, Sink, dot, weighted_sum
+
+Gram = NDArray[np.float64]
+"""``[n, n]``, symmetric."""
+Vectors = Callable[[Sheet], Sequence[Row]]
+
+
+def gram_round(
+    vectors: Vectors,
+    settle: Callable[[Gram], Sequence[float]],
+    about: tuple[Hashable, ...] = (),
+) -> Round:
+    """Return the round that finds the inner products of some rows, and what they come to.
+
+    Args:
+        vectors: Returns the rows.
+        settle: Given their Gram matrix: the numbers for the merge.
+        about: The parameters that this depends on.
+    """
+
+    def sinks(sheet: Sheet) -> Sequence[Sink]:
+        rows = vectors(sheet)
+        return [dot(one, other) for one, other in combinations_with_replacement(rows, 2)]
+
+    def concluded(answers: Answers) -> Sequence[float]:
+        return settle(gram_of(answers.totals))
+
+    return Round(sinks, settle=concluded, about=about)
+
+
+def gram_of(products: Sequence[float]) -> Gram:
+    """Return the matrix whose upper triangle is given row by row."""
+    n = (math.isqrt(8 * len(products) + 1) - 1) // 2
+    gram = np.zeros((n, n))
+    gram[np.triu_indices(n)] = products
+    return gram + np.triu(gram, 1).T
+
+
+def combined(rows: Sequence[Row], sheet: Sheet) -> Row:
+    """Return the sum of rows, each times the number of its place among those that were found."""
+    return weighted_sum(rows, [sheet.number(place) for place in range(len(rows))])
+
+
+def norm(coefficients: NDArray[np.float64], gram: Gram) -> float:
+    """Return the length of a combination of the vectors."""
+    return math.sqrt(max(0.0, float(coefficients @ gram @ coefficients)))
