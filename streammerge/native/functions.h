@@ -63,7 +63,8 @@ ALWAYS_INLINE double logarithm(double value) {
     double series = terms[0];
 #pragma GCC unroll 10
     for (int term = 1; term < 11; term++) series = series * square + terms[term];
-    return exponents * LN2_HIGH + (exponents * LN2_LOW + (ratio + ratio) * series);
+    double result = exponents * LN2_HIGH + (exponents * LN2_LOW + (ratio + ratio) * series);
+    return result + (value - value);
 }
 
 /* Computes from one row. */

@@ -48,7 +48,7 @@ def exponential(values: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def logarithm(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return the natural logarithm of each normal positive value, ``[m]``."""
+    """Return the natural logarithm of each normal positive value, ``[m]``; NaN of what is not finite."""
     bits = values.view(np.int64)
     exponents = ((bits >> 52) - 1022).astype(np.float64)
     mantissas = ((bits & (1 << 52) - 1) | 1022 << 52).view(np.float64)
@@ -60,7 +60,19 @@ def logarithm(values: NDArray[np.float64]) -> NDArray[np.float64]:
     series = np.full_like(square, LOGARITHM_TERMS[0])
     for term in LOGARITHM_TERMS[1:]:
         series = series * square + term
-    return exponents * LN2_HIGH + (exponents * LN2_LOW + (ratio + ratio) * series)
+    result = exponents * LN2_HIGH + (exponents * LN2_LOW + (ratio + ratio) * series)
+    with np.errstate(invalid="ignore"):
+        # What is not finite gives no number, instead of one that looks like any other.
+        return result + (values - values)
+
+
+def square_root(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the square root of each value, ``[m]``, rounded once.
+
+    Of float32 numbers it may be rounded once more, to float32: the result is the nearest one.
+    """
+    with np.errstate(invalid="ignore"):
+        return np.sqrt(values)
 
 
 def _power_of_two(exponents: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from streammerge.lazily import torch
-from streammerge.tiles.functions import exponential, logarithm
+from streammerge.tiles.functions import exponential, logarithm, square_root
 from streammerge.tiles.program import SINKS, Op, Program, Step, Vote
 
 if TYPE_CHECKING:
@@ -188,7 +188,7 @@ class _Machine:
         return like.new_full((), number)
 
     def _by_row(self, row: Tensor) -> Tensor:
-        return row.view(-1, self._row_numel)
+        return row.view(len(self.totals), self._row_numel)
 
     def _place(self, step: Step) -> None:
         """Do what depends on where an element lies."""
@@ -254,8 +254,12 @@ class _Machine:
         for row, factor, own_share in zip(rows, factors, shares, strict=True):
             # The magnitude where the entry agrees with the elected sign, and 0 elsewhere.
             agreeing = torch.mul(row, elected, out=self._spare[0]).clamp_min_(0.0)
-            share.add_(torch.sign(agreeing, out=self._spare[1]).mul_(own_share))
-            total.add_(agreeing.mul_(factor))
+            torch.sign(agreeing, out=self._spare[1])
+            # Numbers may differ from row to row.
+            self._by_row(self._spare[1]).mul_(own_share)
+            self._by_row(agreeing).mul_(factor)
+            share.add_(self._spare[1])
+            total.add_(agreeing)
         # Rounding is symmetric: the sum of magnitudes, signed at the end, is the sum of the entries.
         total.mul_(elected)
         if how.divides:
@@ -290,8 +294,9 @@ _BINARY: Mapping[Op, _Binary] = {
     Op.SUBTRACT: lambda a, b, out: torch.sub(a, b, out=out),
     Op.MULTIPLY: lambda a, b, out: torch.mul(a, b, out=out),
     Op.DIVIDE: lambda a, b, out: torch.div(a, b, out=out),
-    Op.MINIMUM: lambda a, b, out: torch.minimum(a, b, out=out),
-    Op.MAXIMUM: lambda a, b, out: torch.maximum(a, b, out=out),
+    # torch returns either of two zeros, by where in a row they lie.
+    Op.MINIMUM: lambda a, b, out: torch.minimum(a, b, out=out).add_(0.0),
+    Op.MAXIMUM: lambda a, b, out: torch.maximum(a, b, out=out).add_(0.0),
     Op.GREATER: lambda a, b, out: torch.gt(a, b, out=out),
     Op.AT_LEAST: lambda a, b, out: torch.ge(a, b, out=out),
     Op.EQUAL: lambda a, b, out: torch.eq(a, b, out=out),
@@ -314,7 +319,8 @@ def _through_numpy(
 _UNARY: Mapping[Op, Callable[[Tensor, Tensor], object]] = {
     Op.ABSOLUTE: lambda a, out: torch.abs(a, out=out),
     Op.SIGN: lambda a, out: torch.sign(a, out=out),
-    Op.SQUARE_ROOT: lambda a, out: torch.sqrt(a, out=out),
+    # torch's own is not rounded as IEEE 754 says: it may come from a library of lower accuracy.
+    Op.SQUARE_ROOT: _through_numpy(square_root),
     Op.EXPONENTIAL: _through_numpy(exponential),
     Op.LOGARITHM: _through_numpy(logarithm),
 }

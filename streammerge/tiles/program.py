@@ -36,9 +36,9 @@ class Op(IntEnum):
     DIVIDE = 9
     """``a / b`` or ``a / n``."""
     MINIMUM = 10
-    """The smaller of ``a`` and ``b`` or ``n``."""
+    """The smaller of ``a`` and ``b`` or ``n``; a zero has no sign."""
     MAXIMUM = 11
-    """The larger one."""
+    """The larger one, likewise."""
     GREATER = 12
     """1 where ``a > b`` or ``a > n``, and 0 elsewhere."""
     AT_LEAST = 13

@@ -27,7 +27,7 @@ def total_rows(op: Op, a: Floats, b: Floats) -> NDArray[np.float64]:
         b: ``[rows, m]``, for products.
     """
     if op is Op.LARGEST:
-        largest: NDArray[np.float64] = a.max(axis=1, initial=-np.inf).astype(np.float64)
+        largest: NDArray[np.float64] = a.max(axis=1, initial=-np.inf).astype(np.float64) + 0.0
         return largest
     terms = a.astype(np.float64)
     if op is Op.DOT:
@@ -39,7 +39,7 @@ def add_up(terms: NDArray[np.float64]) -> NDArray[np.float64]:
     """Return the sum of each row of ``[rows, m]``, in the order that every machine keeps.
 
     Element ``i`` is added to running sum ``i % 16``; then the upper half of the sums is added to the
-    lower half, four times.
+    lower half, four times. A total of zero has no sign: versions of numpy differ.
     """
     n_rows, numel = terms.shape
     whole = numel // _LANES * _LANES
@@ -47,5 +47,5 @@ def add_up(terms: NDArray[np.float64]) -> NDArray[np.float64]:
     lanes[:, : numel - whole] += terms[:, whole:]
     for half in (8, 4, 2, 1):
         lanes = lanes[:, :half] + lanes[:, half:]
-    added: NDArray[np.float64] = lanes[:, 0]
+    added: NDArray[np.float64] = lanes[:, 0] + 0.0
     return added
