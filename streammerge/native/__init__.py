@@ -8,6 +8,7 @@
     select.c     the threshold of a tensor that is all here
     machine.c    any program over tiles, in one sweep, step by step; machine.h says how it is called
       arithmetic.h functions.h majority.h placed.h totals.h asking.h    its steps, by kind
+    ranks.c      where each value stands among the magnitudes of its row
     digits.h     the k-th largest of some magnitudes
     machine.py   programs and jobs as the machine reads them
     guard.c      copies from a mapping whose file may end early

@@ -143,6 +143,11 @@ class Kernels:
         numbers = (ctypes.c_int32, ctypes.c_void_p)
         self._run = library.sm_run
         self._run.argtypes = (ctypes.POINTER(JobCall), *numbers, ctypes.POINTER(RoomCall))
+        self._rank_rows = library.sm_rank_rows
+        self._rank_rows.argtypes = (
+            ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p,
+        )  # fmt: skip
+        self._rank_rows.restype = None
         self._merge_blocks = library.sm_merge_blocks
         self._merge_blocks.argtypes = (ctypes.POINTER(MergeCall), *numbers)
         self._answer_bands = library.sm_answer_bands
@@ -182,6 +187,21 @@ class Kernels:
         """
         room_or_null = None if room is None else ctypes.byref(room)
         return int(self._run(_from(jobs, first), count, memory, room_or_null))
+
+    def rank_rows(
+        self, values: int, *, rows: int, row_numel: int, ranks: int, scratch: int
+    ) -> None:
+        """Rank the magnitudes of each row from 0, in ascending order, equal ones in flat order.
+
+        Args:
+            values: Address of ``[rows, row_numel]`` float32.
+            rows: Number of rows.
+            row_numel: Elements per row, at most 2^24: float32 holds their numbers exactly.
+            ranks: Address of ``[rows, row_numel]`` float32, which receive the ranks; may be that of
+                the values.
+            scratch: Address of ``[2, row_numel]`` numbers of 64 bits.
+        """
+        self._rank_rows(values, rows, row_numel, ranks, scratch)
 
     def merge_blocks(self, calls: ctypes.Array[MergeCall], count: int, scratch: int) -> int:
         """Merge blocks and return how many were refused; what those wrote is not to be used.

@@ -207,7 +207,6 @@ ALWAYS_INLINE void do_step(run *now, const sm_step *step) {
     }
     const float *c = op == OP_SELECT ? rows[step->c] : 0;
     float *out = now->own + step->out * ROW;
-    rows[step->out] = out;
     switch (op) {
         case OP_FILL: EACH(i, count) out[i] = numbers[0]; break;
         case OP_ADD_SCALED: add_scaled(out, a, b, numbers[0], count); break;
@@ -229,6 +228,8 @@ ALWAYS_INLINE void do_step(run *now, const sm_step *step) {
         case OP_EQUAL: compute_binary(op, out, a, b, b ? 0.0f : numbers[0], count); break;
         default: compute_unary(op, out, a, count);
     }
+    /* Only now: the step may have read the base's tile through it. */
+    rows[step->out] = out;
 }
 
 ALWAYS_INLINE void run_row(run *now, int64_t end) {

@@ -224,6 +224,11 @@ class EncodedProgram:
         self.constants_address = self.constants.ctypes.data
 
     @property
+    def n_steps(self) -> int:
+        """Return how many steps a tile goes through."""
+        return int(self._call.n_steps)
+
+    @property
     def memory_numel(self) -> int:
         """Return how many float32 numbers a run needs."""
         call = self._call
