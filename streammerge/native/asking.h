@@ -74,11 +74,11 @@ ALWAYS_INLINE void answer_band(sm_asked *asked, const float *a, int64_t count, f
 }
 
 ALWAYS_INLINE void answer_bins(sm_asked *asked, const float *a, int64_t count) {
+    int32_t low = asked->low, high = asked->high, shift = asked->shift;
     if (count_around(asked, a, count) == 0) return;
     for (int64_t i = 0; i < count; i++) {
         int32_t magnitude = magnitude_of(a[i]);
-        if (magnitude >= asked->low && magnitude <= asked->high)
-            asked->histogram[(magnitude - asked->low) >> asked->shift]++;
+        if (magnitude >= low && magnitude <= high) asked->histogram[(magnitude - low) >> shift]++;
     }
 }
 

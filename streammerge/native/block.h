@@ -20,8 +20,9 @@
 #error "files hold little-endian numbers, which are read as they are"
 #endif
 
-/* One body, compiled for several instruction sets; the loader of the system picks one. */
-#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__)
+/* One body, compiled for several instruction sets; the loader of the system picks one. Tests compile it
+ * for one at a time. */
+#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(FOR_ONE_CPU)
 #if !defined(__clang__) && __GNUC__ >= 12
 #define FOR_EVERY_CPU __attribute__((target_clones("arch=x86-64-v4", "avx2", "default")))
 #else

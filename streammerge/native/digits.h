@@ -16,6 +16,8 @@ enum {
     /* Neighbours count in tables of their own: many share a value, and a counter has to wait for
        what the one before did to it. */
     TABLES = 4,
+    /* So few are counted once per bit in the time that the tables take to be filled and searched. */
+    FEW = 2048,
 };
 
 typedef struct {
@@ -37,13 +39,35 @@ ALWAYS_INLINE void count_digits(const int32_t *patterns, int64_t count, int32_t 
         for (int table = 1; table < TABLES; table++) tables[0][bin] += tables[table][bin];
 }
 
+/* Finds the k-th largest of few patterns, which agree in all bits from `shift` on with the threshold:
+ * the largest number that at least k of them reach. */
+ALWAYS_INLINE void select_of_few(selected *found, const int32_t *patterns, int64_t count, int64_t k,
+                                 int32_t shift) {
+    int32_t greater = 0, equal = 0;
+    for (int32_t bit = shift - 1; bit >= 0; bit--) {
+        int32_t next = found->threshold | 1 << bit, reach = 0;
+        for (int64_t i = 0; i < count; i++) reach += patterns[i] >= next;
+        if (reach >= k) found->threshold = next;
+    }
+    for (int64_t i = 0; i < count; i++) {
+        greater += patterns[i] > found->threshold;
+        equal += patterns[i] == found->threshold;
+    }
+    found->greater += greater;
+    found->equal = equal;
+}
+
 /* Finds the k-th largest of patterns, which are overwritten. */
 ALWAYS_INLINE selected select_kth(int32_t *patterns, int64_t count, int64_t k) {
-    static const int32_t shifts[DIGITS] = {20, 10, 0};
+    static const int32_t shifts[DIGITS + 1] = {31, 20, 10, 0};
     int32_t tables[TABLES][DIGIT_BINS];
     selected found = {0, 0, 0};
     for (int digit = 0; digit < DIGITS; digit++) {
-        int32_t shift = shifts[digit], bin = DIGIT_BINS - 1;
+        int32_t shift = shifts[digit + 1], bin = DIGIT_BINS - 1;
+        if (count <= FEW) {
+            select_of_few(&found, patterns, count, k, shifts[digit]);
+            return found;
+        }
         count_digits(patterns, count, shift, digit == 0 ? DIGIT_BINS - 1 : DIGIT_BINS / 2 - 1, tables);
         while (tables[0][bin] < k) k -= tables[0][bin], found.greater += tables[0][bin--];
         found.threshold |= bin << shift;

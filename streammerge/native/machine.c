@@ -182,7 +182,8 @@ ALWAYS_INLINE void load_step(run *now, const sm_step *step, float *out) {
 /* Does one step to one tile. */
 ALWAYS_INLINE void do_step(run *now, const sm_step *step) {
     const sm_job *job = now->job;
-    const float **rows = now->rows, *a, *b, *numbers = now->numbers + step->number;
+    const float **rows = now->rows;
+    const float *numbers = step->number >= 0 ? now->numbers + step->number : 0;
     int64_t count = now->count;
     enum op op = (enum op)step->op;
     if (op <= OP_COMPUTED) {
@@ -191,8 +192,8 @@ ALWAYS_INLINE void do_step(run *now, const sm_step *step) {
         load_step(now, step, out);
         return;
     }
-    a = step->a >= 0 ? rows[step->a] : 0;
-    b = step->b >= 0 ? rows[step->b] : 0;
+    const float *a = step->a >= 0 ? rows[step->a] : 0;
+    const float *b = step->b >= 0 ? rows[step->b] : 0;
     if (op == OP_STORE) {
         now->results = larger_of(store(job, now->at, a, b, count), now->results);
         return;

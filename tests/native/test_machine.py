@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
+import tomllib
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -19,6 +24,7 @@ from programs_at_random import (
     run_by_machine,
 )
 
+from streammerge.native import machine
 from streammerge.native.library import Kernels, load_kernels
 from streammerge.native.machine import ALL_TIES, EncodedProgram
 from streammerge.rng import stream_key
@@ -83,6 +89,53 @@ def test_any_program_gives_the_bits_of_the_interpreter(case: Case, kernels: Kern
 
     for index, mine in enumerate(found):
         assert_same(mine, interpret(case, index), case.out)
+
+
+INSTRUCTION_SETS = {
+    "x86-64": set(),
+    "x86-64-v3": {"avx2", "fma", "bmi2"},
+    "x86-64-v4": {"avx512f", "avx512bw", "avx512dq", "avx512vl"},
+}
+"""Every one that the kernels are compiled for, and what it takes."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("instructions", INSTRUCTION_SETS)
+def test_every_instruction_set_gives_the_same_bits(instructions: str, tmp_path: Path) -> None:
+    """Above all those that could round a product and a sum at once."""
+    compiler, flags = shutil.which("gcc"), Path("/proc/cpuinfo")
+    if compiler is None or not flags.exists():
+        pytest.skip("gcc and a processor that says what it can do are needed")
+    if not INSTRUCTION_SETS[instructions] <= set(flags.read_text().split()):
+        pytest.skip(f"this processor is no {instructions}")
+    native = Path(machine.__file__).parent
+    project = tomllib.loads((native.parents[1] / "pyproject.toml").read_text())
+    (extension,) = project["tool"]["setuptools"]["ext-modules"]
+    library = tmp_path / "kernels.so"
+    subprocess.run(
+        [
+            compiler,
+            *extension["extra-compile-args"],
+            "-fwrapv",
+            f"-march={instructions}",
+            "-DFOR_ONE_CPU",
+            "-fPIC",
+            "-shared",
+            "-o",
+            library,
+            *(native.parents[1] / source for source in extension["sources"]),
+        ],
+        check=True,
+    )
+    kernels = Kernels(library)
+
+    @settings(deadline=None, max_examples=1000, database=None)
+    @given(case=cases())
+    def compare(case: Case) -> None:
+        for index, mine in enumerate(run_by_machine(kernels, case)):
+            assert_same(mine, interpret(case, index), case.out)
+
+    compare()
 
 
 def models_of(
