@@ -9,7 +9,7 @@ comparison masks, and one block's random words.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
@@ -36,10 +36,10 @@ from streammerge.statistics.magnitude import Counted, answer_block
 from streammerge.statistics.rounds import NOTHING, Answers, Found, Rank
 from streammerge.statistics.selecting import select_block, select_rows
 from streammerge.statistics.topk import TopK
-from streammerge.statistics.totals import join_totals, no_totals
+from streammerge.statistics.totals import join_totals
 from streammerge.tiles.interpreter import run_program
 from streammerge.tiles.program import Op, Origin, Program
-from streammerge.tiles.totalling import total_rows
+from streammerge.tiles.totalling import HostSinks
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -287,19 +287,6 @@ class PlainStage:
                 read(source, row)
                 found += _count_non_finite(row)
         return found
-
-
-class HostSinks:
-    """Takes what a program on the CPU does not store; see :class:`streammerge.tiles.interpreter.Sinks`."""
-
-    def __init__(self, program: Program, on_ranked: Callable[[int, Tensor], None]) -> None:
-        """Make room for the totals; values that are ranked are handed on."""
-        self.totals = no_totals(program.totals, 1)
-        self.rank = on_ranked
-
-    def total(self, index: int, op: Op, a: Tensor, b: Tensor) -> None:
-        """Total one block."""
-        self.totals[:, index] = total_rows(op, a.numpy()[None], b.numpy()[None])
 
 
 def bind_numbers(program: Program, found: Found) -> list[float]:

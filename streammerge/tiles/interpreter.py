@@ -139,6 +139,7 @@ class _Machine:
         self.rows = memory[: program.registers].unbind()
         self._spare = memory[program.registers :].unbind()
         self._row_numel = row_numel
+        self._n_rows = memory.shape[1] // row_numel if row_numel else 1
 
     def run(self, step: Step) -> None:
         """Do one step."""
@@ -188,7 +189,7 @@ class _Machine:
         return like.new_full((), number)
 
     def _by_row(self, row: Tensor) -> Tensor:
-        return row.view(len(self.totals), self._row_numel)
+        return row.view(self._n_rows, self._row_numel)
 
     def _place(self, step: Step) -> None:
         """Do what depends on where an element lies."""

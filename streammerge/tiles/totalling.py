@@ -1,16 +1,20 @@
-"""Totals of a row, in the order of addition that every machine keeps.
+"""Totals of rows, in the order of addition that every machine keeps.
 
 Memory: 16 bytes per element.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from streammerge.tiles.program import Op
+from streammerge.tiles.program import Op, Program
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Floats = NDArray[np.floating[Any]]
 
@@ -49,3 +53,26 @@ def add_up(terms: NDArray[np.float64]) -> NDArray[np.float64]:
         lanes = lanes[:, :half] + lanes[:, half:]
     added: NDArray[np.float64] = lanes[:, 0] + 0.0
     return added
+
+
+class HostSinks:
+    """Takes what a program on the CPU does not store; see :class:`streammerge.tiles.interpreter.Sinks`."""
+
+    def __init__(
+        self, program: Program, on_ranked: Callable[[int, Tensor], None], *, rows: int = 1
+    ) -> None:
+        """Make room for totals.
+
+        Args:
+            program: The program.
+            on_ranked: Is given what is ranked: which value, and ``[m]`` of it in a register.
+            rows: Rows that are totalled each by itself; of one length.
+        """
+        self.totals = np.zeros((rows, len(program.totals)))
+        """``[rows, totals]``."""
+        self.rank = on_ranked
+
+    def total(self, index: int, op: Op, a: Tensor, b: Tensor) -> None:
+        """Total every row."""
+        rows = len(self.totals), a.numel() // max(len(self.totals), 1)
+        self.totals[:, index] = total_rows(op, a.numpy().reshape(rows), b.numpy().reshape(rows))

@@ -14,8 +14,9 @@ from streammerge.native.library import Kernels
 from streammerge.native.machine import ALL_TIES, Asked, EncodedProgram, Jobs, RoomCall
 from streammerge.rng import LANES_PER_COUNTER, keep_limit, random_lanes, stream_key
 from streammerge.tiles.compiling import compile_result, compile_sinks
-from streammerge.tiles.interpreter import Outcome, count_rows, run_program
+from streammerge.tiles.interpreter import count_rows, run_program
 from streammerge.tiles.program import Op, Origin, Program, Vote
+from streammerge.tiles.totalling import HostSinks
 from streammerge.tiles.writing import (
     Factor,
     Row,
@@ -288,6 +289,14 @@ def draw_values(
 
 
 @dataclass
+class Outcome:
+    """What a run leaves behind."""
+
+    result: torch.Tensor | None
+    totals: NDArray[np.float64]
+
+
+@dataclass
 class Ran:
     """What a job came to."""
 
@@ -313,14 +322,20 @@ def interpret(case: Case, index: int) -> Ran:
             numbers.append(rows[:, number.index] if by_row else case.found[number.index])
     numel = models.base_values.numel()
     with np.errstate(all="ignore"):
-        outcome = run_program(
+        sinks = HostSinks(
+            program,
+            lambda which, row: ranked_rows.update({which: row.numpy().copy()}),
+            rows=numel // case.row_numel[index] if case.row_numel[index] else 1,
+        )
+        result = run_program(
             program,
             _Renumbered(models, program),
             numbers=numbers,
             memory=torch.empty(count_rows(program), numel),
             row_numel=case.row_numel[index],
-            on_ranked=lambda which, row: ranked_rows.update({which: row.numpy().copy()}),
+            sinks=sinks,
         )
+    outcome = Outcome(result, sinks.totals)
     refused = any(not bool(values.isfinite().all()) for values in _loaded(case, index))
     if outcome.result is not None:
         fits = outcome.result.abs() <= torch.finfo(case.out).max

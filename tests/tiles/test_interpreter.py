@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import pytest
 import torch
 
 from streammerge.tiles.functions import logarithm
-from streammerge.tiles.interpreter import Outcome, count_rows, run_program
+from streammerge.tiles.interpreter import count_rows, run_program
 from streammerge.tiles.program import Majority, Number, Op, Origin, Program, Step, Vote
+from streammerge.tiles.totalling import HostSinks
 
 
 class Zeros:
@@ -24,15 +27,26 @@ class Zeros:
         raise AssertionError(f"nothing asks for {name}")
 
 
+@dataclass
+class Outcome:
+    """What a run leaves behind."""
+
+    result: torch.Tensor | None
+    totals: np.ndarray
+
+
 def run(program: Program, values: torch.Tensor, *, rows: int = 1, numbers: object = ()) -> Outcome:
     memory = torch.empty(count_rows(program), values.numel())
-    return run_program(
+    sinks = HostSinks(program, lambda _, __: None, rows=rows)
+    result = run_program(
         program,
         Zeros(values),  # type: ignore[arg-type]
         numbers=numbers,  # type: ignore[arg-type]
         memory=memory,
         row_numel=values.numel() // rows,
+        sinks=sinks,
     )
+    return Outcome(result, sinks.totals)
 
 
 @pytest.mark.parametrize("op", [Op.MINIMUM, Op.MAXIMUM])
