@@ -48,14 +48,14 @@ def random_lanes(key: int, start: int, count: int) -> NDArray[np.uint16]:
 
     Args:
         key: What :func:`stream_key` returned.
-        start: Index of the first lane; a multiple of :data:`LANES_PER_COUNTER`.
+        start: Index of the first lane.
         count: Number of lanes.
     """
-    if start % LANES_PER_COUNTER:
-        raise ValueError(f"start must be a multiple of {LANES_PER_COUNTER}, got {start}")
-    generator = np.random.Philox(key=key, counter=start // LANES_PER_COUNTER)
-    wide = generator.random_raw(-(-count // 4))
-    return wide.astype("<u8", copy=False).view("<u2")[:count].astype(np.uint16, copy=False)
+    counter, within = divmod(start, LANES_PER_COUNTER)
+    generator = np.random.Philox(key=key, counter=counter)
+    wide = generator.random_raw(-(-(within + count) // 4))
+    lanes = wide.astype("<u8", copy=False).view("<u2")[within : within + count]
+    return lanes.astype(np.uint16, copy=False)
 
 
 def keep_limit(density: float) -> int:
@@ -71,7 +71,7 @@ def keep_mask(key: int, start: int, count: int, density: float) -> NDArray[np.bo
 
     Args:
         key: What :func:`stream_key` returned.
-        start: Flat index of the first element; a multiple of :data:`LANES_PER_COUNTER`.
+        start: Flat index of the first element.
         count: Number of elements.
         density: Keep probability, in [0, 1].
     """
@@ -93,7 +93,7 @@ def keep_mask_by(
 
     Args:
         key: What :func:`stream_key` returned.
-        start: Flat index of the first element; a multiple of :data:`LANES_PER_COUNTER`.
+        start: Flat index of the first element.
         probabilities: ``[count]``, in [0, 1].
     """
     # rint rounds halves to even, as round does.

@@ -27,7 +27,7 @@ from streammerge.assignment.types import Action
 from streammerge.checkpoint.manifest import Manifest
 from streammerge.errors import MemoryBudgetError
 from streammerge.plan import kernels
-from streammerge.plan.chunking import Residence, iter_units
+from streammerge.plan.chunking import Residence, iter_units, most_around
 from streammerge.plan.types import MergePlan
 from streammerge.statistics import BLOCK
 
@@ -205,7 +205,8 @@ def recut(
     """
     old = plan.resources
     widest = max(e.dtype.itemsize for task in plan.tasks for e in task.inputs if e is not None)
-    slot_bytes = slot_blocks * BLOCK * widest
+    around = max(most_around(task.row) for task in plan.tasks)
+    slot_bytes = (slot_blocks * BLOCK + around) * widest
     resources = dataclasses.replace(
         old,
         slots=slots,

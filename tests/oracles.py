@@ -12,18 +12,19 @@ from torch import Tensor
 
 from streammerge import functional
 from streammerge.engine.plain import bind_numbers
+from streammerge.engine.rows import KnownRows
 from streammerge.methods import discover_methods
 from streammerge.methods.base import Operand, Scope
 from streammerge.methods.programs import Programs, programs_of
 from streammerge.rng import keep_mask, keep_mask_by, stream_key
-from streammerge.statistics import BLOCK
-from streammerge.statistics.rounds import NOTHING, Answers, Found
+from streammerge.statistics import BLOCK, count_blocks
+from streammerge.statistics.rounds import NOTHING, Answers, Found, RowAnswers
 from streammerge.statistics.topk import TopK
 from streammerge.statistics.totals import join_totals
 from streammerge.statistics.trimming import mark_, trim_
 from streammerge.tiles.interpreter import count_rows, run_program
 from streammerge.tiles.program import Op, Program
-from streammerge.tiles.totalling import total_rows
+from streammerge.tiles.totalling import HostSinks, total_rows
 
 Tensors = Mapping[str, Tensor]
 
@@ -225,9 +226,11 @@ def apply_to_whole_tensors(
             base[name].to(compute_dtype).reshape(-1),
             [source[name].to(compute_dtype).reshape(-1) for source in sources],
             seed,
+            row=base[name].shape[-1] if programs.by_rows and base[name].dim() else 1,
         )
         for name in sorted(base)
     }
+    whole = {name: tensor.knowing_rows(programs) for name, tensor in whole.items()}
     of_model = programs.work.scope is Scope.MODEL
     found = {}
     for scope in [list(whole)] if of_model else [[name] for name in whole]:
@@ -245,7 +248,10 @@ def _find_plainly(programs: Programs, scope: Mapping[str, _WholeTensor]) -> dict
     known = dict.fromkeys(scope, NOTHING)
     numel = sum(tensor.base_row.numel() for tensor in scope.values())
     for program, asked in zip(programs.rounds, programs.work.rounds, strict=True):
-        sinks = {name: _Collected(program) for name in scope}
+        sinks = {
+            name: _Collected(program, tensor.row if programs.by_rows else None)
+            for name, tensor in scope.items()
+        }
         for name, tensor in scope.items():
             tensor.run(program, known[name], sinks[name])
         of_blocks = np.concatenate([each.totals() for each in sinks.values()])
@@ -269,8 +275,9 @@ def _find_plainly(programs: Programs, scope: Mapping[str, _WholeTensor]) -> dict
 class _Collected:
     """What a program leaves behind, whole."""
 
-    def __init__(self, program: Program) -> None:
+    def __init__(self, program: Program, row: int | None = None) -> None:
         self._kinds = program.totals
+        self._row = row
         self.ranked: dict[int, np.ndarray] = {}
         self._totals: dict[int, np.ndarray] = {}
 
@@ -278,6 +285,9 @@ class _Collected:
         self.ranked[index] = row.numpy().copy()
 
     def total(self, index: int, op: Op, a: Tensor, b: Tensor) -> None:
+        if self._row is not None:
+            self._totals[index] = self._of_rows(op, a.numpy(), b.numpy(), self._row)
+            return
         self._totals[index] = np.array(
             [
                 total_rows(op, x.numpy()[None], y.numpy()[None])[0]
@@ -286,10 +296,33 @@ class _Collected:
             ]
         )
 
+    def _of_rows(self, op: Op, a: np.ndarray, b: np.ndarray, row: int) -> np.ndarray:
+        """Return the totals of blocks of rows: each row belongs to the block that it begins in."""
+        shape = (a.size // max(row, 1), row)
+        of_rows = total_rows(op, a.reshape(shape), b.reshape(shape))
+        blocks = np.arange(of_rows.size) * row // BLOCK
+        return np.array(
+            [
+                join_totals((op,), of_rows[blocks == block, None])[0]
+                for block in range(count_blocks(a.size))
+            ]
+        )
+
     def totals(self) -> np.ndarray:
         """Return ``[blocks, totals]``."""
         columns = [self._totals[index] for index in range(len(self._kinds))]
         return np.stack(columns, axis=1) if columns else np.zeros((0, 0))
+
+
+def _rank(values: np.ndarray, count: int, row: int) -> np.ndarray:
+    """Return ranks in [0, 1], by sorting pairs of magnitude and place."""
+    rows = values.reshape(count, row)
+    ranks = np.full_like(rows, 0.5)
+    for of_row, magnitudes in zip(ranks, np.abs(rows), strict=True):
+        if row > 1:
+            order = sorted(range(row), key=lambda place: (magnitudes[place], -place))
+            of_row[order] = np.arange(row, dtype=rows.dtype) / rows.dtype.type(row - 1)
+    return ranks.reshape(-1)
 
 
 def _whole_top(trim: Trim, flat: np.ndarray, begin: int, end: int) -> TopK:
@@ -307,19 +340,44 @@ class _WholeTensor:
     base_row: Tensor
     rows: list[Tensor]
     seed: int
+    row: int = 1
+    """Elements of a row, where that matters."""
     program: Program | None = None
     found: Found = NOTHING
+    rows_known: KnownRows | None = None
 
     def run(self, program: Program, found: Found, sinks: _Collected | None = None) -> Tensor | None:
         numel = self.base_row.numel()
+        known = self.rows_known
         return run_program(
             program,
             replace(self, program=program, found=found),
-            numbers=bind_numbers(program, found),
+            numbers=bind_numbers(program, found, known),
             memory=torch.empty(count_rows(program), numel, dtype=self.base_row.dtype),
-            row_numel=numel,
+            row_numel=numel if known is None else known.numel,
             sinks=sinks,
         )
+
+    def knowing_rows(self, programs: Programs) -> _WholeTensor:
+        """Return the tensor with what the method asks about each of its rows."""
+        if not programs.by_rows:
+            return self
+        count = self.base_row.numel() // self.row if self.row else 0
+        known = KnownRows(self.row, np.zeros((count, 0)))
+        for program, asked in zip(programs.row_rounds, programs.work.row_rounds, strict=True):
+            sinks = HostSinks(program, lambda _, __: None, rows=count)
+            replace(self, rows_known=known).run(program, NOTHING, sinks)
+            found = asked.settle(RowAnswers(self.row, sinks.totals, known.numbers))
+            known = replace(known, numbers=np.concatenate([known.numbers, found], axis=1))
+        if programs.row_ranks is not None:
+            collected = _Collected(programs.row_ranks)
+            replace(self, rows_known=known).run(programs.row_ranks, NOTHING, collected)
+            ranks = [collected.ranked[i] for i in range(programs.row_ranks.ranked)]
+            known = replace(known, computed=tuple(_rank(each, count, self.row) for each in ranks))
+        return replace(self, rows_known=known)
+
+    def computed(self, index: int, out: Tensor) -> None:
+        out.copy_(torch.from_numpy(self.rows_known.computed[index]))
 
     def base(self, out: Tensor) -> None:
         out.copy_(self.base_row)

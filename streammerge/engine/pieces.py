@@ -76,10 +76,25 @@ class PieceInMemory:
     parts: tuple[Part, ...]
     """The tensors, in the order in which they lie in memory; all of one setting and one type."""
     inputs: tuple[Stored | None, ...]
-    """``[numel]`` per model; None where nothing is stored: the model takes no part, or is an adapter,
-    to which the base's values belong."""
+    """``[before + numel + behind]`` per model; None where nothing is stored: the model takes no part, or
+    is an adapter, to which the base's values belong."""
     deltas: tuple[tuple[Delta, ...], ...] = ()
     """What adapters do to the tensor, per model; empty where none does anything."""
+    before: int = 0
+    """Elements of its first row that lie before the piece, and are in memory too."""
+    behind: int = 0
+    """Elements of its last row that lie behind the piece, likewise."""
+
+    def in_rows(self) -> PieceInMemory:
+        """Return the piece with all of its first and last row."""
+        (part,) = self.parts
+        wide = Part(
+            part.task,
+            part.task_index,
+            part.start - self.before,
+            part.numel + self.before + self.behind,
+        )
+        return PieceInMemory((wide,), self.inputs, self.deltas)
 
     @property
     def first(self) -> Part:
@@ -155,7 +170,7 @@ class _ChunkView:
         """Return the end of the run of pieces, from ``begin`` on, that can be merged as one."""
         plan = self._plan
         first = plan.tasks[self._pieces[begin].task]
-        alone = first.changes or first.region or first.encoding or plan.keep_non_finite
+        alone = first.changes or first.region or first.encoding or first.row or plan.keep_non_finite
         if first.action is not Action.MERGE or alone:
             return begin + 1
         kind = _kind(first)
@@ -185,7 +200,8 @@ class _ChunkView:
             Part(self._plan.tasks[piece.task], piece.task, piece.start, piece.numel)
             for piece in self._pieces[begin:end]
         )
-        numel = sum(part.numel for part in parts)
+        before, behind = parts[0].task.surroundings(parts[0].start, parts[0].numel)
+        numel = before + sum(part.numel for part in parts) + behind
         inputs: list[Stored | None] = []
         for model, entry in enumerate(parts[0].task.inputs):
             if entry is None:
@@ -195,13 +211,13 @@ class _ChunkView:
             raw = self._slots[model][place : place + numel * entry.dtype.itemsize]
             inputs.append(Stored(raw, entry.dtype))
         deltas = self._deltas_of(parts[0].task_index, len(inputs))
-        return PieceInMemory(parts, tuple(inputs), deltas)
+        return PieceInMemory(parts, tuple(inputs), deltas, before, behind)
 
 
 def _kind(task: TensorTask) -> tuple[Any, ...]:
     """Return what tensors must share to be merged as one."""
     stored = tuple(entry.dtype if entry else None for entry in task.inputs)
-    alone = bool(task.changes or task.region or task.encoding)
+    alone = bool(task.changes or task.region or task.encoding or task.row)
     return task.action, task.setting, task.dtype, stored, alone
 
 

@@ -18,12 +18,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from streammerge.dtypes import DType
-from streammerge.engine.asking import Asking, BlockAnswer
+from streammerge.engine.asking import Asking, BlockAnswer, join_answers
 from streammerge.engine.changing import ChangeWork
 from streammerge.engine.device import Applied
 from streammerge.engine.finite import LARGEST, check_range
 from streammerge.engine.pieces import Part, PieceInMemory, Stored, torch_dtype
 from streammerge.engine.reading import Bench, BlockReader
+from streammerge.engine.rows import (
+    KnownRows,
+    Run,
+    cover,
+    iter_measuring,
+    iter_merging,
+    rank_rows,
+    relative_ranks,
+)
 from streammerge.engine.segments import Block, Segment, split_piece
 from streammerge.lazily import torch
 from streammerge.methods.base import MergeMethod
@@ -33,7 +42,7 @@ from streammerge.plan.sweeps import programs_of_plan
 from streammerge.plan.types import MergePlan
 from streammerge.statistics import BLOCK
 from streammerge.statistics.magnitude import Counted, answer_block
-from streammerge.statistics.rounds import NOTHING, Answers, Found, Rank
+from streammerge.statistics.rounds import NOTHING, Answers, Found, Rank, RowAnswers
 from streammerge.statistics.selecting import select_block, select_rows
 from streammerge.statistics.topk import TopK
 from streammerge.statistics.totals import join_totals
@@ -59,8 +68,9 @@ class PlainStage:
         self._programs = programs_of_plan(plan, method)
         self._in_turn = [method.in_turn(method.bind(each.values)) for each in plan.settings]
         rows = count_plain_rows(self._programs)
-        memory = torch.empty(rows * BLOCK, dtype=torch_dtype(plan.compute_dtype)).view(rows, BLOCK)
-        masks = np.empty((2, BLOCK), dtype=np.bool_)
+        width = max([BLOCK, *(task.row for task in plan.tasks)])
+        memory = torch.empty(rows * width, dtype=torch_dtype(plan.compute_dtype)).view(rows, width)
+        masks = np.empty((2, width), dtype=np.bool_)
         self._bench = Bench(plan, ChangeWork(plan), memory[0], memory[1], masks)
         self._registers = memory[2:]
         self._tells = method.random or plan.model_scope
@@ -69,6 +79,9 @@ class PlainStage:
         """Merge a piece; see :class:`DeviceStage`."""
         programs = self._programs[piece.first.task.setting]
         kept = [[0] * count_kept_of(programs) for _ in piece.parts]
+        if piece.first.task.row:
+            not_finite = self._merge_rows(piece, found[0], kept[0], out)
+            return [Applied(not_finite, self.told(programs, kept[0]))]
         blocks = split_piece(piece, found, kept)
         not_finite = sum(self.merge(piece, block, out) for block in blocks)
         # Values that are not finite are only let through, and counted, in pieces of one part.
@@ -77,6 +90,22 @@ class PlainStage:
     def told(self, programs: Programs, counts: Sequence[int]) -> tuple[int, ...]:
         """Return what the manifest says about what was kept of a part."""
         return tuple(programs.work.kept(counts)) if self._tells else ()
+
+    def _merge_rows(self, piece: PieceInMemory, found: Found, kept: list[int], out: Stored) -> int:
+        """Merge a piece whose rows must be seen whole; return how many values are not finite."""
+        wide = piece.in_rows()
+        result = out.tensor()
+        not_finite = 0
+        for run in iter_merging(piece):
+            block = _block_of(wide, run, found, kept)
+            # What two pieces have a part of is counted once.
+            counts = self._tells and run.own
+            not_finite += self._count_not_finite(wide, block) if run.own else 0
+            merged = self._merge_block(wide, block, out, count=counts)
+            begin, end = max(run.begin, piece.before), min(run.end, piece.before + piece.numel)
+            own = merged[begin - run.begin : end - run.begin]
+            result[begin - piece.before : end - piece.before].copy_(own)
+        return not_finite
 
     def merge(self, piece: PieceInMemory, block: Block, out: Stored) -> int:
         """Merge one block of a piece.
@@ -98,30 +127,65 @@ class PlainStage:
         return self._merge_whole(piece, block, out)
 
     def _merge_whole(self, piece: PieceInMemory, block: Block, out: Stored) -> int:
-        begin, end = block.begin, block.end
-        setting = piece.first.task.setting
-        program = self._programs[setting].merge
-        keep, in_turn = self._plan.keep_non_finite, self._in_turn[setting]
-        not_finite = 0
-        if keep:
-            not_finite += _count_stored(piece, begin, end)
-            if piece.deltas and not in_turn:
-                not_finite += self._count_from_adapters(piece, block, program)
-        check = not keep and not self._method.sums
-        merged = self._run(program, piece, block, check=check, count=self._tells)
-        assert merged is not None  # noqa: S101 - a merge stores
-        if keep:
-            if in_turn:
-                # The operands are never there by themselves.
-                not_finite += _count_non_finite(merged)
-        elif not _surely_in_range(merged, out.dtype):
-            # A sum tells that something is not finite; only its operands tell what.
-            if self._method.sums:
-                merged = self._run(program, piece, block, check=True)
-                assert merged is not None  # noqa: S101 - a merge stores
-            check_range(merged.numpy(), piece, begin)
-        out.tensor()[begin:end].copy_(merged)
+        not_finite = self._count_not_finite(piece, block)
+        merged = self._merge_block(piece, block, out, count=self._tells)
+        if self._plan.keep_non_finite and self._in_turn[piece.first.task.setting]:
+            # The operands are never there by themselves.
+            not_finite += _count_non_finite(merged)
+        out.tensor()[block.begin : block.end].copy_(merged)
         return not_finite
+
+    def _count_not_finite(self, piece: PieceInMemory, block: Block) -> int:
+        """Return how many values of a block are NaN or infinite, where they are let through."""
+        if not self._plan.keep_non_finite:
+            return 0
+        setting = piece.first.task.setting
+        found = _count_stored(piece, block.begin, block.end)
+        if piece.deltas and not self._in_turn[setting]:
+            found += self._count_from_adapters(piece, block, self._programs[setting].merge)
+        return found
+
+    def _merge_block(
+        self, piece: PieceInMemory, block: Block, out: Stored, *, count: bool
+    ) -> Tensor:
+        """Return a block's result, which is good until the next one's."""
+        programs = self._programs[piece.first.task.setting]
+        keep, sums = self._plan.keep_non_finite, self._method.sums
+        check = not keep and not sums
+        known = self._know_rows(programs, piece, block, check=check) if programs.by_rows else None
+        merged = self._run(programs.merge, piece, block, check=check, count=count, rows=known)
+        assert merged is not None  # noqa: S101 - a merge stores
+        if not keep and not _surely_in_range(merged, out.dtype):
+            # A sum tells that something is not finite; only its operands tell what.
+            if sums:
+                merged = self._run(programs.merge, piece, block, check=True)
+                assert merged is not None  # noqa: S101 - a merge stores
+            check_range(merged.numpy(), piece, block.begin)
+        return merged
+
+    def _know_rows(
+        self, programs: Programs, piece: PieceInMemory, block: Block, *, check: bool
+    ) -> KnownRows:
+        """Find what the method asks about each row of a block of whole rows."""
+        row = piece.first.task.row
+        count = (block.end - block.begin) // row
+        known = KnownRows(row, np.zeros((count, 0)))
+        for program, asked in zip(programs.row_rounds, programs.work.row_rounds, strict=True):
+            sinks = HostSinks(program, _no_ranks, rows=count)
+            self._run(program, piece, block, check=check, rows=known, sinks=sinks)
+            found = asked.settle(RowAnswers(row, sinks.totals, known.numbers))
+            known = replace(known, numbers=np.concatenate([known.numbers, found], axis=1))
+        if programs.row_ranks is None:
+            return known
+        computed: list[NDArray[Any]] = []
+
+        def rank(_index: int, values: Tensor) -> None:
+            ranks = rank_rows(values.numpy().reshape(count, row))
+            computed.append(relative_ranks(ranks).reshape(-1))
+
+        sinks = HostSinks(programs.row_ranks, rank, rows=count)
+        self._run(programs.row_ranks, piece, block, check=check, rows=known, sinks=sinks)
+        return replace(known, computed=tuple(computed))
 
     def _run(
         self,
@@ -132,6 +196,7 @@ class PlainStage:
         check: bool,
         count: bool = False,
         sinks: HostSinks | None = None,
+        rows: KnownRows | None = None,
     ) -> Tensor | None:
         """Run a program on one block."""
         numel = block.end - block.begin
@@ -145,13 +210,14 @@ class PlainStage:
             in_turn=self._in_turn[piece.first.task.setting],
             check=check,
             count=count,
+            rows=rows,
         )
         return run_program(
             program,
             reader,
-            numbers=bind_numbers(program, block.segments[0].found),
+            numbers=bind_numbers(program, block.segments[0].found, rows),
             memory=self._registers[:, :numel],
-            row_numel=numel,
+            row_numel=numel if rows is None else rows.numel,
             sinks=sinks,
         )
 
@@ -172,7 +238,21 @@ class PlainStage:
 
     def measure(self, piece: PieceInMemory, asking: Asking) -> list[BlockAnswer]:
         """Answer questions about a piece; see :class:`DeviceStage`."""
-        program = self._programs[piece.first.task.setting].rounds[asking.round]
+        programs = self._programs[piece.first.task.setting]
+        program = programs.rounds[asking.round]
+        if piece.first.task.row:
+            wide = piece.in_rows()
+            return [
+                join_answers(
+                    program.totals,
+                    [
+                        self._answer(program, wide, _block_of(wide, run, asking.found, []), asking)
+                        for run in runs
+                    ],
+                    asking,
+                )
+                for runs in iter_measuring(piece)
+            ]
         return [
             self._answer(program, piece, block, asking)
             for block in split_piece(piece, [asking.found], [[]])
@@ -191,16 +271,20 @@ class PlainStage:
 
         # A tensor is merged right after it is measured, and checked then; a whole model is not.
         check = self._plan.model_scope and not self._plan.keep_non_finite
-        sinks = HostSinks(program, answer)
-        self._run(program, piece, block, check=check, sinks=sinks)
-        return BlockAnswer(tuple(counted), sinks.totals[0] if asking.totals else None)
+        programs = self._programs[piece.first.task.setting]
+        known = self._know_rows(programs, piece, block, check=check) if programs.by_rows else None
+        count = 1 if known is None else len(known.numbers)
+        sinks = HostSinks(program, answer, rows=count)
+        self._run(program, piece, block, check=check, sinks=sinks, rows=known)
+        totals = np.array(join_totals(program.totals, sinks.totals))
+        return BlockAnswer(tuple(counted), totals if asking.totals else None)
 
     def settle(self, piece: PieceInMemory) -> list[Found]:
         """Find all that is asked about small tensors; see :class:`DeviceStage`."""
         programs = self._programs[piece.first.task.setting]
         if piece.numel == 0:
             return [found_of_nothing(programs)] * len(piece.parts)
-        if len(programs.rounds) == 1 and not programs.rounds[0].totals:
+        if len(programs.rounds) == 1 and not programs.rounds[0].totals and not programs.by_rows:
             return self._rank_together(piece, programs)
         whole = split_piece(piece, [NOTHING] * len(piece.parts), [[] for _ in piece.parts])
         return [
@@ -215,6 +299,7 @@ class PlainStage:
         if numel == 0:
             return found_of_nothing(programs)
         known = NOTHING
+        by_rows = programs.by_rows
         for program, asked in zip(programs.rounds, programs.work.rounds, strict=True):
             ranks = asked.ranks(numel, known)
             tops: list[TopK] = []
@@ -224,8 +309,9 @@ class PlainStage:
                 tops.append(select_block(values.numpy(), wish.k, wish.tie_policy))  # noqa: B023
 
             asking = replace(block, segments=tuple(_knowing(block.segments, known)))
-            sinks = HostSinks(program, rank)
-            self._run(program, piece, asking, check=False, sinks=sinks)
+            rows = self._know_rows(programs, piece, asking, check=False) if by_rows else None
+            sinks = HostSinks(program, rank, rows=1 if rows is None else len(rows.numbers))
+            self._run(program, piece, asking, check=False, sinks=sinks, rows=rows)
             totals = join_totals(program.totals, sinks.totals)
             answers = Answers(numel, totals, tuple(tops), known)
             known = known.joined(asked.concluded(answers))
@@ -260,18 +346,24 @@ class PlainStage:
 
     def sample(self, piece: PieceInMemory, start: int, asking: Asking, out: NDArray[Any]) -> None:
         """Fill in values to be ranked; see :class:`DeviceStage`."""
-        program = self._programs[piece.first.task.setting].rounds[asking.round]
+        programs = self._programs[piece.first.task.setting]
+        program = programs.rounds[asking.round]
         begin = start - piece.first.start
         end = begin + out.shape[1]
-        part = piece.first
-        block = part.task.scope_block + start // BLOCK
-        segment = Segment(0, end - begin, part, start, block, asking.found, [])
+        whole, within = piece, slice(None)
+        if programs.by_rows:
+            run = cover(piece, begin, end)
+            whole, within = piece.in_rows(), slice(piece.before + begin - run.begin, None)
+            within = slice(within.start, within.start + out.shape[1])
+            begin, end = run.begin, run.end
+        block = _block_of(whole, Run(begin, end, own=True), asking.found, [])
+        known = self._know_rows(programs, whole, block, check=False) if programs.by_rows else None
 
         def keep(index: int, values: Tensor) -> None:
-            out[index] = values.numpy()
+            out[index] = values.numpy()[within]
 
-        sinks = HostSinks(program, keep)
-        self._run(program, piece, Block(begin, end, (segment,)), check=False, sinks=sinks)
+        sinks = HostSinks(program, keep, rows=1 if known is None else len(known.numbers))
+        self._run(program, whole, block, check=False, sinks=sinks, rows=known)
 
     def _count_from_adapters(self, piece: PieceInMemory, block: Block, program: Program) -> int:
         """Return how many values that adapters make of the base are NaN or infinite."""
@@ -289,17 +381,37 @@ class PlainStage:
         return found
 
 
-def bind_numbers(program: Program, found: Found) -> list[float]:
-    """Return the numbers of a program for a tensor of which something is known."""
-    return [
-        found.numbers[each.index] if each.origin is Origin.FOUND else each.value
-        for each in program.numbers
-    ]
+def bind_numbers(
+    program: Program, found: Found, rows: KnownRows | None = None
+) -> list[float | NDArray[np.float64]]:
+    """Return the numbers of a program for a tensor, or some of its rows, of which something is known."""
+    numbers: list[float | NDArray[np.float64]] = []
+    for each in program.numbers:
+        if each.origin is Origin.ROW:
+            assert rows is not None  # noqa: S101 - only methods that ask about rows have them
+            numbers.append(rows.numbers[:, each.index])
+        else:
+            is_found = each.origin is Origin.FOUND
+            numbers.append(found.numbers[each.index] if is_found else each.value)
+    return numbers
 
 
 def count_kept_of(programs: Programs) -> int:
     """Return how many counts a merge keeps of what its trims, or random numbers, keep."""
     return max(len(programs.merge.trims), len(programs.merge.streams))
+
+
+def _no_ranks(index: int, values: Tensor) -> None:
+    raise AssertionError(f"value {index} of {values.shape} is not asked for")
+
+
+def _block_of(piece: PieceInMemory, run: Run, found: Found, kept: list[int]) -> Block:
+    """Return a range of a piece of one part as a block."""
+    part = piece.first
+    start = part.start + run.begin
+    block = part.task.scope_block + start // BLOCK
+    segment = Segment(0, run.end - run.begin, part, start, block, found, kept)
+    return Block(run.begin, run.end, (segment,))
 
 
 def _one_by_one(block: Block) -> Iterator[Block]:

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from streammerge.engine.changing import ChangeWork, PieceSteps
 from streammerge.engine.finite import refuse_operand
 from streammerge.engine.pieces import PieceInMemory, torch_dtype
+from streammerge.engine.rows import KnownRows
 from streammerge.engine.segments import Segment
 from streammerge.lazily import torch
 from streammerge.plan.types import MergePlan
@@ -72,6 +73,7 @@ class BlockReader:
         in_turn: bool = False,
         check: bool,
         count: bool = False,
+        rows: KnownRows | None = None,
     ) -> None:
         """Prepare to read.
 
@@ -85,6 +87,7 @@ class BlockReader:
             in_turn: Whether sources are merged one after the other.
             check: Whether operands that are not finite are an error.
             count: Whether to count what trims keep.
+            rows: What is known of the block's rows, where that matters.
         """
         self._bench = bench
         self._piece = piece
@@ -95,6 +98,7 @@ class BlockReader:
         self._in_turn = in_turn
         self._check = check
         self._count = count
+        self._rows = rows
         self._base: Tensor | None = None
 
     def base(self, out: Tensor) -> None:
@@ -161,7 +165,8 @@ class BlockReader:
 
     def computed(self, index: int, out: Tensor) -> None:
         """Write what was computed before."""
-        raise NotImplementedError(f"row {index} of {out.shape}")
+        assert self._rows is not None  # noqa: S101 - only such programs load them
+        out.copy_(torch.from_numpy(self._rows.computed[index]))
 
     def change_(self, row: Tensor, source: int) -> None:
         """Change values as a source's adapter does, and round them."""

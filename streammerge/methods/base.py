@@ -13,7 +13,7 @@ from enum import StrEnum
 from typing import Any
 
 from streammerge.recipe.types import ParameterKind, ParameterSpec, Semantics
-from streammerge.statistics.rounds import Round
+from streammerge.statistics.rounds import Round, RowRound
 from streammerge.statistics.topk import TiePolicy
 from streammerge.tiles.writing import Row, Sheet
 
@@ -27,6 +27,15 @@ class Operand(StrEnum):
     """Source minus base; the method needs a base."""
     EITHER = "task vectors, or weights without a base"
     """Source minus base where there is a base, and else the source's own values."""
+
+
+class Locality(StrEnum):
+    """What must be seen together to merge one element, once the statistics are known."""
+
+    ELEMENT = "element"
+    """The same element of every model."""
+    ROW = "row"
+    """The row that it lies in."""
 
 
 class Scope(StrEnum):
@@ -65,9 +74,21 @@ class Work:
     """What it asks before that, in order."""
     scope: Scope = Scope.TENSOR
     """What the answers cover."""
+    row_rounds: tuple[RowRound, ...] = ()
+    """What it asks about every row, in order, before it asks or merges anything else there. A row is
+    a vector along the last dimension; a tensor of one dimension is one row."""
+    row_ranks: Callable[[Sheet], Sequence[Row]] | None = None
+    """The values whose magnitudes are ranked within each row: :meth:`Sheet.computed` is 0 for the
+    smallest and 1 for the largest of a row, in equal steps; 1/2 in a row of one."""
     kept: Callable[[Sequence[int]], Sequence[int]] = _as_it_is
     """From how many entries each trim, or each source's random numbers, kept, to the entries that
     each source keeps; nothing where the method does not choose entries."""
+
+    @property
+    def locality(self) -> Locality:
+        """What must be seen together."""
+        by_rows = bool(self.row_rounds) or self.row_ranks is not None
+        return Locality.ROW if by_rows else Locality.ELEMENT
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from streammerge.methods.base import MergeMethod, Work
+from streammerge.methods.base import Locality, MergeMethod, Work
 from streammerge.recipe.types import ParameterValue
 from streammerge.statistics.rounds import NOTHING, Answers, Found
 from streammerge.statistics.topk import keep_everything
 from streammerge.statistics.totals import join_totals, no_totals
 from streammerge.tiles.compiling import compile_result, compile_sinks
 from streammerge.tiles.program import Program
-from streammerge.tiles.writing import Sheet
+from streammerge.tiles.writing import Sheet, ranked
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +32,16 @@ class Counts:
 
 
 @dataclass(frozen=True, slots=True)
+class RowCounts:
+    """How much is held of rows at once."""
+
+    ranked: int
+    """Values per element that are ranked within rows."""
+    totals: int
+    """Totals per row."""
+
+
+@dataclass(frozen=True, slots=True)
 class Programs:
     """A method at work on some sources."""
 
@@ -41,11 +51,29 @@ class Programs:
     """The merge."""
     rounds: tuple[Program, ...]
     """What each round asks of a tile."""
+    row_rounds: tuple[Program, ...] = ()
+    """What each round about rows asks of a tile."""
+    row_ranks: Program | None = None
+    """Offers the values that are ranked within rows."""
 
     @property
     def all(self) -> tuple[Program, ...]:
         """Every program."""
-        return (*self.rounds, self.merge)
+        ranks = () if self.row_ranks is None else (self.row_ranks,)
+        return (*self.row_rounds, *ranks, *self.rounds, self.merge)
+
+    @property
+    def by_rows(self) -> bool:
+        """Whether whole rows must be seen together."""
+        return self.work.locality is Locality.ROW
+
+    @property
+    def row_counts(self) -> RowCounts:
+        """How much is held of rows at once."""
+        return RowCounts(
+            0 if self.row_ranks is None else self.row_ranks.ranked,
+            max((len(each.totals) for each in self.row_rounds), default=0),
+        )
 
     @property
     def counts(self) -> Counts:
@@ -95,4 +123,8 @@ def _programs_of(
         work,
         compile_result(work.merge(Sheet(sources, has_base))),
         tuple(compile_sinks(each.sinks(Sheet(sources, has_base))) for each in work.rounds),
+        tuple(compile_sinks(each.sinks(Sheet(sources, has_base))) for each in work.row_rounds),
+        None
+        if work.row_ranks is None
+        else compile_sinks(ranked(row) for row in work.row_ranks(Sheet(sources, has_base))),
     )

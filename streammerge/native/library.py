@@ -191,7 +191,7 @@ class Kernels:
     def rank_rows(
         self, values: int, *, rows: int, row_numel: int, ranks: int, scratch: int
     ) -> None:
-        """Rank the magnitudes of each row from 0, in ascending order, equal ones in flat order.
+        """Rank the magnitudes of each row from 0, ascending; of equal ones the first is the largest.
 
         Args:
             values: Address of ``[rows, row_numel]`` float32.

@@ -9,14 +9,15 @@ enum {
     SHORT_ROW = 32,
 };
 
-/* A pattern above the element's place in its row: all differ, and equal patterns are in flat order. */
+/* A pattern above the element's place from the end of its row: all differ, and of equal patterns the
+ * first one of the row is the largest. */
 ALWAYS_INLINE uint64_t key_of(float value, int64_t at) {
     return (uint64_t)magnitude_of(value) << 32 | (uint64_t)at;
 }
 
 ALWAYS_INLINE void sort_short(uint64_t *restrict keys, const float *restrict row, int64_t count) {
     for (int64_t i = 0; i < count; i++) {
-        uint64_t key = key_of(row[i], i);
+        uint64_t key = key_of(row[count - 1 - i], i);
         int64_t at = i;
         for (; at > 0 && keys[at - 1] > key; at--) keys[at] = keys[at - 1];
         keys[at] = key;
@@ -29,8 +30,9 @@ ALWAYS_INLINE uint64_t *sort_long(uint64_t *keys, const float *restrict row, int
     uint64_t *from = keys, *to = keys + count;
     memset(bins, 0, sizeof bins);
     for (int64_t i = 0; i < count; i++) {
-        int32_t magnitude = magnitude_of(row[i]);
-        from[i] = key_of(row[i], i);
+        float value = row[count - 1 - i];
+        int32_t magnitude = magnitude_of(value);
+        from[i] = key_of(value, i);
         for (int pass = 0; pass < RANK_PASSES; pass++)
             bins[pass][magnitude >> RANK_BITS * pass & (RANK_BINS - 1)]++;
     }
@@ -52,7 +54,7 @@ ALWAYS_INLINE uint64_t *sort_long(uint64_t *keys, const float *restrict row, int
     return from;
 }
 
-/* Ranks the magnitudes of each row from 0, in ascending order, equal ones in flat order.
+/* Ranks the magnitudes of each row from 0, in ascending order; of equal ones the first is the largest.
  *
  * `values` and `ranks`, `[rows][row_numel]`, may be the same; `keys` has room for 2 * row_numel.
  */
@@ -66,6 +68,7 @@ void sm_rank_rows(const float *values, int64_t rows, int64_t row_numel, float *r
         } else {
             sort_short(keys, values, row_numel);
         }
-        for (int64_t i = 0; i < row_numel; i++) ranks[(uint32_t)sorted[i]] = (float)i;
+        for (int64_t i = 0; i < row_numel; i++)
+            ranks[row_numel - 1 - (uint32_t)sorted[i]] = (float)i;
     }
 }

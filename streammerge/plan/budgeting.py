@@ -78,6 +78,12 @@ class Demand:
     """Bytes of adapters that the tensor which needs most of them needs."""
     factors_nbytes: int = 0
     """Bytes of adapters that all tensors need."""
+    around_numel: int = 0
+    """Most elements that a chunk reads beyond its own, for the sake of whole rows."""
+    run_numel: int = BLOCK
+    """Elements that a worker computes at once: a block, or the widest row."""
+    row_bytes: int = 0
+    """Memory of a worker for what is known of the rows that it computes at once."""
     reader_bytes: int = 0
     """Scratch memory of a reader, for codes; 0 where none are read."""
     encoding_bytes: int = 0
@@ -106,7 +112,7 @@ def choose_resources(
     Raises:
         MemoryBudgetError: Not even the smallest cut fits; names the smallest budget that does.
     """
-    smallest_slot = BLOCK * demand.input_itemsize
+    smallest_slot = _smallest_slot(demand)
     scratch = workers * _worker_bytes(demand) + readers * demand.reader_bytes
     growth = GROWTH_BYTES + records_bytes(demand.tensors, demand.blocks) + demand.device_growth
     fixed = baseline + growth + scratch + demand.factors_largest
@@ -159,6 +165,10 @@ def choose_resources(
         factors=factors,
     )
     return resources, projection
+
+
+def _smallest_slot(demand: Demand) -> int:
+    return (BLOCK + demand.around_numel) * demand.input_itemsize
 
 
 def records_bytes(tensors: int, blocks: int) -> int:
@@ -224,7 +234,8 @@ def _statistics_useful(demand: Demand) -> int:
 
 def _worker_bytes(demand: Demand) -> int:
     """One worker's blocks, and the search that it runs by itself on a small tensor."""
-    blocks = demand.compute_rows * BLOCK * demand.compute_itemsize + _WORKER_BYTES
+    blocks = demand.compute_rows * demand.run_numel * demand.compute_itemsize + _WORKER_BYTES
+    blocks += demand.row_bytes
     blocks += demand.device_worker_bytes + demand.encoding_bytes
     if not _has_statistics(demand):
         return blocks
@@ -240,7 +251,7 @@ def _output_bytes(demand: Demand, slot_bytes: int) -> int:
 
 def _choose_slots(demand: Demand, free: int, *, chunks: int, output_slots: int) -> tuple[int, int]:
     """Return the largest slot, by halving, with which the pipeline still fills; and the outputs."""
-    slot_bytes = BLOCK * demand.input_itemsize
+    slot_bytes = _smallest_slot(demand)
     while slot_bytes * 2 <= LARGEST_SLOT:
         twice = slot_bytes * 2
         cost = demand.inputs * chunks * twice + output_slots * _output_bytes(demand, twice)

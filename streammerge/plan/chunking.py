@@ -145,7 +145,24 @@ def plan_range(entry: TensorInput, start: int, numel: int) -> tuple[ReadSpan, ..
 
 def chunk_numel(task: TensorTask, slot_bytes: int) -> int:
     """Return the elements of this tensor that one slot holds, in whole blocks."""
-    return slot_bytes // widest_input(task) // BLOCK * BLOCK
+    held = slot_bytes // widest_input(task) - most_around(task.row)
+    return max(0, held // BLOCK * BLOCK)
+
+
+def most_around(row: int) -> int:
+    """Return the most elements that the first and the last row of a chunk have outside of it."""
+    return 2 * (row - 1) if row and BLOCK % row else 0
+
+
+def around_numel(plan: MergePlan, task: TensorTask) -> int:
+    """Return the elements that all chunks of a tensor read beyond their own."""
+    if not task.row or fits_one_slot(plan, task):
+        return 0
+    step = chunk_numel(task, plan.resources.slot_bytes)
+    return sum(
+        sum(task.surroundings(start, min(step, task.numel - start)))
+        for start in range(0, task.numel, step)
+    )
 
 
 def widest_input(task: TensorTask) -> int:
@@ -257,8 +274,10 @@ def _plan_model_read(plan: MergePlan, chunk: Chunk, model: int) -> ModelRead:
             placements.append(-1)
             continue
         itemsize = entry.dtype.itemsize
-        offset = entry.offset + piece.start * itemsize
-        nbytes = piece.numel * itemsize
+        before, behind = plan.tasks[piece.task].surroundings(piece.start, piece.numel)
+        start, numel = piece.start - before, piece.numel + before + behind
+        offset = entry.offset + start * itemsize
+        nbytes = numel * itemsize
         if nbytes == 0:
             placements.append(cursor)
             continue
@@ -267,7 +286,7 @@ def _plan_model_read(plan: MergePlan, chunk: Chunk, model: int) -> ModelRead:
                 spans.append(ReadSpan(file, begin, end - begin, slot_offset))
             file, begin, end = -1, 0, 0
             cursor = padded(cursor)
-            spans += _part_spans(entry, piece.start, piece.numel, cursor)
+            spans += _part_spans(entry, start, numel, cursor)
             placements.append(cursor)
             cursor += nbytes
             continue

@@ -10,10 +10,10 @@ from streammerge.assignment.types import Action
 from streammerge.checkpoint.types import coded_bits
 from streammerge.methods.programs import Counts, Programs
 from streammerge.plan.budgeting import LARGEST_SLOT, Demand
-from streammerge.plan.chunking import DECODING_BYTES, output_bytes, widest_input
+from streammerge.plan.chunking import DECODING_BYTES, most_around, output_bytes, widest_input
 from streammerge.plan.factors import factors_nbytes, stored_nbytes
 from streammerge.plan.types import TensorTask
-from streammerge.statistics import count_blocks
+from streammerge.statistics import BLOCK, count_blocks
 from streammerge.tiles.interpreter import count_rows
 
 ENCODING_BYTES = 2**22
@@ -61,6 +61,9 @@ def measure_demand(
         ),
         compute_rows=_compute_rows(programs, torch=torch, changed=bool(changed)),
         compute_itemsize=itemsize,
+        around_numel=max((most_around(task.row) for task in tasks), default=0),
+        run_numel=max([BLOCK, *(task.row for task in tasks)]),
+        row_bytes=max((_row_bytes(each, tasks) for each in programs if each.by_rows), default=0),
         statistics=counts,
         statistic_numel=sum(numels) if model_scope else max(numels),
         resident_nbytes=0
@@ -75,6 +78,24 @@ def measure_demand(
         factors_largest=max((factors_nbytes(task, itemsize) for task in changed), default=0),
         factors_nbytes=sum(factors_nbytes(task, itemsize) for task in changed),
     )
+
+
+MOST_ROWS = 4096
+"""Rows that are computed at once at most: there are tensors whose rows have one element."""
+
+
+def _row_bytes(programs: Programs, tasks: Sequence[TensorTask]) -> int:
+    """Return what a worker takes for what is known of rows: numbers, ranks, and what they come from."""
+    counts = programs.row_counts
+    numbers = max((len(program.numbers) for program in programs.all), default=0)
+    of_rows = MOST_ROWS * 8 * 3 * (counts.totals + numbers)
+    widest = max((task.row for task in tasks), default=0)
+    # Per ranked value what was ranked and its ranks; the sort's own keys for one row, or, in numpy,
+    # indices for all.
+    of_ranks = 24 * max(BLOCK, widest) * counts.ranked + 32 * max(BLOCK, widest) * bool(
+        counts.ranked
+    )
+    return of_rows + of_ranks
 
 
 def _encoding_bytes(encoded: Sequence[TensorTask]) -> int:

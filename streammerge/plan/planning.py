@@ -23,7 +23,7 @@ from streammerge.dtypes import DType
 from streammerge.errors import RecipeError, printable, suggestion
 from streammerge.methods import discover_methods
 from streammerge.methods.base import MergeMethod, Operand, Scope
-from streammerge.methods.programs import programs_of
+from streammerge.methods.programs import Programs, programs_of
 from streammerge.plan.adapting import describe_changes
 from streammerge.plan.budgeting import choose_resources
 from streammerge.plan.demanding import measure_demand
@@ -147,6 +147,7 @@ def plan_merge(
         programs_of(method, each.values, sources=len(sources), has_base=base is not None)
         for each in assignment.settings
     ]
+    tasks = [_in_rows(task, programs) for task in tasks]
     torch = bool(machine.devices) or needs_torch(
         programs,
         tasks,
@@ -431,6 +432,13 @@ def _tasks(
             )
         )
     return tasks
+
+
+def _in_rows(task: TensorTask, programs: Sequence[Programs]) -> TensorTask:
+    """Return a task that says how long its rows are, if the method sees whole rows together."""
+    if task.action is not Action.MERGE or not task.numel or not programs[task.setting].by_rows:
+        return task
+    return replace(task, row=task.shape[-1] if task.shape else 1)
 
 
 def _input(entry: TensorEntry, files: Sequence[int]) -> TensorInput:

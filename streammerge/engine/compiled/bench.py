@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from streammerge.engine.compiled.operands import CALLS, StoredOperand
-from streammerge.engine.plain import bind_numbers
+from streammerge.engine.rows import KnownRows
 from streammerge.engine.segments import Segment
 from streammerge.methods.programs import Programs
 from streammerge.native.library import Kernels
@@ -22,7 +22,7 @@ from streammerge.plan.types import MergePlan
 from streammerge.rng import keep_limit, stream_key
 from streammerge.statistics import BLOCK
 from streammerge.tiles.compiling import compile_result
-from streammerge.tiles.program import Op, Program
+from streammerge.tiles.program import Op, Origin, Program
 from streammerge.tiles.writing import Sheet
 
 
@@ -65,15 +65,23 @@ class Bench:
         """Of every setting."""
         self.rounds = [[encode(program) for program in each.rounds] for each in programs]
         """``[settings][rounds]``."""
+        self.row_rounds = [[encode(program) for program in each.row_rounds] for each in programs]
+        """``[settings][rounds about rows]``."""
+        self.row_ranks = [
+            None if each.row_ranks is None else encode(each.row_ranks) for each in programs
+        ]
+        """What offers the values that are ranked within rows, of every setting that has some."""
         one = compile_result(Sheet(1, has_base=False).values[0])
         self.conversion = Encoded(one, sources=1, has_base=False)
         """Stores what it loads."""
-        every = [*self.merges, *(each for rounds in self.rounds for each in rounds)]
+        asking = [each for rounds in (*self.rounds, *self.row_rounds) for each in rounds]
+        every = [*self.merges, *asking, *(each for each in self.row_ranks if each is not None)]
         codes = [each.code for each in (*every, self.conversion)]
         self.jobs = Jobs(codes, CALLS)
         most = max(each.memory_numel for each in codes)
         self._memory = np.empty(most, dtype=np.float32)
-        self.values: NDArray[np.float32] = np.empty(BLOCK, dtype=np.float32)
+        width = max([BLOCK, *(task.row for task in plan.tasks)])
+        self.values: NDArray[np.float32] = np.empty(width, dtype=np.float32)
         """Where questions collect."""
         self._room = RoomCall(self.values.ctypes.data, self.values.size)
         self._numbers: list[NDArray[np.float32]] = []
@@ -91,6 +99,7 @@ class Bench:
         begin: int,
         end: int,
         segment: Segment | None,
+        rows: KnownRows | None = None,
         **places: float,
     ) -> None:
         """Say what a job is about.
@@ -102,17 +111,27 @@ class Bench:
             begin: First element in the piece.
             end: End in the piece.
             segment: What it is of its tensor; None where programs do not care.
+            rows: What is known of its rows, where that matters.
             places: Where results go; see :meth:`streammerge.native.machine.Jobs.fill`.
         """
-        flat = [word for each in operands for word in (each.at(begin), each.code)]
+        program, code = encoded.program, encoded.code
+        flat = [word for each in operands[: code.operands] for word in (each.at(begin), each.code)]
         numbers = None
-        program = encoded.program
-        if segment is not None and program.has_found_numbers:
-            own = encoded.code.numbers(segment.found.numbers)
+        if segment is not None and (program.has_found_numbers or program.has_row_numbers):
+            by_row = None if rows is None else rows.numbers
+            own = code.numbers(segment.found.numbers, by_row)
             # It must live until the job has run.
             self._numbers.append(own)
             numbers = own.ctypes.data
-        self.jobs.fill(index, encoded.code, flat, numel=end - begin, numbers=numbers, **places)  # type: ignore[arg-type]
+        self.jobs.fill(
+            index,
+            code,
+            flat,
+            numel=end - begin,
+            row_numel=None if rows is None else rows.numel,
+            numbers=numbers,
+            **places,  # type: ignore[arg-type]
+        )
         if segment is None:
             return
         for at, trim in enumerate(program.trims):
@@ -130,10 +149,15 @@ class Bench:
     def _draw(self, index: int, encoded: Encoded, segment: Segment) -> None:
         if not encoded.draws:
             return
-        numbers = bind_numbers(encoded.program, segment.found)
+        found = segment.found.numbers
+        numbers = [
+            found[each.index] if each.origin is Origin.FOUND else each.value
+            for each in encoded.program.numbers
+        ]
         for at, draw in enumerate(encoded.draws):
             key = stream_key(self.plan.seed, draw.source, segment.part.task.name)
-            limit = keep_limit(min(max(numbers[draw.number], 0.0), 1.0)) if draw.number >= 0 else 0
+            density = numbers[draw.number] if draw.number >= 0 else 0.0
+            limit = keep_limit(min(max(density, 0.0), 1.0))
             self.jobs.draw(index, at, key, start=segment.start, limit=limit)
 
     def run(self, first: int, count: int, *, collects: bool) -> tuple[int, int]:

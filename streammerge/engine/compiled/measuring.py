@@ -7,20 +7,23 @@ collected in a batch of blocks.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Never
 
 import numpy as np
 from numpy.typing import NDArray
 
-from streammerge.engine.asking import Asking, BlockAnswer
+from streammerge.engine.asking import Asking, BlockAnswer, join_answers
 from streammerge.engine.compiled.bench import Bench, Encoded
 from streammerge.engine.compiled.operands import CALLS, StoredOperand, find_operands, in_batches
 from streammerge.engine.compiled.refusing import refuse_operands
+from streammerge.engine.compiled.rows import CompiledRows, WantedRows
 from streammerge.engine.pieces import Part, PieceInMemory
+from streammerge.engine.rows import KnownRows, Run, cover, iter_measuring
 from streammerge.engine.segments import Segment, split_piece
 from streammerge.methods.programs import Programs, found_of_nothing
 from streammerge.native.machine import CRAMMED, MOST_CROWDS, Asked, AskedCall
+from streammerge.plan.demanding import MOST_ROWS
 from streammerge.statistics import BLOCK, magnitude
 from streammerge.statistics.magnitude import BINS, Band, Bins, Counted, Question
 from streammerge.statistics.rounds import NOTHING, Answers, Found, Rank, Round
@@ -43,6 +46,8 @@ class _Job:
     """What it is of the tensor."""
     asked: Sequence[_Wish]
     """What is asked, one for each ranked value."""
+    rows: KnownRows | None = None
+    """What is known of its rows, where that matters."""
     counted: list[Any] = field(default_factory=list)
     """The answers."""
     histograms: dict[int, NDArray[np.int64]] = field(default_factory=dict)
@@ -57,18 +62,21 @@ _ALL = "all"
 class CompiledMeasuring:
     """Measures for one worker."""
 
-    def __init__(self, bench: Bench, programs: Sequence[Programs]) -> None:
+    def __init__(self, bench: Bench, rows: CompiledRows, programs: Sequence[Programs]) -> None:
         """Prepare.
 
         Args:
             bench: The worker's own.
+            rows: Knows rows.
             programs: What the method does, for each of its settings.
         """
         self._bench = bench
+        self._rows = rows
         self._plan = bench.plan
         self._programs = programs
         most = max((each.counts.totals for each in programs), default=0)
-        self._totals = np.zeros((CALLS, most))
+        in_rows = any(task.row for task in bench.plan.tasks)
+        self._totals = np.zeros(max(CALLS, MOST_ROWS * in_rows) * most)
 
     def answer(self, piece: PieceInMemory, asking: Asking) -> list[BlockAnswer] | None:
         """Answer what is asked for each block of a piece.
@@ -83,6 +91,8 @@ class CompiledMeasuring:
         operands = self._find_operands(piece, encoded)
         if operands is None:
             return None
+        if piece.first.task.row:
+            return self._answer_rows(piece, asking, encoded, operands)
         jobs = [
             _Job(block.begin, block.end, block.segments[0], asking.questions)
             for block in split_piece(piece, [asking.found], [[]])
@@ -98,6 +108,50 @@ class CompiledMeasuring:
             ]
         return answers
 
+    def _answer_rows(
+        self,
+        piece: PieceInMemory,
+        asking: Asking,
+        encoded: Encoded,
+        operands: Sequence[StoredOperand],
+    ) -> list[BlockAnswer]:
+        """Answer for each block of a piece about the rows that belong to it."""
+        wide = piece.in_rows()
+        answers = []
+        for runs in iter_measuring(piece):
+            parts = []
+            for run in runs:
+                job = self._row_job(wide, run, asking.questions, asking.found)
+                totals = self._run_rows(wide, encoded, operands, run, job)
+                parts.append(BlockAnswer(tuple(job.counted), totals if asking.totals else None))
+            answers.append(join_answers(encoded.program.totals, parts, asking))
+        return answers
+
+    def _row_job(self, wide: PieceInMemory, run: Run, asked: Sequence[_Wish], found: Found) -> _Job:
+        part = wide.first
+        start = part.start + run.begin
+        block = part.task.scope_block + start // BLOCK
+        segment = Segment(0, run.end - run.begin, part, start, block, found, [])
+        return _Job(run.begin, run.end, segment, asked)
+
+    def _run_rows(
+        self,
+        wide: PieceInMemory,
+        encoded: Encoded,
+        operands: Sequence[StoredOperand],
+        run: Run,
+        job: _Job,
+    ) -> NDArray[np.float64]:
+        """Run a job about whole rows; return its totals, joined."""
+
+        def refuse(asked: Encoded) -> None:
+            self._refuse(wide, asked, job)
+
+        known, operands = self._rows.know(wide, operands, WantedRows(run, job.segment, refuse))
+        job = replace(job, rows=known)
+        totals = self._run(wide, encoded, operands, [job])
+        return np.array(join_totals(encoded.program.totals, totals))
+
     def _find_operands(self, piece: PieceInMemory, encoded: Encoded) -> list[StoredOperand] | None:
         return find_operands(piece, has_base=self._plan.has_base, loads_base=encoded.loads_base)
 
@@ -108,11 +162,17 @@ class CompiledMeasuring:
         operands: Sequence[StoredOperand],
         batch: Sequence[_Job],
     ) -> NDArray[np.float64]:
-        """Run a batch; return ``[jobs, totals]``, and leave what is counted with the jobs."""
+        """Run a batch, or one job about rows; leave what is counted with the jobs.
+
+        Returns:
+            ``[jobs, totals]``, or ``[rows, totals]``.
+        """
         bench = self._bench
         bench.begin()
         n_totals = len(encoded.program.totals)
-        totals = self._totals.reshape(-1)[: len(batch) * n_totals].reshape(len(batch), n_totals)
+        rows = batch[0].rows
+        count = len(batch) if rows is None else len(rows.numbers)
+        totals = self._totals[: count * n_totals].reshape(count, n_totals)
         for index, job in enumerate(batch):
             bench.fill(
                 index,
@@ -121,6 +181,7 @@ class CompiledMeasuring:
                 begin=job.begin,
                 end=job.end,
                 segment=job.segment,
+                rows=job.rows,
                 totals=totals[index:].ctypes.data if n_totals else 0,
             )
             job.counted[:] = [None] * len(job.asked)
@@ -207,6 +268,15 @@ class CompiledMeasuring:
         part = piece.first
         block = part.task.scope_block + start // BLOCK
         segment = Segment(0, end - begin, part, start, block, asking.found, [])
+        if part.task.row:
+            wide = piece.in_rows()
+            run = cover(piece, begin, end)
+            job = self._row_job(wide, run, [_ALL] * len(out), asking.found)
+            self._run_rows(wide, encoded, operands, run, job)
+            first = piece.before + begin - run.begin
+            for row, values in zip(out, job.counted, strict=True):
+                row[:] = values[first : first + out.shape[1]]
+            return True
         job = _Job(begin, end, segment, [_ALL] * len(out))
         self._run(piece, encoded, operands, [job])
         for row, values in zip(out, job.counted, strict=True):
@@ -229,7 +299,8 @@ class CompiledMeasuring:
             operands = self._find_operands(piece, encoded)
             if operands is None:
                 return None
-            for batch in in_batches(scopes):
+            by_rows = programs.by_rows
+            for batch in ([each] for each in scopes) if by_rows else in_batches(scopes):
                 self._settle_round(piece, encoded, asked, operands, batch)
         nothing = found_of_nothing(programs)
         known = iter(scopes)
@@ -254,7 +325,12 @@ class CompiledMeasuring:
             )
             for scope, own in zip(batch, ranks, strict=True)
         ]
-        totals = self._run(piece, encoded, operands, jobs)
+        if piece.first.task.row:
+            (job,) = jobs
+            run = Run(0, job.end, own=True)
+            totals = self._run_rows(piece, encoded, operands, run, job)[None]
+        else:
+            totals = self._run(piece, encoded, operands, jobs)
         for scope, job, own, sums in zip(batch, jobs, ranks, totals, strict=True):
             joined = join_totals(encoded.program.totals, sums[None])
             tops = _tops(job, own, scope.numel)

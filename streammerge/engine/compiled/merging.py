@@ -6,7 +6,7 @@ Memory: the worker's bench, and a block of float32 where a result is refused.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Never
 
 import numpy as np
@@ -15,8 +15,10 @@ from streammerge.dtypes import DType
 from streammerge.engine.compiled.bench import Bench, Encoded
 from streammerge.engine.compiled.operands import StoredOperand, find_operands, in_batches
 from streammerge.engine.compiled.refusing import refuse_operands
+from streammerge.engine.compiled.rows import CompiledRows, WantedRows
 from streammerge.engine.finite import LARGEST, check_range
 from streammerge.engine.pieces import PieceInMemory, Stored
+from streammerge.engine.rows import KnownRows, Run, iter_merging
 from streammerge.engine.segments import Block, Segment
 from streammerge.native.library import DTYPE_CODES
 from streammerge.statistics import BLOCK
@@ -25,14 +27,18 @@ from streammerge.statistics import BLOCK
 class CompiledMerging:
     """Merges blocks for one worker."""
 
-    def __init__(self, bench: Bench, *, counts: bool) -> None:
+    def __init__(self, bench: Bench, rows: CompiledRows, *, counts: bool) -> None:
         """Prepare.
 
         Args:
             bench: The worker's own.
+            rows: Knows rows.
             counts: Whether what trims and random numbers keep is counted.
         """
         self._bench = bench
+        self._rows = rows
+        in_rows = any(task.row for task in bench.plan.tasks)
+        self._spare = np.empty(bench.values.nbytes if in_rows else 0, dtype=np.uint8)
         self._plan = bench.plan
         self._counts = counts
 
@@ -59,6 +65,96 @@ class CompiledMerging:
         for batch in in_batches(jobs):
             self._run(encoded, operands, batch, out=out, piece=piece)
         return True
+
+    def merge_rows(self, piece: PieceInMemory, block: Block, out: Stored) -> bool:
+        """Merge a piece whose rows must be seen whole; return whether the machine can.
+
+        Args:
+            piece: The inputs.
+            block: All of it; what was kept is added to its counts.
+            out: ``[numel]`` in the output dtype; receives the result.
+
+        Raises:
+            NonFiniteError: An operand is not finite, or a result does not fit the output type.
+        """
+        encoded = self._bench.merges[piece.first.task.setting]
+        wide = piece.in_rows()
+        operands = find_operands(wide, has_base=self._plan.has_base, loads_base=True)
+        if operands is None or out.dtype not in DTYPE_CODES:
+            return False
+        (segment,) = block.segments
+        for run in iter_merging(piece):
+            own = replace(
+                segment,
+                end=run.end - run.begin,
+                start=wide.first.start + run.begin,
+                # What two pieces have a part of is counted once.
+                kept=segment.kept if run.own else [0] * len(segment.kept),
+            )
+            self._run_rows(encoded, wide, operands, _RowJob(run, own, piece), out)
+        return True
+
+    def _run_rows(
+        self,
+        encoded: Encoded,
+        wide: PieceInMemory,
+        operands: Sequence[StoredOperand],
+        job: _RowJob,
+        out: Stored,
+    ) -> None:
+        """Merge some rows, of which perhaps a part alone is asked for."""
+        run, piece = job.run, job.piece
+
+        def refuse(asked: Encoded) -> None:
+            refuse_operands(
+                wide,
+                run.begin,
+                run.end,
+                self._plan,
+                loads_base=asked.loads_base,
+                subtracts=asked.subtracts,
+            )
+
+        known, operands = self._rows.know(wide, operands, WantedRows(run, job.segment, refuse))
+        itemsize = out.dtype.itemsize
+        first = run.begin - piece.before
+        inside = first >= 0 and run.end - piece.before <= piece.numel
+        memory = out.memory[first * itemsize :] if inside else self._spare
+        if self._merge_known(encoded, operands, job, known, Stored(memory, out.dtype)):
+            refuse(encoded)
+            self._merge_known(encoded, operands, job, known, Stored(self._spare, DType.F32))
+            merged = self._spare[: (run.end - run.begin) * 4].view(np.float32)
+            check_range(merged, wide, run.begin)
+        if self._counts:
+            self._count(encoded, [_Job(run.begin, run.end, job.segment)])
+        if not inside:
+            begin, end = max(first, 0), min(run.end - piece.before, piece.numel)
+            own = slice((begin - first) * itemsize, (end - first) * itemsize)
+            out.memory[begin * itemsize : end * itemsize] = memory[own]
+
+    def _merge_known(
+        self,
+        encoded: Encoded,
+        operands: Sequence[StoredOperand],
+        job: _RowJob,
+        known: KnownRows,
+        out: Stored,
+    ) -> int:
+        """Merge rows into the beginning of some memory; return whether the machine refused."""
+        self._bench.begin()
+        self._bench.fill(
+            0,
+            encoded,
+            operands,
+            begin=job.run.begin,
+            end=job.run.end,
+            segment=job.segment,
+            rows=known,
+            out=out.memory.ctypes.data,
+            out_code=DTYPE_CODES[out.dtype],
+            limit=LARGEST[out.dtype],
+        )
+        return self._bench.run(0, 1, collects=False)[1]
 
     def _run(
         self,
@@ -165,6 +261,18 @@ class CompiledMerging:
         self._bench.run(0, 1, collects=False)
         check_range(merged, piece, job.begin)
         raise AssertionError("the machine refuses what is finite and fits")
+
+
+@dataclass(frozen=True, slots=True)
+class _RowJob:
+    """Rows that are merged at once."""
+
+    run: Run
+    """The rows, in the piece with all of its rows."""
+    segment: Segment
+    """What they are of the tensor."""
+    piece: PieceInMemory
+    """The piece that has a part of them."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ from streammerge.engine.asking import Asking, BlockAnswer
 from streammerge.engine.compiled.bench import Bench
 from streammerge.engine.compiled.measuring import CompiledMeasuring
 from streammerge.engine.compiled.merging import CompiledMerging
+from streammerge.engine.compiled.rows import CompiledRows
 from streammerge.engine.device import Applied
 from streammerge.engine.pieces import PieceInMemory, Stored
 from streammerge.engine.plain import PlainStage, count_kept_of
@@ -44,8 +45,9 @@ class CompiledStage:
         self._programs = programs_of_plan(plan, method)
         self._tells = method.random or plan.model_scope
         bench = Bench(kernels, plan, self._programs)
-        self._merging = CompiledMerging(bench, counts=self._tells)
-        self._measuring = CompiledMeasuring(bench, self._programs)
+        rows = CompiledRows(bench, self._programs)
+        self._merging = CompiledMerging(bench, rows, counts=self._tells)
+        self._measuring = CompiledMeasuring(bench, rows, self._programs)
         self._maybe_plain = plain
 
     @property
@@ -57,7 +59,12 @@ class CompiledStage:
         """Merge a piece."""
         programs = self._programs[piece.first.task.setting]
         kept = [[0] * count_kept_of(programs) for _ in piece.parts]
-        if not self._merging.merge(piece, split_piece(piece, found, kept), out):
+        blocks = split_piece(piece, found, kept)
+        if piece.first.task.row:
+            merged = self._merging.merge_rows(piece, blocks[0], out)
+        else:
+            merged = self._merging.merge(piece, blocks, out)
+        if not merged:
             return self._plain.apply(piece, found, out)
         told = [tuple(programs.work.kept(each)) if self._tells else () for each in kept]
         return [Applied(0, each) for each in told]
