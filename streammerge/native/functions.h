@@ -25,27 +25,60 @@ ALWAYS_INLINE double double_of(int64_t bits) {
 #define LOG2_E 1.44269504088896338700
 #define SQRT_HALF 0.70710678118654752440
 
-ALWAYS_INLINE double exponential(double value) {
-    static const double terms[] = {
-        1.0 / 6227020800.0, 1.0 / 479001600.0, 1.0 / 39916800.0, 1.0 / 3628800.0, 1.0 / 362880.0,
-        1.0 / 40320.0,      1.0 / 5040.0,      1.0 / 720.0,      1.0 / 120.0,     1.0 / 24.0,
-        1.0 / 6.0,          1.0 / 2.0,         1.0,              1.0,
-    };
+/* A value is `power * ln 2 + rest`. */
+typedef struct {
+    double rest;
+    int64_t power;
+} reduced;
+
+ALWAYS_INLINE reduced reduce(double value) {
     value = value < -745.2 ? -745.2 : value;
     value = value > 709.7 ? 709.7 : value;
     double shifted = value * LOG2_E + WHOLE;
     double powers = shifted - WHOLE;
-    double rest = value - powers * LN2_HIGH - powers * LN2_LOW;
-    double series = terms[0];
-#pragma GCC unroll 13
-    for (int term = 1; term < 14; term++) series = series * rest + terms[term];
-    int64_t power = bits_of_double(shifted) - bits_of_double(WHOLE);
-    /* Shifted as what is not negative: few instruction sets shift signed vectors of 64 bits. */
-    int64_t half = (int64_t)((uint64_t)(power + 2048) >> 1) - 1024;
-    return series * double_of((half + 1023) << 52) * double_of((power - half + 1023) << 52);
+    return (reduced){
+        value - powers * LN2_HIGH - powers * LN2_LOW,
+        bits_of_double(shifted) - bits_of_double(WHOLE),
+    };
 }
 
-ALWAYS_INLINE double logarithm(double value) {
+/* (e**rest - 1) / rest, of what is left of a value. */
+ALWAYS_INLINE double exponential_series(double rest) {
+    static const double terms[] = {
+        1.0 / 6227020800.0, 1.0 / 479001600.0, 1.0 / 39916800.0, 1.0 / 3628800.0, 1.0 / 362880.0,
+        1.0 / 40320.0,      1.0 / 5040.0,      1.0 / 720.0,      1.0 / 120.0,     1.0 / 24.0,
+        1.0 / 6.0,          1.0 / 2.0,         1.0,
+    };
+    double series = terms[0];
+#pragma GCC unroll 12
+    for (int term = 1; term < 13; term++) series = series * rest + terms[term];
+    return series;
+}
+
+/* Shifted as what is not negative: few instruction sets shift signed vectors of 64 bits. */
+ALWAYS_INLINE int64_t half_of_power(int64_t power) {
+    return (int64_t)((uint64_t)(power + 2048) >> 1) - 1024;
+}
+
+ALWAYS_INLINE double power_of_two(int64_t power) { return double_of((power + 1023) << 52); }
+
+ALWAYS_INLINE double exponential(double value) {
+    reduced of = reduce(value);
+    double series = exponential_series(of.rest) * of.rest + 1.0;
+    int64_t half = half_of_power(of.power);
+    return series * power_of_two(half) * power_of_two(of.power - half);
+}
+
+ALWAYS_INLINE double exponential_less_one(double value) {
+    reduced of = reduce(value);
+    double series = of.rest * exponential_series(of.rest);
+    int64_t half = half_of_power(of.power), other = of.power - half;
+    double scale = power_of_two(half);
+    return (series * scale + (scale - power_of_two(-other))) * power_of_two(other);
+}
+
+/* The logarithm of `value`, which is 1 + `more`: near 1 `more` tells what rounding has left of it. */
+ALWAYS_INLINE double logarithm_of(double value, double more, int knows_more) {
     static const double terms[] = {
         1.0 / 21, 1.0 / 19, 1.0 / 17, 1.0 / 15, 1.0 / 13, 1.0 / 11,
         1.0 / 9,  1.0 / 7,  1.0 / 5,  1.0 / 3,  1.0,
@@ -58,13 +91,23 @@ ALWAYS_INLINE double logarithm(double value) {
     int small = mantissa < SQRT_HALF;
     mantissa = small ? mantissa + mantissa : mantissa;
     exponents = small ? exponents - 1.0 : exponents;
-    double ratio = (mantissa - 1.0) / (mantissa + 1.0);
+    double above = mantissa - 1.0;
+    if (knows_more) above = exponents == 0.0 ? more : above;
+    double ratio = above / (above + 2.0);
     double square = ratio * ratio;
     double series = terms[0];
 #pragma GCC unroll 10
     for (int term = 1; term < 11; term++) series = series * square + terms[term];
-    double result = exponents * LN2_HIGH + (exponents * LN2_LOW + (ratio + ratio) * series);
-    return result + (value - value);
+    return exponents * LN2_HIGH + (exponents * LN2_LOW + (ratio + ratio) * series);
+}
+
+/* What is not finite gives no number. */
+ALWAYS_INLINE double logarithm(double value) {
+    return logarithm_of(value, 0.0, 0) + (value - value);
+}
+
+ALWAYS_INLINE double logarithm_of_one_more(double value) {
+    return logarithm_of(1.0 + value, value, 1) + (value - value);
 }
 
 /* Computes from one row. */
@@ -77,6 +120,12 @@ ALWAYS_INLINE void compute_unary(enum op op, float *out, const float *a, int64_t
         case OP_SQUARE_ROOT: EACH(i, count) out[i] = __builtin_sqrtf(a[i]); break;
         case OP_EXPONENTIAL: EACH(i, count) out[i] = (float)exponential(a[i]); break;
         case OP_LOGARITHM: EACH(i, count) out[i] = (float)logarithm(a[i]); break;
+        case OP_EXPONENTIAL_LESS_ONE:
+            EACH(i, count) out[i] = (float)exponential_less_one(a[i]);
+            break;
+        case OP_LOGARITHM_OF_ONE_MORE:
+            EACH(i, count) out[i] = (float)logarithm_of_one_more(a[i]);
+            break;
         default: break;
     }
 }

@@ -16,7 +16,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from streammerge.lazily import torch
-from streammerge.tiles.functions import exponential, logarithm, square_root
+from streammerge.tiles.functions import (
+    exponential,
+    exponential_less_one,
+    logarithm,
+    logarithm_of_one_more,
+    square_root,
+)
 from streammerge.tiles.program import SINKS, Op, Program, Step, Vote
 
 if TYPE_CHECKING:
@@ -324,4 +330,6 @@ _UNARY: Mapping[Op, Callable[[Tensor, Tensor], object]] = {
     Op.SQUARE_ROOT: _through_numpy(square_root),
     Op.EXPONENTIAL: _through_numpy(exponential),
     Op.LOGARITHM: _through_numpy(logarithm),
+    Op.EXPONENTIAL_LESS_ONE: _through_numpy(exponential_less_one),
+    Op.LOGARITHM_OF_ONE_MORE: _through_numpy(logarithm_of_one_more),
 }

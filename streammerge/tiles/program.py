@@ -67,15 +67,19 @@ class Op(IntEnum):
     """``a`` where a source's random number is below ``n``, or below ``b``; 0 elsewhere."""
     MAJORITY_MEAN = 25
     """The weighted mean of those rows that have the elected sign; see :class:`Majority`."""
-    STORE = 26
+    EXPONENTIAL_LESS_ONE = 26
+    """``e ** a - 1``, as :mod:`streammerge.tiles.functions` computes it, without cancellation near 0."""
+    LOGARITHM_OF_ONE_MORE = 27
+    """The natural logarithm of ``1 + a``, likewise; ``a > -1``."""
+    STORE = 28
     """``a``, or ``b + a``, is the result."""
-    SUM = 27
+    SUM = 29
     """Adds ``a``, in float64, to a total."""
-    DOT = 28
+    DOT = 30
     """Adds ``a * b``, in float64, to a total."""
-    LARGEST = 29
+    LARGEST = 31
     """A total becomes the largest ``a``, if it was smaller."""
-    RANK = 30
+    RANK = 32
     """``a``, none of them negative, are values among which a rank is looked for."""
 
 

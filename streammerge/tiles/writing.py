@@ -17,6 +17,8 @@ from streammerge.tiles.program import Majority, Number, Op, Origin, Vote
 
 Factor = float | Number
 """A number: one that the method knows, or one that statistics will find."""
+_TANGENT_IS_ONE = 20.0
+"""The hyperbolic tangent of it differs from 1 by less than half a unit in the last place of float64."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -156,6 +158,25 @@ def exponential(row: Row) -> Row:
 def logarithm(row: Row) -> Row:
     """Return the natural logarithm of positive values."""
     return Row(Op.LOGARITHM, (row,))
+
+
+def exponential_less_one(row: Row) -> Row:
+    """Return e to the power of a row, minus one, as exact near 0 as elsewhere."""
+    return Row(Op.EXPONENTIAL_LESS_ONE, (row,))
+
+
+def logarithm_of_one_more(row: Row) -> Row:
+    """Return the natural logarithm of one plus a row of values above -1, likewise."""
+    return Row(Op.LOGARITHM_OF_ONE_MORE, (row,))
+
+
+def hyperbolic_tangent(row: Row) -> Row:
+    """Return the hyperbolic tangent, odd to the last bit.
+
+    ``tanh |z| = t / (t + 2)`` with ``t = e ** (2 |z|) - 1``; from 20 on it is 1 in every type.
+    """
+    powers = exponential_less_one(minimum(abs(row), _TANGENT_IS_ONE) * 2.0)
+    return sign(row) * powers / (powers + 2.0)
 
 
 def fill(value: Factor) -> Row:

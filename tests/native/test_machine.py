@@ -29,7 +29,12 @@ from streammerge.native.library import Kernels, load_kernels
 from streammerge.native.machine import ALL_TIES, EncodedProgram
 from streammerge.rng import stream_key
 from streammerge.tiles.compiling import compile_result, compile_sinks
-from streammerge.tiles.functions import exponential, logarithm
+from streammerge.tiles.functions import (
+    exponential,
+    exponential_less_one,
+    logarithm,
+    logarithm_of_one_more,
+)
 from streammerge.tiles.program import Op, Program, Step, Vote
 from streammerge.tiles.writing import (
     Row,
@@ -42,7 +47,9 @@ from streammerge.tiles.writing import (
     weighted_sum,
 )
 from streammerge.tiles.writing import exponential as exponential_of
+from streammerge.tiles.writing import exponential_less_one as exponential_less_one_of
 from streammerge.tiles.writing import logarithm as logarithm_of
+from streammerge.tiles.writing import logarithm_of_one_more as logarithm_of_one_more_of
 
 MAYBE_KERNELS = load_kernels()
 pytestmark = pytest.mark.skipif(
@@ -256,6 +263,8 @@ def test_exponential_and_logarithm_are_those_of_the_library(kernels: Kernels) ->
     sheet = Sheet(1, has_base=False)
     for of, function, values in (
         (exponential_of, exponential, signed),
+        (exponential_less_one_of, exponential_less_one, signed),
+        (logarithm_of_one_more_of, logarithm_of_one_more, np.maximum(signed, -0.9999)),
         (logarithm_of, logarithm, np.abs(signed)),
     ):
         single = values.astype(np.float32)
