@@ -48,10 +48,10 @@ def trim_by_sorting(values: np.ndarray, density: float, policy: str = "exact") -
     return trim_to(values, values.size if density >= 1 else int(density * values.size), policy)
 
 
-def trim_to(values: np.ndarray, k: int, policy: str) -> Trim:
+def trim_to(values: np.ndarray, k: int, policy: str, *, of_value: bool = False) -> Trim:
     """Return which k values of largest magnitude are kept; NaN ranks above everything."""
     magnitudes = np.abs(values)
-    if k >= magnitudes.size:
+    if k >= magnitudes.size and not (of_value and 0 < k == magnitudes.size):
         return Trim(np.ones(magnitudes.size, dtype=bool), 0.0, magnitudes.size, 0)
     if k <= 0:
         return Trim(np.zeros(magnitudes.size, dtype=bool), None, 0, 0)
@@ -260,7 +260,7 @@ def _find_plainly(programs: Programs, scope: Mapping[str, _WholeTensor]) -> dict
         tops: dict[str, list[TopK]] = {name: [] for name in scope}
         for index, wish in enumerate(asked.ranks(numel, before)):
             flat = np.concatenate([each.ranked[index] for each in sinks.values()])
-            trim = trim_to(flat, wish.k, wish.tie_policy.value)
+            trim = trim_to(flat, wish.k, wish.tie_policy.value, of_value=wish.of_value)
             begin = 0
             for name, each in sinks.items():
                 end = begin + each.ranked[index].size
@@ -320,7 +320,7 @@ def _rank(values: np.ndarray, count: int, row: int) -> np.ndarray:
     ranks = np.full_like(rows, 0.5)
     for of_row, magnitudes in zip(ranks, np.abs(rows), strict=True):
         if row > 1:
-            order = sorted(range(row), key=lambda place: (magnitudes[place], -place))
+            order = np.lexsort((-np.arange(row), magnitudes))
             of_row[order] = np.arange(row, dtype=rows.dtype) / rows.dtype.type(row - 1)
     return ranks.reshape(-1)
 

@@ -305,8 +305,7 @@ class PlainStage:
             tops: list[TopK] = []
 
             def rank(index: int, values: Tensor, ranks: Sequence[Rank] = ranks) -> None:
-                wish = ranks[index]
-                tops.append(select_block(values.numpy(), wish.k, wish.tie_policy))  # noqa: B023
+                tops.append(_select(values.numpy(), ranks[index]))  # noqa: B023
 
             asking = replace(block, segments=tuple(_knowing(block.segments, known)))
             rows = self._know_rows(programs, piece, asking, check=False) if by_rows else None
@@ -330,10 +329,12 @@ class PlainStage:
                 rows = magnitudes[begin:end].reshape(count, -1)
                 wish = asked.ranks(rows.shape[1], NOTHING)[index]
                 if count < _LEAST_ROWS:
-                    found += [select_block(each, wish.k, wish.tie_policy) for each in rows]
+                    found += [_select(each, wish) for each in rows]
                 else:
                     spare = self._bench.magnitudes
-                    found += select_rows(rows, wish.k, wish.tie_policy, spare)
+                    found += select_rows(
+                        rows, wish.k, wish.tie_policy, spare, of_value=wish.of_value
+                    )
             by_value.append(found)
 
         (block,) = split_piece(piece, [NOTHING] * len(piece.parts), [[] for _ in piece.parts])
@@ -394,6 +395,10 @@ def bind_numbers(
             is_found = each.origin is Origin.FOUND
             numbers.append(found.numbers[each.index] if is_found else each.value)
     return numbers
+
+
+def _select(magnitudes: NDArray[Any], wish: Rank) -> TopK:
+    return select_block(magnitudes, wish.k, wish.tie_policy, of_value=wish.of_value)
 
 
 def count_kept_of(programs: Programs) -> int:

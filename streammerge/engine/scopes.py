@@ -73,6 +73,7 @@ class ScopeStatistics:
                     tie_policy=rank.tie_policy,
                     room=room,
                     spare=self._rooms[-1],
+                    of_value=rank.of_value,
                 )
                 for rank, room in zip(ranks, self._rooms[: program.ranked], strict=True)
             ]

@@ -90,7 +90,7 @@ def asks(need: Programs, numel: int) -> bool:
 
 
 def _any_open(ranks: Sequence[Rank], numel: int) -> bool:
-    return any(0 < rank.k < numel for rank in ranks)
+    return any(rank.is_open(numel) for rank in ranks)
 
 
 def scope_bytes(plan: MergePlan, need: Programs, numel: int) -> int:

@@ -109,6 +109,7 @@ class MagnitudeSearch:
         tie_policy: TiePolicy,
         room: Floats,
         spare: Floats,
+        of_value: bool = False,
     ) -> None:
         """Start a search.
 
@@ -119,6 +120,7 @@ class MagnitudeSearch:
             tie_policy: Which ties are kept.
             room: ``[limit]`` float32 or float64; a band collects at most so many magnitudes.
             spare: As large; used while concluding, so searches may share it.
+            of_value: Whether the threshold is needed even where all are kept.
         """
         self._k = k
         self._numel = numel
@@ -134,7 +136,7 @@ class MagnitudeSearch:
         self._crowds = np.zeros((0, 0), dtype=np.int32)
         self._histogram = np.zeros(0, dtype=np.int64)
         self.question: Question = Band(0.0, float("inf"))
-        self.result: TopK | None = settled_without_values(numel, k)
+        self.result: TopK | None = settled_without_values(numel, k, of_value=of_value)
         if self.result is None and numel > room.size:
             self.question = Bins(0, self._infinity_bits)
         self._clear()

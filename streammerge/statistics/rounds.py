@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from streammerge.statistics.topk import TiePolicy, TopK
+from streammerge.statistics.topk import TiePolicy, TopK, values_decide
 from streammerge.tiles.writing import Sheet, Sink
 
 
@@ -53,6 +53,13 @@ class Rank:
     """How many are kept; all, if there are no more than that."""
     tie_policy: TiePolicy
     """Which elements exactly at the threshold are kept."""
+    of_value: bool = False
+    """Whether the threshold is needed even where all are kept, as that of a quantile. ``k`` is then in
+    [1, numel], but for a scope without elements."""
+
+    def is_open(self, numel: int) -> bool:
+        """Return whether the values of a scope of so many elements have to be seen."""
+        return values_decide(numel, self.k, of_value=self.of_value)
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,6 +23,7 @@ from streammerge.statistics.topk import (
     TopK,
     settled_without_values,
     ties_kept,
+    values_decide,
 )
 
 if TYPE_CHECKING:
@@ -40,7 +41,9 @@ Kth = tuple[float, int, int]
 """The k-th largest magnitude, how many are larger, and how many equal."""
 
 
-def select_block(magnitudes: Floats, k: int, tie_policy: TiePolicy) -> TopK:
+def select_block(
+    magnitudes: Floats, k: int, tie_policy: TiePolicy, *, of_value: bool = False
+) -> TopK:
     """Return the statistic of a scope that is one block, at once.
 
     The plain way for what :class:`MagnitudeSearch` finds in rounds; models of many small tensors
@@ -50,14 +53,17 @@ def select_block(magnitudes: Floats, k: int, tie_policy: TiePolicy) -> TopK:
         magnitudes: ``[m]`` absolute values.
         k: Elements kept; all, if there are no more than that.
         tie_policy: Which ties are kept.
+        of_value: Whether the threshold is needed even where all are kept.
     """
-    settled = settled_without_values(magnitudes.size, k)
+    settled = settled_without_values(magnitudes.size, k, of_value=of_value)
     if settled is not None:
         return settled
     return _statistic(_guess_kth(magnitudes, k), magnitudes, k, tie_policy)
 
 
-def select_rows(magnitudes: Floats, k: int, tie_policy: TiePolicy, answers: Tensor) -> list[TopK]:
+def select_rows(
+    magnitudes: Floats, k: int, tie_policy: TiePolicy, answers: Tensor, *, of_value: bool = False
+) -> list[TopK]:
     """Return what :func:`select_block` returns for every row.
 
     Small operations cost a call each, and the interpreter lock, whatever they do; here a call does
@@ -68,10 +74,11 @@ def select_rows(magnitudes: Floats, k: int, tie_policy: TiePolicy, answers: Tens
         k: Elements kept; all, if there are no more than that.
         tie_policy: Which ties are kept.
         answers: ``[>= n * m]`` float32 or float64 scratch, on the CPU.
+        of_value: Whether thresholds are needed even where all are kept.
     """
     rows, numel = magnitudes.shape
-    if not 0 < k < numel or rows <= 1:
-        return [select_block(row, k, tie_policy) for row in magnitudes]
+    if not values_decide(numel, k, of_value=of_value) or rows <= 1:
+        return [select_block(row, k, tie_policy, of_value=of_value) for row in magnitudes]
     found = _guess_rows(magnitudes, k, answers)
     return [_statistic(at, row, k, tie_policy) for at, row in zip(found, magnitudes, strict=True)]
 

@@ -31,7 +31,8 @@ class TopK:
     """Which elements of one source are kept: those above the threshold, and some ties."""
 
     threshold: float
-    """The k-th largest magnitude; infinite when nothing is kept, 0 when everything is."""
+    """The k-th largest magnitude; infinite when nothing is kept, 0 when everything is and nobody
+    asks for the value."""
     numel: int
     """Elements the statistic covers."""
     greater: int
@@ -67,11 +68,24 @@ def keep_nothing(numel: int) -> TopK:
     return TopK(float("inf"), numel, 0, 0, 0, -1, 0)
 
 
-def settled_without_values(numel: int, k: int) -> TopK | None:
-    """Return the answer if everything or nothing is kept; None if values decide."""
+def values_decide(numel: int, k: int, *, of_value: bool = False) -> bool:
+    """Return whether values decide what is kept, or the k-th largest itself is asked for.
+
+    Args:
+        numel: Elements in the scope.
+        k: Elements kept.
+        of_value: Whether the threshold is needed even where all are kept.
+    """
+    return 0 < k < numel or (of_value and 0 < k == numel)
+
+
+def settled_without_values(numel: int, k: int, *, of_value: bool = False) -> TopK | None:
+    """Return the answer if values do not decide; see :func:`values_decide`."""
+    if values_decide(numel, k, of_value=of_value):
+        return None
     if k >= numel:
         return keep_everything(numel)
-    return keep_nothing(numel) if k <= 0 else None
+    return keep_nothing(numel)
 
 
 def kept_count(density: float, numel: int) -> int:

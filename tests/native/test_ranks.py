@@ -37,8 +37,9 @@ def test_ranks_are_those_of_a_stable_sort(
         values = generator.integers(-(2**31), 0x7F800000, values.shape, dtype=np.int64)
         values = values.astype(np.int32).view(np.float32)
         values[~np.isfinite(values)] = np.inf
-    order = np.argsort(np.abs(values), axis=1, kind="stable")
-    expected = np.argsort(order, axis=1, kind="stable").astype(np.float32)
+    # Of equal magnitudes the first is the largest: sorted backwards, by a stable sort.
+    order = np.argsort(np.abs(values[:, ::-1]), axis=1, kind="stable")
+    expected = np.argsort(order, axis=1, kind="stable")[:, ::-1].astype(np.float32)
     ranks = values if in_place else np.empty_like(values)
     scratch = np.empty(2 * row_numel, dtype=np.uint64)
 

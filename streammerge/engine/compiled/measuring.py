@@ -321,7 +321,7 @@ class CompiledMeasuring:
                 scope.begin,
                 scope.end,
                 Segment(0, scope.numel, scope.part, 0, 0, scope.known, []),
-                [rank if 0 < rank.k < scope.numel else None for rank in own],
+                [rank if rank.is_open(scope.numel) else None for rank in own],
             )
             for scope, own in zip(batch, ranks, strict=True)
         ]
@@ -355,7 +355,7 @@ class _Scope:
 def _tops(job: _Job, ranks: Sequence[Rank], numel: int) -> tuple[TopK, ...]:
     tops = []
     for rank, counted in zip(ranks, job.counted, strict=True):
-        settled = settled_without_values(numel, rank.k)
+        settled = settled_without_values(numel, rank.k, of_value=rank.of_value)
         if settled is None:
             settled = statistic_of_block(counted, numel, rank.k, rank.tie_policy)
         tops.append(settled)
