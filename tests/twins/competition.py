@@ -52,16 +52,24 @@ def pcb(
     start, tasks = subtract_base(base, sources)
     if start.size == 0:
         return start
-    clamped = [np.sign(task) * _clamp_to_quantiles(np.abs(task), clamp, clamp) for task in tasks]
-    normed = [_norm_range(np.abs(task)) for task in clamped]
     total, divisor = np.zeros_like(start), np.zeros_like(start)
-    for source, factor in enumerate(spread(weight, len(tasks))):
-        within = np.exp(len(tasks) * normed[source] ** 2)
-        score = within * _cross_score(source, tasks, normed, cross)
+    scored = score_tasks(tasks, clamp=clamp, cross=cross)
+    for factor, (clamped, score) in zip(spread(weight, len(tasks)), scored, strict=True):
         share = _share(score, ratio)
-        total = total + factor * clamped[source] * share
+        total = total + factor * clamped * share
         divisor = divisor + share
     return start + lambda_ * total / np.maximum(divisor, 1e-12)
+
+
+def score_tasks(tasks: Sequence[Array], *, clamp: float, cross: Cross) -> list[tuple[Array, Array]]:
+    """Return each task vector clamped, and its scores: steps 1 to 3 of :func:`pcb`."""
+    clamped = [np.sign(task) * _clamp_to_quantiles(np.abs(task), clamp, clamp) for task in tasks]
+    normed = [_norm_range(np.abs(task)) for task in clamped]
+    withins = [np.exp(len(tasks) * each**2) for each in normed]
+    scores = [
+        within * _cross_score(source, tasks, normed, cross) for source, within in enumerate(withins)
+    ]
+    return list(zip(clamped, scores, strict=True))
 
 
 def _cross_score(
