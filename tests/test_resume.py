@@ -21,6 +21,7 @@ import pytest
 import torch
 import yaml
 from models import MEMORY, Models, recipe_of
+from streammerge.engine.statistics import ScopeStatistics
 
 import streammerge
 from streammerge.checkpoint import journal, outputdir, outputfile
@@ -41,7 +42,6 @@ from streammerge.engine import scheduling
 from streammerge.engine.pipeline import run_pipeline
 from streammerge.engine.progress import ProgressEvent
 from streammerge.engine.resuming import Recovered
-from streammerge.engine.statistics import ScopeStatistics
 from streammerge.errors import CheckpointError, OutputError, OutputExistsError, ResumeError
 from streammerge.plan.chunking import Piece
 from streammerge.plan.types import MergePlan

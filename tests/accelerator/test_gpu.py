@@ -21,16 +21,16 @@ from models import (
     recipe_of,
     recut,
 )
+from streammerge.methods.parts import divide_, trim_, trim_unseen_
 from test_device_merge import CASES, DTYPES, draw, in_steps, plan_on, recipe_for
 
 import streammerge
 from streammerge.engine.accelerator.cuda import CudaBackend
 from streammerge.engine.accelerator.opening import count_devices
 from streammerge.errors import DeviceError, MemoryBudgetError, NonFiniteError
-from streammerge.tiles.masks import draw_keep_mask
-from streammerge.methods.parts import divide_, trim_, trim_unseen_
 from streammerge.rng import keep_mask, stream_key
 from streammerge.statistics.topk import TopK
+from streammerge.tiles.masks import draw_keep_mask
 
 pytestmark = [
     pytest.mark.gpu,

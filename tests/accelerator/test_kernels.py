@@ -8,14 +8,14 @@ import torch
 from fake_backend import Watch
 from hypothesis import given
 from hypothesis import strategies as st
-
-from streammerge.tiles.masks import draw_keep_mask
 from streammerge.methods.parts import divide_, trim_, trim_unseen_
+
 from streammerge.rng import keep_mask, stream_key
 from streammerge.statistics import BLOCK, count_blocks
 from streammerge.statistics.in_tensors import COUNTS, Answers, counted_blocks, values_inside
 from streammerge.statistics.magnitude import BINS, Band, Bins, Question, answer_block
 from streammerge.statistics.topk import TopK
+from streammerge.tiles.masks import draw_keep_mask
 
 CPU = torch.device("cpu")
 
