@@ -14,7 +14,7 @@ from itertools import combinations_with_replacement
 import numpy as np
 from numpy.typing import NDArray
 
-from streammerge.statistics.rounds import Answers, Round
+from streammerge.statistics.rounds import Answers, Round, RowAnswers, RowNumbers, RowRound
 from streammerge.tiles.writing import Row, Sheet, Sink, dot, weighted_sum
 
 Gram = NDArray[np.float64]
@@ -43,6 +43,28 @@ def gram_round(
         return settle(gram_of(answers.totals))
 
     return Round(sinks, settle=concluded, about=about)
+
+
+def gram_row_round(vectors: Vectors, settle: Callable[[Gram], RowNumbers]) -> RowRound:
+    """Return the same about single rows.
+
+    Args:
+        vectors: Returns the rows of tiles.
+        settle: Given ``[rows, n, n]``: the numbers for each row, ``[rows, numbers]``.
+    """
+
+    def sinks(sheet: Sheet) -> Sequence[Sink]:
+        rows = vectors(sheet)
+        return [dot(one, other) for one, other in combinations_with_replacement(rows, 2)]
+
+    def settled(answers: RowAnswers) -> RowNumbers:
+        count = (math.isqrt(8 * answers.totals.shape[1] + 1) - 1) // 2
+        grams = np.zeros((len(answers.totals), count, count))
+        upper = np.triu_indices(count)
+        grams[:, upper[0], upper[1]] = grams[:, upper[1], upper[0]] = answers.totals
+        return settle(grams)
+
+    return RowRound(sinks, settled)
 
 
 def gram_of(products: Sequence[float]) -> Gram:

@@ -8,18 +8,39 @@ where ``nuslerp_row_wise`` takes columns.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import StrEnum
+
+import numpy as np
 
 from streammerge.methods.base import WEIGHT, Law, MergeMethod, Operand, Work, parameter
-from streammerge.methods.gram import Gram, combined, gram_round
-from streammerge.recipe.types import Semantics
-from streammerge.tiles.writing import Row, Sheet
+from streammerge.methods.gram import Gram, gram_round, gram_row_round
+from streammerge.recipe.types import ParameterKind, ParameterSpec, Semantics
+from streammerge.tiles.writing import Row, Sheet, weighted_sum
 
 _SMALLEST_NORM = 1e-7
 _STRAIGHT_BELOW = 1e-12
 _LEAST_SUM = 1e-6
+
+
+class Axis(StrEnum):
+    """What has an angle of its own."""
+
+    TENSOR = "tensor"
+    """The tensor."""
+    ROWS = "rows"
+    """Every vector along the last dimension."""
+
+
+AXIS = ParameterSpec(
+    name="axis",
+    kind=ParameterKind.CHOICE,
+    doc="What has an angle of its own: the tensor, or every vector along the last dimension.",
+    default=Axis.TENSOR.value,
+    per_source=False,
+    choices=tuple(Axis),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,31 +49,51 @@ class NuslerpParams:
 
     weight: tuple[float, ...] = parameter(WEIGHT)
     """Factor per source; only their ratio matters."""
+    axis: str = parameter(AXIS)
+    """``tensor`` or ``rows``."""
 
 
 def nuslerp(params: NuslerpParams) -> Work:
     """Return the point at ``w_2 / (w_1 + w_2)`` on the arc, plus the base if there is one."""
     first, second = params.weight
     t = 0.5 if abs(first + second) < _LEAST_SUM else second / (first + second)
+    by_rows = Axis(params.axis) is Axis.ROWS
 
     def ends(sheet: Sheet) -> Sequence[Row]:
         return sheet.vectors
 
     def merge(sheet: Sheet) -> Row:
-        merged = combined(ends(sheet), sheet)
+        number = sheet.row_number if by_rows else sheet.number
+        merged = weighted_sum(ends(sheet), [number(0), number(1)])
         return sheet.base + merged if sheet.has_base else merged
 
-    return Work(merge, (gram_round(ends, lambda gram: arc(gram, t), (t,)),))
+    if by_rows:
+        return Work(merge, row_rounds=(gram_row_round(ends, lambda grams: arcs(grams, t)),))
+
+    def settle(gram: Gram) -> Sequence[float]:
+        return [float(each) for each in arcs(gram[None], t)[0]]
+
+    return Work(merge, (gram_round(ends, settle, (t,)),))
 
 
-def arc(gram: Gram, t: float) -> Sequence[float]:
-    """Return the coefficients of two ends, for the point at ``t`` on the arc between them."""
-    lengths = [max(math.sqrt(gram[end, end]), _SMALLEST_NORM) for end in (0, 1)]
-    cosine = min(max(float(gram[0, 1]) / math.prod(lengths), -1.0), 1.0)
-    if 1 - cosine * cosine <= _STRAIGHT_BELOW:
-        return [1 - t, t]
-    angle = math.acos(cosine)
-    return [math.sin((1 - t) * angle) / math.sin(angle), math.sin(t * angle) / math.sin(angle)]
+def arcs(grams: Gram, t: float) -> Gram:
+    """Return the coefficients of two ends, for the point at ``t`` on the arc between them.
+
+    Args:
+        grams: ``[rows, 2, 2]``.
+        t: Where on the arc.
+
+    Returns:
+        ``[rows, 2]``.
+    """
+    lengths = np.maximum(np.sqrt(np.diagonal(grams, axis1=1, axis2=2)), _SMALLEST_NORM)
+    cosine = np.clip(grams[:, 0, 1] / (lengths[:, 0] * lengths[:, 1]), -1.0, 1.0)
+    straight = 1 - cosine * cosine <= _STRAIGHT_BELOW
+    angle = np.arccos(cosine)
+    sine = np.where(straight, 1.0, np.sin(angle))
+    first = np.where(straight, 1 - t, np.sin((1 - t) * angle) / sine)
+    second = np.where(straight, t, np.sin(t * angle) / sine)
+    return np.stack([first, second], axis=1)
 
 
 METHODS = (
@@ -65,7 +106,12 @@ METHODS = (
         work=nuslerp,
         semantics=(Semantics.MERGEKIT,),
         sources=(2, 2),
-        examples=({}, {"weight": (0.25, 0.75)}, {"weight": (1.5, -0.5)}, {"weight": (0.3, 0.6)}),
+        examples=(
+            {},
+            {"weight": (0.25, 0.75)},
+            {"weight": (1.5, -0.5)},
+            {"weight": (0.3, 0.6), "axis": "rows"},
+        ),
         waived={Law.FIXED_POINT: "without a base, equal values are weighed and added"},
     ),
 )
