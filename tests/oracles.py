@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from streammerge import functional
+from streammerge.engine.gathering import make_whole
 from streammerge.engine.plain import bind_numbers
 from streammerge.engine.rows import KnownRows
 from streammerge.methods import discover_methods
-from streammerge.methods.base import Operand, Scope
+from streammerge.methods.base import Operand, Scope, Work
 from streammerge.methods.programs import Programs, programs_of
 from streammerge.rng import keep_mask, keep_mask_by, stream_key
 from streammerge.statistics import BLOCK, count_blocks
@@ -234,6 +235,12 @@ def apply_to_whole_tensors(
     of_model = programs.work.scope is Scope.MODEL
     found = {}
     for scope in [list(whole)] if of_model else [[name] for name in whole]:
+        if programs.work.whole is not None:
+            (name,) = scope
+            found[name] = whole[name].made(
+                programs.work, tuple(base[name].shape), has_base=on_tasks
+            )
+            continue
         found |= _find_plainly(programs, {name: whole[name] for name in scope})
     merged = {}
     for name, tensor in whole.items():
@@ -376,7 +383,17 @@ class _WholeTensor:
             known = replace(known, computed=tuple(_rank(each, count, self.row) for each in ranks))
         return replace(self, rows_known=known)
 
+    def made(self, work: Work, shape: tuple[int, ...], *, has_base: bool) -> Found:
+        """Return what a method makes of the whole tensor."""
+        rows = [row - self.base_row if has_base else row for row in self.rows]
+        if not self.base_row.numel():
+            return Found(made=np.zeros(0))
+        return make_whole(work, torch.stack(rows).numpy(), shape)
+
     def computed(self, index: int, out: Tensor) -> None:
+        if self.found.made is not None:
+            out.copy_(torch.from_numpy(self.found.made))
+            return
         out.copy_(torch.from_numpy(self.rows_known.computed[index]))
 
     def base(self, out: Tensor) -> None:

@@ -62,6 +62,10 @@ class DeviceStage(Protocol):
         """Answer what is asked, for each block of a piece of one part."""
         ...
 
+    def gather(self, piece: PieceInMemory, out: NDArray[Any]) -> None:
+        """Fill ``out``, ``[sources, numel]`` in the compute dtype, with the vectors of a piece."""
+        ...
+
     def settle(self, piece: PieceInMemory) -> list[Found]:
         """Return all that the method asks about whole tensors that fill at most a block, each."""
         ...

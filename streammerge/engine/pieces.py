@@ -170,7 +170,14 @@ class _ChunkView:
         """Return the end of the run of pieces, from ``begin`` on, that can be merged as one."""
         plan = self._plan
         first = plan.tasks[self._pieces[begin].task]
-        alone = first.changes or first.region or first.encoding or first.row or plan.keep_non_finite
+        alone = (
+            first.changes
+            or first.region
+            or first.encoding
+            or first.row
+            or first.whole
+            or plan.keep_non_finite
+        )
         if first.action is not Action.MERGE or alone:
             return begin + 1
         kind = _kind(first)
@@ -217,7 +224,7 @@ class _ChunkView:
 def _kind(task: TensorTask) -> tuple[Any, ...]:
     """Return what tensors must share to be merged as one."""
     stored = tuple(entry.dtype if entry else None for entry in task.inputs)
-    alone = bool(task.changes or task.region or task.encoding or task.row)
+    alone = bool(task.changes or task.region or task.encoding or task.row or task.whole)
     return task.action, task.setting, task.dtype, stored, alone
 
 

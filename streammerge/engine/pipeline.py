@@ -30,8 +30,9 @@ from streammerge.engine.progress import OnProgress, Progress, Stage
 from streammerge.engine.queues import Outstanding, WorkQueue
 from streammerge.engine.results import Results, TensorResult
 from streammerge.engine.resuming import Recovered
-from streammerge.engine.scheduling import OnScope, Schedule, Shop, Work
+from streammerge.engine.scheduling import Schedule
 from streammerge.engine.shelf import FactorShelf
+from streammerge.engine.shop import OnScope, Shop, Work
 from streammerge.engine.writing import Output, WriteJob, run_writer
 from streammerge.errors import StageError, StreamMergeError
 from streammerge.lazily import torch

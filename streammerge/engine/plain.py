@@ -22,6 +22,7 @@ from streammerge.engine.asking import Asking, BlockAnswer, join_answers
 from streammerge.engine.changing import ChangeWork
 from streammerge.engine.device import Applied
 from streammerge.engine.finite import LARGEST, check_range
+from streammerge.engine.gathering import make_whole
 from streammerge.engine.pieces import Part, PieceInMemory, Stored, torch_dtype
 from streammerge.engine.reading import Bench, BlockReader
 from streammerge.engine.rows import (
@@ -74,6 +75,7 @@ class PlainStage:
         self._bench = Bench(plan, ChangeWork(plan), memory[0], memory[1], masks)
         self._registers = memory[2:]
         self._tells = method.random or plan.model_scope
+        self._n_sources = len(plan.models) - plan.has_base
 
     def apply(self, piece: PieceInMemory, found: Sequence[Found], out: Stored) -> list[Applied]:
         """Merge a piece; see :class:`DeviceStage`."""
@@ -279,11 +281,33 @@ class PlainStage:
         totals = np.array(join_totals(program.totals, sinks.totals))
         return BlockAnswer(tuple(counted), totals if asking.totals else None)
 
+    def gather(self, piece: PieceInMemory, out: NDArray[Any]) -> None:
+        """Fill in vectors; see :class:`DeviceStage`."""
+        programs = self._programs[piece.first.task.setting]
+        check = not self._plan.keep_non_finite
+        for block in split_piece(piece, [NOTHING], [[]]):
+            reader = BlockReader(
+                self._bench,
+                piece,
+                block.begin,
+                block.end - block.begin,
+                block.segments,
+                program=programs.merge,
+                check=check,
+            )
+            read = reader.task_vector if programs.merge.uses(Op.BASE) else reader.source
+            for source, row in enumerate(torch.from_numpy(out).unbind()):
+                read(source, row[block.begin : block.end])
+
     def settle(self, piece: PieceInMemory) -> list[Found]:
         """Find all that is asked about small tensors; see :class:`DeviceStage`."""
         programs = self._programs[piece.first.task.setting]
         if piece.numel == 0:
             return [found_of_nothing(programs)] * len(piece.parts)
+        if programs.work.whole is not None:
+            vectors = np.empty((self._n_sources, piece.numel), dtype=self._registers.numpy().dtype)
+            self.gather(piece, vectors)
+            return [make_whole(programs.work, vectors, piece.first.task.shape)]
         if len(programs.rounds) == 1 and not programs.rounds[0].totals and not programs.by_rows:
             return self._rank_together(piece, programs)
         whole = split_piece(piece, [NOTHING] * len(piece.parts), [[] for _ in piece.parts])

@@ -165,8 +165,13 @@ class BlockReader:
 
     def computed(self, index: int, out: Tensor) -> None:
         """Write what was computed before."""
-        assert self._rows is not None  # noqa: S101 - only such programs load them
-        out.copy_(torch.from_numpy(self._rows.computed[index]))
+        if self._rows is not None:
+            out.copy_(torch.from_numpy(self._rows.computed[index]))
+            return
+        (segment,) = self._segments
+        made = segment.found.made
+        assert made is not None  # noqa: S101 - only such programs load it
+        out.copy_(torch.from_numpy(made[segment.start : segment.start + out.numel()]))
 
     def change_(self, row: Tensor, source: int) -> None:
         """Change values as a source's adapter does, and round them."""

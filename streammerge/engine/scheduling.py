@@ -14,30 +14,27 @@ its thresholds are known; a scope in flight never waits for a second reservation
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from streammerge.assignment.types import Action
 from streammerge.checkpoint.snapshot import discard_snapshot
-from streammerge.engine.buffers import Allowance, SlotPool
 from streammerge.engine.device import DeviceStage
 from streammerge.engine.encoding import TensorScales
+from streammerge.engine.gathering import GatheredTensor
 from streammerge.engine.loading import Load, LoadedChunk
-from streammerge.engine.merging import ChunkMerger, FindStatistics
-from streammerge.engine.monitor import Monitor
+from streammerge.engine.merging import FindStatistics
 from streammerge.engine.pieces import PieceInMemory
-from streammerge.engine.progress import Progress
-from streammerge.engine.queues import Outstanding, WorkQueue
-from streammerge.engine.resuming import WHOLE_MODEL, Recovered
+from streammerge.engine.queues import Outstanding
+from streammerge.engine.resident import ResidentTensor, Users, measure, sample_pieces
+from streammerge.engine.resuming import WHOLE_MODEL
 from streammerge.engine.scopes import ScopeStatistics
+from streammerge.engine.shop import Shop
 from streammerge.methods.programs import Programs
 from streammerge.plan.budgeting import values_limit
 from streammerge.plan.chunking import Chunk, Piece, Residence, Unit, iter_units
 from streammerge.plan.sweeps import (
-    Needs,
     collecting_limit,
     pack_sample,
     scope_bytes,
@@ -45,50 +42,10 @@ from streammerge.plan.sweeps import (
 )
 from streammerge.plan.types import MergePlan, TensorTask
 from streammerge.statistics import BLOCK, count_blocks
-from streammerge.statistics.magnitude import choose_sample_runs
 from streammerge.statistics.rounds import NOTHING, Found
-
-Work = Callable[[DeviceStage], None]
-"""Something for a worker to do, on its own device stage."""
-
 
 SNAPSHOT_SECONDS = 60.0
 """Between two snapshots of a sweep over the model. One may take a second, if the disk is slow."""
-OnScope = Callable[[int, Found], None]
-"""Told the index of a tensor, or :data:`~streammerge.engine.resuming.WHOLE_MODEL`, and the statistics
-of that scope, one per source, on the thread that found them."""
-
-
-@dataclass(frozen=True, slots=True)
-class Shop:
-    """What all parts of a running merge share."""
-
-    plan: MergePlan
-    """The plan."""
-    needs: Needs
-    """The statistics that tensors need."""
-    monitor: Monitor
-    """Ends waiting."""
-    work: WorkQueue[Work]
-    """What workers take from."""
-    outstanding: Outstanding
-    """Chunks begun and not written."""
-    pool: SlotPool
-    """Input buffers."""
-    statistics: Allowance
-    """Bytes for statistics."""
-    merger: ChunkMerger
-    """Merges a loaded chunk and sends it to the writers."""
-    progress: Progress
-    """Counters."""
-    recovered: Recovered
-    """What an interrupted run has done."""
-    on_scope: OnScope
-    """Told the statistics of a scope, by tensor, when they are known."""
-    snapshot: Path | None
-    """Where to save the state of a sweep over the model, now and then; None for nowhere."""
-    keep_cached: bool
-    """Whether all inputs fit the page cache, so that a second sweep finds them there."""
 
 
 class Schedule:
@@ -161,8 +118,9 @@ class Schedule:
         # Small enough for the room that a worker keeps for itself: nothing is reserved.
         limit = values_limit(task.numel)
         statistics = _tensor_statistics(self._shop.plan, need, task, limit)
+        assert isinstance(statistics, ScopeStatistics)  # noqa: S101 - others have units of their own
         while statistics.found is None:
-            _sample_pieces(stage, statistics, [piece])
+            sample_pieces(stage, statistics, [piece])
             statistics.add(0, stage.measure(piece, statistics.asking))
             statistics.conclude()
         return [statistics.found]
@@ -175,15 +133,17 @@ class Schedule:
         reserved = shop.statistics.reserve(scope_bytes(shop.plan, need, task.numel))
         limit = collecting_limit(shop.plan, need, task.numel, reserved)
         statistics = _tensor_statistics(shop.plan, need, task, limit)
-        tensor = ResidentTensor(shop, statistics, reserved, len(unit.chunks))
+        tensor = ResidentTensor(shop, statistics, reserved, len(unit.chunks), task)
         for chunk in unit.chunks:
             shop.outstanding.begin()
             yield Load(chunk, tensor.arrived, last_use=True)
 
     def _load_streamed(self, unit: Unit, rest: Sequence[Chunk]) -> Iterator[Load]:
         found = yield from self._find_statistics(unit)
+        made = 0 if found.made is None else found.made.nbytes
+        users = Users(len(rest), last=lambda: self._shop.statistics.release(made))
         for chunk in rest:
-            yield self._merge_load(chunk, found)
+            yield self._merge_load(chunk, found, merged=users.leave)
 
     def _load_encoded(
         self, unit: Unit, rest: Sequence[Chunk], found: Found | None
@@ -242,10 +202,16 @@ class Schedule:
         limit = collecting_limit(shop.plan, need, task.numel, reserved)
         statistics = _tensor_statistics(shop.plan, need, task, limit)
         yield from self._sweep(statistics, [task_index], unit.chunks, keep_cached=True)
-        shop.statistics.release(reserved)
-        assert statistics.found is not None  # noqa: S101 - the sweep ends when they are known
-        shop.on_scope(task_index, statistics.found)
-        return statistics.found
+        found = statistics.found
+        assert found is not None  # noqa: S101 - the sweep ends when they are known
+        self._release_but_made(reserved, found)
+        if found.made is None:
+            shop.on_scope(task_index, found)
+        return found
+
+    def _release_but_made(self, reserved: int, found: Found) -> None:
+        made = 0 if found.made is None else found.made.nbytes
+        self._shop.statistics.release(reserved - made)
 
     def _sweep_model(self) -> Generator[Load, None, Found | None]:
         """Find one threshold per source over all merged tensors, if they share a scope."""
@@ -287,7 +253,7 @@ class Schedule:
 
     def _sweep(
         self,
-        statistics: ScopeStatistics,
+        statistics: ScopeStatistics | GatheredTensor,
         tasks: Sequence[int],
         chunks: Sequence[Chunk],
         *,
@@ -296,43 +262,60 @@ class Schedule:
     ) -> Iterator[Load]:
         """Load a sample where one helps, and everything once per question, until all is known."""
         measuring = Outstanding(self._shop.monitor)
-        if snapshot is not None:
-            statistics.restore(snapshot)
+        scope = statistics if isinstance(statistics, ScopeStatistics) else None
+        if scope is not None and snapshot is not None:
+            scope.restore(snapshot)
         due = time.monotonic() + SNAPSHOT_SECONDS
         while statistics.found is None:
             runs = spread_runs(self._shop.plan, tasks, statistics.sample_runs)
-            if runs:
-                statistics.prepare_sample(sum(piece.numel for piece in runs))
+            if scope is not None and runs:
+                scope.prepare_sample(sum(piece.numel for piece in runs))
                 for chunk in pack_sample(self._shop.plan, runs):
-                    yield self._measure_load(chunk, statistics, measuring, sample=True)
+                    yield self._sample_load(chunk, scope, measuring)
                 measuring.wait()
-                statistics.conclude_sample()
+                scope.conclude_sample()
             for chunk in chunks:
                 rest = _unanswered(self._shop.plan, statistics, chunk)
                 if rest is None:
                     continue
-                load = self._measure_load(rest, statistics, measuring, sample=False)
+                load = self._measure_load(rest, statistics, measuring)
                 yield Load(load.chunk, load.then, last_use=not keep_cached)
-                if snapshot is not None and time.monotonic() >= due:
-                    statistics.save(snapshot)
+                if scope is not None and snapshot is not None and time.monotonic() >= due:
+                    scope.save(snapshot)
                     due = time.monotonic() + SNAPSHOT_SECONDS
             measuring.wait()
             statistics.conclude()
 
-    def _measure_load(
-        self, chunk: Chunk, statistics: ScopeStatistics, measuring: Outstanding, *, sample: bool
+    def _sample_load(
+        self, chunk: Chunk, statistics: ScopeStatistics, measuring: Outstanding
     ) -> Load:
-        measuring.begin()
-
         def work(stage: DeviceStage, loaded: LoadedChunk) -> None:
             for piece in loaded.pieces:
-                if sample:
-                    room = statistics.sample_room(piece.numel)
-                    stage.sample(piece, piece.first.start, statistics.asking, room)
-                else:
-                    _measure(stage, statistics, piece)
+                room = statistics.sample_room(piece.numel)
+                stage.sample(piece, piece.first.start, statistics.asking, room)
             loaded.release()
             measuring.end()
+
+        return self._load_for(chunk, work, measuring)
+
+    def _measure_load(
+        self, chunk: Chunk, statistics: ScopeStatistics | GatheredTensor, measuring: Outstanding
+    ) -> Load:
+        def work(stage: DeviceStage, loaded: LoadedChunk) -> None:
+            for piece in loaded.pieces:
+                measure(stage, statistics, piece)
+            loaded.release()
+            measuring.end()
+
+        return self._load_for(chunk, work, measuring)
+
+    def _load_for(
+        self,
+        chunk: Chunk,
+        work: Callable[[DeviceStage, LoadedChunk], None],
+        measuring: Outstanding,
+    ) -> Load:
+        measuring.begin()
 
         def then(loaded: LoadedChunk) -> None:
             self._shop.work.put(lambda stage: work(stage, loaded))
@@ -340,105 +323,9 @@ class Schedule:
         return Load(chunk, then, last_use=False)
 
 
-class ResidentTensor:
-    """A tensor whose chunks wait in memory for its thresholds."""
-
-    def __init__(self, shop: Shop, statistics: ScopeStatistics, reserved: int, chunks: int) -> None:
-        """Expect ``chunks`` chunks; ``reserved`` bytes are given back with the thresholds."""
-        self._shop = shop
-        self._statistics = statistics
-        self._reserved = reserved
-        self._expected = chunks
-        self._lock = threading.Lock()
-        self._loaded: list[LoadedChunk] = []
-        self._unanswered = 0
-
-    def arrived(self, loaded: LoadedChunk) -> None:
-        """Take a loaded chunk; the last one starts the statistics."""
-        with self._lock:
-            self._loaded.append(loaded)
-            complete = len(self._loaded) == self._expected
-        if complete:
-            self._shop.work.put(self._start, urgent=True)
-
-    def _start(self, stage: DeviceStage) -> None:
-        found = self._statistics.found
-        if found is None:
-            pieces = [loaded.pieces[0] for loaded in self._loaded]
-            _sample_pieces(stage, self._statistics, pieces)
-            self._unanswered = len(self._loaded)
-            for loaded in self._loaded:
-                self._shop.work.put(_bind(self._measure, loaded), urgent=True)
-            return
-        self._shop.statistics.release(self._reserved)
-        self._shop.on_scope(self._loaded[0].chunk.pieces[0].task, found)
-        for loaded in self._loaded:
-            self._shop.work.put(_bind(self._merge, loaded), urgent=True)
-        self._loaded = []
-
-    def _measure(self, stage: DeviceStage, loaded: LoadedChunk) -> None:
-        _measure(stage, self._statistics, loaded.pieces[0])
-        with self._lock:
-            self._unanswered -= 1
-            last = self._unanswered == 0
-        if last:
-            self._statistics.conclude()
-            self._start(stage)
-
-    def _merge(self, stage: DeviceStage, loaded: LoadedChunk) -> None:
-        found = self._statistics.found
-        assert found is not None  # noqa: S101 - merging starts when they are known
-        if self._shop.recovered.has(loaded.chunk.pieces[0]):
-            # It was read again only because the statistics of its tensor were lost.
-            loaded.release()
-            self._shop.outstanding.end()
-            return
-        self._shop.merger.merge(stage, loaded, lambda _: [found])
-
-
-class Users:
-    """Counts those who leave, and does something when the last one does; thread-safe."""
-
-    def __init__(self, count: int, *, last: Callable[[], None]) -> None:
-        """Expect ``count`` to leave."""
-        self._left = count
-        self._last = last
-        self._lock = threading.Lock()
-
-    def leave(self) -> None:
-        """Leave."""
-        with self._lock:
-            self._left -= 1
-            last = self._left == 0
-        if last:
-            self._last()
-
-
-def _bind(work: Callable[[DeviceStage, LoadedChunk], None], loaded: LoadedChunk) -> Work:
-    return lambda stage: work(stage, loaded)
-
-
-def _measure(stage: DeviceStage, statistics: ScopeStatistics, piece: PieceInMemory) -> None:
-    first_block = piece.first.task.scope_block + piece.first.start // BLOCK
-    statistics.add(first_block, stage.measure(piece, statistics.asking))
-
-
-def _sample_pieces(
-    stage: DeviceStage, statistics: ScopeStatistics, pieces: Sequence[PieceInMemory]
-) -> None:
-    """Sample a tensor that is all in memory, its pieces in any order."""
-    runs = choose_sample_runs(pieces[0].first.task.numel, statistics.sample_runs)
-    if not runs:
-        return
-    statistics.prepare_sample(sum(count for _, count in runs))
-    by_start = sorted(pieces, key=lambda piece: piece.first.start)
-    for start, count in runs:
-        piece = next(p for p in reversed(by_start) if p.first.start <= start)
-        stage.sample(piece, start, statistics.asking, statistics.sample_room(count))
-    statistics.conclude_sample()
-
-
-def _unanswered(plan: MergePlan, statistics: ScopeStatistics, chunk: Chunk) -> Chunk | None:
+def _unanswered(
+    plan: MergePlan, statistics: ScopeStatistics | GatheredTensor, chunk: Chunk
+) -> Chunk | None:
     """Return what of a chunk has not been measured in this round; None when all has."""
 
     def measured(piece: Piece) -> bool:
@@ -451,8 +338,15 @@ def _unanswered(plan: MergePlan, statistics: ScopeStatistics, chunk: Chunk) -> C
 
 def _tensor_statistics(
     plan: MergePlan, need: Programs, task: TensorTask, limit: int
-) -> ScopeStatistics:
+) -> ScopeStatistics | GatheredTensor:
     """Start the statistics of one tensor."""
+    if need.work.whole is not None:
+        return GatheredTensor(
+            need.work,
+            task,
+            sources=len(plan.models) - plan.has_base,
+            compute_dtype=plan.compute_dtype,
+        )
     return ScopeStatistics(
         need,
         numel=task.numel,

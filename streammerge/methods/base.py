@@ -10,12 +10,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields
 from enum import StrEnum
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from streammerge.recipe.types import ParameterKind, ParameterSpec, Semantics
 from streammerge.statistics.rounds import Round, RowRound
 from streammerge.statistics.topk import TiePolicy
 from streammerge.tiles.writing import Row, Sheet
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Operand(StrEnum):
@@ -36,6 +39,8 @@ class Locality(StrEnum):
     """The same element of every model."""
     ROW = "row"
     """The row that it lies in."""
+    TENSOR = "tensor"
+    """The whole tensor, which must fit the memory, several times over."""
 
 
 class Scope(StrEnum):
@@ -80,6 +85,11 @@ class Work:
     row_ranks: Callable[[Sheet], Sequence[Row]] | None = None
     """The values whose magnitudes are ranked within each row: :meth:`Sheet.computed` is 0 for the
     smallest and 1 for the largest of a row, in equal steps; 1/2 in a row of one."""
+    whole: Callable[[Sequence[Tensor]], Tensor] | None = None
+    """What is made of a whole tensor: given the vectors of all sources (task vectors where there is a
+    base), each of the tensor's shape, in the compute dtype, one of the same shape in float64. The
+    merge then finds it as :meth:`Sheet.computed` of 0. It may take
+    :data:`streammerge.plan.budgeting.WHOLE_BYTES` per element beside what it is given."""
     kept: Callable[[Sequence[int]], Sequence[int]] = _as_it_is
     """From how many entries each trim, or each source's random numbers, kept, to the entries that
     each source keeps; nothing where the method does not choose entries."""
@@ -87,6 +97,8 @@ class Work:
     @property
     def locality(self) -> Locality:
         """What must be seen together."""
+        if self.whole is not None:
+            return Locality.TENSOR
         by_rows = bool(self.row_rounds) or self.row_ranks is not None
         return Locality.ROW if by_rows else Locality.ELEMENT
 

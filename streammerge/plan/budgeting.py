@@ -40,6 +40,9 @@ _STATISTICS_SHARE = 0.15
 """Share of the free budget for top-k searches; more would only help guesses that miss."""
 _FACTORS_SHARE = 0.25
 """Share of the free budget for the adapters' tensors beyond what one tensor needs."""
+WHOLE_BYTES = 128
+"""Bytes per element that a method takes for what it makes of a whole tensor: a singular value
+decomposition in float64 with its workspace, copies, and the factors of all sources."""
 _BINS_BYTES = 1 * MIB
 """A histogram of 2^16 counters, and the one block's that is added to it."""
 _BYTES_PER_BLOCK = 24
@@ -78,6 +81,10 @@ class Demand:
     """Bytes of adapters that the tensor which needs most of them needs."""
     factors_nbytes: int = 0
     """Bytes of adapters that all tensors need."""
+    whole_numel: int = 0
+    """Elements of the largest tensor that must be seen whole; 0 where none must."""
+    whole_sources: int = 0
+    """Vectors of it that are gathered."""
     around_numel: int = 0
     """Most elements that a chunk reads beyond its own, for the sake of whole rows."""
     run_numel: int = BLOCK
@@ -171,6 +178,21 @@ def _smallest_slot(demand: Demand) -> int:
     return (BLOCK + demand.around_numel) * demand.input_itemsize
 
 
+def whole_bytes(sources: int, numel: int, itemsize: int) -> int:
+    """Return the memory of a tensor that is gathered, of what is made of it, and of the making.
+
+    Args:
+        sources: Vectors.
+        numel: Elements of each.
+        itemsize: Bytes per element.
+    """
+    return ((sources + 1) * itemsize + WHOLE_BYTES) * numel
+
+
+def _demanded_whole(demand: Demand, numel: int) -> int:
+    return whole_bytes(demand.whole_sources, numel, demand.compute_itemsize) if numel else 0
+
+
 def records_bytes(tensors: int, blocks: int) -> int:
     """Return the memory of what is known of finished tensors until the manifest is written."""
     return tensors * _RECORD_BYTES + blocks * _BLOCK_RECORD_BYTES
@@ -216,8 +238,9 @@ def _has_statistics(demand: Demand) -> bool:
 
 def _statistics_floor(demand: Demand) -> int:
     # A tensor has its search behind it when its scales are found.
+    whole = _demanded_whole(demand, demand.whole_numel)
     if not _has_statistics(demand):
-        return demand.scales_nbytes
+        return max(demand.scales_nbytes, whole)
     limit = min(demand.statistic_numel, _DIRECT_NUMEL)
     search = search_bytes(demand.statistics, demand.statistic_numel, demand.compute_itemsize, limit)
     return max(search, demand.scales_nbytes)
@@ -225,8 +248,9 @@ def _statistics_floor(demand: Demand) -> int:
 
 def _statistics_useful(demand: Demand) -> int:
     """Two scopes at once, so that one is counted while the other is sorted out."""
+    whole = _demanded_whole(demand, demand.whole_numel)
     if not _has_statistics(demand):
-        return 2 * demand.scales_nbytes
+        return max(2 * demand.scales_nbytes, whole)
     numel = demand.statistic_numel
     search = search_bytes(demand.statistics, numel, demand.compute_itemsize, values_limit(numel))
     return 2 * max(search, demand.scales_nbytes)
@@ -235,7 +259,7 @@ def _statistics_useful(demand: Demand) -> int:
 def _worker_bytes(demand: Demand) -> int:
     """One worker's blocks, and the search that it runs by itself on a small tensor."""
     blocks = demand.compute_rows * demand.run_numel * demand.compute_itemsize + _WORKER_BYTES
-    blocks += demand.row_bytes
+    blocks += demand.row_bytes + _demanded_whole(demand, min(demand.whole_numel, BLOCK))
     blocks += demand.device_worker_bytes + demand.encoding_bytes
     if not _has_statistics(demand):
         return blocks

@@ -115,7 +115,7 @@ def iter_units(plan: MergePlan, *, must_look: Callable[[TensorTask], bool]) -> I
         if task.action is Action.SCALES:
             # Made and written with the tensor whose they are.
             continue
-        if fits_one_slot(plan, task):
+        if fits_one_slot(plan, task) and not _is_gathered(task):
             if not batch.fits(task):
                 yield from batch.flush()
             batch.add(index, task)
@@ -128,6 +128,11 @@ def iter_units(plan: MergePlan, *, must_look: Callable[[TensorTask], bool]) -> I
             residence = _residence(plan, chunks) if must_look(task) else Residence.PASSING
         yield Unit(residence, chunks)
     yield from batch.flush()
+
+
+def _is_gathered(task: TensorTask) -> bool:
+    """Return whether a tensor takes memory of its own, however small a part of a slot it is."""
+    return task.whole and task.numel > BLOCK
 
 
 def plan_reads(plan: MergePlan, chunk: Chunk) -> tuple[ModelRead, ...]:

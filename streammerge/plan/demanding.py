@@ -43,7 +43,7 @@ def measure_demand(
     merged = [task for task in tasks if task.action is Action.MERGE]
     made = [task for task in tasks if task.action in (Action.MERGE, Action.CONVERT)]
     counts = reduce(Counts.joined, (each.counts for each in programs), Counts(0, 0))
-    needs = any(each.rounds for each in programs)
+    needs = any(each.rounds or each.work.whole for each in programs)
     widest = {id(task): widest_input(task) for task in tasks}
     numels = [task.numel for task in merged] or [0]
     changed = [task for task in merged if task.changes]
@@ -61,6 +61,8 @@ def measure_demand(
         ),
         compute_rows=_compute_rows(programs, torch=torch, changed=bool(changed)),
         compute_itemsize=itemsize,
+        whole_numel=max((task.numel for task in tasks if task.whole), default=0),
+        whole_sources=max((len(task.inputs) for task in tasks if task.whole), default=0),
         around_numel=max((most_around(task.row) for task in tasks), default=0),
         run_numel=max([BLOCK, *(task.row for task in tasks)]),
         row_bytes=max((_row_bytes(each, tasks) for each in programs if each.by_rows), default=0),

@@ -31,6 +31,8 @@ def needs_torch(
     """
     if not _serve(compute_dtype, keep_non_finite=keep_non_finite):
         return True
+    if any(one.work.whole is not None for one in programs):
+        return True
     every = [program for one in programs for program in one.all]
     if any(program.uses(Op.CHANGED) for program in every):
         return True

@@ -147,7 +147,7 @@ def plan_merge(
         programs_of(method, each.values, sources=len(sources), has_base=base is not None)
         for each in assignment.settings
     ]
-    tasks = [_in_rows(task, programs) for task in tasks]
+    tasks = [_with_locality(task, programs) for task in tasks]
     torch = bool(machine.devices) or needs_torch(
         programs,
         tasks,
@@ -434,9 +434,13 @@ def _tasks(
     return tasks
 
 
-def _in_rows(task: TensorTask, programs: Sequence[Programs]) -> TensorTask:
-    """Return a task that says how long its rows are, if the method sees whole rows together."""
-    if task.action is not Action.MERGE or not task.numel or not programs[task.setting].by_rows:
+def _with_locality(task: TensorTask, programs: Sequence[Programs]) -> TensorTask:
+    """Return a task that says what of it the method must see together."""
+    if task.action is not Action.MERGE or not task.numel:
+        return task
+    if programs[task.setting].work.whole is not None:
+        return replace(task, whole=True)
+    if not programs[task.setting].by_rows:
         return task
     return replace(task, row=task.shape[-1] if task.shape else 1)
 

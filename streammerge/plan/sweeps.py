@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from streammerge.assignment.types import Action
 from streammerge.methods.base import MergeMethod
 from streammerge.methods.programs import Programs, programs_of
-from streammerge.plan.budgeting import affordable_limit, search_bytes, values_limit
+from streammerge.plan.budgeting import affordable_limit, search_bytes, values_limit, whole_bytes
 from streammerge.plan.chunking import (
     Chunk,
     Piece,
@@ -60,7 +60,7 @@ class Needs:
         if task.action is not Action.MERGE:
             return None
         programs = self._by_setting[task.setting]
-        return programs if programs.rounds else None
+        return programs if programs.rounds or programs.work.whole else None
 
     def must_look(self, task: TensorTask) -> bool:
         """Return whether a tensor must be seen whole before it can be merged.
@@ -84,6 +84,8 @@ def asks(need: Programs, numel: int) -> bool:
     """Return whether the statistics of ``numel`` elements depend on the elements at all."""
     if numel == 0:
         return False
+    if need.work.whole is not None:
+        return True
     if len(need.rounds) > 1 or need.rounds[0].totals:
         return True
     return _any_open(need.work.rounds[0].ranks(numel, NOTHING), numel)
@@ -96,6 +98,8 @@ def _any_open(ranks: Sequence[Rank], numel: int) -> bool:
 def scope_bytes(plan: MergePlan, need: Programs, numel: int) -> int:
     """Return the bytes that the statistics of a scope reserve, at most what the plan has."""
     itemsize = plan.compute_dtype.itemsize
+    if need.work.whole is not None:
+        return whole_bytes(len(plan.models), numel, itemsize)
     useful = search_bytes(need.counts, numel, itemsize, values_limit(numel))
     return min(useful, plan.resources.statistics_bytes)
 
@@ -204,7 +208,7 @@ def _sweep_bytes(plan: MergePlan, need: Programs, tasks: Sequence[int]) -> int:
         _stored_nbytes(task, task.numel + around_numel(plan, task))
         for task in (plan.tasks[index] for index in tasks)
     )
-    read = 0
+    read = whole if need.work.whole is not None else 0
     for index, program in enumerate(need.rounds):
         if index == 0:
             ranks = need.work.rounds[0].ranks(numel, NOTHING)

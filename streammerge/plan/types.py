@@ -89,6 +89,8 @@ class TensorTask:
     row: int = 0
     """Elements of a row, for methods that see whole rows together; 0 for others. What is read of a
     chunk then goes on to the ends of its first and last row."""
+    whole: bool = False
+    """Whether the method must see all of the tensor at once."""
 
     def surroundings(self, start: int, numel: int) -> tuple[int, int]:
         """Return how many elements before and behind a range its first and last row have."""

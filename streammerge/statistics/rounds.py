@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,6 +36,8 @@ class Found:
     """Which elements are kept of each ranked value, of all rounds so far in order."""
     numbers: tuple[float, ...] = ()
     """What rounds settled on, in order."""
+    made: NDArray[Any] | None = None
+    """``[numel]`` in the compute dtype: what was made of the whole tensor, for methods that do."""
 
     def joined(self, other: Found) -> Found:
         """Return this, and what a later round found."""

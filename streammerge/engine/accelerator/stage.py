@@ -78,6 +78,10 @@ class AcceleratorStage:
             self._host.measure(piece, asking)
             raise _unnamed(piece) from None
 
+    def gather(self, piece: PieceInMemory, out: NDArray[Any]) -> None:
+        """Fill in vectors."""
+        self._host.gather(piece, out)
+
     def settle(self, piece: PieceInMemory) -> list[Found]:
         """Find all that is asked about small tensors."""
         return self._host.settle(piece)

@@ -12,11 +12,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from streammerge.dtypes import DType
 from streammerge.engine.compiled.operands import CALLS, StoredOperand
 from streammerge.engine.rows import KnownRows
 from streammerge.engine.segments import Segment
 from streammerge.methods.programs import Programs
-from streammerge.native.library import Kernels
+from streammerge.native.library import DTYPE_CODES, Kernels
 from streammerge.native.machine import ALL_TIES, EncodedProgram, JobCall, Jobs, RoomCall
 from streammerge.plan.types import MergePlan
 from streammerge.rng import keep_limit, stream_key
@@ -115,6 +116,10 @@ class Bench:
             places: Where results go; see :meth:`streammerge.native.machine.Jobs.fill`.
         """
         program, code = encoded.program, encoded.code
+        if segment is not None and segment.found.made is not None:
+            made = segment.found.made[segment.start :]
+            place = made.ctypes.data - begin * made.itemsize
+            operands = [*operands, StoredOperand(place, made.itemsize, DTYPE_CODES[DType.F32])]
         flat = [word for each in operands[: code.operands] for word in (each.at(begin), each.code)]
         numbers = None
         if segment is not None and (program.has_found_numbers or program.has_row_numbers):

@@ -80,8 +80,14 @@ class CompiledStage:
         answers = self._measuring.answer(piece, asking)
         return self._plain.measure(piece, asking) if answers is None else answers
 
+    def gather(self, piece: PieceInMemory, out: NDArray[Any]) -> None:
+        """Fill in vectors."""
+        self._plain.gather(piece, out)
+
     def settle(self, piece: PieceInMemory) -> list[Found]:
         """Find all that is asked about small tensors."""
+        if piece.first.task.whole:
+            return self._plain.settle(piece)
         found = self._measuring.settle(piece)
         return self._plain.settle(piece) if found is None else found
 

@@ -1,0 +1,142 @@
+"""A tensor that waits in memory, and how pieces in memory are sampled and measured.
+
+Memory: the tensor's slots, and what is reserved for its statistics.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+
+from streammerge.engine.asking import BlockAnswer
+from streammerge.engine.device import DeviceStage
+from streammerge.engine.gathering import GatheredTensor
+from streammerge.engine.loading import LoadedChunk
+from streammerge.engine.pieces import PieceInMemory
+from streammerge.engine.scopes import ScopeStatistics
+from streammerge.engine.shop import Shop, Work
+from streammerge.plan.types import TensorTask
+from streammerge.statistics import BLOCK, count_blocks
+from streammerge.statistics.magnitude import choose_sample_runs
+
+
+class ResidentTensor:
+    """A tensor whose chunks wait in memory for its thresholds."""
+
+    def __init__(
+        self,
+        shop: Shop,
+        statistics: ScopeStatistics | GatheredTensor,
+        reserved: int,
+        chunks: int,
+        task: TensorTask,
+    ) -> None:
+        """Expect ``chunks`` chunks; ``reserved`` bytes are given back when all is known.
+
+        What was made of a whole tensor, ``task``, is let go of when it has been merged.
+        """
+        self._shop = shop
+        self._made = task.numel * shop.plan.compute_dtype.itemsize if task.whole else 0
+        self._users = Users(chunks, last=lambda: shop.statistics.release(self._made))
+        self._statistics = statistics
+        self._reserved = reserved
+        self._expected = chunks
+        self._lock = threading.Lock()
+        self._loaded: list[LoadedChunk] = []
+        self._unanswered = 0
+
+    def arrived(self, loaded: LoadedChunk) -> None:
+        """Take a loaded chunk; the last one starts the statistics."""
+        with self._lock:
+            self._loaded.append(loaded)
+            complete = len(self._loaded) == self._expected
+        if complete:
+            self._shop.work.put(self._start, urgent=True)
+
+    def _start(self, stage: DeviceStage) -> None:
+        found = self._statistics.found
+        if found is None:
+            pieces = [loaded.pieces[0] for loaded in self._loaded]
+            if isinstance(self._statistics, ScopeStatistics):
+                sample_pieces(stage, self._statistics, pieces)
+            self._unanswered = len(self._loaded)
+            for loaded in self._loaded:
+                self._shop.work.put(_bind(self._measure, loaded), urgent=True)
+            return
+        self._shop.statistics.release(self._reserved - self._made)
+        if found.made is None:
+            self._shop.on_scope(self._loaded[0].chunk.pieces[0].task, found)
+        for loaded in self._loaded:
+            self._shop.work.put(_bind(self._merge, loaded), urgent=True)
+        self._loaded = []
+
+    def _measure(self, stage: DeviceStage, loaded: LoadedChunk) -> None:
+        measure(stage, self._statistics, loaded.pieces[0])
+        with self._lock:
+            self._unanswered -= 1
+            last = self._unanswered == 0
+        if last:
+            self._statistics.conclude()
+            self._start(stage)
+
+    def _merge(self, stage: DeviceStage, loaded: LoadedChunk) -> None:
+        found = self._statistics.found
+        assert found is not None  # noqa: S101 - merging starts when they are known
+        if self._shop.recovered.has(loaded.chunk.pieces[0]):
+            # It was read again only because the statistics of its tensor were lost.
+            loaded.release()
+            self._users.leave()
+            self._shop.outstanding.end()
+            return
+        self._shop.merger.merge(stage, loaded, lambda _: [found])
+        self._users.leave()
+
+
+class Users:
+    """Counts those who leave, and does something when the last one does; thread-safe."""
+
+    def __init__(self, count: int, *, last: Callable[[], None]) -> None:
+        """Expect ``count`` to leave."""
+        self._left = count
+        self._last = last
+        self._lock = threading.Lock()
+
+    def leave(self) -> None:
+        """Leave."""
+        with self._lock:
+            self._left -= 1
+            last = self._left == 0
+        if last:
+            self._last()
+
+
+def _bind(work: Callable[[DeviceStage, LoadedChunk], None], loaded: LoadedChunk) -> Work:
+    return lambda stage: work(stage, loaded)
+
+
+def measure(
+    stage: DeviceStage, statistics: ScopeStatistics | GatheredTensor, piece: PieceInMemory
+) -> None:
+    """Ask a piece what a scope asks now."""
+    first_block = piece.first.task.scope_block + piece.first.start // BLOCK
+    if isinstance(statistics, GatheredTensor):
+        stage.gather(piece, statistics.room(piece.first.start, piece.numel))
+        there = [BlockAnswer((), None)] * count_blocks(piece.numel)
+        statistics.add(first_block, there)
+        return
+    statistics.add(first_block, stage.measure(piece, statistics.asking))
+
+
+def sample_pieces(
+    stage: DeviceStage, statistics: ScopeStatistics, pieces: Sequence[PieceInMemory]
+) -> None:
+    """Sample a tensor that is all in memory, its pieces in any order."""
+    runs = choose_sample_runs(pieces[0].first.task.numel, statistics.sample_runs)
+    if not runs:
+        return
+    statistics.prepare_sample(sum(count for _, count in runs))
+    by_start = sorted(pieces, key=lambda piece: piece.first.start)
+    for start, count in runs:
+        piece = next(p for p in reversed(by_start) if p.first.start <= start)
+        stage.sample(piece, start, statistics.asking, statistics.sample_room(count))
+    statistics.conclude_sample()
