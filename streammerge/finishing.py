@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from math import prod
 from pathlib import Path
 
@@ -289,6 +290,7 @@ def _tensor_records(planned: MergePlan, report: RunReport) -> dict[str, TensorRe
             density=tuple(count / max(task.numel, 1) for count in result.kept),
             # JSON has no infinity.
             thresholds=tuple(None if top == float("inf") else top for top in result.thresholds),
+            numbers=tuple(each if math.isfinite(each) else None for each in result.numbers),
             not_finite=result.not_finite,
         )
     return dict(sorted(records.items()))

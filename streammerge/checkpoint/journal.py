@@ -52,7 +52,9 @@ class PieceDone:
     tensor_kept: tuple[int, ...]
     """Entries of the whole tensor kept per source, by its statistics; empty without them."""
     thresholds: tuple[float, ...]
-    """Threshold per source; empty without statistics."""
+    """Threshold per ranked value; empty without statistics."""
+    numbers: tuple[float, ...]
+    """What else its statistics came to; empty where that is nothing."""
 
 
 @dataclass(frozen=True, slots=True)

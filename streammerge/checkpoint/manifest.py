@@ -54,8 +54,11 @@ class TensorRecord:
     density: tuple[float, ...]
     """Fraction kept per source; empty for methods that neither trim nor drop."""
     thresholds: tuple[float | None, ...]
-    """Top-k threshold per source; None for infinity, which no finite number passes; empty for methods
-    that do not trim."""
+    """Threshold per ranked value, mostly one per source; None for infinity, which no finite number
+    passes; empty for methods that rank nothing."""
+    numbers: tuple[float | None, ...]
+    """What else the method found, in the order of its rounds: coefficients, factors, counts; None for
+    what is not finite; empty for methods that look for nothing."""
     not_finite: int
     """Input values that were NaN or infinite and let through by ``non_finite: keep``."""
 

@@ -23,6 +23,8 @@ class TensorResult:
     """Entries that each threshold of the tensor keeps."""
     thresholds: tuple[float, ...]
     """The thresholds; empty for methods that do not trim."""
+    numbers: tuple[float, ...]
+    """What else the statistics came to; empty where that is nothing."""
     not_finite: int
     """Input values that were NaN or infinite and let through."""
     leaves: bytes
@@ -71,13 +73,14 @@ class Results:
 class _Sum:
     """The pieces of one tensor, added up."""
 
-    __slots__ = ("_kept", "_leaves", "_not_finite", "_tensor_kept", "_thresholds")
+    __slots__ = ("_kept", "_leaves", "_not_finite", "_numbers", "_tensor_kept", "_thresholds")
 
     def __init__(self, numel: int) -> None:
         self._leaves = bytearray(-(-numel // LEAF_ELEMENTS) * DIGEST_BYTES)
         self._kept: tuple[int, ...] = ()
         self._tensor_kept: tuple[int, ...] = ()
         self._thresholds: tuple[float, ...] = ()
+        self._numbers: tuple[float, ...] = ()
         self._not_finite = 0
 
     def add(self, piece: PieceDone) -> None:
@@ -89,12 +92,14 @@ class _Sum:
             self._kept = tuple(a + b for a, b in zip(known, piece.kept, strict=True))
         self._not_finite += piece.not_finite
         self._tensor_kept, self._thresholds = piece.tensor_kept, piece.thresholds
+        self._numbers = piece.numbers
 
     def result(self) -> TensorResult:
         return TensorResult(
             kept=self._kept,
             tensor_kept=self._tensor_kept,
             thresholds=self._thresholds,
+            numbers=self._numbers,
             not_finite=self._not_finite,
             leaves=bytes(self._leaves),
         )

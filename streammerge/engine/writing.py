@@ -122,4 +122,5 @@ def _record(claim: Claim, memory: memoryview) -> PieceDone:
         not_finite=claim.applied.not_finite,
         tensor_kept=tuple(top.kept for top in found.tops),
         thresholds=tuple(top.threshold for top in found.tops),
+        numbers=found.numbers,
     )

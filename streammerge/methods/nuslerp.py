@@ -11,13 +11,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from streammerge.lazily import torch
 from streammerge.methods.base import WEIGHT, Law, MergeMethod, Operand, Work, parameter
 from streammerge.methods.gram import Gram, gram_round, gram_row_round
 from streammerge.recipe.types import ParameterKind, ParameterSpec, Semantics
 from streammerge.tiles.writing import Row, Sheet, weighted_sum
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _SMALLEST_NORM = 1e-7
 _STRAIGHT_BELOW = 1e-12
@@ -31,12 +36,14 @@ class Axis(StrEnum):
     """The tensor."""
     ROWS = "rows"
     """Every vector along the last dimension."""
+    COLUMNS = "columns"
+    """Every vector along the first dimension; the tensor must fit the memory, several times over."""
 
 
 AXIS = ParameterSpec(
     name="axis",
     kind=ParameterKind.CHOICE,
-    doc="What has an angle of its own: the tensor, or every vector along the last dimension.",
+    doc="What has an angle of its own: the tensor, or every vector along its last or first dimension.",
     default=Axis.TENSOR.value,
     per_source=False,
     choices=tuple(Axis),
@@ -50,14 +57,17 @@ class NuslerpParams:
     weight: tuple[float, ...] = parameter(WEIGHT)
     """Factor per source; only their ratio matters."""
     axis: str = parameter(AXIS)
-    """``tensor`` or ``rows``."""
+    """``tensor``, ``rows`` or ``columns``."""
 
 
 def nuslerp(params: NuslerpParams) -> Work:
     """Return the point at ``w_2 / (w_1 + w_2)`` on the arc, plus the base if there is one."""
     first, second = params.weight
     t = 0.5 if abs(first + second) < _LEAST_SUM else second / (first + second)
-    by_rows = Axis(params.axis) is Axis.ROWS
+    axis = Axis(params.axis)
+    if axis is Axis.COLUMNS:
+        return Work(_add_base, whole=lambda vectors: _along_columns(vectors, t))
+    by_rows = axis is Axis.ROWS
 
     def ends(sheet: Sheet) -> Sequence[Row]:
         return sheet.vectors
@@ -74,6 +84,21 @@ def nuslerp(params: NuslerpParams) -> Work:
         return [float(each) for each in arcs(gram[None], t)[0]]
 
     return Work(merge, (gram_round(ends, settle, (t,)),))
+
+
+def _add_base(sheet: Sheet) -> Row:
+    merged = sheet.computed(0)
+    return sheet.base + merged if sheet.has_base else merged
+
+
+def _along_columns(vectors: Sequence[Tensor], t: float) -> Tensor:
+    """Return the points on the arcs between vectors along the first dimension."""
+    shape = vectors[0].shape
+    ends = [vector.double().view(shape[0] if shape else 1, -1) for vector in vectors]
+    grams = np.stack([(one * other).sum(dim=0).numpy() for one in ends for other in ends], axis=1)
+    of_first, of_second = torch.from_numpy(arcs(grams.reshape(-1, 2, 2), t)).T
+    merged: Tensor = ends[0] * of_first + ends[1] * of_second
+    return merged.view(shape)
 
 
 def arcs(grams: Gram, t: float) -> Gram:
@@ -111,6 +136,7 @@ METHODS = (
             {"weight": (0.25, 0.75)},
             {"weight": (1.5, -0.5)},
             {"weight": (0.3, 0.6), "axis": "rows"},
+            {"weight": (0.3, 0.6), "axis": "columns"},
         ),
         waived={Law.FIXED_POINT: "without a base, equal values are weighed and added"},
     ),

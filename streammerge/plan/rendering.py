@@ -11,8 +11,11 @@ from streammerge.assignment.types import Action
 from streammerge.checkpoint.metadata import FORMAT
 from streammerge.checkpoint.types import JsonChange
 from streammerge.errors import printable
+from streammerge.methods import discover_methods
+from streammerge.plan.budgeting import whole_bytes
 from streammerge.plan.chunking import fits_one_slot
 from streammerge.plan.kernels import kernels_serve
+from streammerge.plan.sweeps import programs_of_plan
 from streammerge.plan.types import DeviceResources, MergePlan
 from streammerge.units import format_size
 
@@ -61,6 +64,7 @@ def render_plan(plan: MergePlan) -> str:
     rows += _setting_rows(plan)
     twice = plan.bytes_to_read - plan.input_nbytes
     again = f", {format_size(twice)} of it a second time for statistics" if twice else ""
+    rows += _locality_rows(plan)
     rows.append(("passes", _passes(plan, twice)))
     rows.append(("read", f"{format_size(plan.bytes_to_read)}{again}"))
     shards = len(plan.layout.shards)
@@ -242,10 +246,37 @@ def _passes(plan: MergePlan, twice: int) -> str:
         again = (
             "; one more for the scales of tensors that become codes and are larger than a buffer"
         )
+    rounds = _count_rounds(plan)
     if plan.model_scope:
-        return f"2: one over the whole model for its thresholds, one to merge{again}"
+        asking = (
+            "one over the whole model for its thresholds"
+            if rounds == 1
+            else f"{rounds} over the whole model for its statistics"
+        )
+        return f"{rounds + 1}: {asking}, one to merge{again}"
     if again:
-        return f"1 or, for tensors too large to be kept, 2{again}"
-    if twice:
-        return "2 for tensors too large to be kept, 1 for the others"
+        return f"1 or, for tensors too large to be kept, {rounds + 1}{again}"
+    if twice and rounds:
+        return f"{rounds + 1} for tensors too large to be kept, 1 for the others"
     return "1: every input byte is read once"
+
+
+def _count_rounds(plan: MergePlan) -> int:
+    """Return how often a tensor that is not kept is read before it is merged."""
+    programs = programs_of_plan(plan, discover_methods()[plan.method])
+    return max((len(each.rounds) if each.work.whole is None else 1 for each in programs), default=0)
+
+
+def _locality_rows(plan: MergePlan) -> list[tuple[str, str]]:
+    """Return what the method must see together, where that is more than single elements."""
+    widest = max((task.row for task in plan.tasks), default=0)
+    if widest:
+        return [("sees", f"whole rows, the widest of {widest:,} elements")]
+    largest = max((task.numel for task in plan.tasks if task.whole), default=0)
+    if not largest:
+        return []
+    nbytes = whole_bytes(len(plan.models) - plan.has_base, largest, plan.compute_dtype.itemsize)
+    size = format_size(nbytes)
+    return [
+        ("sees", f"whole tensors, the largest of {largest:,} elements, for which it takes {size}")
+    ]

@@ -99,7 +99,7 @@ def scope_bytes(plan: MergePlan, need: Programs, numel: int) -> int:
     """Return the bytes that the statistics of a scope reserve, at most what the plan has."""
     itemsize = plan.compute_dtype.itemsize
     if need.work.whole is not None:
-        return whole_bytes(len(plan.models), numel, itemsize)
+        return whole_bytes(len(plan.models) - plan.has_base, numel, itemsize)
     useful = search_bytes(need.counts, numel, itemsize, values_limit(numel))
     return min(useful, plan.resources.statistics_bytes)
 

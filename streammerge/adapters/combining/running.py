@@ -267,6 +267,7 @@ def _tensor_records(plan: CombinationPlan) -> dict[str, TensorRecord]:
                 numel=tensor.numel,
                 density=(),
                 thresholds=(),
+                numbers=(),
                 not_finite=0,
             )
     return dict(sorted(records.items()))
