@@ -1,18 +1,13 @@
 """Compiled twins of the loops that a merge spends its time in; everything works without them.
 
     block.h      tiles and element types
-    calls.h      what a call says
     philox.h     random lanes
-    merge.c      a block of every source to a block of the output, in one sweep
-    measure.c    a block's answer to a question about magnitudes
-    select.c     the threshold of a tensor that is all here
     machine.c    any program over tiles, in one sweep, step by step; machine.h says how it is called
       arithmetic.h functions.h majority.h placed.h totals.h asking.h    its steps, by kind
     ranks.c      where each value stands among the magnitudes of its row
     digits.h     the k-th largest of some magnitudes
     machine.py   programs and jobs as the machine reads them
     guard.c      copies from a mapping whose file may end early
-    words.py     what a method may ask for
     library.py   finds the kernels, and calls them
 
 torch and numpy do one operation at a time on a whole block, some thirty of them per merge, each at
