@@ -46,7 +46,14 @@ _SLACK_BYTES = 96 * MIB
 """Requests of the allocator are rounded up to 2 and 20 MiB. An estimate, see docs/design.md."""
 _LARGEST_STEP = 16 * BLOCK
 """4 million elements: an operation on them takes several times longer than to ask for it."""
-_ON_THE_CPU = (Op.EXPONENTIAL, Op.LOGARITHM, Op.COMPUTED, Op.CHANGED)
+_ON_THE_CPU = (
+    Op.EXPONENTIAL,
+    Op.LOGARITHM,
+    Op.EXPONENTIAL_LESS_ONE,
+    Op.LOGARITHM_OF_ONE_MORE,
+    Op.COMPUTED,
+    Op.CHANGED,
+)
 """Steps that are done in numpy, whose bits no other library has, or by adapters."""
 HOST_GROWTH_BYTES = 192 * MIB
 """What a device's kernels and streams take of the process once they are used. An estimate."""
