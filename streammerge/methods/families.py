@@ -161,18 +161,23 @@ def elected(sheet: Sheet, rows: Sequence[Row], params: Voting, zero_elects: Fact
         Divisor.COUNT: [1.0] * len(rows),
         Divisor.WEIGHTS: weights,
     }[Divisor(params.divisor)]
-    factors = weights
-    if Ballot(params.ballot) is Ballot.WEIGHTED:
-        rows = [row if w == 1 else row * w for row, w in zip(rows, weights, strict=True)]
-        factors = [1.0] * len(rows)
+    # What votes with its weight is averaged as it is.
+    votes = Ballot(params.ballot) is Ballot.WEIGHTED
     merged = majority_mean(
-        rows,
+        ballots(rows, params),
         vote=Vote[SignVote(params.majority_sign_method).name],
-        factors=factors,
+        factors=[1.0] * len(rows) if votes else weights,
         shares=shares,
         zero_elects=zero_elects,
     )
     return sheet.base + times(merged, params.lambda_)
+
+
+def ballots(rows: Sequence[Row], params: Voting) -> Sequence[Row]:
+    """Return what votes: rows as they are, or times their weights."""
+    if Ballot(params.ballot) is Ballot.UNWEIGHTED:
+        return rows
+    return [times(row, weight) for row, weight in zip(rows, params.weight, strict=True)]
 
 
 def added(

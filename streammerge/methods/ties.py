@@ -37,6 +37,8 @@ from streammerge.methods.families import (
     Ballot,
     Divisor,
     Rescale,
+    SignVote,
+    ballots,
     elected,
     l1_round,
 )
@@ -115,7 +117,7 @@ def ties(params: TiesParams) -> Work:
 
     zero_elects = Cancelled(params.cancelled)
     if zero_elects is Cancelled.MAJORITY:
-        rounds.append(_majority_round(rows))
+        rounds.append(_majority_round(rows, params))
 
     def merge(sheet: Sheet) -> Row:
         of_zero: Factor = 1.0
@@ -126,17 +128,24 @@ def ties(params: TiesParams) -> Work:
     return Work(merge, tuple(rounds), Scope(params.scope))
 
 
-def _majority_round(rows: Callable[[Sheet], Sequence[Row]]) -> Round:
+def _majority_round(rows: Callable[[Sheet], Sequence[Row]], params: TiesParams) -> Round:
     """Return the round that finds the sign which most elements elect."""
 
     def sinks(sheet: Sheet) -> Sequence[Sink]:
-        kept = rows(sheet)
-        return [total(sign(weighted_sum(kept, [1.0] * len(kept))))]
+        votes = ballots(rows(sheet), params)
+        if SignVote(params.majority_sign_method) is SignVote.FREQUENCY:
+            votes = [sign(vote) for vote in votes]
+        return [total(sign(weighted_sum(votes, [1.0] * len(votes))))]
 
     def settle(answers: Answers) -> Sequence[float]:
         return [1.0 if answers.totals[0] > 0 else -1.0]
 
-    return Round(sinks, settle=settle, about=("majority",))
+    return Round(sinks, settle=settle, about=(params.majority_sign_method, *_voters(params)))
+
+
+def _voters(params: TiesParams) -> tuple[float, ...]:
+    """Return the weights, if they vote."""
+    return params.weight if Ballot(params.ballot) is Ballot.WEIGHTED else ()
 
 
 METHODS = (
@@ -159,7 +168,7 @@ METHODS = (
             {"density": 0.2, "scope": "model"},
             {
                 "density": (0.2, 0.6),
-                "weight": (0.7, -0.4),
+                "weight": (0.75, -0.5),
                 "ballot": "weighted",
                 "divisor": "weights",
             },
