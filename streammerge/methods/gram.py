@@ -21,6 +21,10 @@ Gram = NDArray[np.float64]
 """``[n, n]``, symmetric."""
 Vectors = Callable[[Sheet], Sequence[Row]]
 
+_ROUNDING = 1e-14
+"""What rounding may leave of a squared length that is 0, as part of what it is made of. Inner products
+are right to 1e-16 of the lengths; with less room cancelled vectors would seem to have a direction."""
+
 
 def gram_round(
     vectors: Vectors,
@@ -81,5 +85,7 @@ def combined(rows: Sequence[Row], sheet: Sheet) -> Row:
 
 
 def norm(coefficients: NDArray[np.float64], gram: Gram) -> float:
-    """Return the length of a combination of the vectors."""
-    return math.sqrt(max(0.0, float(coefficients @ gram @ coefficients)))
+    """Return the length of a combination of the vectors; 0 where it is no more than rounding."""
+    squared = float(coefficients @ gram @ coefficients)
+    most = float(np.abs(coefficients) @ np.sqrt(np.diag(gram)))
+    return math.sqrt(squared) if squared > _ROUNDING * most * most else 0.0

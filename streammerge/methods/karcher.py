@@ -4,6 +4,8 @@ Source: Grove and Karcher 1973, "How to conjugate C1-close group actions"; gradi
 sphere as in Afsari, Tron and Vidal 2013, arXiv:1201.0925.
 Follows: mergekit 0.1.5 ``karcher``: sources weigh alike, the result is as long as they are on average,
 and those no longer than ``tol`` have no direction, while their lengths count.
+Differs from mergekit: a direction opposite to the mean, to which no way is shorter than others, leaves
+it where it is, where rounding chooses a way there.
 """
 
 from __future__ import annotations
@@ -86,9 +88,9 @@ def _gradient(
     tangent = np.zeros(len(gram))
     for unit in units:
         cosine = min(max(float(mean @ gram @ unit), -1.0), 1.0)
-        angle = math.acos(cosine)
-        if angle >= tol:
-            tangent += (angle / math.sin(angle)) * (unit - cosine * mean) / len(units)
+        angle, way = math.acos(cosine), unit - cosine * mean
+        if angle >= tol and norm(way, gram) > 0:
+            tangent += (angle / math.sin(angle)) * way / len(units)
     return tangent
 
 

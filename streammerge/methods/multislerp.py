@@ -6,7 +6,8 @@ mean, averaged there, and mapped back; the length is the weighted sum of lengths
 Source: mergekit 0.1.5; the exponential map of the sphere as in Buss and Fillmore 2001, "Spherical
 averages and applications to spherical splines".
 Differs from mergekit: weights whose sum is 0 are refused; where more than two directions cancel, which
-is an error there, the result is the weighted sum, as it is there for two.
+is an error there, the result is the weighted sum, as it is there for two; and a mean that is no more
+than rounding counts as cancelled whatever ``eps`` is.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ def _mean(gram: Gram, params: MultislerpParams) -> Sequence[float]:
     lengths = np.sqrt(np.diag(gram))
     units = np.eye(count) / (lengths + params.eps)
     mean = weights @ units
-    if norm(mean, gram) < params.eps:
+    if norm(mean, gram) < params.eps or norm(mean, gram) == 0:
         return [float(weight) for weight in weights]
     mean /= norm(mean, gram)
     tangent = np.zeros(count)

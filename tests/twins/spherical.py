@@ -12,6 +12,7 @@ import numpy as np
 from twins.shapes import Array, dot, norm, spread, subtract_base, widen
 
 Axis = Literal["tensor", "rows", "columns"]
+Cancelled = Literal["refuse", "sum"]
 
 
 def slerp(
@@ -114,6 +115,8 @@ def multislerp(
     weight: float | Sequence[float] = 1.0,
     normalize_weights: bool = True,
     eps: float = 1e-8,
+    cancelled: Cancelled = "refuse",
+    rounding: float = 0.0,
 ) -> Array:
     """Return a weighted barycentre on the sphere: one step from the projected mean.
 
@@ -126,10 +129,12 @@ def multislerp(
         weight: One factor per source.
         normalize_weights: Divide them by their sum.
         eps: Added to norms. A mean shorter than this is no direction.
+        cancelled: What more than two directions give that cancel; two give their weighted sum.
+        rounding: A mean shorter than this, as part of what it is the sum of, is no direction either.
 
     Raises:
-        ValueError: More than two directions cancel; two give their weighted sum. Or weights that
-            are to be divided by their sum cancel.
+        ValueError: More than two directions cancel, and are refused. Or weights that are to be
+            divided by their sum cancel.
 
     Agrees with mergekit 0.1.5 ``multislerp``.
     Differs from mergekit: weights that sum to 0 are an error, not NaN.
@@ -149,10 +154,14 @@ def multislerp(
     mean = np.zeros_like(start)
     for factor, unit in zip(weights, units, strict=True):
         mean = mean + factor * unit
-    if norm(mean) < eps:
-        if len(models) > 2:
+    most = sum(abs(factor) * norm(unit) for factor, unit in zip(weights, units, strict=True))
+    if norm(mean) < eps or norm(mean) <= rounding * most:
+        if len(models) > 2 and cancelled == "refuse":
             raise ValueError("the directions cancel")
-        return start + weights[0] * vectors[0] + weights[1] * vectors[1]
+        return start + sum(
+            (factor * vector for factor, vector in zip(weights, vectors, strict=True)),
+            start=np.zeros_like(start),
+        )
     mean = mean / norm(mean)
     tangent = np.zeros_like(start)
     for factor, unit in zip(weights, units, strict=True):
@@ -180,6 +189,8 @@ def karcher(
 
     Source: Grove and Karcher 1973, How to conjugate C1-close group actions; Afsari 2011 for the
     sphere. Agrees with mergekit 0.1.5 ``karcher``.
+    Differs from mergekit: a direction opposite to the mean, within 1e-7, leaves it where it is, for
+    no way to it is shorter than others; there rounding chooses one.
     """
     models = widen(sources)
     lengths = [norm(model) for model in models]
@@ -194,8 +205,9 @@ def karcher(
         for unit in units:
             cosine = min(max(dot(mean, unit), -1.0), 1.0)
             angle = math.acos(cosine)
-            if angle >= tol:
-                tangent = tangent + share * (angle / math.sin(angle)) * (unit - cosine * mean)
+            way = unit - cosine * mean
+            if angle >= tol and norm(way) > 1e-7:
+                tangent = tangent + share * (angle / math.sin(angle)) * way
         size = norm(tangent)
         if size < tol:
             break
