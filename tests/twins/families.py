@@ -31,6 +31,7 @@ Sparsify = Literal["none", "largest", "between", "masks"]
 Vote = Literal["none", "unweighted", "weighted"]
 Count = Literal["total", "frequency"]
 Divisor = Literal["none", "count", "weights"]
+Cancelled = Literal["plus", "majority"]
 Preset = Literal["peft", "mergekit", "paper"]
 
 
@@ -52,13 +53,22 @@ class Parts:
     """Whether values vote, or their signs."""
     divisor: Divisor = "none"
     """What the sum of agreeing entries is divided by: their number or the sum of their weights."""
+    cancelled: Cancelled = "plus"
+    """What a vote of 0 elects: +, or the sign that most entries elect, - where as many elect either."""
 
 
 PRESETS: dict[str, dict[str, Parts]] = {
     "ties": {
         "peft": Parts("largest", vote="unweighted", divisor="count"),
         "mergekit": Parts("largest", "at_least_one", vote="weighted", divisor="weights"),
-        "paper": Parts("largest", tie_policy="inclusive", vote="unweighted", divisor="count"),
+        "paper": Parts(
+            "largest",
+            "one_more",
+            "inclusive",
+            vote="unweighted",
+            divisor="count",
+            cancelled="majority",
+        ),
     },
     "magnitude_prune": {"peft": Parts("largest")},
     "dare_linear": {
@@ -85,8 +95,7 @@ PRESETS: dict[str, dict[str, Parts]] = {
 """The parts of each method as each reference has them.
 
 ``ties`` in the paper trims over the whole model and resolves a cancelled vote by the whole model's
-sign: that is ``twins.paper_ties``; what stands here is the same per tensor, with + for a cancelled
-vote. DARE's paper hands its task vectors to whatever comes after, so ``dare_ties`` there would trim
+sign: so it does here through ``shapes.over_model``, and ``twins.paper_ties`` has it without parts. DARE's paper hands its task vectors to whatever comes after, so ``dare_ties`` there would trim
 a second time: give ``ties`` the dropped task vectors for that.
 """
 
@@ -155,12 +164,13 @@ def _sparsify(task: Array, parts: Parts, density: float, gamma: float, mask: Arr
     return keep_masked(task, mask)
 
 
-def elect(voters: Sequence[Array], count: Count) -> Array:
-    """Return +1 and -1: the sign of the sum of values or of signs; a sum of 0 elects +1."""
+def elect(voters: Sequence[Array], count: Count, cancelled: Cancelled = "plus") -> Array:
+    """Return +1 and -1: the sign of the sum of values or of signs, with what a sum of 0 elects."""
     total = np.zeros_like(voters[0])
     for voter in voters:
         total = total + (voter if count == "total" else np.sign(voter))
-    return np.where(total >= 0, 1.0, -1.0)
+    plus = cancelled == "plus" or np.sum(np.sign(total)) > 0
+    return np.where(total >= 0 if plus else total > 0, 1.0, -1.0)
 
 
 def disjoint(kept: Sequence[Array], weights: Sequence[float], parts: Parts) -> Array:
@@ -173,7 +183,7 @@ def disjoint(kept: Sequence[Array], weights: Sequence[float], parts: Parts) -> A
         agree = [np.ones(task.shape, dtype=bool) for task in kept]
     else:
         voters = kept if parts.vote == "unweighted" else weighted
-        elected = elect(voters, parts.count)
+        elected = elect(voters, parts.count, parts.cancelled)
         # A zero has no sign, so it agrees with none.
         agree = [np.sign(voter) == elected for voter in voters]
     mixed, divisor = np.zeros_like(kept[0]), np.zeros_like(kept[0])

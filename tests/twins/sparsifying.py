@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from twins.shapes import Array
 
-KRule = Literal["floor", "at_least_one"]
+KRule = Literal["floor", "at_least_one", "one_more"]
 TiePolicy = Literal["exact", "inclusive", "strict"]
 Rescale = Literal["none", "density", "l1", "probability"]
 
@@ -27,13 +27,16 @@ def count_kept(numel: int, density: float, k_rule: KRule) -> int:
     """Return how many of ``numel`` entries a trim keeps.
 
     ``floor`` is ``int(density * numel)``, the float product truncated: 28 of 100 at 0.29.
-    ``at_least_one`` keeps one where that is 0 though the density is not.
+    ``at_least_one`` keeps one where that is 0 though the density is not. ``one_more`` keeps one
+    more than ``floor``, as the authors of TIES do.
     """
     if density >= 1:
         return numel
     if density <= 0 or numel == 0:
         return 0
     k = int(density * numel)
+    if k_rule == "one_more":
+        return min(k + 1, numel)
     return max(1, k) if k_rule == "at_least_one" else k
 
 
