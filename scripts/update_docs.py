@@ -46,7 +46,10 @@ def render_documents() -> dict[Path, str]:
             newest = max(measured, key=lambda results: results["date"])
             readme = _between(name, render(newest), readme)
     specs = {name: method.parameters for name, method in methods.items()}
-    schema = json.dumps(recipe_json_schema(every_method(specs)), indent=2, ensure_ascii=False)
+    semantics = {name: method.semantics for name, method in methods.items()}
+    schema = json.dumps(
+        recipe_json_schema(every_method(specs), semantics), indent=2, ensure_ascii=False
+    )
     return {
         ROOT / "README.md": readme,
         ROOT / "docs" / "recipe.schema.json": schema + "\n",

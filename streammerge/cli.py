@@ -394,8 +394,10 @@ def _methods(options: argparse.Namespace) -> int:
     if options.schema:
         from streammerge.recipe.json_schema import recipe_json_schema
 
-        specs = every_method({n: method.parameters for n, method in discover_methods().items()})
-        print_result(json.dumps(recipe_json_schema(specs), indent=2))
+        methods = discover_methods()
+        specs = every_method({name: method.parameters for name, method in methods.items()})
+        semantics = {name: method.semantics for name, method in methods.items()}
+        print_result(json.dumps(recipe_json_schema(specs, semantics), indent=2))
         return 0
     combinations = [each for name, each in COMBINATIONS.items() if options.name in (None, name)]
     if options.name is None:

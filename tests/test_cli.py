@@ -519,19 +519,45 @@ def test_methods_explains_each(name: str, capsys: pytest.CaptureFixture[str]) ->
         assert spec.doc in printed
 
 
+def explained(name: str, capsys: pytest.CaptureFixture[str]) -> list[str]:
+    assert main(["methods", name]) == 0
+    return capsys.readouterr().out.splitlines()
+
+
+def test_methods_says_whose_definitions_there_are_and_what_they_mean(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    lines = explained("ties", capsys)
+
+    assert "semantics: peft (default), mergekit, paper" in lines
+    assert "sources: one or more" in lines
+    assert "locality: element by element" in lines
+    assert "rounds: 1 before the merge (ranks); up to 3 with other parameters" in lines
+    assert "scope: tensor or model" in lines
+    assert any(line.endswith("default count, weights under mergekit)") for line in lines)
+    of_nuslerp = explained("nuslerp", capsys)
+    assert "semantics: mergekit" in of_nuslerp
+    assert "sources: exactly two" in of_nuslerp
+    assert "rounds: 1 before the merge (inner products)" in of_nuslerp
+    assert "scope: tensor" in of_nuslerp
+    assert "rounds: none" in explained("linear", capsys)
+
+
 def test_methods_as_json_says_the_same(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["methods", "--json"]) == 0
 
     found = json.loads(capsys.readouterr().out)
     assert [method["name"] for method in found] == [*METHODS, *COMBINATIONS]
     assert {"svd_rank", "svd_clamp"} <= {p["name"] for p in found[-1]["parameters"]}
-    density = next(
-        parameter
-        for method in found
-        if method["name"] == "ties"
-        for parameter in method["parameters"]
-        if parameter["name"] == "density"
-    )
+    ties = next(method for method in found if method["name"] == "ties")
+    assert ties["semantics"] == ["peft", "mergekit", "paper"]
+    assert ties["sources"] == {"least": 1, "most": None}
+    assert (ties["rounds"], ties["scopes"]) == (["ranks"], ["tensor", "model"])
+    assert ties["locality"] == "element by element"
+    of_ties = {parameter["name"]: parameter for parameter in ties["parameters"]}
+    defaults = {"peft": "floor", "mergekit": "at least one", "paper": "one more"}
+    assert of_ties["kept_count"]["defaults"] == defaults
+    density = of_ties["density"]
     assert (density["required"], density["minimum"], density["maximum"]) == (True, 0.0, 1.0)
 
 

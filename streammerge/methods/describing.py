@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from streammerge.methods.base import MergeMethod
-from streammerge.recipe.types import ParameterKind, ParameterSpec
+from streammerge.methods.base import MergeMethod, Operand
+from streammerge.recipe.types import ParameterKind, ParameterSpec, Scalar, Semantics
+from streammerge.tiles.program import Op
+from streammerge.tiles.writing import Sheet
 
 
 def list_methods(methods: Iterable[MergeMethod]) -> str:
@@ -21,29 +23,113 @@ def describe_method(method: MergeMethod) -> str:
     lines = [
         f"{method.name}: {method.summary}",
         f"reference: {method.reference}",
+        f"semantics: {describe_semantics(method)}",
         f"works on: {method.operand.value}",
+        f"locality: {locality_of(method)}",
+        f"sources: {describe_count(method)}",
+        f"rounds: {describe_rounds(method)}",
+        f"scope: {' or '.join(scopes_of(method))}",
         "parameters:",
     ]
-    return "\n".join([*lines, *parameter_lines(method.parameters)])
+    return "\n".join([*lines, *parameter_lines(method.parameters, method.semantics)])
 
 
-def parameter_lines(parameters: Iterable[ParameterSpec]) -> list[str]:
-    """Return two lines per parameter: what it takes, and what it means."""
+def describe_semantics(method: MergeMethod) -> str:
+    """Return whose definitions there are: ``"peft (default), mergekit, paper"``."""
+    first, *others = (each.value for each in method.semantics)
+    return ", ".join([f"{first} (default)", *others]) if others else first
+
+
+def describe_count(method: MergeMethod) -> str:
+    """Return how many sources a method merges: ``"two or more"``, ``"exactly one"``."""
+    words = {1: "one", 2: "two"}
+    least, most = (words.get(count or 0, str(count)) for count in method.sources)
+    if method.sources[1] is None:
+        return f"{least} or more"
+    return f"exactly {least}" if least == most else f"{least} to {most}"
+
+
+def locality_of(_method: MergeMethod) -> str:
+    """Return what an entry of the result depends on, beside what rounds find."""
+    return "element by element"
+
+
+def scopes_of(method: MergeMethod) -> tuple[str, ...]:
+    """Return what its rounds may cover, the default first: ``"tensor"``, ``"model"``."""
+    given = (spec.choices for spec in method.parameters if spec.name == "scope")
+    return next(given, ("tensor",))
+
+
+def describe_rounds(method: MergeMethod) -> str:
+    """Return how often it looks before it merges, and for what, for its first example.
+
+    Example: ``"1 before the merge (ranks); up to 3 with other parameters"``.
+    """
+    found, *others = [rounds_of(method, example) for example in method.examples]
+    text = f"{len(found)} before the merge ({'; '.join(found)})" if found else "none"
+    most = max((len(each) for each in others), default=0)
+    return f"{text}; up to {most} with other parameters" if most > len(found) else text
+
+
+_FINDS = {
+    Op.RANK: "ranks",
+    Op.SUM: "sums",
+    Op.DOT: "inner products",
+    Op.LARGEST: "largest values",
+}
+
+
+def rounds_of(method: MergeMethod, example: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return what each round finds with some parameters, as a recipe spells them."""
+    given = [len(value) for value in example.values() if isinstance(value, tuple)]
+    count = given[0] if given else method.sources[1] or max(2, method.sources[0])
+    values = []
+    for spec in method.parameters:
+        value = example.get(spec.name, spec.default_of(method.semantics[0]))
+        spread = spec.per_source and not isinstance(value, tuple)
+        values.append((spec.name, (value,) * count if spread else value))
+    work = method.work(method.bind(values))
+    has_base = method.operand is not Operand.WEIGHTS
+    asked = [each.sinks(Sheet(count, has_base)) for each in work.rounds]
+    return tuple(", ".join(dict.fromkeys(_FINDS[sink.op] for sink in sinks)) for sinks in asked)
+
+
+def parameter_lines(
+    parameters: Iterable[ParameterSpec], semantics: Sequence[Semantics] = ()
+) -> list[str]:
+    """Return two lines per parameter: what it takes, and what it means.
+
+    Args:
+        parameters: The parameters.
+        semantics: Whose definitions there are, the default first; their presets are said.
+    """
     lines = []
     for spec in parameters:
         place = "per source" if spec.per_source else "shared"
-        lines.append(f"  {spec.name} ({spec_range(spec)}; {place}; {spec_default(spec)})")
+        default = spec_default(spec, semantics)
+        lines.append(f"  {spec.name} ({spec_range(spec)}; {place}; {default})")
         lines.append(f"      {spec.doc}")
     return lines
 
 
 def render_methods_table(methods: Iterable[MergeMethod]) -> str:
     """Return the README's table in Markdown."""
-    lines = ["| method | what it does | parameters | reference |", "| --- | --- | --- | --- |"]
+    heads = ("method", "what it does", "sources", "semantics", "sweeps", "parameters", "reference")
+    rows: list[tuple[str, ...]] = [heads, ("---",) * len(heads)]
     for method in methods:
-        names = ", ".join(f"`{spec.name}`" for spec in method.parameters)
-        lines.append(f"| `{method.name}` | {method.summary} | {names} | {method.reference} |")
-    return "\n".join(lines)
+        sweeps = {1 + len(rounds_of(method, example)) for example in method.examples}
+        rows.append(
+            (
+                f"`{method.name}`",
+                method.summary,
+                describe_count(method),
+                ", ".join(f"`{each.value}`" for each in method.semantics),
+                " to ".join(map(str, sorted({min(sweeps), max(sweeps)}))),
+                ", ".join(f"`{spec.name}`" for spec in method.parameters),
+                method.reference,
+            )
+        )
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def method_as_json(method: MergeMethod) -> dict[str, Any]:
@@ -53,17 +139,23 @@ def method_as_json(method: MergeMethod) -> dict[str, Any]:
         "summary": method.summary,
         "reference": method.reference,
         "operand": method.operand.value,
-        "parameters": [parameter_as_json(spec) for spec in method.parameters],
+        "locality": locality_of(method),
+        "semantics": [each.value for each in method.semantics],
+        "sources": {"least": method.sources[0], "most": method.sources[1]},
+        "rounds": list(rounds_of(method, method.examples[0])),
+        "scopes": list(scopes_of(method)),
+        "parameters": [parameter_as_json(spec, method.semantics) for spec in method.parameters],
     }
 
 
-def parameter_as_json(spec: ParameterSpec) -> dict[str, Any]:
-    """Return everything that a parameter's specification says."""
+def parameter_as_json(spec: ParameterSpec, semantics: Sequence[Semantics] = ()) -> dict[str, Any]:
+    """Return everything that a parameter's specification says, with the default of each semantics."""
     return {
         "name": spec.name,
         "kind": spec.kind.value,
         "doc": spec.doc,
-        "default": spec.default,
+        "default": _first_default(spec, semantics),
+        "defaults": {each.value: spec.default_of(each) for each in semantics},
         "required": spec.default is None,
         "per_source": spec.per_source,
         "per_tensor": spec.per_tensor,
@@ -82,12 +174,25 @@ def spec_range(spec: ParameterSpec) -> str:
     number = "whole number" if spec.kind is ParameterKind.INT else "number"
     if spec.minimum is not None and spec.maximum is not None:
         return f"{number} in [{spec.minimum:g}, {spec.maximum:g}]"
-    return number
+    return number if spec.minimum is None else f"{number}, at least {spec.minimum:g}"
 
 
-def spec_default(spec: ParameterSpec) -> str:
-    """Return ``"required"`` or ``"default 1.0"``."""
-    if spec.default is None:
+def spec_default(spec: ParameterSpec, semantics: Sequence[Semantics] = ()) -> str:
+    """Return ``"required"``, ``"default 1.0"`` or ``"default count, weights under mergekit"``."""
+    default = _first_default(spec, semantics)
+    if default is None:
         return "required"
-    value = str(spec.default).lower() if isinstance(spec.default, bool) else spec.default
-    return f"default {value}"
+    others = [
+        f", {_spelled(value)} under {each.value}"
+        for each in semantics[1:]
+        if (value := spec.default_of(each)) != default
+    ]
+    return "".join([f"default {_spelled(default)}", *others])
+
+
+def _first_default(spec: ParameterSpec, semantics: Sequence[Semantics]) -> Scalar | None:
+    return spec.default_of(semantics[0]) if semantics else spec.default
+
+
+def _spelled(value: Scalar | None) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -2,30 +2,39 @@
 
 The shape comes from the models that the parser checks with, the parameters from the methods. Each
 method has closed definitions of its own for ``parameters``, a source and a rule, chosen by
-``method``: an editor that knows the method offers its parameters and nothing else.
+``method``: an editor that knows the method offers its parameters and nothing else, and the words for
+``semantics`` that it has.
 
 A schema cannot count: that a list has one value per source and that ``copy`` names an existing
-source is checked by the parser alone. Everything else it refuses, the parser refuses too.
+source is checked by the parser alone. Everything else it refuses, the parser refuses too, but for
+semantics that a method does not have: the planner does.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from streammerge.recipe.resolving import Place, may_stand
 from streammerge.recipe.schema import RecipeDocument
-from streammerge.recipe.types import CompanionKind, ParameterKind, ParameterSpec
+from streammerge.recipe.types import CompanionKind, ParameterKind, ParameterSpec, Semantics
 
 JsonSchema = dict[str, Any]
 """A schema, or a part of one, as plain JSON values."""
 
 
-def recipe_json_schema(methods: Mapping[str, tuple[ParameterSpec, ...]]) -> JsonSchema:
+def recipe_json_schema(
+    methods: Mapping[str, tuple[ParameterSpec, ...]],
+    semantics: Mapping[str, Sequence[Semantics]] = MappingProxyType({}),
+) -> JsonSchema:
     """Return the JSON Schema, draft 2020-12, of a recipe that uses one of ``methods``.
 
     Args:
         methods: Every known method's parameters.
+        semantics: Whose definitions of a method there are, the default first; any for a method
+            that is not here.
     """
     schema = _without_titles(RecipeDocument.model_json_schema())
     shapes = schema.pop("$defs")
@@ -36,14 +45,17 @@ def recipe_json_schema(methods: Mapping[str, tuple[ParameterSpec, ...]]) -> Json
     properties["sources"]["items"] = {"type": "object"}
     properties["rules"]["items"] = {"type": "object"}
     for name, specs in methods.items():
-        shapes[f"{name}.parameters"] = _parameters(specs)
+        shapes[f"{name}.parameters"] = _parameters(specs, semantics.get(name, ()))
         shapes[f"{name}.source"] = _with_parameters(source, specs, Place.SOURCE)
         shapes[f"{name}.rule"] = _rule(rule, specs)
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "streammerge recipe",
         **schema,
-        "allOf": [*(_choice(name, methods[name]) for name in sorted(methods)), *_base_needed()],
+        "allOf": [
+            *(_choice(name, methods[name], semantics.get(name, ())) for name in sorted(methods)),
+            *_base_needed(),
+        ],
         "$defs": shapes,
     }
 
@@ -55,7 +67,9 @@ def _without_titles(schema: Any) -> Any:
     return [_without_titles(value) for value in schema] if isinstance(schema, list) else schema
 
 
-def _choice(method: str, specs: tuple[ParameterSpec, ...]) -> JsonSchema:
+def _choice(
+    method: str, specs: tuple[ParameterSpec, ...], semantics: Sequence[Semantics]
+) -> JsonSchema:
     """Return what holds for the document once its method is known."""
     chosen: JsonSchema = {
         "properties": {
@@ -64,6 +78,9 @@ def _choice(method: str, specs: tuple[ParameterSpec, ...]) -> JsonSchema:
             "rules": {"items": {"$ref": f"#/$defs/{method}.rule"}},
         }
     }
+    if semantics:
+        words = [each.value for each in semantics]
+        chosen["properties"]["semantics"] = {"enum": [*words, None], "default": words[0]}
     required = [_given(spec) for spec in specs if spec.default is None]
     if required:
         chosen["allOf"] = required
@@ -85,12 +102,19 @@ def _given(spec: ParameterSpec) -> JsonSchema:
     return {"anyOf": [for_all, for_each]}
 
 
-def _parameters(specs: tuple[ParameterSpec, ...]) -> JsonSchema:
+def _parameters(specs: tuple[ParameterSpec, ...], semantics: Sequence[Semantics]) -> JsonSchema:
     """Return the closed mapping of a method's parameters for all tensors."""
     properties = {spec.name: _value(spec, Place.RECIPE) for spec in specs}
     for spec in specs:
-        if spec.default is not None:
-            properties[spec.name]["default"] = spec.default
+        default = spec.default_of(semantics[0] if semantics else None)
+        if default is not None:
+            properties[spec.name]["default"] = default
+        for each in semantics[1:]:
+            if (other := spec.default_of(each)) != default:
+                said = properties[spec.name]["description"]
+                properties[spec.name]["description"] = (
+                    f"{said} Under `semantics: {each.value}` the default is {json.dumps(other)}."
+                )
     return {"type": "object", "properties": properties, "additionalProperties": False}
 
 

@@ -12,7 +12,7 @@ from jsonschema import Draft202012Validator
 from streammerge.errors import RecipeError
 from streammerge.recipe.json_schema import recipe_json_schema
 from streammerge.recipe.parsing import recipe_from_mapping
-from streammerge.recipe.types import ParameterKind, ParameterSpec
+from streammerge.recipe.types import ParameterKind, ParameterSpec, Semantics
 
 FLOAT, BOOL, CHOICE = ParameterKind.FLOAT, ParameterKind.BOOL, ParameterKind.CHOICE
 INT = ParameterKind.INT
@@ -236,6 +236,32 @@ documents = st.fixed_dictionaries(
         "output": tables("dtype", "max_shard_size", "companions"),
     },
 )
+
+
+def test_a_method_offers_the_semantics_that_it_has_and_their_defaults():
+    kept = ParameterSpec(
+        "kept",
+        CHOICE,
+        "What is kept.",
+        "some",
+        per_source=False,
+        choices=("some", "more"),
+        presets=((Semantics.PAPER, "more"),),
+    )
+    of_both = {"linear": (WEIGHT,), "ties": (kept,)}
+    schema = recipe_json_schema(of_both, {"ties": (Semantics.PAPER, Semantics.PEFT)})
+    validator = Draft202012Validator(schema)
+
+    def accepts(method, semantics):
+        return validator.is_valid({"method": method, "sources": [A], "semantics": semantics})
+
+    assert accepts("ties", "paper")
+    assert accepts("ties", None)
+    assert not accepts("ties", "mergekit")
+    assert accepts("linear", "mergekit")
+    said = schema["$defs"]["ties.parameters"]["properties"]["kept"]
+    assert said["default"] == "more"
+    assert said["description"].endswith('Under `semantics: peft` the default is "some".')
 
 
 @unhurried
