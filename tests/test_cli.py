@@ -541,6 +541,8 @@ def test_methods_says_whose_definitions_there_are_and_what_they_mean(
     assert "rounds: 1 before the merge (inner products)" in of_nuslerp
     assert "scope: tensor" in of_nuslerp
     assert "rounds: none" in explained("linear", capsys)
+    # mergekit's definition is the default of what has no other first.
+    assert "  t (number, at least 0; shared; required)" in explained("nearswap", capsys)
 
 
 def test_methods_as_json_says_the_same(capsys: pytest.CaptureFixture[str]) -> None:

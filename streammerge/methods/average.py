@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from streammerge.methods.base import Law, MergeMethod, Operand, Work, parameter
+from streammerge.methods.refusing import refuse_unless_positive
 from streammerge.recipe.types import ParameterKind, ParameterSpec
 from streammerge.tiles.writing import Row, Sheet, weighted_sum
 
@@ -35,7 +36,7 @@ SCHEDULE = ParameterSpec(
 DECAY = ParameterSpec(
     name="decay",
     kind=ParameterKind.FLOAT,
-    doc="What a checkpoint weighs less than the next one under `schedule: exponential`, in [0, 1].",
+    doc="What a checkpoint weighs less than the next one under `schedule: exponential`, in (0, 1].",
     default=0.9,
     per_source=False,
     minimum=0.0,
@@ -50,7 +51,7 @@ class AverageParams:
     schedule: str = parameter(SCHEDULE)
     """``uniform`` or ``exponential``."""
     decay: float = parameter(DECAY)
-    """Of ``exponential``, in [0, 1]."""
+    """Of ``exponential``, in (0, 1]."""
 
 
 def average(params: AverageParams) -> Work:
@@ -64,6 +65,12 @@ def average(params: AverageParams) -> Work:
     return Work(merge)
 
 
+def _refuse(params: AverageParams) -> str | None:
+    if Schedule(params.schedule) is Schedule.UNIFORM:
+        return None
+    return refuse_unless_positive("decay", params.decay, "all checkpoints but the last would go")
+
+
 METHODS = (
     MergeMethod(
         name="average",
@@ -72,6 +79,7 @@ METHODS = (
         params=AverageParams,
         operand=Operand.WEIGHTS,
         work=average,
+        refuse=_refuse,
         sums=True,
         examples=({}, {"schedule": "exponential", "decay": 0.5}),
         waived={

@@ -65,6 +65,10 @@ class Law(StrEnum):
     """The order of the sources changes the result by rounding only."""
 
 
+def _nothing_wrong(_params: Any) -> str | None:
+    return None
+
+
 def _as_it_is(kept: Sequence[int]) -> Sequence[int]:
     return kept
 
@@ -125,6 +129,8 @@ class MergeMethod:
     """Whose definitions of it there are; the first is meant where a recipe says nothing."""
     sources: tuple[int, int | None] = (1, None)
     """How many sources it merges, at least and at most; None for any number."""
+    refuse: Callable[[Any], str | None] = _nothing_wrong
+    """Why it cannot merge with given parameters, beginning with the recipe's key; None if it can."""
     random: bool = False
     """Whether the seed matters."""
     sums: bool = False

@@ -33,6 +33,7 @@ from streammerge.methods.families import (
     added,
     elected,
     l1_round,
+    refuse_divisor,
 )
 from streammerge.recipe.types import ParameterKind, ParameterSpec, Semantics
 from streammerge.statistics.rounds import Found, Rank, Round
@@ -181,6 +182,7 @@ METHODS = (
         params=BreadcrumbsParams,
         operand=Operand.TASK_VECTORS,
         work=breadcrumbs,
+        refuse=refuse_divisor,
         semantics=(Semantics.MERGEKIT, Semantics.PAPER),
         examples=(
             {"density": 0.5},

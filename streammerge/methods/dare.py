@@ -39,6 +39,7 @@ from streammerge.methods.families import (
     added,
     elected,
     l1_round,
+    refuse_divisor,
 )
 from streammerge.recipe.types import ParameterKind, ParameterSpec, Semantics
 from streammerge.statistics.rounds import Round
@@ -162,6 +163,16 @@ def dare_ties(params: DareTiesParams) -> Work:
     return Work(merge, _rounds(params))
 
 
+def _refuse_unused(params: DareLinearParams | DareTiesParams) -> str | None:
+    """Return that a divisor divides nothing, where it does not."""
+    if Rescale(params.rescale) is Rescale.DENSITY or not any(params.rescale_by):
+        return None
+    return (
+        f"rescale_by: {list(params.rescale_by)} divide what is kept under `rescale: density`, and the "
+        f"recipe has `rescale: {params.rescale}`; leave `rescale_by` out or change `rescale`"
+    )
+
+
 _SEMANTICS = (Semantics.PEFT, Semantics.MERGEKIT, Semantics.PAPER)
 
 METHODS = (
@@ -172,6 +183,7 @@ METHODS = (
         params=DareLinearParams,
         operand=Operand.TASK_VECTORS,
         work=dare_linear,
+        refuse=lambda params: refuse_divisor(params) or _refuse_unused(params),
         semantics=_SEMANTICS,
         random=True,
         examples=(
@@ -191,6 +203,7 @@ METHODS = (
         params=DareTiesParams,
         operand=Operand.TASK_VECTORS,
         work=dare_ties,
+        refuse=_refuse_unused,
         semantics=_SEMANTICS,
         random=True,
         examples=(

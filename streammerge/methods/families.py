@@ -13,6 +13,7 @@ from collections.abc import Callable, Hashable, Sequence
 from enum import StrEnum
 from typing import Protocol
 
+from streammerge.methods.refusing import refuse_sum
 from streammerge.recipe.types import ParameterKind, ParameterSpec
 from streammerge.statistics.rounds import Answers, Round
 from streammerge.tiles.program import Vote
@@ -21,7 +22,7 @@ from streammerge.tiles.writing import Factor, Row, Sheet, Sink, majority_mean, t
 _LEAST_SUM = 1e-7
 """Sums of magnitudes below it are not divided by."""
 _LEAST_DIVISOR = 1e-8
-"""Sums of weights nearer to 0 divide by 1 instead."""
+"""Sums of weights no farther from 0 divide nothing."""
 
 
 class SignVote(StrEnum):
@@ -115,6 +116,20 @@ LAMBDA = ParameterSpec(
 )
 
 
+class Adding(Protocol):
+    """The parameters of a weighted sum."""
+
+    @property
+    def weight(self) -> tuple[float, ...]:
+        """Factor per source."""
+        ...
+
+    @property
+    def divisor(self) -> str:
+        """``none`` or ``weights``."""
+        ...
+
+
 class Voting(Protocol):
     """The parameters of an election."""
 
@@ -186,9 +201,18 @@ def added(
     """Return the base plus the weighted sum of rows, divided if asked, times a factor."""
     merged = weighted_sum(rows, weights)
     if Divisor(divisor) is Divisor.WEIGHTS:
-        summed = sum(weights)
-        merged = merged / (1.0 if abs(summed) < _LEAST_DIVISOR else summed)
+        merged = merged / sum(weights)
     return sheet.base + times(merged, factor)
+
+
+def refuse_divisor(params: Adding) -> str | None:
+    """Return why the sum of the weights cannot divide, or None if it can or need not.
+
+    Differs from mergekit: sums within 1e-8 of 0 are refused, where it does not divide.
+    """
+    if Divisor(params.divisor) is not Divisor.WEIGHTS:
+        return None
+    return refuse_sum(params.weight, "divisor: none", least=_LEAST_DIVISOR)
 
 
 def times(row: Row, factor: float) -> Row:

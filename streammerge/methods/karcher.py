@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from streammerge.methods.base import MergeMethod, Operand, Work, parameter
 from streammerge.methods.gram import Gram, combined, gram_round, norm
+from streammerge.methods.refusing import refuse_unless_positive
 from streammerge.recipe.types import ParameterKind, ParameterSpec, Semantics
 from streammerge.tiles.writing import Row, Sheet
 
@@ -102,6 +103,9 @@ METHODS = (
         params=KarcherParams,
         operand=Operand.WEIGHTS,
         work=karcher,
+        refuse=lambda params: refuse_unless_positive(
+            "tol", params.tol, "what is shorter has no direction"
+        ),
         semantics=(Semantics.MERGEKIT,),
         examples=({}, {"max_iter": 1}, {"max_iter": 50, "tol": 1e-9}),
     ),

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from streammerge.methods.base import WEIGHT, Law, MergeMethod, Operand, Work, parameter
+from streammerge.methods.refusing import refuse_sum
 from streammerge.recipe.types import ParameterKind, ParameterSpec, Semantics
 from streammerge.tiles.writing import Row, Sheet, weighted_sum
 
@@ -49,6 +50,9 @@ METHODS = (
         params=LinearParams,
         operand=Operand.WEIGHTS,
         work=linear,
+        refuse=lambda params: (
+            refuse_sum(params.weight, "normalize: false") if params.normalize else None
+        ),
         semantics=(Semantics.PEFT, Semantics.MERGEKIT, Semantics.PAPER),
         keeps_base=lambda params: params.normalize or sum(params.weight) == 1,
         sums=True,

@@ -21,6 +21,7 @@ import numpy as np
 from streammerge.methods.base import WEIGHT, MergeMethod, Operand, Work, parameter
 from streammerge.methods.gram import Gram, combined, gram_round, norm
 from streammerge.methods.linear import NORMALIZE
+from streammerge.methods.refusing import refuse_sum, refuse_unless_positive
 from streammerge.recipe.types import ParameterKind, ParameterSpec, Semantics
 from streammerge.tiles.writing import Row, Sheet
 
@@ -59,6 +60,12 @@ def multislerp(params: MultislerpParams) -> Work:
     return Work(merge, (gram_round(vectors, lambda gram: _mean(gram, params), about),))
 
 
+def _refuse(params: MultislerpParams) -> str | None:
+    if params.normalize and (reason := refuse_sum(params.weight, "normalize: false")):
+        return reason
+    return refuse_unless_positive("eps", params.eps, "lengths of 0 are divided by")
+
+
 def _mean(gram: Gram, params: MultislerpParams) -> Sequence[float]:
     """Return the coefficients of the vectors."""
     count = len(gram)
@@ -90,6 +97,7 @@ METHODS = (
         params=MultislerpParams,
         operand=Operand.EITHER,
         work=multislerp,
+        refuse=_refuse,
         semantics=(Semantics.MERGEKIT,),
         keeps_base=lambda params: params.normalize or sum(params.weight) == 1,
         examples=({}, {"weight": (0.25, 0.75)}, {"weight": (1.5, -0.75), "normalize": False}),

@@ -20,6 +20,7 @@ T = ParameterSpec(
     doc="The distance up to which the source replaces the base.",
     default=None,
     per_source=False,
+    minimum=0.0,
 )
 
 

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from streammerge.methods.base import SCOPE, Law, MergeMethod, Operand, Scope, Work, parameter
+from streammerge.methods.refusing import refuse_unless_positive
 from streammerge.recipe.types import ParameterKind, ParameterSpec, Semantics
 from streammerge.statistics.rounds import Answers, Round
 from streammerge.tiles.writing import Factor, Row, Sheet, Sink, equal, maximum, total, weighted_sum
@@ -22,6 +23,7 @@ EPSILON = ParameterSpec(
     doc="An entry moves where its change is larger than this in magnitude.",
     default=1e-5,
     per_source=False,
+    minimum=0.0,
 )
 R = ParameterSpec(
     name="r",
@@ -112,6 +114,10 @@ def _mean_of_moves(sheet: Sheet, epsilon: float, factors: Sequence[Factor]) -> R
     return sheet.base + (single + (mean - mean * alone))
 
 
+def _refuse(params: RamPlusParams) -> str | None:
+    return refuse_unless_positive("epsilon", params.epsilon, "it is a divisor of the ratio too")
+
+
 _SCALING = "what counts as a move does not grow with the task vectors"
 
 METHODS = (
@@ -133,6 +139,7 @@ METHODS = (
         params=RamPlusParams,
         operand=Operand.TASK_VECTORS,
         work=ramplus_tl,
+        refuse=_refuse,
         semantics=(Semantics.MERGEKIT,),
         examples=({}, {"epsilon": 0.2, "r": 0.5, "alpha": 1.0}, {"epsilon": 0.2, "scope": "model"}),
         waived={Law.SCALING: _SCALING},

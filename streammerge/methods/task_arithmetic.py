@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from streammerge.methods.base import WEIGHT, MergeMethod, Operand, Work, parameter
-from streammerge.methods.families import LAMBDA, SUM_DIVISOR, added
+from streammerge.methods.families import LAMBDA, SUM_DIVISOR, added, refuse_divisor
 from streammerge.recipe.types import ParameterKind, ParameterSpec, Semantics
 from streammerge.tiles.writing import Row, Sheet, changed
 
@@ -80,6 +80,7 @@ METHODS = (
         params=TaskArithmeticParams,
         operand=Operand.TASK_VECTORS,
         work=task_arithmetic,
+        refuse=refuse_divisor,
         semantics=(Semantics.PEFT, Semantics.MERGEKIT, Semantics.PAPER),
         sums=True,
         in_turn=lambda params: params.rounding == Rounding.PEFT,

@@ -23,6 +23,7 @@ from streammerge.dtypes import DType
 from streammerge.errors import RecipeError, printable, suggestion
 from streammerge.methods import discover_methods
 from streammerge.methods.base import MergeMethod, Operand, Scope
+from streammerge.methods.describing import describe_count
 from streammerge.methods.programs import Programs, programs_of
 from streammerge.plan.adapting import describe_changes
 from streammerge.plan.budgeting import choose_resources
@@ -134,7 +135,7 @@ def plan_merge(
     )
     if recipe.output.quantization is not None:
         assignment = encode_as_base(assignment, checkpoints, recipe, resolve)
-    model_scope = _check_settings(method, assignment, len(sources))
+    model_scope = _check_settings(method, assignment)
     if takes_in_turn(recipe, method):
         _check_in_turn(recipe, assignment, sources)
     layout, places = place_parts(
@@ -239,14 +240,10 @@ def _check_sources(recipe: Recipe, method: MergeMethod) -> None:
     count = len(recipe.sources)
     if least <= count and (most is None or count <= most):
         return
-    if most is None:
-        wanted = f"{least} or more"
-    else:
-        wanted = str(least) if least == most else f"{least} to {most}"
-    beside = ", beside the base" if method.operand is Operand.TASK_VECTORS else ""
+    beside = " beside the base" if method.operand is Operand.TASK_VECTORS else ""
     raise RecipeError(
-        f"sources: {method.name} merges {wanted}{beside}, and the recipe has {count}; change the "
-        "sources or the method"
+        f"sources: {method.name} merges {describe_count(method)}{beside}, and the recipe has {count}; "
+        "change the sources or the method"
     )
 
 
@@ -268,20 +265,15 @@ def _compute_dtype(recipe: Recipe) -> DType:
     return DType.F64 if recipe.compute_dtype is ComputeDType.FLOAT64 else DType.F32
 
 
-def _check_settings(method: MergeMethod, assignment: Assignment, n_sources: int) -> bool:
+def _check_settings(method: MergeMethod, assignment: Assignment) -> bool:
     """Check what concerns several parameters at once; return whether statistics span the model."""
     scopes = set()
     asked = set()
     for setting in assignment.settings:
-        values = dict(setting.values)
-        weights = values.get("weight")
-        # A sum of exactly zero divides; a sum that only rounds to zero is the user's own number.
-        if values.get("normalize") is True and isinstance(weights, tuple) and sum(weights) == 0:  # type: ignore[arg-type]
-            raise RecipeError(
-                f"weight: the {n_sources} weights {list(weights)} sum to 0, and {method.name} "
-                "divides by the sum; change them or set `normalize: false`"
-            )
-        work = method.work(method.bind(setting.values))
+        params = method.bind(setting.values)
+        if (reason := method.refuse(params)) is not None:
+            raise RecipeError(reason)
+        work = method.work(params)
         if work.rounds:
             scopes.add(work.scope)
             asked.add(tuple(each.about for each in work.rounds))
