@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from streammerge.methods.base import MergeMethod, Operand
+from streammerge.methods.base import Locality, MergeMethod, Operand, Work
 from streammerge.recipe.types import ParameterKind, ParameterSpec, Scalar, Semantics
 from streammerge.tiles.program import Op
 from streammerge.tiles.writing import Sheet
@@ -26,6 +26,7 @@ def describe_method(method: MergeMethod) -> str:
         f"semantics: {describe_semantics(method)}",
         f"works on: {method.operand.value}",
         f"locality: {locality_of(method)}",
+        f"least memory: {least_memory_of(method)}",
         f"sources: {describe_count(method)}",
         f"rounds: {describe_rounds(method)}",
         f"scope: {' or '.join(scopes_of(method))}",
@@ -49,9 +50,36 @@ def describe_count(method: MergeMethod) -> str:
     return f"exactly {least}" if least == most else f"{least} to {most}"
 
 
-def locality_of(_method: MergeMethod) -> str:
-    """Return what an entry of the result depends on, beside what rounds find."""
-    return "element by element"
+_LOCALITIES = {
+    Locality.ELEMENT: "element by element",
+    Locality.ROW: "whole rows",
+    Locality.TENSOR: "whole tensors",
+}
+_LEAST_MEMORY = {
+    Locality.ELEMENT: "a block of 262,144 elements per model",
+    Locality.ROW: "a block, or the widest row, per model",
+    Locality.TENSOR: "the largest tensor, about 130 bytes per element and those of the sources",
+}
+
+
+def localities_of(method: MergeMethod) -> list[Locality]:
+    """Return what an entry of the result depends on, beside what rounds find; of its first example
+    first.
+    """
+    found = [_work_of(method, example)[0].locality for example in method.examples]
+    return list(dict.fromkeys(found))
+
+
+def locality_of(method: MergeMethod) -> str:
+    """Return the same in words: ``"element by element; with other parameters whole rows"``."""
+    first, *others = (_LOCALITIES[each] for each in localities_of(method))
+    return f"{first}; with other parameters {' or '.join(others)}" if others else first
+
+
+def least_memory_of(method: MergeMethod) -> str:
+    """Return what the least budget depends on, beside the number of models."""
+    first, *others = (_LEAST_MEMORY[each] for each in localities_of(method))
+    return f"{first}; with other parameters {' or '.join(others)}" if others else first
 
 
 def scopes_of(method: MergeMethod) -> tuple[str, ...]:
@@ -79,8 +107,8 @@ _FINDS = {
 }
 
 
-def rounds_of(method: MergeMethod, example: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return what each round finds with some parameters, as a recipe spells them."""
+def _work_of(method: MergeMethod, example: Mapping[str, Any]) -> tuple[Work, int]:
+    """Return what a method does with some parameters, as a recipe spells them, and for how many."""
     given = [len(value) for value in example.values() if isinstance(value, tuple)]
     count = given[0] if given else method.sources[1] or max(2, method.sources[0])
     values = []
@@ -88,7 +116,12 @@ def rounds_of(method: MergeMethod, example: Mapping[str, Any]) -> tuple[str, ...
         value = example.get(spec.name, spec.default_of(method.semantics[0]))
         spread = spec.per_source and not isinstance(value, tuple)
         values.append((spec.name, (value,) * count if spread else value))
-    work = method.work(method.bind(values))
+    return method.work(method.bind(values)), count
+
+
+def rounds_of(method: MergeMethod, example: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return what each round finds with some parameters, as a recipe spells them."""
+    work, count = _work_of(method, example)
     has_base = method.operand is not Operand.WEIGHTS
     asked = [each.sinks(Sheet(count, has_base)) for each in work.rounds]
     return tuple(", ".join(dict.fromkeys(_FINDS[sink.op] for sink in sinks)) for sinks in asked)
@@ -140,6 +173,7 @@ def method_as_json(method: MergeMethod) -> dict[str, Any]:
         "reference": method.reference,
         "operand": method.operand.value,
         "locality": locality_of(method),
+        "least_memory": least_memory_of(method),
         "semantics": [each.value for each in method.semantics],
         "sources": {"least": method.sources[0], "most": method.sources[1]},
         "rounds": list(rounds_of(method, method.examples[0])),
