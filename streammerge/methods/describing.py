@@ -63,9 +63,7 @@ _LEAST_MEMORY = {
 
 
 def localities_of(method: MergeMethod) -> list[Locality]:
-    """Return what an entry of the result depends on, beside what rounds find; of its first example
-    first.
-    """
+    """Return what entries of a result depend on, beside what rounds find; by its examples."""
     found = [_work_of(method, example)[0].locality for example in method.examples]
     return list(dict.fromkeys(found))
 

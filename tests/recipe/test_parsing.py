@@ -152,7 +152,7 @@ def test_a_short_recipe_gets_the_defaults_of_the_schema():
         sources=(Source(Path("a"), {}),),
         parameters={},
         rules=(),
-        semantics=Semantics.PEFT,
+        semantics=None,
         seed=0,
         missing=MissingPolicy.ERROR,
         non_finite=NonFinitePolicy.ERROR,
@@ -293,7 +293,7 @@ def test_anchors_and_merge_keys_are_allowed():
         (linear("parameters: {normalize: 1}"), "parameters.normalize: expected true or false, got 1"),
         (ties("parameters: {density: 1, majority_sign_method: frequence}"), 'parameters.majority_sign_method: expected total or frequency, got "frequence"; did you mean "frequency"?'),
         (ties("parameters: {density: 1, scope: 1}"), "parameters.scope: expected tensor or model, got 1"),
-        (linear("semantics: paper"), 'semantics: expected peft, got "paper"'),
+        (linear("semantics: papr"), 'semantics: expected peft or mergekit or paper, got "papr"; did you mean "paper"?'),
         (linear("missing: bse"), 'missing: expected error or base, got "bse"; did you mean "base"?'),
         (linear("non_finite: [keep]"), "non_finite: expected error or keep, got a list of 1"),
         (linear("compute_dtype: float16"), 'compute_dtype: expected float32 or float64, got "float16"; did you mean "float64"?'),
@@ -470,7 +470,12 @@ def test_the_dump_is_the_same_text_for_equal_recipes():
 
 def test_the_dump_states_every_setting():
     text = dump_recipe(
-        parse(ties('rules: [{tensors: "*.w", density: [0.1, 1]}]\nparameters: {density: 1e-7}'))
+        parse(
+            ties(
+                'rules: [{tensors: "*.w", density: [0.1, 1]}]\nparameters: {density: 1e-7}\n'
+                "semantics: peft"
+            )
+        )
     )
 
     assert text == (
