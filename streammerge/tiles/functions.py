@@ -129,5 +129,8 @@ def _sum_series(terms: Sequence[float], variable: Floats) -> Floats:
 
 
 def _power_of_two(exponents: Floats) -> Floats:
-    """Return 2 to the power of whole numbers in [-1022, 1023]."""
-    return ((exponents.astype(np.int64) + 1023) << 52).view(np.float64)
+    """Return 2 to the power of whole numbers in [-1022, 1023], and anything for NaN."""
+    with np.errstate(invalid="ignore"):
+        # What it is multiplied with is NaN as well.
+        whole = exponents.astype(np.int64)
+    return ((whole + 1023) << 52).view(np.float64)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
@@ -114,3 +116,13 @@ def test_hyperbolic_tangent_agrees_with_the_library_and_is_odd(
     assert torch.equal(-above, below)
     exact = np.tanh(values.numpy().astype(np.float64))
     np.testing.assert_allclose(found.numpy().astype(np.float64), exact, rtol=tolerance)
+
+
+@pytest.mark.parametrize(
+    "function", [exponential, exponential_less_one, logarithm, logarithm_of_one_more]
+)
+def test_what_is_no_number_stays_none_without_a_warning(
+    function: Callable[[Floats], Floats],
+) -> None:
+    found = function(np.array([1.0, np.nan]))
+    assert np.isnan(found).tolist() == [False, True]
