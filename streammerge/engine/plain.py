@@ -265,15 +265,17 @@ class PlainStage:
     ) -> BlockAnswer:
         """Return the answers of one block."""
         counted: list[Counted | None] = [None] * program.ranked
+        programs = self._programs[piece.first.task.setting]
 
         def answer(index: int, values: Tensor) -> None:
             question = asking.questions[index]
             if question is not None:
                 counted[index] = answer_block(question, values.numpy(), self._bench.masks)
 
-        # A tensor is merged right after it is measured, and checked then; a whole model is not.
-        check = self._plan.model_scope and not self._plan.keep_non_finite
-        programs = self._programs[piece.first.task.setting]
+        # A tensor is merged right after it is measured, and checked then; a whole model is not, and
+        # what totals have in them that is no number reaches blocks without any.
+        looks = self._plan.model_scope or bool(program.totals) or programs.by_rows
+        check = looks and not self._plan.keep_non_finite
         known = self._know_rows(programs, piece, block, check=check) if programs.by_rows else None
         count = 1 if known is None else len(known.numbers)
         sinks = HostSinks(program, answer, rows=count)
@@ -323,7 +325,7 @@ class PlainStage:
         if numel == 0:
             return found_of_nothing(programs)
         known = NOTHING
-        by_rows = programs.by_rows
+        by_rows, check = programs.by_rows, not self._plan.keep_non_finite
         for program, asked in zip(programs.rounds, programs.work.rounds, strict=True):
             ranks = asked.ranks(numel, known)
             tops: list[TopK] = []
@@ -332,9 +334,9 @@ class PlainStage:
                 tops.append(_select(values.numpy(), ranks[index]))  # noqa: B023
 
             asking = replace(block, segments=tuple(_knowing(block.segments, known)))
-            rows = self._know_rows(programs, piece, asking, check=False) if by_rows else None
+            rows = self._know_rows(programs, piece, asking, check=check) if by_rows else None
             sinks = HostSinks(program, rank, rows=1 if rows is None else len(rows.numbers))
-            self._run(program, piece, asking, check=False, sinks=sinks, rows=rows)
+            self._run(program, piece, asking, check=check, sinks=sinks, rows=rows)
             totals = join_totals(program.totals, sinks.totals)
             answers = Answers(numel, totals, tuple(tops), known)
             known = known.joined(asked.concluded(answers))

@@ -97,7 +97,8 @@ def _row_bytes(programs: Programs, tasks: Sequence[TensorTask]) -> int:
     of_ranks = 24 * max(BLOCK, widest) * counts.ranked + 32 * max(BLOCK, widest) * bool(
         counts.ranked
     )
-    return of_rows + of_ranks
+    # A result of which only a part is asked for is written beside it first.
+    return of_rows + of_ranks + 4 * max(BLOCK, widest)
 
 
 def _encoding_bytes(encoded: Sequence[TensorTask]) -> int:
@@ -112,11 +113,21 @@ def _scales_nbytes(task: TensorTask) -> int:
 
 def _compute_rows(programs: Sequence[Programs], *, torch: bool, changed: bool) -> int:
     """Return how many blocks a worker keeps in the compute dtype."""
-    kernels = 1
+    kernels = count_rooms(programs)
     if not torch:
         return kernels
     # For changes, a product and one more row.
     return kernels + count_plain_rows(programs) + (DELTA_ROWS if changed else 0)
+
+
+_MOST_ROOMS = 8
+"""Blocks that values are collected in at once: what finds no room is asked again by itself."""
+
+
+def count_rooms(programs: Sequence[Programs]) -> int:
+    """Return how many blocks of collected values the compiled way keeps: one for each ranked value."""
+    ranked = max((each.ranked for each in programs), default=0)
+    return max(1, min(ranked, _MOST_ROOMS))
 
 
 def count_plain_rows(programs: Sequence[Programs]) -> int:

@@ -93,8 +93,10 @@ class DeviceComputing:
         program = self._programs[piece.first.task.setting].rounds[asking.round]
         questions = asking.questions
         asked = [index for index, question in enumerate(questions) if question is not None]
-        # A tensor is merged right after it is measured, and checked then; a whole model is not.
-        checked = self._plan.model_scope and not self._plan.keep_non_finite
+        # A tensor is merged right after it is measured, and checked then; a whole model is not, and
+        # what totals have in them that is no number reaches blocks without any.
+        looks = self._plan.model_scope or bool(program.totals)
+        checked = looks and not self._plan.keep_non_finite
         ring.run(ring.clear)
         measure = partial(self._measure_step, piece, program, asking, checked=checked)
         ring.stream(_tensors(piece), piece.numel, measure, None)

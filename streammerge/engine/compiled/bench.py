@@ -19,6 +19,7 @@ from streammerge.engine.segments import Segment
 from streammerge.methods.programs import Programs
 from streammerge.native.library import DTYPE_CODES, Kernels
 from streammerge.native.machine import ALL_TIES, EncodedProgram, JobCall, Jobs, RoomCall
+from streammerge.plan.demanding import count_rooms
 from streammerge.plan.types import MergePlan
 from streammerge.rng import keep_limit, stream_key
 from streammerge.statistics import BLOCK
@@ -82,7 +83,8 @@ class Bench:
         most = max(each.memory_numel for each in codes)
         self._memory = np.empty(most, dtype=np.float32)
         width = max([BLOCK, *(task.row for task in plan.tasks)])
-        self.values: NDArray[np.float32] = np.empty(width, dtype=np.float32)
+        rooms = count_rooms(programs)
+        self.values: NDArray[np.float32] = np.empty(rooms * width, dtype=np.float32)
         """Where questions collect."""
         self._room = RoomCall(self.values.ctypes.data, self.values.size)
         self._numbers: list[NDArray[np.float32]] = []

@@ -38,7 +38,8 @@ class CompiledMerging:
         self._bench = bench
         self._rows = rows
         in_rows = any(task.row for task in bench.plan.tasks)
-        self._spare = np.empty(bench.values.nbytes if in_rows else 0, dtype=np.uint8)
+        widest = max([BLOCK, *(task.row for task in bench.plan.tasks)])
+        self._spare = np.empty(4 * widest if in_rows else 0, dtype=np.uint8)
         self._plan = bench.plan
         self._counts = counts
 

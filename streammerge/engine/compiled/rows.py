@@ -21,6 +21,7 @@ from streammerge.methods.programs import Programs
 from streammerge.native.library import DTYPE_CODES
 from streammerge.native.machine import Asked
 from streammerge.plan.demanding import MOST_ROWS
+from streammerge.statistics import BLOCK
 from streammerge.statistics.rounds import RowAnswers
 
 
@@ -51,7 +52,8 @@ class CompiledRows:
         counts = [each.row_counts for each in programs]
         ranked = max((each.ranked for each in counts), default=0)
         self._totals = np.empty(MOST_ROWS * max((each.totals for each in counts), default=0))
-        self._computed = np.empty((ranked, bench.values.size if ranked else 0), dtype=np.float32)
+        width = max([BLOCK, *(task.row for task in bench.plan.tasks)])
+        self._computed = np.empty((ranked, width if ranked else 0), dtype=np.float32)
         widest = max((task.row for task in bench.plan.tasks), default=0)
         self._keys = np.empty(2 * widest if ranked else 0, dtype=np.uint64)
 
