@@ -124,15 +124,27 @@ def total_blocks_(op: Op, a: Tensor, b: Tensor, column: Tensor) -> None:
         b: ``[m]``, for products.
         column: Receives the totals.
     """
-    terms = a.to(torch.float64)
+    terms = a.to(torch.float64, copy=True)
     if op is Op.DOT:
         terms *= b
-    reduce = torch.amax if op is Op.LARGEST else torch.sum
     whole = terms.numel() // BLOCK
     if whole:
-        column[:whole].copy_(reduce(terms[: whole * BLOCK].view(whole, BLOCK), dim=1))
+        column[:whole].copy_(_total_(op, terms[: whole * BLOCK].view(whole, BLOCK)))
     if terms.numel() > whole * BLOCK:
-        column[whole].copy_(reduce(terms[whole * BLOCK :], dim=0))
+        column[whole:].copy_(_total_(op, terms[None, whole * BLOCK :]))
+
+
+def _total_(op: Op, terms: Tensor) -> Tensor:
+    """Return the total of each row of ``[rows, m]``, which is overwritten."""
+    if op is Op.LARGEST:
+        return terms.amax(dim=1)
+    # A sum of torch's would choose its order by the number of rows, which is that of the cut.
+    numel = terms.shape[1]
+    while numel > 1:
+        rest = numel // 2
+        terms[:, :rest] += terms[:, numel - rest : numel]
+        numel -= rest
+    return terms[:, 0]
 
 
 def values_inside(question: Question | None, counts: NDArray[np.int64]) -> int:

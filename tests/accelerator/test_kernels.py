@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
 from fake_backend import Watch
 from hypothesis import given
 from hypothesis import strategies as st
-from streammerge.methods.parts import divide_, trim_, trim_unseen_
 
 from streammerge.rng import keep_mask, stream_key
 from streammerge.statistics import BLOCK, count_blocks
-from streammerge.statistics.in_tensors import COUNTS, Answers, counted_blocks, values_inside
+from streammerge.statistics.in_tensors import (
+    COUNTS,
+    Answers,
+    counted_blocks,
+    total_blocks_,
+    values_inside,
+)
 from streammerge.statistics.magnitude import BINS, Band, Bins, Question, answer_block
 from streammerge.statistics.topk import TopK
+from streammerge.statistics.trimming import trim_, trim_unseen_
+from streammerge.tiles.compiling import compile_result
+from streammerge.tiles.interpreter import count_rows, run_program
 from streammerge.tiles.masks import draw_keep_mask
+from streammerge.tiles.program import Op
+from streammerge.tiles.totalling import total_rows
+from streammerge.tiles.writing import Sheet
 
 CPU = torch.device("cpu")
 
@@ -121,6 +134,40 @@ def test_values_without_room_are_counted_and_disturb_nothing() -> None:
     assert answers.values[:30].tolist() == values[10:40].tolist()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("op", [Op.SUM, Op.DOT, Op.LARGEST])
+@pytest.mark.parametrize("tail", [0, 1, 77, 4096])
+def test_totals_of_blocks_depend_on_no_cut(op: Op, tail: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(3)
+    numel = 3 * BLOCK + tail
+    a, b = (torch.randn(numel, generator=generator, dtype=dtype) for _ in range(2))
+    before = a.clone()
+
+    def total(cuts: list[int]) -> list[float]:
+        column = torch.zeros(count_blocks(numel), dtype=torch.float64)
+        with Watch():
+            for begin, end in pairwise([0, *cuts, numel]):
+                if begin < end:
+                    total_blocks_(
+                        op,
+                        a[begin:end],
+                        b[begin:end],
+                        column[begin // BLOCK :][: count_blocks(end - begin)],
+                    )
+        return column.tolist()
+
+    together = total([])
+
+    assert total([BLOCK, 2 * BLOCK, 3 * BLOCK]) == total([2 * BLOCK]) == together
+    assert torch.equal(a, before)
+    rows = zip(a.split(BLOCK), b.split(BLOCK), strict=True)
+    on_the_cpu = [total_rows(op, x.numpy()[None], y.numpy()[None]).item() for x, y in rows]
+    if op is Op.LARGEST:
+        assert together == on_the_cpu
+    else:
+        np.testing.assert_allclose(together, on_the_cpu, rtol=1e-12, atol=1e-11)
+
+
 @pytest.mark.parametrize("cutoff", [0, 1, 3])
 @pytest.mark.parametrize("threshold", [0.0, 0.5, INFINITY])
 def test_a_trim_that_looks_at_nothing_equals_one_that_does(threshold: float, cutoff: int) -> None:
@@ -133,10 +180,35 @@ def test_a_trim_that_looks_at_nothing_equals_one_that_does(threshold: float, cut
     assert torch.equal(found, trim_(row.clone(), top, 1))
 
 
+class OneRow:
+    """A model of one row; see :class:`streammerge.tiles.interpreter.Models`."""
+
+    def __init__(self, row: torch.Tensor) -> None:
+        self.row = row
+
+    def source(self, _source: int, out: torch.Tensor) -> None:
+        out.copy_(self.row)
+
+
+def divide(row: torch.Tensor, divisor: float) -> torch.Tensor:
+    """Return what the program of a division makes of a row, on the row's device."""
+    program = compile_result(Sheet(1, has_base=False).values[0] / divisor)
+    found = run_program(
+        program,
+        OneRow(row),  # type: ignore[arg-type]
+        numbers=[number.value for number in program.numbers],
+        memory=row.new_empty(count_rows(program), row.numel()),
+        row_numel=row.numel(),
+    )
+    assert found is not None
+    return found
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @given(divisor=st.floats(1e-6, 1e6))
 def test_a_division_rounds_once(divisor: float, dtype: torch.dtype) -> None:
+    """On some devices the division by a number is a product with its reciprocal."""
     row = torch.linspace(-3, 3, 1001, dtype=dtype)
     expected = row.numpy() / np.asarray(divisor, dtype=row.numpy().dtype)
 
-    np.testing.assert_array_equal(divide_(row.clone(), divisor).numpy(), expected)
+    np.testing.assert_array_equal(divide(row, divisor).numpy(), expected)
