@@ -33,7 +33,7 @@ from streammerge.plan.types import DeviceResources, MergePlan, TensorTask
 from streammerge.statistics import BLOCK, count_blocks
 from streammerge.statistics.in_tensors import COUNTS
 from streammerge.statistics.magnitude import BINS
-from streammerge.tiles.program import Op
+from streammerge.tiles.program import FUNCTIONS, Op, Program
 from streammerge.units import MIB, format_budget, format_size
 
 LANES = 2
@@ -46,15 +46,8 @@ _SLACK_BYTES = 96 * MIB
 """Requests of the allocator are rounded up to 2 and 20 MiB. An estimate, see docs/design.md."""
 _LARGEST_STEP = 16 * BLOCK
 """4 million elements: an operation on them takes several times longer than to ask for it."""
-_ON_THE_CPU = (
-    Op.EXPONENTIAL,
-    Op.LOGARITHM,
-    Op.EXPONENTIAL_LESS_ONE,
-    Op.LOGARITHM_OF_ONE_MORE,
-    Op.COMPUTED,
-    Op.CHANGED,
-)
-"""Steps that are done in numpy, whose bits no other library has, or by adapters."""
+_ON_THE_CPU = (*FUNCTIONS, Op.COMPUTED, Op.CHANGED)
+"""Steps that are done in numpy, or by adapters."""
 HOST_GROWTH_BYTES = 192 * MIB
 """What a device's kernels and streams take of the process once they are used. An estimate."""
 
@@ -144,10 +137,16 @@ def runs_on_device(task: TensorTask, programs: Programs, *, has_base: bool) -> b
     operations. The products of adapters are computed on the CPU, whose bits no other library has.
     What is copied or converted has no arithmetic.
     """
-    if any(program.uses(*_ON_THE_CPU) for program in programs.all):
+    if any(_has_steps_of_the_cpu(program) for program in programs.all):
         return False
     base_is_here = not has_base or task.inputs[0] is not None
     return task.action is Action.MERGE and task.numel > BLOCK and not task.changes and base_is_here
+
+
+def _has_steps_of_the_cpu(program: Program) -> bool:
+    """Return whether a program has a step that no device does, or does with other bits."""
+    draws_by_row = any(step.op is Op.KEEP_RANDOM and step.b >= 0 for step in program.steps)
+    return draws_by_row or program.uses(*_ON_THE_CPU)
 
 
 def shape_step(

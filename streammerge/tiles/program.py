@@ -85,6 +85,10 @@ class Op(IntEnum):
 
 SINKS = frozenset({Op.STORE, Op.SUM, Op.DOT, Op.LARGEST, Op.RANK})
 """Steps that leave something behind; the others only fill a register."""
+FUNCTIONS = frozenset({
+    Op.SQUARE_ROOT, Op.EXPONENTIAL, Op.LOGARITHM, Op.EXPONENTIAL_LESS_ONE, Op.LOGARITHM_OF_ONE_MORE,
+})  # fmt: skip
+"""Steps of :mod:`streammerge.tiles.functions`, whose bits no library has."""
 TOTALS = frozenset({Op.SUM, Op.DOT, Op.LARGEST})
 """Sinks that leave one number."""
 
