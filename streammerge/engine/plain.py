@@ -18,7 +18,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from streammerge.dtypes import DType
-from streammerge.engine.asking import Asking, BlockAnswer, join_answers
+from streammerge.engine.asking import (
+    Asking,
+    BlockAnswer,
+    join_answers,
+    with_joined_histograms,
+)
 from streammerge.engine.changing import ChangeWork
 from streammerge.engine.device import Applied
 from streammerge.engine.finite import LARGEST, check_range
@@ -91,7 +96,7 @@ class PlainStage:
 
     def told(self, programs: Programs, counts: Sequence[int]) -> tuple[int, ...]:
         """Return what the manifest says about what was kept of a part."""
-        return tuple(programs.work.kept(counts)) if self._tells else ()
+        return programs.kept(counts) if self._tells else ()
 
     def _merge_rows(self, piece: PieceInMemory, found: Found, kept: list[int], out: Stored) -> int:
         """Merge a piece whose rows must be seen whole; return how many values are not finite."""
@@ -175,7 +180,7 @@ class PlainStage:
         for program, asked in zip(programs.row_rounds, programs.work.row_rounds, strict=True):
             sinks = HostSinks(program, _no_ranks, rows=count)
             self._run(program, piece, block, check=check, rows=known, sinks=sinks)
-            found = asked.settle(RowAnswers(row, sinks.totals, known.numbers))
+            found = asked.concluded(RowAnswers(row, sinks.totals, known.numbers))
             known = replace(known, numbers=np.concatenate([known.numbers, found], axis=1))
         if programs.row_ranks is None:
             return known
@@ -244,7 +249,7 @@ class PlainStage:
         program = programs.rounds[asking.round]
         if piece.first.task.row:
             wide = piece.in_rows()
-            return [
+            return with_joined_histograms(
                 join_answers(
                     program.totals,
                     [
@@ -254,11 +259,11 @@ class PlainStage:
                     asking,
                 )
                 for runs in iter_measuring(piece)
-            ]
-        return [
+            )
+        return with_joined_histograms(
             self._answer(program, piece, block, asking)
             for block in split_piece(piece, [asking.found], [[]])
-        ]
+        )
 
     def _answer(
         self, program: Program, piece: PieceInMemory, block: Block, asking: Asking
@@ -272,10 +277,7 @@ class PlainStage:
             if question is not None:
                 counted[index] = answer_block(question, values.numpy(), self._bench.masks)
 
-        # A tensor is merged right after it is measured, and checked then; a whole model is not, and
-        # what totals have in them that is no number reaches blocks without any.
-        looks = self._plan.model_scope or bool(program.totals) or programs.by_rows
-        check = looks and not self._plan.keep_non_finite
+        check = checks_operands(self._plan, program)
         known = self._know_rows(programs, piece, block, check=check) if programs.by_rows else None
         count = 1 if known is None else len(known.numbers)
         sinks = HostSinks(program, answer, rows=count)
@@ -325,7 +327,7 @@ class PlainStage:
         if numel == 0:
             return found_of_nothing(programs)
         known = NOTHING
-        by_rows, check = programs.by_rows, not self._plan.keep_non_finite
+        by_rows = programs.by_rows
         for program, asked in zip(programs.rounds, programs.work.rounds, strict=True):
             ranks = asked.ranks(numel, known)
             tops: list[TopK] = []
@@ -334,6 +336,7 @@ class PlainStage:
                 tops.append(_select(values.numpy(), ranks[index]))  # noqa: B023
 
             asking = replace(block, segments=tuple(_knowing(block.segments, known)))
+            check = checks_operands(self._plan, program)
             rows = self._know_rows(programs, piece, asking, check=check) if by_rows else None
             sinks = HostSinks(program, rank, rows=1 if rows is None else len(rows.numbers))
             self._run(program, piece, asking, check=check, sinks=sinks, rows=rows)
@@ -408,6 +411,15 @@ class PlainStage:
         return found
 
 
+def checks_operands(plan: MergePlan, program: Program) -> bool:
+    """Return whether what a round's program loads must be finite, or else is an error there and then.
+
+    A tensor is merged right after it is measured, and checked then; a whole model is not. And what
+    its totals come to spoils every block, of which most have nothing that could be named.
+    """
+    return not plan.keep_non_finite and (plan.model_scope or bool(program.totals))
+
+
 def bind_numbers(
     program: Program, found: Found, rows: KnownRows | None = None
 ) -> list[float | NDArray[np.float64]]:
@@ -428,8 +440,8 @@ def _select(magnitudes: NDArray[Any], wish: Rank) -> TopK:
 
 
 def count_kept_of(programs: Programs) -> int:
-    """Return how many counts a merge keeps of what its trims, or random numbers, keep."""
-    return max(len(programs.merge.trims), len(programs.merge.streams))
+    """Return how many counts a merge keeps: of its trims, or of random numbers where it has none."""
+    return len(programs.merge.trims) or len(programs.merge.streams)
 
 
 def _no_ranks(index: int, values: Tensor) -> None:

@@ -227,7 +227,8 @@ class BlockReader:
             if not isinstance(probability, float):
                 own = probability[segment.begin : segment.end]
             kept = self._drop(values, segment, source, own)
-            if self._count:
+            # Where both choose, what trims keep is told.
+            if self._count and not self._program.trims:
                 segment.kept[stream] += kept
 
     def _drop(self, row: Tensor, segment: Segment, source: int, probability: Tensor | float) -> int:

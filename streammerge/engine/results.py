@@ -65,8 +65,9 @@ class Results:
         setting = self._plan.tasks[task].setting
         if setting < 0 or not found.tensor_kept:
             return found
-        # By the thresholds of the tensor, of which a source may have several.
-        kept = tuple(self._programs[setting].work.kept(found.tensor_kept))
+        # By those thresholds that the merge trims with; rounds may have found more.
+        programs = self._programs[setting]
+        kept = programs.kept([found.tensor_kept[trim] for trim in programs.merge.trims])
         return replace(found, kept=found.kept or kept)
 
 

@@ -98,6 +98,8 @@ class ScopeStatistics:
             self._known,
         )
         self._known = self._known.joined(self._programs.work.rounds[self._round].concluded(answers))
+        # Those of the next round take their place; there is no room for both.
+        self._totals = no_totals((), 0)
         self._round += 1
 
     @property

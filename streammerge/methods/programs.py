@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -74,6 +74,17 @@ class Programs:
             0 if self.row_ranks is None else self.row_ranks.ranked,
             max((len(each.totals) for each in self.row_rounds), default=0),
         )
+
+    def kept(self, counts: Sequence[int]) -> tuple[int, ...]:
+        """Return the entries that each source keeps; see :attr:`Work.kept`.
+
+        Args:
+            counts: What the merge's trims, or random numbers where it has none, keep; in the order of
+                their use.
+        """
+        order = self.merge.trims or self.merge.streams
+        by_index = sorted(zip(order, counts, strict=True))
+        return tuple(self.work.kept([count for _, count in by_index]))
 
     @property
     def counts(self) -> Counts:

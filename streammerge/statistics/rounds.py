@@ -103,7 +103,9 @@ class Round:
 
     def concluded(self, answers: Answers) -> Found:
         """Return what this round found."""
-        return Found(answers.tops, tuple(float(number) for number in self.settle(answers)))
+        # What is let through that is not finite has no need to be spoken of once more.
+        with np.errstate(all="ignore"):
+            return Found(answers.tops, tuple(float(number) for number in self.settle(answers)))
 
 
 RowNumbers = NDArray[np.float64]
@@ -130,3 +132,8 @@ class RowRound:
     """What every element contributes: totals alone."""
     settle: Callable[[RowAnswers], RowNumbers]
     """The numbers that they come to, ``[rows, numbers]``."""
+
+    def concluded(self, answers: RowAnswers) -> RowNumbers:
+        """Return what this round found."""
+        with np.errstate(all="ignore"):
+            return self.settle(answers)

@@ -34,7 +34,7 @@ def join_totals(kinds: Sequence[Op], of_blocks: NDArray[np.float64]) -> tuple[fl
 
 def _sum(column: NDArray[np.float64]) -> float:
     try:
-        return math.fsum(column.tolist())
+        return math.fsum(column)
     except (OverflowError, ValueError):
         # Beyond float64, or infinities of both signs: what adding them comes to.
         with np.errstate(all="ignore"):

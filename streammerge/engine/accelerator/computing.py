@@ -22,7 +22,7 @@ from streammerge.engine.asking import Asking, BlockAnswer
 from streammerge.engine.device import Applied
 from streammerge.engine.finite import LARGEST
 from streammerge.engine.pieces import PieceInMemory, Stored, torch_dtype
-from streammerge.engine.plain import bind_numbers
+from streammerge.engine.plain import bind_numbers, checks_operands, count_kept_of
 from streammerge.lazily import torch
 from streammerge.methods.base import MergeMethod
 from streammerge.plan.sweeps import programs_of_plan
@@ -78,8 +78,8 @@ class DeviceComputing:
         counts = ring.counts.device.numel()
         self._fetch(piece, [(ring.counts, counts)], checked=checked)
         *kept, not_finite = ring.counts.host.tolist()
-        of_each = kept[: max(len(programs.merge.trims), len(programs.merge.streams))]
-        return Applied(not_finite, tuple(programs.work.kept(of_each)) if self._tells else ())
+        of_each = kept[: count_kept_of(programs)]
+        return Applied(not_finite, programs.kept(of_each) if self._tells else ())
 
     def measure(self, piece: PieceInMemory, asking: Asking) -> list[BlockAnswer]:
         """Answer questions; see :meth:`streammerge.engine.device.DeviceStage.measure`.
@@ -87,16 +87,13 @@ class DeviceComputing:
         What was collected lies in memory that the next call overwrites.
 
         Raises:
-            Suspicion: A value is not finite, where a sweep over the model has to look.
+            Suspicion: A value is not finite, where a round has to look.
         """
         ring = self._ring
         program = self._programs[piece.first.task.setting].rounds[asking.round]
         questions = asking.questions
         asked = [index for index, question in enumerate(questions) if question is not None]
-        # A tensor is merged right after it is measured, and checked then; a whole model is not, and
-        # what totals have in them that is no number reaches blocks without any.
-        looks = self._plan.model_scope or bool(program.totals)
-        checked = looks and not self._plan.keep_non_finite
+        checked = checks_operands(self._plan, program)
         ring.run(ring.clear)
         measure = partial(self._measure_step, piece, program, asking, checked=checked)
         ring.stream(_tensors(piece), piece.numel, measure, None)
@@ -373,7 +370,8 @@ class _StepReader:
         row.mul_(mask)
 
     def _add_kept(self, stream: int, count: Tensor | int) -> None:
-        if self._kept is not None:
+        # Where both choose, what trims keep is told.
+        if self._kept is not None and not self._program.trims:
             self._kept[stream].add_(count)
 
     def computed(self, index: int, out: Tensor) -> None:

@@ -6,14 +6,19 @@ collected in a batch of blocks.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Never
 
 import numpy as np
 from numpy.typing import NDArray
 
-from streammerge.engine.asking import Asking, BlockAnswer, join_answers
+from streammerge.engine.asking import (
+    Asking,
+    BlockAnswer,
+    join_answers,
+    with_joined_histograms,
+)
 from streammerge.engine.compiled.bench import Bench, Encoded
 from streammerge.engine.compiled.operands import CALLS, StoredOperand, find_operands, in_batches
 from streammerge.engine.compiled.refusing import refuse_operands
@@ -52,6 +57,11 @@ class _Job:
     """The answers."""
     histograms: dict[int, NDArray[np.int64]] = field(default_factory=dict)
     """What bins are counted in, by the index of their value."""
+
+    def forget(self) -> None:
+        """Let go of the answers."""
+        self.counted.clear()
+        self.histograms.clear()
 
 
 _Wish = Question | Rank | str | None
@@ -97,16 +107,23 @@ class CompiledMeasuring:
             _Job(block.begin, block.end, block.segments[0], asking.questions)
             for block in split_piece(piece, [asking.found], [[]])
         ]
-        answers = []
+        return with_joined_histograms(self._answers(piece, encoded, operands, jobs, asking))
+
+    def _answers(
+        self,
+        piece: PieceInMemory,
+        encoded: Encoded,
+        operands: Sequence[StoredOperand],
+        jobs: Sequence[_Job],
+        asking: Asking,
+    ) -> Iterator[BlockAnswer]:
         # One histogram at a time: each is half a MiB.
         bins = any(isinstance(question, Bins) for question in asking.questions)
         for batch in ([job] for job in jobs) if bins else in_batches(jobs):
             totals = self._run(piece, encoded, operands, batch)
-            answers += [
-                BlockAnswer(tuple(job.counted), own.copy() if asking.totals else None)
-                for job, own in zip(batch, totals, strict=True)
-            ]
-        return answers
+            for job, own in zip(batch, totals, strict=True):
+                yield BlockAnswer(tuple(job.counted), own.copy() if asking.totals else None)
+                job.forget()
 
     def _answer_rows(
         self,

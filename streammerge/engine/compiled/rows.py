@@ -82,7 +82,7 @@ class CompiledRows:
             width = len(encoded.program.totals)
             totals = self._totals[: count * width].reshape(count, width)
             self._run(encoded, operands, wanted, known, totals=totals.ctypes.data)
-            found = asked.settle(RowAnswers(row, totals, known.numbers))
+            found = asked.concluded(RowAnswers(row, totals, known.numbers))
             known = KnownRows(row, np.concatenate([known.numbers, found], axis=1))
         ranks = self._bench.row_ranks[setting]
         if ranks is None:

@@ -66,7 +66,7 @@ class CompiledStage:
             merged = self._merging.merge(piece, blocks, out)
         if not merged:
             return self._plain.apply(piece, found, out)
-        told = [tuple(programs.work.kept(each)) if self._tells else () for each in kept]
+        told = [programs.kept(each) if self._tells else () for each in kept]
         return [Applied(0, each) for each in told]
 
     def convert(self, piece: PieceInMemory, out: Stored) -> Applied:
