@@ -19,14 +19,18 @@ from safetensors.torch import save_file
 
 import streammerge
 from streammerge.dtypes import DType
+from streammerge.engine.asking import Asking
 from streammerge.engine.compiled.opening import open_cpu_stage
 from streammerge.engine.device import DeviceStage
 from streammerge.engine.pieces import Part, PieceInMemory, Stored
+from streammerge.engine.scopes import ScopeStatistics
 from streammerge.methods import discover_methods
-from streammerge.methods.base import MagnitudeTopK, MergeMethod, Scope
+from streammerge.methods.base import MergeMethod
+from streammerge.plan.budgeting import values_limit
+from streammerge.plan.sweeps import programs_of_plan
 from streammerge.plan.types import MergePlan
 from streammerge.rng import keep_mask, stream_key
-from streammerge.statistics import BLOCK
+from streammerge.statistics import BLOCK, count_blocks
 from streammerge.statistics.magnitude import (
     Band,
     Bins,
@@ -34,7 +38,8 @@ from streammerge.statistics.magnitude import (
     answer_block,
     choose_sample_runs,
 )
-from streammerge.statistics.topk import TiePolicy, TopK
+from streammerge.statistics.rounds import NOTHING, Found
+from streammerge.statistics.topk import TiePolicy, TopK, kept_count
 
 pytest.importorskip("pytest_benchmark", reason="micro-benchmarks need pytest-benchmark")
 
@@ -42,8 +47,6 @@ NUMEL = 2**22
 SOURCES = 2
 ROOM_NUMEL = NUMEL // 8
 """Magnitudes that a search may collect."""
-SAMPLE_RUNS = 64
-"""Runs that the first guess is drawn from."""
 NAME = "weight"
 Benchmark = Callable[..., Any]
 
@@ -105,36 +108,26 @@ def piece_of(plan: MergePlan, models: Sequence[torch.Tensor]) -> PieceInMemory:
     return PieceInMemory((Part(plan.tasks[0], 0, 0, NUMEL),), inputs)
 
 
-def find_tops(stage: DeviceStage, piece: PieceInMemory, need: MagnitudeTopK) -> tuple[TopK, ...]:
-    """Return every source's threshold, found as the engine finds it: sample, sweep, conclude."""
-    rooms = np.empty((len(need.densities) + 1, ROOM_NUMEL), dtype=np.float32)
-    searches = [
-        MagnitudeSearch(
-            numel=piece.numel,
-            blocks=-(-piece.numel // BLOCK),
-            density=density,
-            tie_policy=need.tie_policy,
-            room=room,
-            spare=rooms[-1],
-        )
-        for density, room in zip(need.densities, rooms[:-1], strict=True)
-    ]
-    sampled = 0
-    for start, count in choose_sample_runs(piece.numel, SAMPLE_RUNS):
-        stage.sample(piece, start, rooms[:-1, sampled : sampled + count])
-        sampled += count
-    for search, room in zip(searches, rooms, strict=False):
-        search.ask_after_sample(room[:sampled])
-    while any(search.result is None for search in searches):
-        questions = [search.question if search.result is None else None for search in searches]
-        for block, row in enumerate(stage.measure(piece, questions)):
-            for search, counted in zip(searches, row, strict=True):
-                if counted is not None:
-                    search.answer(block, counted)
-        for search in searches:
-            if search.result is None:
-                search.conclude()
-    return tuple(search.result for search in searches if search.result is not None)
+def find(stage: DeviceStage, piece: PieceInMemory, plan: MergePlan, method: MergeMethod) -> Found:
+    """Return all that a method asks, found as the engine finds it: sample, sweep, conclude."""
+    statistics = ScopeStatistics(
+        programs_of_plan(plan, method)[0],
+        numel=piece.numel,
+        blocks=count_blocks(piece.numel),
+        compute_dtype=DType.F32,
+        limit=values_limit(piece.numel),
+    )
+    while statistics.found is None:
+        if statistics.sample_runs:
+            runs = choose_sample_runs(piece.numel, statistics.sample_runs)
+            statistics.prepare_sample(sum(count for _, count in runs))
+            for start, count in runs:
+                room = statistics.sample_room(count)
+                stage.sample(piece, start, statistics.asking, room)
+            statistics.conclude_sample()
+        statistics.add(0, stage.measure(piece, statistics.asking))
+        statistics.conclude()
+    return statistics.found
 
 
 def report_rate(benchmark: Benchmark) -> None:
@@ -148,16 +141,15 @@ def report_rate(benchmark: Benchmark) -> None:
 def test_apply(
     benchmark: Benchmark, name: str, models: list[torch.Tensor], files: list[Path]
 ) -> None:
-    """Pass 2 of every method: convert, subtract, check, merge, round."""
+    """The merge of every method: convert, subtract, check, merge, round."""
     method = discover_methods()[name]
     plan = plan_of(method, files)
     piece = piece_of(plan, models)
     stage = open_cpu_stage(plan, method)
-    need = method.reduction(method.bind(plan.settings[0].values))
-    tops = () if need is None else find_tops(stage, piece, need)
+    found = find(stage, piece, plan, method)
     out = torch.empty(NUMEL, dtype=torch.bfloat16)
 
-    benchmark(stage.apply, piece, [tops], stored(out))
+    benchmark(stage.apply, piece, [found], stored(out))
 
     report_rate(benchmark)
 
@@ -168,27 +160,28 @@ def test_apply(
 def test_measure(
     benchmark: Benchmark, question: Band | Bins, models: list[torch.Tensor], files: list[Path]
 ) -> None:
-    """Pass 1: one sweep over the piece with each kind of question, for all sources."""
+    """A round: one sweep over the piece with each kind of question, for all sources."""
     method = discover_methods()["ties"]
     plan = plan_of(method, files)
     stage = open_cpu_stage(plan, method)
 
-    benchmark(stage.measure, piece_of(plan, models), [question] * SOURCES)
+    asking = Asking(0, NOTHING, (question,) * SOURCES, totals=False)
+
+    benchmark(stage.measure, piece_of(plan, models), asking)
 
     report_rate(benchmark)
 
 
 def test_threshold(benchmark: Benchmark, models: list[torch.Tensor], files: list[Path]) -> None:
-    """Pass 1 as a whole."""
+    """A round as a whole."""
     method = discover_methods()["ties"]
     plan = plan_of(method, files)
     piece = piece_of(plan, models)
     stage = open_cpu_stage(plan, method)
-    need = MagnitudeTopK((0.2,) * SOURCES, TiePolicy.EXACT, Scope.TENSOR)
 
-    tops = benchmark(find_tops, stage, piece, need)
+    found = benchmark(find, stage, piece, plan, method)
 
-    assert [top.kept for top in tops] == [int(0.2 * NUMEL)] * SOURCES  # noqa: S101 - a test
+    assert [top.kept for top in found.tops] == [int(0.2 * NUMEL)] * SOURCES  # noqa: S101 - a test
     report_rate(benchmark)
 
 
@@ -203,7 +196,7 @@ def test_magnitude_search_concludes(benchmark: Benchmark) -> None:
         found = MagnitudeSearch(
             numel=NUMEL,
             blocks=NUMEL // BLOCK,
-            density=0.2,
+            k=kept_count(0.2, NUMEL),
             tie_policy=TiePolicy.EXACT,
             room=room,
             spare=spare,

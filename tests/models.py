@@ -26,6 +26,7 @@ import streammerge
 from streammerge.assignment.types import Action
 from streammerge.checkpoint.manifest import Manifest
 from streammerge.errors import MemoryBudgetError
+from streammerge.methods.base import MergeMethod
 from streammerge.plan import kernels
 from streammerge.plan.chunking import Residence, iter_units, most_around
 from streammerge.plan.types import MergePlan
@@ -182,6 +183,18 @@ def recipe_of(
             for name, value in document["parameters"].items()
         }
     return recipe | document
+
+
+def count_sources(method: MergeMethod, wanted: int) -> int:
+    """Return how many sources to give a method where a test would give it so many."""
+    least, most = method.sources
+    return max(least, wanted if most is None else min(wanted, most))
+
+
+def required(method: MergeMethod) -> dict[str, Any]:
+    """Return values of the parameters that have no default, as the first example has them."""
+    names = [spec.name for spec in method.parameters if spec.default is None]
+    return {name: method.examples[0][name] for name in names}
 
 
 def recut(

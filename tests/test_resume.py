@@ -21,7 +21,6 @@ import pytest
 import torch
 import yaml
 from models import MEMORY, Models, recipe_of
-from streammerge.engine.statistics import ScopeStatistics
 
 import streammerge
 from streammerge.checkpoint import journal, outputdir, outputfile
@@ -42,6 +41,7 @@ from streammerge.engine import scheduling
 from streammerge.engine.pipeline import run_pipeline
 from streammerge.engine.progress import ProgressEvent
 from streammerge.engine.resuming import Recovered
+from streammerge.engine.scopes import ScopeStatistics
 from streammerge.errors import CheckpointError, OutputError, OutputExistsError, ResumeError
 from streammerge.plan.chunking import Piece
 from streammerge.plan.types import MergePlan
@@ -409,7 +409,8 @@ def test_what_a_cut_off_merge_left_beside_a_complete_model_is_ours(
 
 
 def test_a_journal_gives_back_what_was_written(tmp_path: Path) -> None:
-    scope = ScopeFound(-1, ((0.25, 10, 3, 2, 1, 0, 1), (float("inf"), 10, 0, 0, 0, -1, 0)))
+    tops = ((0.25, 10, 3, 2, 1, 0, 1), (float("inf"), 10, 0, 0, 0, -1, 0))
+    scope = ScopeFound(-1, tops, numbers=(0.1, -1e300, float("-inf")))
     journal = Journal(tmp_path / "j")
     journal.begin({"recipe": "x"})
     journal.append([PIECE, scope])

@@ -25,6 +25,7 @@ import streammerge
 from streammerge import finishing, merging, run
 from streammerge.checkpoint.bytesource import ByteSource, PreadSource
 from streammerge.checkpoint.outputfile import OutputFile
+from streammerge.engine import plain
 from streammerge.engine.progress import ProgressEvent
 from streammerge.errors import (
     CheckpointError,
@@ -36,13 +37,14 @@ from streammerge.errors import (
     SystemLimitError,
     TruncatedShardError,
 )
-from streammerge.methods.base import MergeMethod
 from streammerge.native.library import Kernels, load_kernels
 from streammerge.plan import kernels
 from streammerge.plan.chunking import Residence, iter_units
 from streammerge.plan.sweeps import Needs
 from streammerge.plan.types import MergePlan
 from streammerge.statistics import BLOCK
+from streammerge.tiles.interpreter import run_program
+from streammerge.tiles.program import Op, Program
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -123,14 +125,9 @@ def open_with(monkeypatch: pytest.MonkeyPatch, source: type[ByteSource]) -> None
     monkeypatch.setattr(run, "choose_byte_source", lambda _: source)
 
 
-def apply_with(monkeypatch: pytest.MonkeyPatch, apply: Callable[..., Tensor]) -> None:
-    find = merging.find_method
-
-    def find_faulty(name: str) -> MergeMethod:
-        return replace(find(name), apply=apply)
-
-    monkeypatch.setattr(merging, "find_method", find_faulty)
-    # They would not call it.
+def run_with(monkeypatch: pytest.MonkeyPatch, run: Callable[..., Tensor | None]) -> None:
+    monkeypatch.setattr(plain, "run_program", run)
+    # It would not call it.
     monkeypatch.setattr(kernels, "load_kernels", lambda: None)
 
 
@@ -275,23 +272,23 @@ def test_an_error_that_is_not_ours_gets_a_name(
 def test_a_failing_method_ends_the_merge(
     plan: MergePlan, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def apply(*_: object) -> Tensor:
+    def fail(*_: object, **__: object) -> Tensor | None:
         raise FloatingPointError("in a worker")
 
-    apply_with(monkeypatch, apply)
+    run_with(monkeypatch, fail)
 
     with pytest.raises(StageError, match="FloatingPointError: in a worker"):
         streammerge.merge(plan, out)
 
 
 @pytest.mark.skipif(load_kernels() is None, reason="no compiler was found at installation")
-def test_a_failing_kernel_ends_the_merge(
+def test_a_failing_machine_ends_the_merge(
     plan: MergePlan, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def merge_blocks(*_: object) -> int:
+    def fail(*_: object, **__: object) -> int:
         raise FloatingPointError("in a worker")
 
-    monkeypatch.setattr(Kernels, "merge_blocks", merge_blocks)
+    monkeypatch.setattr(Kernels, "run", fail)
 
     with pytest.raises(StageError, match="FloatingPointError: in a worker"):
         streammerge.merge(plan, out)
@@ -301,15 +298,14 @@ def test_a_method_that_fails_late_ends_the_merge(
     plan: MergePlan, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """When slots, statistics and write queue are in full use."""
-    apply = merging.find_method(plan.method).apply
     calls = iter(range(10**6))
 
-    def fail_late(*arguments: Any) -> Tensor:
-        if next(calls) == BLOCKS // 2:
+    def fail_late(program: Program, *arguments: Any, **named: Any) -> Tensor | None:
+        if program.uses(Op.STORE) and next(calls) == BLOCKS // 2:
             raise FloatingPointError("in a worker")
-        return apply(*arguments)
+        return run_program(program, *arguments, **named)
 
-    apply_with(monkeypatch, fail_late)
+    run_with(monkeypatch, fail_late)
 
     with pytest.raises(StageError, match="FloatingPointError: in a worker"):
         streammerge.merge(plan, out)

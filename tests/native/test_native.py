@@ -1,8 +1,7 @@
-"""The compiled kernels equal their plain twins, bit for bit; tests/methods has the laws."""
+"""The compiled machine at work equals the plain way, bit for bit; tests/methods has the laws."""
 
 from __future__ import annotations
 
-import ctypes
 import shutil
 from pathlib import Path
 from typing import Any
@@ -18,31 +17,33 @@ from models import (
     Tensors,
     assert_same_bits,
     assert_same_model,
+    count_sources,
     recipe_of,
+    required,
     without_kernels,
 )
 
 import streammerge
 from streammerge.dtypes import DType
+from streammerge.engine.asking import Asking
+from streammerge.engine.compiled.bench import Bench
 from streammerge.engine.compiled.measuring import CompiledMeasuring
-from streammerge.engine.compiled.opening import torch_adds_left_to_right
 from streammerge.engine.pieces import Part, PieceInMemory, Stored
 from streammerge.engine.plain import PlainStage
 from streammerge.errors import NonFiniteError
 from streammerge.methods import discover_methods
-from streammerge.methods.base import MagnitudeTopK, MergeMethod, Scope
+from streammerge.methods.programs import Programs, programs_of
 from streammerge.native import library
-from streammerge.native.library import (
-    Kernels,
-    MergeCall,
-    SourceCall,
-    count_scratch,
-    load_kernels,
-)
+from streammerge.native.library import Kernels, load_kernels
+from streammerge.native.machine import EncodedProgram, Jobs
+from streammerge.plan.sweeps import programs_of_plan
 from streammerge.plan.types import MergePlan
 from streammerge.statistics.magnitude import MOST_CROWDS, Band, Bins, Question, answer_block
+from streammerge.statistics.rounds import NOTHING
 from streammerge.statistics.selecting import select_block
-from streammerge.statistics.topk import TiePolicy
+from streammerge.statistics.topk import TiePolicy, kept_count
+from streammerge.tiles.compiling import compile_result
+from streammerge.tiles.writing import Sheet
 
 KERNELS = load_kernels()
 pytestmark = pytest.mark.skipif(KERNELS is None, reason="no compiler was found at installation")
@@ -56,21 +57,22 @@ STORED = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
 def convert(values: torch.Tensor, code: int, out: torch.Tensor, out_code: int) -> bool:
-    """Merge one source alone; returns whether the kernel took it."""
+    """Store one source alone; returns whether the machine took it."""
     assert KERNELS is not None
-    source = SourceCall(values=values.data_ptr(), weight=1.0, dtype=code)
-    scratch = torch.empty(count_scratch(1))
-    calls = (MergeCall * 1)()
-    calls[0] = MergeCall(
-        sources=ctypes.pointer(source),
-        out=out.data_ptr(),
+    program = compile_result(Sheet(1, has_base=False).values[0])
+    encoded = EncodedProgram(program, sources=1, has_base=False)
+    memory = np.empty(encoded.memory_numel, dtype=np.float32)
+    jobs = Jobs([encoded], 1)
+    jobs.fill(
+        0,
+        encoded,
+        [values.data_ptr(), code],
         numel=values.numel(),
-        divisor=1.0,
+        out=out.data_ptr(),
+        out_code=out_code,
         limit=torch.finfo(out.dtype).max,
-        n_sources=1,
-        out_dtype=out_code,
     )
-    return KERNELS.merge_blocks(calls, 1, scratch.data_ptr()) == 0
+    return KERNELS.run(jobs.calls, 0, 1, memory=memory.ctypes.data) == 0
 
 
 @pytest.mark.parametrize(("dtype", "code"), [(torch.bfloat16, 1), (torch.float16, 2)])
@@ -80,7 +82,7 @@ def test_all_numbers_of_16_bits_are_read_as_torch_reads_them(dtype: torch.dtype,
     out = torch.empty(finite.numel())
 
     assert convert(finite, code, out, 0)
-    assert_same_bits(out, finite.float() + 0.0)
+    assert_same_bits(out, finite.float())
     for special in every[~every.isfinite()]:
         assert not convert(special.reshape(1), code, out, 0)
 
@@ -100,7 +102,7 @@ def test_numbers_are_rounded_as_torch_rounds_them(dtype: torch.dtype, code: int)
     out = torch.empty(values.numel(), dtype=dtype)
 
     assert convert(values, 0, out, code)
-    assert_same_bits(out, (values + 0.0).to(dtype))
+    assert_same_bits(out, values.to(dtype))
     beyond = torch.tensor([largest]).nextafter(torch.tensor([float("inf")]))
     assert not convert(beyond, 0, out, code)
 
@@ -129,8 +131,11 @@ def document(method: str, paths: list[Path], **parameters: Any) -> dict[str, Any
     """Return a recipe whose sources differ in what can differ."""
     known = {spec.name for spec in METHODS[method].parameters}
     sources: list[dict[str, Any]] = []
+    given = {name: value for name, value in required(METHODS[method]).items() if name != "density"}
     for index, path in enumerate(paths[1:]):
-        source: dict[str, Any] = {"path": str(path), "weight": (1.0, -0.7, 0.3)[index % 3]}
+        source: dict[str, Any] = {"path": str(path)}
+        if "weight" in known:
+            source["weight"] = (1.0, -0.7, 0.3)[index % 3]
         if "density" in known:
             source["density"] = (0.3, 0.81, 1.0, 0.0, 3e-6)[index % 5]
         sources.append(source)
@@ -138,12 +143,19 @@ def document(method: str, paths: list[Path], **parameters: Any) -> dict[str, Any
         "method": method,
         "base": str(paths[0]),
         "sources": sources,
-        "parameters": {key: value for key, value in parameters.items() if key in known},
+        "parameters": given | {key: value for key, value in parameters.items() if key in known},
     }
 
 
-@pytest.mark.parametrize("sources", [1, 2, 3, 4, 5, 8, 16, 17])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("method", "sources"),
+    [
+        (name, sources)
+        for name, method in METHODS.items()
+        for sources in (1, 2, 3, 4, 5, 8, 16, 17)
+        if count_sources(method, sources) == sources
+    ],
+)
 def test_any_number_of_sources_gives_the_bits_of_the_plain_way(
     method: str, sources: int, models: Models
 ) -> None:
@@ -187,7 +199,8 @@ def test_blocks_in_usual_types_are_not_merged_plainly(
     method: str, models: Models, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Otherwise the tests here would compare the plain way with itself."""
-    paths = [models.write(tensors) for tensors in draw(2, torch.bfloat16, 1)]
+    sources = count_sources(METHODS[method], 2)
+    paths = [models.write(tensors) for tensors in draw(sources, torch.bfloat16, 1)]
     monkeypatch.setattr(PlainStage, "__init__", None)
 
     models.merge(document(method, paths))
@@ -210,10 +223,26 @@ def test_what_the_plain_way_refuses_is_refused_in_its_words(models: Models) -> N
     assert messages[0] == messages[1]
 
 
-def measuring_of(plan: MergePlan, method: MergeMethod) -> CompiledMeasuring:
+def measuring_of(plan: MergePlan, programs: list[Programs] | None = None) -> CompiledMeasuring:
     """Return what measures for one worker."""
     assert KERNELS is not None
-    return CompiledMeasuring(KERNELS, plan, method, np.empty(BLOCK, dtype=np.float32))
+    programs = programs or programs_of_plan(plan, METHODS[plan.method])
+    return CompiledMeasuring(Bench(KERNELS, plan, programs), programs)
+
+
+def asking(*questions: Question | None) -> Asking:
+    """Return what the first round asks about each task vector."""
+    return Asking(0, NOTHING, questions, totals=False)
+
+
+def trimming(density: float, policy: TiePolicy) -> Programs:
+    """Return what ``ties`` does with one source."""
+    defaults = {
+        spec.name: (spec.default,) if spec.per_source else spec.default
+        for spec in METHODS["ties"].parameters
+    }
+    values = defaults | {"density": (density,), "tie_policy": policy.value}
+    return programs_of(METHODS["ties"], values.items(), sources=1, has_base=True)
 
 
 def stored(tensor: torch.Tensor) -> Stored:
@@ -248,7 +277,7 @@ def questions(draw: st.DrawFn, magnitudes: np.ndarray) -> Question:
 def test_answers_are_those_of_the_plain_way(
     data: st.DataObject, seed: int, numel: int, spread: object, one_tensor: Any
 ) -> None:
-    plan, method = one_tensor
+    plan = one_tensor
     generator = torch.Generator().manual_seed(seed)
     base, tuned = (torch.randn(numel, generator=generator) for _ in range(2))
     if not spread:
@@ -257,9 +286,9 @@ def test_answers_are_those_of_the_plain_way(
     piece = PieceInMemory((Part(plan.tasks[0], 0, 0, numel),), (stored(base), stored(tuned)), ())
     magnitudes = (tuned.float() - base.float()).abs().numpy()
     question = data.draw(questions(magnitudes))
-    measuring = measuring_of(plan, method)
+    measuring = measuring_of(plan)
 
-    found = only(only(measuring.answer(piece, [question])))
+    found = only(only(measuring.answer(piece, asking(question))).counted)
 
     expected = answer_block(question, magnitudes, np.empty((2, numel), dtype=np.bool_))
     assert found is not None
@@ -272,10 +301,10 @@ def test_answers_are_those_of_the_plain_way(
 
 @pytest.fixture(scope="module")
 def one_tensor(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """A plan of one source's ``ties``, and the method."""
+    """A plan of one source's ``ties``."""
     models = Models(tmp_path_factory.mktemp("one"))
     paths = [models.write({"weight": torch.ones(8).bfloat16()}) for _ in range(2)]
-    return streammerge.plan(document("ties", paths), memory="4GiB"), METHODS["ties"]
+    return streammerge.plan(document("ties", paths), memory="4GiB")
 
 
 @pytest.mark.parametrize("spread", [True, False])
@@ -292,16 +321,17 @@ def test_what_bands_collect_from_many_blocks_is_told_apart(
     paths = [models.write({"weight": each}) for each in flat]
     plan = streammerge.plan(document("ties", paths), memory="4GiB")
     piece = PieceInMemory((Part(plan.tasks[0], 0, 0, numel),), tuple(map(stored, flat)), ())
-    measuring = measuring_of(plan, METHODS["ties"])
+    measuring = measuring_of(plan)
     asked = [Band(0.01, 0.3), Bins(0, 2**31 - 1), Band(0.0, float("inf"))][:sources]
 
-    found = measuring.answer(piece, asked)
+    found = measuring.answer(piece, asking(*asked))
 
     assert found is not None
     assert len(found) == 6
+    histograms = {}
     for block, row in enumerate(found):
         part = slice(block * BLOCK, (block + 1) * BLOCK)
-        for source, (question, mine) in enumerate(zip(asked, row, strict=True)):
+        for source, (question, mine) in enumerate(zip(asked, row.counted, strict=True)):
             magnitudes = (flat[1 + source][part].float() - flat[0][part].float()).abs().numpy()
             plain = answer_block(question, magnitudes, np.empty((2, BLOCK), dtype=np.bool_))
             assert mine is not None
@@ -309,7 +339,11 @@ def test_what_bands_collect_from_many_blocks_is_told_apart(
             if mine.values is not None:
                 np.testing.assert_array_equal(mine.values, plain.values)
             else:
-                np.testing.assert_array_equal(mine.histogram, plain.histogram)
+                # The first block hands in what all of them have counted.
+                assert (mine.histogram is None) == (block > 0)
+                histograms.setdefault(source, mine.histogram)
+                histograms[source] -= plain.histogram
+    assert not any(each.any() for each in histograms.values())
 
 
 @settings(deadline=None, max_examples=300)
@@ -329,7 +363,7 @@ def test_thresholds_of_small_tensors_are_those_of_the_plain_way(
     spread: object,
     one_tensor: Any,
 ) -> None:
-    plan, method = one_tensor
+    plan = one_tensor
     generator = torch.Generator().manual_seed(seed)
     numel = sum(sizes)
     base, tuned = (torch.randn(numel, generator=generator).float() for _ in range(2))
@@ -339,79 +373,67 @@ def test_thresholds_of_small_tensors_are_those_of_the_plain_way(
         tuned[::11] = float("inf")
     parts = tuple(Part(plan.tasks[0], 0, 0, size) for size in sizes)
     piece = PieceInMemory(parts, (stored(base), stored(tuned)), ())
-    measuring = measuring_of(plan, method)
+    measuring = measuring_of(plan, [trimming(density, policy)])
+    ranges = [(begin, end) for _, begin, end in piece.ranges()]
 
     try:
-        found = measuring.select(piece, MagnitudeTopK((density,), policy, Scope.TENSOR))
+        found = measuring.settle(piece)
     except NonFiniteError:
-        found = None
+        # Where all or nothing is kept, nobody looks.
+        assert any(
+            not tuned[begin:end].isfinite().all()
+            and 0 < kept_count(density, end - begin) < end - begin
+            for begin, end in ranges
+        )
+        return
 
     magnitudes = (tuned - base).abs().numpy()
-    expected = [
-        (select_block(magnitudes[begin:end], density, policy),) for _, begin, end in piece.ranges()
+    assert found is not None
+    assert [known.tops for known in found] == [
+        (select_block(magnitudes[begin:end], kept_count(density, end - begin), policy),)
+        for begin, end in ranges
     ]
-    if found is None:
-        assert any(top.threshold == float("inf") and top.greater for (top,) in expected) or any(
-            top.threshold == float("inf") and top.equal for (top,) in expected
-        )
-    else:
-        assert found == expected
 
 
 def test_a_threshold_that_is_no_number_is_an_error(one_tensor: Any) -> None:
-    plan, method = one_tensor
+    plan = one_tensor
     values = torch.tensor([1.0, float("nan")]).bfloat16()
     piece = PieceInMemory(
         (Part(plan.tasks[0], 0, 0, 2),), tuple(map(stored, (torch.ones(2).bfloat16(), values)))
     )
-    measuring = measuring_of(plan, method)
+    measuring = measuring_of(plan, [trimming(0.5, TiePolicy.EXACT)])
 
-    need = MagnitudeTopK((0.5,), TiePolicy.EXACT, Scope.TENSOR)
     with pytest.raises(NonFiniteError, match=r"sources\[0\] .* holds nan at element \[1\]"):
-        measuring.select(piece, need)
+        measuring.settle(piece)
 
 
 def test_a_question_about_a_value_that_is_no_number_is_an_error(one_tensor: Any) -> None:
-    plan, method = one_tensor
+    plan = one_tensor
     values = torch.tensor([1.0, float("nan")]).bfloat16()
     piece = PieceInMemory(
         (Part(plan.tasks[0], 0, 0, 2),), tuple(map(stored, (torch.ones(2).bfloat16(), values)))
     )
-    measuring = measuring_of(plan, method)
+    measuring = measuring_of(plan)
 
     with pytest.raises(NonFiniteError, match=r"sources\[0\] .* holds nan at element \[1\]"):
-        measuring.answer(piece, [Band(0.0, 1.0)])
+        measuring.answer(piece, asking(Band(0.0, 1.0)))
 
 
 def test_samples_are_the_magnitudes_in_order(one_tensor: Any) -> None:
-    plan, method = one_tensor
+    plan = one_tensor
     generator = torch.Generator().manual_seed(5)
     base, tuned = (torch.randn(3000, generator=generator).bfloat16() for _ in range(2))
-    tuned[[7, 900]] = torch.tensor([float("nan"), float("-inf")]).bfloat16()
     piece = PieceInMemory((Part(plan.tasks[0], 0, 0, 3000),), (stored(base), stored(tuned)), ())
-    measuring = measuring_of(plan, method)
+    measuring = measuring_of(plan)
     found = np.empty((1, 1024), dtype=np.float32)
 
-    assert measuring.sample(piece, 500, found)
+    assert measuring.sample(piece, 500, asking(None), found)
     expected = (tuned.float() - base.float()).abs()[500:1524].numpy()
     np.testing.assert_array_equal(found[0], expected)
 
-
-def test_values_without_a_base_are_not_taken_for_task_vectors(models: Models) -> None:
-    paths = [models.write({"weight": torch.ones(8).bfloat16()}) for _ in range(2)]
-    recipe = {"method": "linear", "sources": [{"path": str(path)} for path in paths]}
-    plan = streammerge.plan(recipe, memory="4GiB")
-    piece = PieceInMemory((Part(plan.tasks[0], 0, 0, 8),), (stored(torch.ones(8)),) * 2)
-    measuring = measuring_of(plan, METHODS["linear"])
-
-    assert measuring.answer(piece, [Band(0.0, 1.0), None]) is None
-    assert not measuring.sample(piece, 0, np.empty((2, 8), dtype=np.float32))
-
-
-@pytest.mark.parametrize("rows", range(5, library.SOURCES_AT_MOST + 1))
-def test_this_torch_adds_rows_as_the_kernels_do(rows: int) -> None:
-    """Plans rely on it for the versions that they know."""
-    assert torch_adds_left_to_right(rows)
+    tuned[900] = float("-inf")
+    with pytest.raises(NonFiniteError, match=r"sources\[0\] .* holds -inf at element"):
+        measuring.sample(piece, 500, asking(None), found)
 
 
 def test_kernels_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -435,7 +457,8 @@ def test_a_library_of_other_sources_is_left_alone(
     shutil.copy(compiled, copy)
     assert isinstance(load_kernels.__wrapped__(), Kernels)
 
-    monkeypatch.setattr(library, "_ROW_NUMEL", 529)
+    sizes = library.list_sizes()
+    monkeypatch.setattr(library, "list_sizes", lambda: [*sizes[:-1], sizes[-1] + 1])
     assert load_kernels.__wrapped__() is None
 
     copy.unlink()

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from streammerge.errors import MemoryBudgetError
+from streammerge.methods.programs import Counts
 from streammerge.plan.budgeting import (
     GROWTH_BYTES,
     Demand,
@@ -32,7 +33,7 @@ PLAIN = Demand(
     output_ratio=0.5,
     compute_rows=5,
     compute_itemsize=4,
-    statistic_sources=0,
+    statistics=Counts(ranked=0, totals=0),
     statistic_numel=0,
     resident_nbytes=0,
     input_nbytes=10**12 + 39,
@@ -42,7 +43,7 @@ PLAIN = Demand(
 """Three inputs of a terabyte in all, and no statistics."""
 TRIMMED = replace(
     PLAIN,
-    statistic_sources=2,
+    statistics=Counts(ranked=2, totals=0),
     statistic_numel=1_000_000_007,
     resident_nbytes=12 * 1_000_000_007,
 )
@@ -71,6 +72,7 @@ def smallest_budget(demand: Demand, **options: Any) -> int:
     return high
 
 
+counts = st.builds(Counts, ranked=st.integers(0, 8), totals=st.integers(0, 70))
 demands = st.builds(
     Demand,
     inputs=st.integers(1, 9),
@@ -78,7 +80,7 @@ demands = st.builds(
     output_ratio=st.sampled_from([0.0, 0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0]),
     compute_rows=st.integers(2, 14),
     compute_itemsize=st.sampled_from([4, 8]),
-    statistic_sources=st.integers(0, 8),
+    statistics=counts,
     statistic_numel=st.one_of(st.integers(0, 10**6), st.integers(0, 10**11)),
     resident_nbytes=st.one_of(st.just(0), st.integers(0, 10**12)),
     input_nbytes=st.one_of(st.integers(0, 10**7), st.integers(0, 10**13)),
@@ -127,11 +129,11 @@ def test_whatever_is_chosen_can_work(demand: Demand, budget: int, machine: dict[
     assert resources.output_slots >= 2
     assert resources.slot_bytes % (BLOCK * demand.input_itemsize) == 0
     assert resources.output_slot_bytes == resources.slot_bytes * demand.output_ratio
-    if demand.statistic_sources:
+    if demand.statistics.ranked:
         # A search must at least be able to count, and to collect what one block holds.
         numel = demand.statistic_numel
         limit = affordable_limit(
-            demand.statistic_sources, numel, demand.compute_itemsize, resources.statistics_bytes
+            demand.statistics, numel, demand.compute_itemsize, resources.statistics_bytes
         )
         assert limit >= min(numel, BLOCK)
 
@@ -231,18 +233,35 @@ def test_every_part_of_the_smallest_job_is_counted() -> None:
     )
 
 
+def test_the_totals_of_the_smallest_job_are_counted() -> None:
+    """As they are where nothing is ranked: eight bytes for each in every block."""
+    totalled = replace(TRIMMED, statistics=Counts(ranked=0, totals=13))
+    _, memory = choose(totalled, smallest_budget(totalled))
+
+    assert memory.statistics == 13 * 8 * (1_000_000_007 // BLOCK + 1)
+
+
 def test_the_searches_of_the_smallest_job_are_counted() -> None:
     _, memory = choose(TRIMMED, smallest_budget(TRIMMED))
 
-    assert memory.statistics == search_bytes(2, 1_000_000_007, 4, 2 * BLOCK)
+    assert memory.statistics == search_bytes(Counts(2, 0), 1_000_000_007, 4, 2 * BLOCK)
     # Each worker may run a search over a small tensor by itself.
-    own = search_bytes(2, 2 * MIB, 4, values_limit(2 * MIB))
+    own = search_bytes(Counts(2, 0), 2 * MIB, 4, values_limit(2 * MIB))
     assert memory.scratch == 7 * (5 * BLOCK * 4 + 40 * BLOCK + own)
 
 
-@pytest.mark.parametrize("field", ["inputs", "compute_rows", "statistic_sources"])
-def test_a_larger_job_needs_more(field: str) -> None:
-    larger = replace(TRIMMED, **{field: getattr(TRIMMED, field) + 1})
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"inputs": 4},
+        {"compute_rows": 6},
+        {"statistics": Counts(ranked=3, totals=0)},
+        {"statistics": Counts(ranked=2, totals=1)},
+    ],
+    ids=str,
+)
+def test_a_larger_job_needs_more(more: dict[str, Any]) -> None:
+    larger = replace(TRIMMED, **more)
 
     assert smallest_budget(larger) > smallest_budget(TRIMMED)
 
@@ -294,14 +313,14 @@ def test_a_refusal_says_what_is_needed_what_is_used_and_what_there_is() -> None:
         choose(PLAIN, 10 * MIB)
 
 
-@given(st.integers(1, 8), st.integers(0, 10**11), st.sampled_from([4, 8]), st.integers(0, 2**36))
+@given(counts, st.integers(0, 10**11), st.sampled_from([4, 8]), st.integers(0, 2**36))
 def test_an_affordable_search_costs_no_more_than_there_is(
-    sources: int, numel: int, itemsize: int, available: int
+    asked: Counts, numel: int, itemsize: int, available: int
 ) -> None:
-    limit = affordable_limit(sources, numel, itemsize, available)
+    limit = affordable_limit(asked, numel, itemsize, available)
 
     assert 0 <= limit <= values_limit(numel) <= numel
     if limit:
-        assert search_bytes(sources, numel, itemsize, limit) <= available
-    if limit < values_limit(numel):
-        assert search_bytes(sources, numel, itemsize, limit + 1) > available
+        assert search_bytes(asked, numel, itemsize, limit) <= available
+    if asked.ranked and limit < values_limit(numel):
+        assert search_bytes(asked, numel, itemsize, limit + 1) > available

@@ -57,7 +57,7 @@ def search(scope: Scope, density: float, policy: TiePolicy, bits: int) -> tuple[
         return MagnitudeSearch(
             numel=numel,
             blocks=len(scope.blocks),
-            density=density,
+            k=kept_count(density, numel),
             tie_policy=policy,
             room=np.full(scope.values_limit, np.nan, DTYPES[bits]),
             spare=np.full(scope.values_limit, np.nan, DTYPES[bits]),
@@ -287,7 +287,7 @@ def test_rows_of_different_scales_are_found_in_one_sweep_too(seed: int) -> None:
     searching = MagnitudeSearch(
         numel=flat.size,
         blocks=count_blocks(flat.size),
-        density=0.2,
+        k=kept_count(0.2, flat.size),
         tie_policy=TiePolicy.EXACT,
         room=np.empty(flat.size // 4, np.float32),
         spare=np.empty(flat.size // 4, np.float32),
@@ -332,15 +332,16 @@ def test_a_scope_of_one_block_is_selected_at_once_as_by_searching(
     magnitudes = generator.integers(0, levels, numel).astype(np.float32)
     magnitudes[: numel // 7 if nan else 0] = np.nan
     room = np.empty((2, numel), dtype=np.float32)
+    k = kept_count(density, numel)
     search = MagnitudeSearch(
-        numel=numel, blocks=1, density=density, tie_policy=policy, room=room[0], spare=room[1]
+        numel=numel, blocks=1, k=k, tie_policy=policy, room=room[0], spare=room[1]
     )
     while search.result is None:
         masks = np.empty((2, numel), dtype=bool)
         search.answer(0, answer_block(search.question, magnitudes, masks))
         search.conclude()
 
-    assert select_block(magnitudes, density, policy) == search.result
+    assert select_block(magnitudes, k, policy) == search.result
 
 
 @settings(deadline=None)
@@ -373,9 +374,10 @@ def test_scopes_of_one_size_are_selected_together_as_each_by_itself(
     magnitudes[1:2, :nan] = np.inf
     scratch = torch.empty(magnitudes.size)
 
-    together = select_rows(magnitudes, density, policy, scratch)
+    k = kept_count(density, numel)
+    together = select_rows(magnitudes, k, policy, scratch)
 
-    assert together == [select_block(row, density, policy) for row in magnitudes]
+    assert together == [select_block(row, k, policy) for row in magnitudes]
 
 
 def test_most_thresholds_among_distinct_magnitudes_need_no_partition_of_their_scope(
@@ -393,7 +395,7 @@ def test_most_thresholds_among_distinct_magnitudes_need_no_partition_of_their_sc
     monkeypatch.setattr(selecting, "_kth_by_partition", count_partitions)
     magnitudes = np.abs(np.random.default_rng(0).standard_normal((40, 4096)))
 
-    select_rows(magnitudes, 0.2, TiePolicy.EXACT, torch.empty(magnitudes.size))
+    select_rows(magnitudes, kept_count(0.2, 4096), TiePolicy.EXACT, torch.empty(magnitudes.size))
 
     assert partitioned <= 4
 

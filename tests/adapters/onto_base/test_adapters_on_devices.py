@@ -13,6 +13,8 @@ from torch import nn
 
 import streammerge
 from streammerge.plan.devices import runs_on_device
+from streammerge.plan.planning import find_method
+from streammerge.plan.sweeps import programs_of_plan
 from streammerge.plan.types import MergePlan
 
 
@@ -61,7 +63,8 @@ def test_adapters_and_models_have_the_bytes_of_the_cpu(
         manifests.append(streammerge.merge(planned, tmp_path / device.replace(":", "")))
 
     assert isinstance(planned, MergePlan)
-    there = {task.name: runs_on_device(task, has_base=True) for task in planned.tasks}
+    (programs,) = programs_of_plan(planned, find_method(planned.method))
+    there = {task.name: runs_on_device(task, programs, has_base=True) for task in planned.tasks}
     assert there == {"first.weight": False, "second.weight": True}
     assert ("run", COMPUTE) in backend.log
     assert_same_model(load_model(tmp_path / "cuda0"), load_model(tmp_path / "cpu"))

@@ -6,10 +6,10 @@ import numpy as np
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from streammerge.methods.parts import trim_, trim_rows_
 
 from streammerge.statistics.selecting import select_block
-from streammerge.statistics.topk import TiePolicy, TopK
+from streammerge.statistics.topk import TiePolicy, TopK, kept_count
+from streammerge.statistics.trimming import trim_, trim_rows_
 
 
 @settings(deadline=None)
@@ -34,7 +34,7 @@ def test_rows_are_trimmed_together_as_each_by_itself(
     values = generator.integers(-levels, levels + 1, (len(densities), numel)) / 8
     rows = torch.from_numpy(values).to(dtype)
     tops = [
-        select_block(row.abs().numpy(), density, policy)
+        select_block(row.abs().numpy(), kept_count(density, numel), policy)
         for row, density in zip(rows, densities, strict=True)
     ]
 
