@@ -1,4 +1,7 @@
-"""The slow, obvious versions: whole models in memory, a stable sort, and streammerge.functional."""
+"""The slow, obvious versions: whole models in memory, a stable sort, sums from left to right.
+
+Up to as many sources as torch adds in that order, they are checked with streammerge.functional.
+"""
 
 from __future__ import annotations
 
@@ -116,25 +119,47 @@ def merge_in_memory(
     return merged
 
 
+def add_in_order(rows: Sequence[Tensor]) -> Tensor:
+    """Return the sum of rows, added from left to right; for up to four that is torch's."""
+    total = torch.zeros_like(rows[0])
+    for row in rows:
+        total = total + row
+    return total
+
+
 def _add(tasks: list[Tensor], weights: Tensor, _: Mapping[str, Any]) -> Tensor:
-    return functional.task_arithmetic(tasks, weights)
+    total = add_in_order([task * weight for task, weight in zip(tasks, weights, strict=True)])
+    if len(tasks) <= ADDED_ALIKE:
+        _check_same(total, functional.task_arithmetic(tasks, weights))
+    return total
 
 
 def _elect_and_average(tasks: list[Tensor], weights: Tensor, values: Mapping[str, Any]) -> Tensor:
-    stack = torch.stack(tasks)
-    mask = functional.calculate_majority_sign_mask(
-        stack, values.get("majority_sign_method", "total")
-    )
-    return functional.disjoint_merge(stack * weights.view(-1, *[1] * tasks[0].dim()), mask)
+    vote = values.get("majority_sign_method", "total")
+    votes = add_in_order(tasks if vote == "total" else [task.sign() for task in tasks])
+    masks = [torch.where(votes >= 0, task > 0, task < 0) for task in tasks]
+    scaled = [task * weight for task, weight in zip(tasks, weights, strict=True)]
+    total = add_in_order([row * mask for row, mask in zip(scaled, masks, strict=True)])
+    mean = total / torch.clamp(add_in_order([mask.to(total.dtype) for mask in masks]), min=1.0)
+    if len(tasks) <= ADDED_ALIKE:
+        mask = functional.calculate_majority_sign_mask(torch.stack(tasks), vote)
+        _check_same(mean, functional.disjoint_merge(torch.stack(scaled), mask))
+    return mean
+
+
+def _check_same(found: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
 
 
 def _average(models: list[Tensor], weights: Tensor, values: Mapping[str, Any]) -> Tensor:
-    total = functional.task_arithmetic(models, weights)
+    total = _add(models, weights, values)
     # The divisor is summed before it is rounded to the compute dtype.
     divisor = torch.tensor(sum(float(weight) for weight in values["weight"]), dtype=total.dtype)
     return total / divisor if values.get("normalize", True) else total
 
 
+ADDED_ALIKE = 4
+"""Rows that torch.sum adds from left to right; the order of more depends on column and processor."""
 IN_MEMORY = {
     "dare_linear": _add,
     "dare_ties": _elect_and_average,
