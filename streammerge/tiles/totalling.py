@@ -22,6 +22,8 @@ _LANES = 16
 """Running sums that a total is added up in, element ``i`` in sum ``i % 16``."""
 
 
+# What is computed may be infinite, or no number; who merges it says so.
+@np.errstate(all="ignore")
 def total_rows(op: Op, a: Floats, b: Floats) -> NDArray[np.float64]:
     """Return the total of each row, ``[rows]``.
 

@@ -597,6 +597,14 @@ def test_totals_are_sums_to_the_last_places_of_float64(numel: int) -> None:
     assert (total_rows(Op.LARGEST, a, b) == a.max(axis=1)).all()
 
 
+def test_totals_of_what_is_not_finite_come_without_a_warning() -> None:
+    row = np.array([[np.inf, -np.inf, 1.0]])
+
+    assert np.isnan(total_rows(Op.DOT, row, np.zeros((1, 3))))
+    assert np.isnan(total_rows(Op.SUM, row, row))
+    assert total_rows(Op.LARGEST, row, row) == np.inf
+
+
 # -- steps of methods, and the functions that they follow
 
 
