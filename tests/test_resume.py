@@ -55,7 +55,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "ties over the model": {"density": 0.3, "scope": "model"},
     "dare_ties": {"density": 0.4},
 }
-PIECE = PieceDone(0, 0, 8, "ab" * 32, (3,), 0, (), ())
+PIECE = PieceDone(0, 0, 8, "ab" * 32, (3,), 0, (), (), ())
 
 
 @pytest.fixture

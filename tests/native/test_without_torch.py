@@ -74,6 +74,9 @@ def test_usual_merges_do_not_load_torch(method: str, sources: int, models: Model
         rules=[{"tensors": "copied", "copy": "base"}],
         output={"dtype": "float32"},
     )
+    (programs,) = programs_of_plan(streammerge.plan(recipe, memory=MEMORY), METHODS[method])
+    if programs.work.whole is not None:
+        pytest.skip("takes whole matrices, whose singular vectors are torch's")
     file = models.root / "recipe.yaml"
     file.write_text(yaml.safe_dump(recipe))
     out = models.new_output()
