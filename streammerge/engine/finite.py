@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Never
+from typing import TYPE_CHECKING, Never
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,8 +10,12 @@ from numpy.typing import NDArray
 from streammerge.dtypes import DType
 from streammerge.engine.pieces import PieceInMemory
 from streammerge.errors import NonFiniteError, printable
+from streammerge.lazily import torch
 from streammerge.plan.types import MergePlan
 from streammerge.statistics.topk import Floats
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 LARGEST = {
     DType.F16: 65504.0,
@@ -104,3 +108,26 @@ def _place(piece: PieceInMemory, element: int) -> tuple[str, str]:
         flat, place = divmod(flat, size)
         index.insert(0, place)
     return printable(task.name), f"element {index}"
+
+
+def surely_in_range(merged: Tensor, dtype: DType) -> bool:
+    """Return whether one cheap reduction shows that a block is finite and fits a type.
+
+    No term of a sum of squares exceeds the sum; almost every block is acquitted by it.
+    """
+    limit = LARGEST[dtype]
+    return float(torch.dot(merged, merged)) <= min(limit * limit, LARGEST[DType.F32])
+
+
+def count_stored(piece: PieceInMemory, begin: int, end: int) -> int:
+    """Return how many stored values of a block, in all models, are NaN or infinite."""
+    return sum(
+        count_non_finite(stored.tensor()[begin:end].to(torch.float64))
+        for stored in piece.inputs
+        if stored is not None
+    )
+
+
+def count_non_finite(values: Tensor) -> int:
+    """Return how many values are NaN or infinite."""
+    return values.numel() - int(torch.isfinite(values).sum())

@@ -9,15 +9,13 @@ comparison masks, and one block's random words.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from streammerge.dtypes import DType
 from streammerge.engine.asking import (
     Asking,
     BlockAnswer,
@@ -26,9 +24,14 @@ from streammerge.engine.asking import (
 )
 from streammerge.engine.changing import ChangeWork
 from streammerge.engine.device import Applied
-from streammerge.engine.finite import LARGEST, check_range
+from streammerge.engine.finite import (
+    check_range,
+    count_non_finite,
+    count_stored,
+    surely_in_range,
+)
 from streammerge.engine.gathering import make_whole
-from streammerge.engine.pieces import Part, PieceInMemory, Stored, torch_dtype
+from streammerge.engine.pieces import PieceInMemory, Stored, torch_dtype
 from streammerge.engine.reading import Bench, BlockReader
 from streammerge.engine.rows import (
     KnownRows,
@@ -39,7 +42,14 @@ from streammerge.engine.rows import (
     rank_rows,
     relative_ranks,
 )
-from streammerge.engine.segments import Block, Segment, split_piece
+from streammerge.engine.segments import (
+    Block,
+    block_of,
+    equal_runs,
+    knowing,
+    one_by_one,
+    split_piece,
+)
 from streammerge.lazily import torch
 from streammerge.methods.base import MergeMethod
 from streammerge.methods.programs import Programs, found_of_nothing
@@ -104,7 +114,7 @@ class PlainStage:
         result = out.tensor()
         not_finite = 0
         for run in iter_merging(piece):
-            block = _block_of(wide, run, found, kept)
+            block = block_of(wide, run, found, kept)
             # What two pieces have a part of is counted once.
             counts = self._tells and run.own
             not_finite += self._count_not_finite(wide, block) if run.own else 0
@@ -130,7 +140,7 @@ class PlainStage:
         """
         program = self._programs[piece.first.task.setting].merge
         if len(block.segments) > 1 and program.has_found_numbers:
-            return sum(self._merge_whole(piece, each, out) for each in _one_by_one(block))
+            return sum(self._merge_whole(piece, each, out) for each in one_by_one(block))
         return self._merge_whole(piece, block, out)
 
     def _merge_whole(self, piece: PieceInMemory, block: Block, out: Stored) -> int:
@@ -138,7 +148,7 @@ class PlainStage:
         merged = self._merge_block(piece, block, out, count=self._tells)
         if self._plan.keep_non_finite and self._in_turn[piece.first.task.setting]:
             # The operands are never there by themselves.
-            not_finite += _count_non_finite(merged)
+            not_finite += count_non_finite(merged)
         out.tensor()[block.begin : block.end].copy_(merged)
         return not_finite
 
@@ -147,7 +157,7 @@ class PlainStage:
         if not self._plan.keep_non_finite:
             return 0
         setting = piece.first.task.setting
-        found = _count_stored(piece, block.begin, block.end)
+        found = count_stored(piece, block.begin, block.end)
         if piece.deltas and not self._in_turn[setting]:
             found += self._count_from_adapters(piece, block, self._programs[setting].merge)
         return found
@@ -162,7 +172,7 @@ class PlainStage:
         known = self._know_rows(programs, piece, block, check=check) if programs.by_rows else None
         merged = self._run(programs.merge, piece, block, check=check, count=count, rows=known)
         assert merged is not None  # noqa: S101 - a merge stores
-        if not keep and not _surely_in_range(merged, out.dtype):
+        if not keep and not surely_in_range(merged, out.dtype):
             # A sum tells that something is not finite; only its operands tell what.
             if sums:
                 merged = self._run(programs.merge, piece, block, check=True)
@@ -237,8 +247,8 @@ class PlainStage:
             end = min(begin + BLOCK, piece.numel)
             values = self._bench.base[: end - begin].copy_(stored[begin:end])
             if self._plan.keep_non_finite:
-                not_finite += _count_stored(piece, begin, end)
-            elif not _surely_in_range(values, out.dtype):
+                not_finite += count_stored(piece, begin, end)
+            elif not surely_in_range(values, out.dtype):
                 check_range(values.numpy(), piece, begin)
             converted[begin:end].copy_(stored[begin:end])
         return Applied(not_finite, ())
@@ -253,7 +263,7 @@ class PlainStage:
                 join_answers(
                     program.totals,
                     [
-                        self._answer(program, wide, _block_of(wide, run, asking.found, []), asking)
+                        self._answer(program, wide, block_of(wide, run, asking.found, []), asking)
                         for run in runs
                     ],
                     asking,
@@ -318,7 +328,7 @@ class PlainStage:
         return [
             self._settle_one(piece, segment, programs)
             for block in whole
-            for segment in _one_by_one(block)
+            for segment in one_by_one(block)
         ]
 
     def _settle_one(self, piece: PieceInMemory, block: Block, programs: Programs) -> Found:
@@ -335,7 +345,7 @@ class PlainStage:
             def rank(index: int, values: Tensor, ranks: Sequence[Rank] = ranks) -> None:
                 tops.append(_select(values.numpy(), ranks[index]))  # noqa: B023
 
-            asking = replace(block, segments=tuple(_knowing(block.segments, known)))
+            asking = replace(block, segments=tuple(knowing(block.segments, known)))
             check = checks_operands(self._plan, program)
             rows = self._know_rows(programs, piece, asking, check=check) if by_rows else None
             sinks = HostSinks(program, rank, rows=1 if rows is None else len(rows.numbers))
@@ -348,7 +358,7 @@ class PlainStage:
     def _rank_together(self, piece: PieceInMemory, programs: Programs) -> list[Found]:
         """Find the ranks of several tensors, those of one size at once."""
         (asked,) = programs.work.rounds
-        runs = _equal_runs(list(piece.ranges()))
+        runs = equal_runs(list(piece.ranges()))
         by_value: list[list[TopK]] = []
 
         def rank(index: int, values: Tensor) -> None:
@@ -386,7 +396,7 @@ class PlainStage:
             whole, within = piece.in_rows(), slice(piece.before + begin - run.begin, None)
             within = slice(within.start, within.start + out.shape[1])
             begin, end = run.begin, run.end
-        block = _block_of(whole, Run(begin, end, own=True), asking.found, [])
+        block = block_of(whole, Run(begin, end, own=True), asking.found, [])
         known = self._know_rows(programs, whole, block, check=False) if programs.by_rows else None
 
         def keep(index: int, values: Tensor) -> None:
@@ -407,7 +417,7 @@ class PlainStage:
         for source, deltas in enumerate(piece.deltas[self._bench.first_source :]):
             if deltas:
                 read(source, row)
-                found += _count_non_finite(row)
+                found += count_non_finite(row)
         return found
 
 
@@ -446,55 +456,3 @@ def count_kept_of(programs: Programs) -> int:
 
 def _no_ranks(index: int, values: Tensor) -> None:
     raise AssertionError(f"value {index} of {values.shape} is not asked for")
-
-
-def _block_of(piece: PieceInMemory, run: Run, found: Found, kept: list[int]) -> Block:
-    """Return a range of a piece of one part as a block."""
-    part = piece.first
-    start = part.start + run.begin
-    block = part.task.scope_block + start // BLOCK
-    segment = Segment(0, run.end - run.begin, part, start, block, found, kept)
-    return Block(run.begin, run.end, (segment,))
-
-
-def _one_by_one(block: Block) -> Iterator[Block]:
-    """Yield each tensor of a block as a block."""
-    for segment in block.segments:
-        own = replace(segment, begin=0, end=segment.end - segment.begin)
-        yield Block(block.begin + segment.begin, block.begin + segment.end, (own,))
-
-
-def _knowing(segments: Sequence[Segment], found: Found) -> Iterator[Segment]:
-    for segment in segments:
-        yield replace(segment, found=found)
-
-
-def _surely_in_range(merged: Tensor, dtype: DType) -> bool:
-    """Return whether one cheap reduction shows that a block is finite and fits a type.
-
-    No term of a sum of squares exceeds the sum; almost every block is acquitted by it.
-    """
-    limit = LARGEST[dtype]
-    return float(torch.dot(merged, merged)) <= min(limit * limit, LARGEST[DType.F32])
-
-
-def _count_stored(piece: PieceInMemory, begin: int, end: int) -> int:
-    """Return how many stored values of a block, in all models, are NaN or infinite."""
-    return sum(
-        _count_non_finite(stored.tensor()[begin:end].to(torch.float64))
-        for stored in piece.inputs
-        if stored is not None
-    )
-
-
-def _count_non_finite(values: Tensor) -> int:
-    return values.numel() - int(torch.isfinite(values).sum())
-
-
-def _equal_runs(ranges: Sequence[tuple[Part, int, int]]) -> list[tuple[int, int, int]]:
-    """Return the runs of neighbours of one size: begin, end and how many tensors they are."""
-    runs: list[tuple[int, int, int]] = []
-    for _, group in groupby(ranges, key=lambda each: each[2] - each[1]):
-        ranges_of = list(group)
-        runs.append((ranges_of[0][1], ranges_of[-1][2], len(ranges_of)))
-    return runs

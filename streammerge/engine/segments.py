@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
 
 from streammerge.engine.pieces import Part, PieceInMemory
+from streammerge.engine.rows import Run
 from streammerge.statistics import BLOCK
 from streammerge.statistics.rounds import Found
 
@@ -73,3 +75,34 @@ def split_piece(
         segment = Segment(0, end - begin, part, start, scope_block, found[0], kept[0])
         blocks.append(Block(begin, end, (segment,)))
     return blocks
+
+
+def one_by_one(block: Block) -> Iterator[Block]:
+    """Yield each tensor of a block as a block."""
+    for segment in block.segments:
+        own = replace(segment, begin=0, end=segment.end - segment.begin)
+        yield Block(block.begin + segment.begin, block.begin + segment.end, (own,))
+
+
+def knowing(segments: Sequence[Segment], found: Found) -> Iterator[Segment]:
+    """Yield segments of which so much is known."""
+    for segment in segments:
+        yield replace(segment, found=found)
+
+
+def block_of(piece: PieceInMemory, run: Run, found: Found, kept: list[int]) -> Block:
+    """Return a range of a piece of one part as a block."""
+    part = piece.first
+    start = part.start + run.begin
+    block = part.task.scope_block + start // BLOCK
+    segment = Segment(0, run.end - run.begin, part, start, block, found, kept)
+    return Block(run.begin, run.end, (segment,))
+
+
+def equal_runs(ranges: Sequence[tuple[Part, int, int]]) -> list[tuple[int, int, int]]:
+    """Return the runs of neighbours of one size: begin, end and how many tensors they are."""
+    runs: list[tuple[int, int, int]] = []
+    for _, group in groupby(ranges, key=lambda each: each[2] - each[1]):
+        ranges_of = list(group)
+        runs.append((ranges_of[0][1], ranges_of[-1][2], len(ranges_of)))
+    return runs

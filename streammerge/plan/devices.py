@@ -134,10 +134,10 @@ def runs_on_device(task: TensorTask, programs: Programs, *, has_base: bool) -> b
     """Return whether a tensor is measured and merged on an accelerator, if there is one.
 
     A tensor of at most a block costs a core less time than it takes to ask a device for some thirty
-    operations. The products of adapters are computed on the CPU, whose bits no other library has.
-    What is copied or converted has no arithmetic.
+    operations. The products of adapters are computed on the CPU, whose bits no other library has, and
+    so is what sees whole rows or tensors together. What is copied or converted has no arithmetic.
     """
-    if any(_has_steps_of_the_cpu(program) for program in programs.all):
+    if programs.by_rows or any(_has_steps_of_the_cpu(program) for program in programs.all):
         return False
     base_is_here = not has_base or task.inputs[0] is not None
     return task.action is Action.MERGE and task.numel > BLOCK and not task.changes and base_is_here
