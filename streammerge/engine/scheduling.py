@@ -32,7 +32,7 @@ from streammerge.engine.resuming import WHOLE_MODEL
 from streammerge.engine.scopes import ScopeStatistics
 from streammerge.engine.shop import Shop
 from streammerge.methods.programs import Programs
-from streammerge.plan.budgeting import values_limit
+from streammerge.plan.budgeting import scattered_bytes, values_limit
 from streammerge.plan.chunking import Chunk, Piece, Residence, Unit, iter_units
 from streammerge.plan.sweeps import (
     collecting_limit,
@@ -225,13 +225,18 @@ class Schedule:
         need, merged = whole
         tasks = [shop.plan.tasks[index] for index in merged]
         numel = sum(task.numel for task in tasks)
-        reserved = shop.statistics.reserve(scope_bytes(shop.plan, need, numel))
+        blocks = sum(count_blocks(task.numel) for task in tasks)
+        scattered = scattered_bytes(need.counts, numel, blocks)
+        searching = min(
+            scope_bytes(shop.plan, need, numel), shop.plan.resources.statistics_bytes - scattered
+        )
+        reserved = shop.statistics.reserve(searching + scattered)
         statistics = ScopeStatistics(
             need,
             numel=numel,
-            blocks=sum(count_blocks(task.numel) for task in tasks),
+            blocks=blocks,
             compute_dtype=shop.plan.compute_dtype,
-            limit=collecting_limit(shop.plan, need, numel, reserved),
+            limit=collecting_limit(shop.plan, need, numel, searching),
         )
         chunks = [
             Chunk(pieces, chunk.models)

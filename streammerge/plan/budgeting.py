@@ -69,6 +69,8 @@ class Demand:
     """What the statistics of one tensor hold at once; nothing when the method needs none."""
     statistic_numel: int
     """Elements in the largest scope of a statistic."""
+    scattered_nbytes: int
+    """What that takes for having many short blocks, in bytes."""
     resident_nbytes: int
     """Input bytes of the largest tensor that needs a statistic; 0 when none does."""
     input_nbytes: int
@@ -223,6 +225,18 @@ def search_bytes(counts: Counts, numel: int, itemsize: int, limit: int) -> int:
     return totals + counts.ranked * per_value + limit * itemsize
 
 
+def scattered_bytes(counts: Counts, numel: int, blocks: int) -> int:
+    """Return what a scope takes beyond :func:`search_bytes` for having many short blocks.
+
+    Args:
+        counts: Values that are ranked at once, and totals per block.
+        numel: Elements in the scope.
+        blocks: Blocks: every tensor of a model starts a new one.
+    """
+    more = max(0, blocks - (numel // BLOCK + 1))
+    return more * (counts.ranked * _BYTES_PER_BLOCK + counts.totals * 8)
+
+
 def affordable_limit(counts: Counts, numel: int, itemsize: int, available: int) -> int:
     """Return the largest collecting limit, up to the useful one, that ``available`` bytes pay for."""
     if not counts.ranked:
@@ -243,6 +257,7 @@ def _statistics_floor(demand: Demand) -> int:
         return max(demand.scales_nbytes, whole)
     limit = min(demand.statistic_numel, _DIRECT_NUMEL)
     search = search_bytes(demand.statistics, demand.statistic_numel, demand.compute_itemsize, limit)
+    search += demand.scattered_nbytes
     return max(search, demand.scales_nbytes)
 
 
@@ -253,6 +268,7 @@ def _statistics_useful(demand: Demand) -> int:
         return max(2 * demand.scales_nbytes, whole)
     numel = demand.statistic_numel
     search = search_bytes(demand.statistics, numel, demand.compute_itemsize, values_limit(numel))
+    search += demand.scattered_nbytes
     return 2 * max(search, demand.scales_nbytes)
 
 

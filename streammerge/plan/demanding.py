@@ -9,7 +9,7 @@ from streammerge.adapters.onto_base.changes import DELTA_ROWS
 from streammerge.assignment.types import Action
 from streammerge.checkpoint.types import coded_bits
 from streammerge.methods.programs import Counts, Programs
-from streammerge.plan.budgeting import LARGEST_SLOT, Demand
+from streammerge.plan.budgeting import LARGEST_SLOT, Demand, scattered_bytes
 from streammerge.plan.chunking import DECODING_BYTES, most_around, output_bytes, widest_input
 from streammerge.plan.factors import factors_nbytes, stored_nbytes
 from streammerge.plan.types import TensorTask
@@ -68,6 +68,9 @@ def measure_demand(
         row_bytes=max((_row_bytes(each, tasks) for each in programs if each.by_rows), default=0),
         statistics=counts,
         statistic_numel=sum(numels) if model_scope else max(numels),
+        scattered_nbytes=scattered_bytes(counts, sum(numels), sum(map(count_blocks, numels)))
+        if model_scope
+        else 0,
         resident_nbytes=0
         if model_scope or not needs
         else max((_input_nbytes(task) for task in merged), default=0),

@@ -35,6 +35,7 @@ PLAIN = Demand(
     compute_itemsize=4,
     statistics=Counts(ranked=0, totals=0),
     statistic_numel=0,
+    scattered_nbytes=0,
     resident_nbytes=0,
     input_nbytes=10**12 + 39,
     tensors=1000,
@@ -45,6 +46,7 @@ TRIMMED = replace(
     PLAIN,
     statistics=Counts(ranked=2, totals=0),
     statistic_numel=1_000_000_007,
+    scattered_nbytes=0,
     resident_nbytes=12 * 1_000_000_007,
 )
 """The same with a top-k over a tensor of a billion elements."""
@@ -82,6 +84,7 @@ demands = st.builds(
     compute_itemsize=st.sampled_from([4, 8]),
     statistics=counts,
     statistic_numel=st.one_of(st.integers(0, 10**6), st.integers(0, 10**11)),
+    scattered_nbytes=st.integers(0, 10**8),
     resident_nbytes=st.one_of(st.just(0), st.integers(0, 10**12)),
     input_nbytes=st.one_of(st.integers(0, 10**7), st.integers(0, 10**13)),
     tensors=st.integers(0, 10**6),
