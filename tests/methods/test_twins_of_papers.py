@@ -162,6 +162,19 @@ def test_a_cancelled_vote_takes_the_sign_of_the_whole_model() -> None:
     np.testing.assert_array_equal(alone, [1])
 
 
+@pytest.mark.parametrize("keep", [0.1, 0.5, 1.0])
+def test_ties_of_parts_over_a_model_is_that_of_the_notebook(keep: float) -> None:
+    """Small whole numbers: many are equal, and many votes cancel."""
+    draws = np.random.default_rng(3).integers(-3, 4, (4, 2, 50)).astype(np.float64)
+    base, *sources = [{"a": draw[0], "b": draw[1]} for draw in draws]
+
+    expected = ties_over_model(base, sources, keep=keep, lambda_=0.5)
+    actual = over_model(families.ties, base, sources, preset="paper", density=keep, lambda_=0.5)
+
+    for name, values in expected.items():
+        np.testing.assert_allclose(actual[name], values, rtol=1e-14, atol=1e-14)
+
+
 def test_ties_trims_over_all_tensors_together() -> None:
     base = {"a": np.zeros(5), "b": np.zeros(5)}
     source = {"a": np.arange(1.0, 6), "b": np.arange(11.0, 16)}
