@@ -33,7 +33,7 @@ from benchmarks.contenders import (
     needs_environment,
     prepare_environment,
 )
-from benchmarks.jobs import DENSITY, METHODS, AnyJob, Job
+from benchmarks.jobs import DENSITY, METHODS, AnyJob, Job, choose_methods
 from benchmarks.measuring import Run, drop_page_cache, measure
 from benchmarks.models import (
     ITEMSIZE,
@@ -45,12 +45,20 @@ from benchmarks.models import (
     prepare_models,
     tensor_nbytes,
 )
-from benchmarks.reporting import add_ratios, describe_conditions, render_method, summarize
+from benchmarks.reporting import (
+    add_ratios,
+    describe_conditions,
+    render_method,
+    render_performance_table,
+    summarize,
+)
 
 FORMAT = 1
 """Raised when the meaning of a field of the results changes."""
 OTHERS = ("mergekit", "peft")
 """Packages whose versions are printed."""
+_MOST_FOR_ALL = 4
+"""Sources that the others merge, too: they hold whole models."""
 JobT = TypeVar("JobT", bound=AnyJob)
 
 
@@ -78,6 +86,7 @@ def main(arguments: Sequence[str]) -> int:
         options,
         place=options.results or default_results_path(results),
     )
+    print(f"\n{render_performance_table(results)}")
     return 0
 
 
@@ -110,12 +119,12 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     summary = (__doc__ or "").split("\n", maxsplit=1)[0]
     parser = argparse.ArgumentParser(prog="python -m benchmarks.compare", description=summary)
     parser.add_argument("--sources", type=int, default=2, metavar="K", help="fine-tunes to merge")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--methods", nargs="+", choices=METHODS, help="default: all")
     parser.add_argument(
         "--contenders",
         nargs="+",
         choices=NAMES,
-        help="default: all with 2 sources, else streammerge and the floor",
+        help=f"default: all with up to {_MOST_FOR_ALL} sources, else streammerge and the floor",
     )
     parser.add_argument(
         "--memory",
@@ -128,7 +137,10 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     if options.sources < 2 or options.rounds < 1:
         parser.error("--sources must be at least 2 and --rounds at least 1")
     if options.contenders is None:
-        options.contenders = list(NAMES) if options.sources == 2 else [STREAMMERGE, FLOOR]
+        few = options.sources <= _MOST_FOR_ALL
+        options.contenders = list(NAMES) if few else [STREAMMERGE, FLOOR]
+    if options.methods is None:
+        options.methods = choose_methods(options.sources)
     return options
 
 

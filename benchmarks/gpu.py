@@ -33,7 +33,7 @@ from benchmarks.contenders import (
     environment_directory,
     prepare_environment,
 )
-from benchmarks.jobs import DENSITY, METHODS, Job
+from benchmarks.jobs import DENSITY, FEW, METHODS, Job
 from benchmarks.measuring import Run, drop_page_cache
 from benchmarks.models import RESULTS, ROOT, SIZES, WORK, check_disk, prepare_models
 from benchmarks.reporting import add_ratios, render_method, summarize
@@ -83,7 +83,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=["1.1B", "8B"])
     parser.add_argument("--sources", type=int, default=2, metavar="K", help="fine-tunes to merge")
     parser.add_argument("--rounds", type=int, default=3, help="runs per contender and job")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(FEW))
     parser.add_argument("--caches", nargs="+", choices=CACHES, default=list(CACHES))
     names = (STREAMMERGE, MERGEKIT, FLOOR)
     parser.add_argument("--contenders", nargs="+", choices=names, default=list(names))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,64 +21,140 @@ class Method:
     """What commands and results call it."""
     streammerge: str
     """``method`` of a recipe."""
-    mergekit: str | None
+    mergekit: str | None = None
     """``merge_method`` of a mergekit configuration; None where it has no such method."""
-    peft: str | None
+    peft: str | None = None
     """Function in ``peft.utils.merge_utils``; None where nothing there does the same."""
-    has_base: bool
+    has_base: bool = True
     """Whether the base takes part."""
-    has_density: bool
+    has_weights: bool = True
+    """Whether every source has a weight."""
+    has_density: bool = False
     """Whether task vectors are trimmed or dropped to :data:`DENSITY`."""
-    scope: str | None = None
-    """``model`` for one threshold over the whole model; None leaves the default."""
+    parameters: dict[str, Any] = field(default_factory=dict)
+    """Further parameters of a recipe."""
+    of_mergekit: dict[str, Any] = field(default_factory=dict)
+    """Further parameters of a mergekit configuration."""
+    semantics: str | None = None
+    """``semantics`` of a recipe; None leaves the default."""
+    most_sources: int | None = None
+    """How many sources it takes at most; None for any number."""
     sweeps: int = 1
     """How often every input must be read when none of it is kept."""
 
+    @classmethod
+    def of_both(cls, name: str, **options: Any) -> Method:
+        """Return a method that mergekit calls by the same name, and does the same way."""
+        return cls(name, name, name, semantics="mergekit", **options)
 
+    @classmethod
+    def of_all(cls, name: str, **options: Any) -> Method:
+        """Return a method that PEFT, too, calls by the same name; it is done as PEFT does."""
+        return cls(name, name, name, name, **options)
+
+
+_ROWS = {"nuslerp_flatten": False}
+_T = {"t": 0.4}
 METHODS = {
     method.name: method
     for method in (
-        Method("ties", "ties", "ties", "ties", has_base=True, has_density=True),
-        Method("dare_ties", "dare_ties", "dare_ties", "dare_ties", has_base=True, has_density=True),
-        Method(
-            "dare_linear",
-            "dare_linear",
-            "dare_linear",
-            "dare_linear",
-            has_base=True,
-            has_density=True,
-        ),
+        Method.of_all("ties", has_density=True),
+        Method.of_all("dare_ties", has_density=True),
+        Method.of_all("dare_linear", has_density=True),
         # On models instead of task vectors, PEFT's weighted sum is the weighted average.
-        Method("linear", "linear", "linear", "task_arithmetic", has_base=False, has_density=False),
+        Method("linear", "linear", "linear", "task_arithmetic", has_base=False),
+        Method.of_all("task_arithmetic"),
+        Method("magnitude_prune", "magnitude_prune", peft="magnitude_prune", has_density=True),
         Method(
-            "task_arithmetic",
-            "task_arithmetic",
-            "task_arithmetic",
-            "task_arithmetic",
-            has_base=True,
-            has_density=False,
+            "ties-model-scope", "ties", has_density=True, parameters={"scope": "model"}, sweeps=2
+        ),
+        Method("ties-mergekit", "ties", "ties", semantics="mergekit", has_density=True),
+        Method(
+            "dare_ties-mergekit", "dare_ties", "dare_ties", semantics="mergekit", has_density=True
         ),
         Method(
-            "magnitude_prune",
-            "magnitude_prune",
-            None,
-            "magnitude_prune",
-            has_base=True,
+            "dare_linear-mergekit",
+            "dare_linear",
+            "dare_linear",
+            semantics="mergekit",
             has_density=True,
         ),
-        Method(
-            "ties-model-scope",
-            "ties",
-            None,
-            None,
-            has_base=True,
-            has_density=True,
-            scope="model",
-            sweeps=2,
+        Method.of_both("breadcrumbs", has_density=True),
+        Method.of_both("breadcrumbs_ties", has_density=True),
+        Method.of_both("della", has_density=True),
+        Method.of_both("della_linear", has_density=True),
+        Method.of_both(
+            "sce",
+            has_weights=False,
+            parameters={"select_topk": DENSITY},
+            of_mergekit={"select_topk": DENSITY},
         ),
+        Method.of_both("slerp", has_weights=False, parameters=_T, of_mergekit=_T, most_sources=1),
+        Method.of_both("nuslerp", most_sources=2),
+        Method(
+            "nuslerp-rows",
+            "nuslerp",
+            "nuslerp",
+            parameters={"axis": "rows"},
+            of_mergekit=_ROWS,
+            most_sources=2,
+        ),
+        Method.of_both("multislerp"),
+        Method.of_both("karcher", has_base=False, has_weights=False),
+        Method.of_both("model_stock", has_weights=False),
+        Method(
+            "model_stock-rows",
+            "model_stock",
+            "model_stock",
+            has_weights=False,
+            parameters={"filter_wise": True},
+            of_mergekit={"filter_wise": True},
+        ),
+        Method.of_both("ram", has_weights=False),
+        Method.of_both("ramplus_tl", has_weights=False),
+        Method.of_both("arcee_fusion", has_weights=False, most_sources=1),
+        Method.of_both(
+            "nearswap",
+            has_weights=False,
+            parameters={"t": 1e-3},
+            of_mergekit={"t": 1e-3},
+            most_sources=1,
+        ),
+        Method.of_both("passthrough", has_base=False, has_weights=False, most_sources=1),
+        Method("average", "average", has_base=False, has_weights=False),
+        Method("consensus", "consensus", has_weights=False),
+        Method("emr_unify", "emr_unify", has_weights=False),
+        Method("magmax", "magmax", has_weights=False),
+        Method("pcb", "pcb"),
+        Method("tsv_m", "tsv_m", has_weights=False),
+        Method("iso_c", "iso_c", has_weights=False),
+        Method("iso_cts", "iso_cts", has_weights=False),
     )
 }
 """Every method that is measured, by name."""
+FEW = (
+    "ties",
+    "dare_ties",
+    "dare_linear",
+    "linear",
+    "task_arithmetic",
+    "magnitude_prune",
+    "ties-model-scope",
+)
+"""Those that stand for the others where each run is dear."""
+
+
+def choose_methods(sources: int) -> list[str]:
+    """Return the methods that a comparison of so many sources measures unless told otherwise.
+
+    What takes fewer sources merges the first ones. With more than two it is left out: it would be
+    measured once more.
+    """
+    return [
+        method.name
+        for method in METHODS.values()
+        if sources == 2 or method.most_sources is None or method.most_sources >= sources
+    ]
 
 
 class AnyJob(Protocol):
@@ -136,12 +212,18 @@ class Job:
     @property
     def inputs(self) -> tuple[Path, ...]:
         """The models that are read: the base, if it takes part, then the sources."""
-        return self.models.inputs(with_base=self.method.has_base)
+        base = (self.models.base,) if self.method.has_base else ()
+        return (*base, *self.sources)
+
+    @property
+    def sources(self) -> tuple[Path, ...]:
+        """The models that are merged, as many as the method takes."""
+        return self.models.tuned[: self.method.most_sources]
 
     @property
     def weights(self) -> list[float]:
         """One weight per source; they add up to 1."""
-        count = len(self.models.tuned)
+        count = len(self.sources)
         return [0.6, 0.4] if count == 2 else [1 / count] * count
 
     @property
@@ -157,36 +239,41 @@ class Job:
 
 def streammerge_recipe(job: Job) -> str:
     """Return the recipe, as JSON, which is YAML too."""
+    method = job.method
+    density = {"density": DENSITY} if method.has_density else {}
     recipe: dict[str, Any] = {
-        "method": job.method.streammerge,
+        "method": method.streammerge,
         "sources": [
-            {"path": str(path), "weight": weight}
-            for path, weight in zip(job.models.tuned, job.weights, strict=True)
+            {"path": str(path)} | ({"weight": weight} if method.has_weights else {})
+            for path, weight in zip(job.sources, job.weights, strict=True)
         ],
-        "parameters": {},
+        "parameters": density | method.parameters,
         "output": {"dtype": "bfloat16", "max_shard_size": job.max_shard_nbytes},
     }
-    if job.method.has_base:
+    if method.has_base:
         recipe["base"] = str(job.models.base)
-    if job.method.has_density:
-        recipe["parameters"]["density"] = DENSITY
-    if job.method.scope is not None:
-        recipe["parameters"]["scope"] = job.method.scope
+    if method.semantics is not None:
+        recipe["semantics"] = method.semantics
     return json.dumps(recipe, indent=1)
 
 
 def mergekit_config(job: Job) -> str:
     """Return mergekit's configuration; paths are absolute, since it looks others up on a hub."""
-    density = {"density": DENSITY} if job.method.has_density else {}
+    method = job.method
+    density = {"density": DENSITY} if method.has_density else {}
     config: dict[str, Any] = {
-        "merge_method": job.method.mergekit,
+        "merge_method": method.mergekit,
         "models": [
-            {"model": str(path.resolve()), "parameters": {"weight": weight, **density}}
-            for path, weight in zip(job.models.tuned, job.weights, strict=True)
+            {
+                "model": str(path.resolve()),
+                "parameters": ({"weight": weight} if method.has_weights else {}) | density,
+            }
+            for path, weight in zip(job.sources, job.weights, strict=True)
         ],
+        "parameters": method.of_mergekit,
         "dtype": "bfloat16",
     }
-    if job.method.has_base:
+    if method.has_base:
         config["base_model"] = str(job.models.base.resolve())
     return json.dumps(config, indent=1)
 
@@ -197,7 +284,7 @@ def peft_job(job: Job) -> str:
         {
             "function": job.method.peft,
             "base": str(job.models.base) if job.method.has_base else None,
-            "sources": [str(path) for path in job.models.tuned],
+            "sources": [str(path) for path in job.sources],
             "weights": job.weights,
             "density": DENSITY if job.method.has_density else None,
         }

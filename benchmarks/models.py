@@ -64,10 +64,6 @@ class Models:
         """Most bytes of tensors per shard."""
         return SIZES[self.size].max_shard_nbytes
 
-    def inputs(self, *, with_base: bool) -> tuple[Path, ...]:
-        """Return the models that a job reads."""
-        return (self.base, *self.tuned) if with_base else self.tuned
-
 
 def check_disk(work: Path, size: str, sources: int) -> None:
     """Raise unless there is room for the models that are missing and for one output.

@@ -69,7 +69,7 @@ def render_method(name: str, result: Mapping[str, Any]) -> str:
         f"{name}: {result['read_nbytes'] / 1e9:.2f} GB read{sweeps}, "
         f"{result['written_nbytes'] / 1e9:.2f} GB written"
     )
-    relative = [other for other in (STREAMMERGE, FLOOR) if other in contenders]
+    relative = [other for other in (STREAMMERGE, MERGEKIT, FLOOR) if other in contenders]
     header = ["contender", "wall s", "min-max", "CPU s", "private", "RSS"]
     rows = [[*header, *(f"/ {other}" for other in relative)]]
     failures = []

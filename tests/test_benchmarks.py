@@ -14,7 +14,7 @@ pytest.importorskip("benchmarks", reason="needs the project's root on the path")
 from benchmarks import adapters, baking, contenders, loras, measuring, memory, reporting
 from benchmarks.compare import default_results_path, hide_paths, parse_arguments
 from benchmarks.floor import run_floor
-from benchmarks.jobs import METHODS, Job, mergekit_config, streammerge_recipe
+from benchmarks.jobs import METHODS, Job, choose_methods, mergekit_config, streammerge_recipe
 from benchmarks.models import ROOT, Models, tensor_nbytes
 from benchmarks.plotting import render_svg
 from streammerge.adapters.files.reading import read_adapter
@@ -105,6 +105,8 @@ def test_a_table_for_the_terminal_names_who_failed_and_why(results):
 
 def test_arguments_have_defaults_that_depend_on_the_number_of_sources():
     assert parse_arguments([]).contenders == ["streammerge", "mergekit", "peft", "floor"]
+    assert parse_arguments([]).methods == choose_methods(2)
+    assert parse_arguments(["--sources", "4"]).methods == choose_methods(4)
     assert parse_arguments(["--sources", "8"]).contenders == ["streammerge", "floor"]
     with pytest.raises(SystemExit):
         parse_arguments(["--sources", "1"])
@@ -131,16 +133,41 @@ def job_models(tmp_path) -> Models:
 
 
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
-def test_jobs_name_methods_that_exist(job_models, method):
+def test_jobs_are_recipes_that_can_be_planned(job_models, method, tmp_path):
+    import streammerge as sm
+
+    job = Job(method, job_models)
+    place = tmp_path / "recipe.json"
+    place.write_text(streammerge_recipe(job))
+
+    planned = sm.plan(place, memory="4GiB")
+
+    assert [model.path for model in planned.models] == [str(path) for path in job.inputs]
+    assert planned.layout.data_nbytes == job.nbytes_to_write
+    assert job.nbytes_to_read == method.sweeps * len(job.inputs) * 142_000
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+def test_jobs_ask_the_same_of_mergekit(job_models, method):
     job = Job(method, job_models)
 
     recipe = json.loads(streammerge_recipe(job))
     config = json.loads(mergekit_config(job))
 
-    assert recipe["method"] in discover_methods()
     assert ("base" in recipe) == ("base_model" in config) == method.has_base
-    assert sum(source["weight"] for source in recipe["sources"]) == pytest.approx(1)
-    assert job.nbytes_to_read == method.sweeps * len(job.inputs) * 142_000
+    assert len(recipe["sources"]) == len(config["models"]) == len(job.sources)
+    if method.has_weights:
+        assert sum(source["weight"] for source in recipe["sources"]) == pytest.approx(1)
+
+
+def test_every_method_is_measured():
+    assert {method.streammerge for method in METHODS.values()} == set(discover_methods())
+
+
+def test_with_many_sources_what_takes_fewer_is_not_measured_once_more():
+    assert choose_methods(2) == list(METHODS)
+    assert "ties" in choose_methods(4)
+    assert not {"slerp", "nuslerp"} & set(choose_methods(4))
 
 
 def test_every_contender_gets_a_command(job_models, tmp_path):

@@ -11,7 +11,7 @@ from models import write_model
 pytest.importorskip("benchmarks", reason="needs the project's root on the path")
 
 from benchmarks import bus, gpu
-from benchmarks.jobs import METHODS, Job
+from benchmarks.jobs import FEW, METHODS, Job
 from benchmarks.models import Models
 from streammerge.engine.accelerator.opening import count_devices
 
@@ -36,12 +36,12 @@ def test_every_contender_is_told_its_device(job: Job, tmp_path: Path) -> None:
     assert "--cuda" in commands["mergekit"]
 
 
-def test_both_sizes_both_caches_and_all_methods_are_measured_unless_told_otherwise() -> None:
+def test_both_sizes_both_caches_and_few_methods_are_measured_unless_told_otherwise() -> None:
     options = gpu.parse_arguments([])
 
     assert options.sizes == ["1.1B", "8B"]
     assert options.caches == ["warm", "cold"]
-    assert options.methods == list(METHODS)
+    assert options.methods == list(FEW)
 
 
 def test_the_bus_copies_every_byte() -> None:
