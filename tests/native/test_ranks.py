@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(KERNELS is None, reason="no compiler was found a
     rows=st.integers(0, 4),
     row_numel=st.one_of(st.integers(0, 40), st.integers(200, 3000)),
     seed=st.integers(0, 999),
-    kind=st.sampled_from(["all differ", "16 bits", "few", "one", "special"]),
+    kind=st.sampled_from(["all differ", "16 bits", "few", "one", "zeros", "crowded", "special"]),
     in_place=st.booleans(),
 )
 def test_ranks_are_those_of_a_stable_sort(
@@ -33,6 +33,12 @@ def test_ranks_are_those_of_a_stable_sort(
         values = np.round(values)
     elif kind == "one":
         values[:] = -0.5
+    elif kind == "zeros":
+        values[generator.random(values.shape) < 0.6] = -0.0
+    elif kind == "crowded":
+        # All but a few agree in their leading digits: these are not enough.
+        values = 1 + np.abs(values) / 2**15
+        values[generator.random(values.shape) < 0.01] *= 1e30
     elif kind == "special":
         values = generator.integers(-(2**31), 0x7F800000, values.shape, dtype=np.int64)
         values = values.astype(np.int32).view(np.float32)
