@@ -74,33 +74,48 @@ ALWAYS_INLINE const uint16_t *draw_lanes_at(uint16_t *lanes, int64_t element, in
     return lanes + within;
 }
 
-/* The integer below which a number of 32 bits is kept, for a probability. */
-ALWAYS_INLINE int64_t limit_of(float probability) {
-    double scaled = (double)probability * 0x1p32;
-    scaled = scaled > 0.0 ? scaled : 0.0;
-    scaled = scaled < 0x1p32 ? scaled : 0x1p32;
-    return bits_of_double(scaled + WHOLE) - bits_of_double(WHOLE);
+/* The integer below which a number of 32 bits is kept, as upper and lower lane. */
+typedef struct {
+    int32_t upper; /* up to 2^16 */
+    int32_t lower;
+} limit;
+
+ALWAYS_INLINE float within_one(float probability) {
+    probability = probability > 0.0f ? probability : 0.0f;
+    return probability < 1.0f ? probability : 1.0f;
+}
+
+/* For a probability in [0, 1]: 2^32 times it, rounded. What is left of it below the upper lane is exact,
+ * so that numbers of 32 bits do, of which vectors hold more. */
+ALWAYS_INLINE limit limit_of(float probability) {
+    float scaled = probability * 0x1p16f;
+    int32_t upper = (int32_t)scaled;
+    float rest = (scaled - (float)upper) * 0x1p16f;
+    int32_t lower = (int32_t)(rest + 0x1.8p23f - 0x1.8p23f);
+    return (limit){upper + (lower >> 16), lower & 0xffff};
 }
 
 /* Tells by the upper lanes which are kept; returns how many they do not decide about. */
 ALWAYS_INLINE int32_t decide(uint8_t *restrict kept, const uint16_t *restrict lanes, int64_t count,
-                             int64_t limit) {
-    int32_t upper = (int32_t)(limit >> 16), undecided = 0;
+                             limit of) {
+    int32_t undecided = 0;
     for (int64_t i = 0; i < count; i++) {
-        kept[i] = lanes[i] < upper;
-        undecided += lanes[i] == upper;
+        kept[i] = lanes[i] < of.upper;
+        undecided += lanes[i] == of.upper;
     }
-    return limit & 0xffff ? undecided : 0;
+    return of.lower ? undecided : 0;
 }
 
 ALWAYS_INLINE int32_t decide_by_row(uint8_t *restrict kept, const uint16_t *restrict lanes,
                                     int64_t count, const float *restrict probabilities) {
+    float within[TILE];
     int32_t undecided = 0;
+    /* A loop of its own: with the other it would have branches, and not become vectors. */
+    for (int64_t i = 0; i < count; i++) within[i] = within_one(probabilities[i]);
     for (int64_t i = 0; i < count; i++) {
-        int64_t limit = limit_of(probabilities[i]);
-        int32_t upper = (int32_t)(limit >> 16), lower = (int32_t)(limit & 0xffff);
-        kept[i] = lanes[i] < upper;
-        undecided += (lanes[i] == upper) & (lower != 0);
+        limit of = limit_of(within[i]);
+        kept[i] = lanes[i] < of.upper;
+        undecided += (lanes[i] == of.upper) & (of.lower != 0);
     }
     return undecided;
 }
@@ -110,15 +125,16 @@ ALWAYS_INLINE void drop_randomly_from(float *out, const float *a, const float *p
                                       int64_t at, int64_t count, sm_stream *stream) {
     uint16_t drawn[COUNTERS * LANES];
     uint8_t kept[TILE];
-    int64_t first = stream->start + at, limit = (int64_t)stream->limit;
+    int64_t first = stream->start + at;
+    limit of_all = {(int32_t)(stream->limit >> 16), (int32_t)(stream->limit & 0xffff)};
     int32_t chosen = 0;
     const uint16_t *lanes = draw_lanes_at(drawn, first, count, stream->key);
     int32_t undecided = probabilities ? decide_by_row(kept, lanes, count, probabilities)
-                                      : decide(kept, lanes, count, limit);
+                                      : decide(kept, lanes, count, of_all);
     for (int64_t i = 0; undecided && i < count; i++) {
-        int64_t own = probabilities ? limit_of(probabilities[i]) : limit;
-        if (lanes[i] != own >> 16) continue;
-        kept[i] = draw_lower_lane(first + i, stream->key) < (uint32_t)(own & 0xffff);
+        limit own = probabilities ? limit_of(within_one(probabilities[i])) : of_all;
+        if (lanes[i] != own.upper) continue;
+        kept[i] = draw_lower_lane(first + i, stream->key) < (uint32_t)own.lower;
     }
     EACH(i, count) {
         chosen += kept[i];
