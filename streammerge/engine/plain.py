@@ -39,8 +39,8 @@ from streammerge.engine.rows import (
     cover,
     iter_measuring,
     iter_merging,
+    make_relative,
     rank_rows,
-    relative_ranks,
 )
 from streammerge.engine.segments import (
     Block,
@@ -198,7 +198,8 @@ class PlainStage:
 
         def rank(_index: int, values: Tensor) -> None:
             ranks = rank_rows(values.numpy().reshape(count, row))
-            computed.append(relative_ranks(ranks).reshape(-1))
+            make_relative(ranks)
+            computed.append(ranks.flatten())
 
         sinks = HostSinks(programs.row_ranks, rank, rows=count)
         self._run(programs.row_ranks, piece, block, check=check, rows=known, sinks=sinks)

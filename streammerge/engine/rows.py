@@ -77,13 +77,13 @@ def _up(element: int, row: int) -> int:
     return -(-element // row) * row
 
 
-def relative_ranks(ranks: NDArray[np.floating]) -> NDArray[np.floating]:
-    """Return ranks from 0 to 1, of ``[rows, n]`` ranks from 0 to n - 1; 1/2 in rows of one."""
+def make_relative(ranks: NDArray[np.floating]) -> None:
+    """Map ``[rows, n]`` ranks from 0 to n - 1 to numbers from 0 to 1, in place; 1/2 in rows of one."""
     last = ranks.shape[1] - 1
     if last == 0:
-        return np.full_like(ranks, 0.5)
-    relative: NDArray[np.floating] = np.divide(ranks, ranks.dtype.type(last))
-    return relative
+        ranks.fill(0.5)
+    else:
+        np.divide(ranks, ranks.dtype.type(last), out=ranks)
 
 
 def rank_rows(values: NDArray[np.floating]) -> NDArray[np.floating]:

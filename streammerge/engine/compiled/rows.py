@@ -15,7 +15,7 @@ from streammerge.dtypes import DType
 from streammerge.engine.compiled.bench import Bench, Encoded
 from streammerge.engine.compiled.operands import StoredOperand
 from streammerge.engine.pieces import PieceInMemory
-from streammerge.engine.rows import KnownRows, Run, relative_ranks
+from streammerge.engine.rows import KnownRows, Run, make_relative
 from streammerge.engine.segments import Segment
 from streammerge.methods.programs import Programs
 from streammerge.native.library import DTYPE_CODES
@@ -141,7 +141,7 @@ class CompiledRows:
             ranks=ranks.ctypes.data,
             scratch=self._keys.ctypes.data,
         )
-        ranks[:] = relative_ranks(ranks)
+        make_relative(ranks)
 
     def _computed_operands(self, run: Run, count: int) -> list[StoredOperand]:
         """Return what was computed as operands whose element ``run.begin`` is the first."""
