@@ -272,6 +272,8 @@ def mergekit_config(job: Job) -> str:
         ],
         "parameters": method.of_mergekit,
         "dtype": "bfloat16",
+        # One of its methods would write float32.
+        "out_dtype": "bfloat16",
     }
     if method.has_base:
         config["base_model"] = str(job.models.base.resolve())
