@@ -1,14 +1,19 @@
-"""Micro-benchmarks of the kernels, on one piece of 4 M elements in memory and one thread.
+"""Micro-benchmarks of the kernels, on one tensor of 4 M elements in memory and one thread.
 
-    python -m pytest benchmarks/test_kernels.py
+    python -m pytest benchmarks/test_kernels.py [-k NAME]
 
 Collected only when named. ``--benchmark-compare`` and ``--benchmark-autosave`` compare two states of
-the code. A rate is elements of one model per second.
+the code. Reported are nanoseconds per element of the result: what a core takes to find all that a
+method asks about a tensor, and to merge it. Two of them for every element of 1.1B parameters are a
+second on two cores.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,36 +23,37 @@ import torch
 from safetensors.torch import save_file
 
 import streammerge
+from benchmarks.jobs import METHODS, Job, streammerge_recipe
+from benchmarks.models import Models
 from streammerge.dtypes import DType
-from streammerge.engine.asking import Asking
 from streammerge.engine.compiled.opening import open_cpu_stage
 from streammerge.engine.device import DeviceStage
 from streammerge.engine.pieces import Part, PieceInMemory, Stored
+from streammerge.engine.resident import measure, sample_pieces
 from streammerge.engine.scopes import ScopeStatistics
 from streammerge.methods import discover_methods
-from streammerge.methods.base import MergeMethod
+from streammerge.methods.programs import Programs
+from streammerge.native.library import load_kernels
 from streammerge.plan.budgeting import values_limit
 from streammerge.plan.sweeps import programs_of_plan
 from streammerge.plan.types import MergePlan
 from streammerge.rng import keep_mask, stream_key
 from streammerge.statistics import BLOCK, count_blocks
-from streammerge.statistics.magnitude import (
-    Band,
-    Bins,
-    MagnitudeSearch,
-    answer_block,
-    choose_sample_runs,
-)
-from streammerge.statistics.rounds import NOTHING, Found
-from streammerge.statistics.topk import TiePolicy, TopK, kept_count
+from streammerge.statistics.magnitude import MagnitudeSearch, answer_block
+from streammerge.statistics.rounds import Found
+from streammerge.statistics.topk import TiePolicy, TopK
 
 pytest.importorskip("pytest_benchmark", reason="micro-benchmarks need pytest-benchmark")
 
-NUMEL = 2**22
+ROW_NUMEL = 2048
+SHAPE = (2048, ROW_NUMEL)
+NUMEL = SHAPE[0] * ROW_NUMEL
 SOURCES = 2
-ROOM_NUMEL = NUMEL // 8
-"""Magnitudes that a search may collect."""
 NAME = "weight"
+BY_ELEMENT = [
+    name for name in METHODS if METHODS[name].streammerge not in {"tsv_m", "iso_c", "iso_cts"}
+]
+"""All but what decomposes whole matrices, in minutes and in torch."""
 Benchmark = Callable[..., Any]
 
 
@@ -61,127 +67,131 @@ def _one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def models() -> list[torch.Tensor]:
+def tensors() -> list[torch.Tensor]:
     """A base and its fine-tunes: one tensor each, in bfloat16."""
     generator = torch.Generator().manual_seed(0)
-    base = torch.randn(NUMEL, generator=generator).bfloat16()
+    base = (0.02 * torch.randn(SHAPE, generator=generator)).bfloat16()
     tuned = [
-        (base + 0.01 * torch.randn(NUMEL, generator=generator)).bfloat16() for _ in range(SOURCES)
+        (base + 0.002 * torch.randn(SHAPE, generator=generator)).bfloat16() for _ in range(SOURCES)
     ]
     return [base, *tuned]
 
 
 @pytest.fixture(scope="module")
-def files(models: Sequence[torch.Tensor], tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+def models(tensors: Sequence[torch.Tensor], tmp_path_factory: pytest.TempPathFactory) -> Models:
     """The same models as files, for the planner."""
     directory = tmp_path_factory.mktemp("models")
-    paths = [directory / f"model-{index}.safetensors" for index in range(len(models))]
-    for path, tensor in zip(paths, models, strict=True):
+    paths = [directory / f"model-{index}.safetensors" for index in range(len(tensors))]
+    for path, tensor in zip(paths, tensors, strict=True):
         save_file({NAME: tensor}, path)
-    return paths
+    return Models("0.15B", paths[0], tuple(paths[1:]))
 
 
-def plan_of(method: MergeMethod, files: Sequence[Path]) -> MergePlan:
-    """Return the plan of a merge of these files with a method."""
-    recipe: dict[str, Any] = {
-        "method": method.name,
-        "base": str(files[0]),
-        "sources": [
-            {"path": str(path), "weight": weight}
-            for path, weight in zip(files[1:], (0.6, 0.4), strict=True)
-        ],
-        "output": {"dtype": "bfloat16"},
-    }
-    if any(spec.name == "density" for spec in method.parameters):
-        recipe["parameters"] = {"density": 0.2}
-    return streammerge.plan(recipe, memory="4GiB", workers=1)
+@dataclass(frozen=True)
+class Merging:
+    """A method at work on one tensor."""
+
+    plan: MergePlan
+    programs: Programs
+    stage: DeviceStage
+    piece: PieceInMemory
+
+    @classmethod
+    def of(cls, name: str, models: Models, tensors: Sequence[torch.Tensor]) -> Merging:
+        """Prepare a method of the comparison."""
+        job = Job(METHODS[name], models)
+        plan = streammerge.plan(json.loads(streammerge_recipe(job)), memory="4GiB", workers=1)
+        method = discover_methods()[job.method.streammerge]
+        by_path = dict(zip([models.base, *models.tuned], tensors, strict=True))
+        inputs = tuple(stored(by_path[Path(model.path)]) for model in plan.models)
+        return cls(
+            plan,
+            programs_of_plan(plan, method)[0],
+            open_cpu_stage(plan, method),
+            PieceInMemory((Part(plan.tasks[0], 0, 0, NUMEL),), inputs),
+        )
+
+    def find(self) -> Found:
+        """Find all that the method asks, as the engine does: sample, sweep, conclude."""
+        statistics = ScopeStatistics(
+            self.programs,
+            numel=NUMEL,
+            blocks=count_blocks(NUMEL),
+            compute_dtype=self.plan.compute_dtype,
+            limit=values_limit(NUMEL),
+        )
+        while statistics.found is None:
+            sample_pieces(self.stage, statistics, [self.piece])
+            measure(self.stage, statistics, self.piece)
+            statistics.conclude()
+        return statistics.found
 
 
 def stored(tensor: torch.Tensor) -> Stored:
     """Return a tensor in bfloat16 as a piece holds it."""
-    return Stored(tensor.view(torch.uint8).numpy(), DType.BF16)
-
-
-def piece_of(plan: MergePlan, models: Sequence[torch.Tensor]) -> PieceInMemory:
-    """Return the whole tensor as one piece."""
-    inputs = tuple(stored(model) for model in models[-len(plan.models) :])
-    return PieceInMemory((Part(plan.tasks[0], 0, 0, NUMEL),), inputs)
-
-
-def find(stage: DeviceStage, piece: PieceInMemory, plan: MergePlan, method: MergeMethod) -> Found:
-    """Return all that a method asks, found as the engine finds it: sample, sweep, conclude."""
-    statistics = ScopeStatistics(
-        programs_of_plan(plan, method)[0],
-        numel=piece.numel,
-        blocks=count_blocks(piece.numel),
-        compute_dtype=DType.F32,
-        limit=values_limit(piece.numel),
-    )
-    while statistics.found is None:
-        if statistics.sample_runs:
-            runs = choose_sample_runs(piece.numel, statistics.sample_runs)
-            statistics.prepare_sample(sum(count for _, count in runs))
-            for start, count in runs:
-                room = statistics.sample_room(count)
-                stage.sample(piece, start, statistics.asking, room)
-            statistics.conclude_sample()
-        statistics.add(0, stage.measure(piece, statistics.asking))
-        statistics.conclude()
-    return statistics.found
+    return Stored(tensor.view(torch.uint8).numpy().reshape(-1), DType.BF16)
 
 
 def report_rate(benchmark: Benchmark) -> None:
-    """Add the elements per second of the median run to the report."""
+    """Add what an element took in the fastest run to the report."""
     stats = getattr(benchmark, "stats", None)
     if stats is not None:
-        benchmark.extra_info["M elements/s"] = round(NUMEL / stats.stats.median / 1e6)  # type: ignore[attr-defined]
+        benchmark.extra_info["ns per element"] = round(stats.stats.min / NUMEL * 1e9, 2)  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("name", sorted(discover_methods()))
-def test_apply(
-    benchmark: Benchmark, name: str, models: list[torch.Tensor], files: list[Path]
+@pytest.mark.parametrize("name", BY_ELEMENT)
+def test_merge(
+    benchmark: Benchmark, name: str, models: Models, tensors: list[torch.Tensor]
 ) -> None:
-    """The merge of every method: convert, subtract, check, merge, round."""
-    method = discover_methods()[name]
-    plan = plan_of(method, files)
-    piece = piece_of(plan, models)
-    stage = open_cpu_stage(plan, method)
-    found = find(stage, piece, plan, method)
-    out = torch.empty(NUMEL, dtype=torch.bfloat16)
+    """The last pass of every method: convert, subtract, check, merge, round."""
+    merging = Merging.of(name, models, tensors)
+    found = merging.find()
+    out = stored(torch.empty(SHAPE, dtype=torch.bfloat16))
 
-    benchmark(stage.apply, piece, [found], stored(out))
+    benchmark(merging.stage.apply, merging.piece, [found], out)
 
     report_rate(benchmark)
 
 
-@pytest.mark.parametrize(
-    "question", [Band(0.012, 0.0135), Bins(0, 0x7F800000)], ids=["band", "bins"]
-)
-def test_measure(
-    benchmark: Benchmark, question: Band | Bins, models: list[torch.Tensor], files: list[Path]
-) -> None:
-    """A round: one sweep over the piece with each kind of question, for all sources."""
-    method = discover_methods()["ties"]
-    plan = plan_of(method, files)
-    stage = open_cpu_stage(plan, method)
+@pytest.mark.parametrize("name", BY_ELEMENT)
+def test_find(benchmark: Benchmark, name: str, models: Models, tensors: list[torch.Tensor]) -> None:
+    """All passes before that."""
+    merging = Merging.of(name, models, tensors)
+    if not merging.programs.rounds:
+        pytest.skip("asks nothing")
 
-    asking = Asking(0, NOTHING, (question,) * SOURCES, totals=False)
-
-    benchmark(stage.measure, piece_of(plan, models), asking)
+    benchmark(merging.find)
 
     report_rate(benchmark)
 
 
-def test_threshold(benchmark: Benchmark, models: list[torch.Tensor], files: list[Path]) -> None:
-    """A round as a whole."""
-    method = discover_methods()["ties"]
-    plan = plan_of(method, files)
-    piece = piece_of(plan, models)
-    stage = open_cpu_stage(plan, method)
+@pytest.mark.parametrize("kind", ["differences", "changes", "normal"])
+def test_rank_rows(benchmark: Benchmark, kind: str, tensors: list[torch.Tensor]) -> None:
+    """Ranks within rows: of differences of two 16-bit types, where most are 0, and where all differ."""
+    kernels = load_kernels()
+    if kernels is None:
+        pytest.skip("no compiler was found at installation")
+    base = tensors[0].float()
+    noise = torch.randn(SHAPE, generator=torch.Generator().manual_seed(1))
+    values = {
+        "differences": tensors[1].float() - base,
+        "changes": (base + 5e-5 * noise).bfloat16().float() - base,
+        "normal": noise,
+    }[kind].numpy()
+    ranks = np.empty_like(values)
+    keys = np.empty(2 * ROW_NUMEL, dtype=np.uint64)
 
-    found = benchmark(find, stage, piece, plan, method)
+    benchmark(
+        partial(
+            kernels.rank_rows,
+            values.ctypes.data,
+            rows=SHAPE[0],
+            row_numel=ROW_NUMEL,
+            ranks=ranks.ctypes.data,
+            scratch=keys.ctypes.data,
+        )
+    )
 
-    assert [top.kept for top in found.tops] == [int(0.2 * NUMEL)] * SOURCES  # noqa: S101 - a test
     report_rate(benchmark)
 
 
@@ -189,14 +199,14 @@ def test_magnitude_search_concludes(benchmark: Benchmark) -> None:
     """One source's search, from magnitudes that lie in memory, without a sample: by bins alone."""
     magnitudes = np.abs(np.random.default_rng(0).standard_normal(NUMEL, dtype=np.float32))
     masks = np.empty((2, BLOCK), dtype=np.bool_)
-    room = np.empty(ROOM_NUMEL, dtype=np.float32)
+    room = np.empty(values_limit(NUMEL), dtype=np.float32)
     spare = np.empty_like(room)
 
     def search() -> TopK:
         found = MagnitudeSearch(
             numel=NUMEL,
             blocks=NUMEL // BLOCK,
-            k=kept_count(0.2, NUMEL),
+            k=NUMEL // 5,
             tie_policy=TiePolicy.EXACT,
             room=room,
             spare=spare,
