@@ -119,7 +119,12 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     summary = (__doc__ or "").split("\n", maxsplit=1)[0]
     parser = argparse.ArgumentParser(prog="python -m benchmarks.compare", description=summary)
     parser.add_argument("--sources", type=int, default=2, metavar="K", help="fine-tunes to merge")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, help="default: all")
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        choices=METHODS,
+        help="default: all but what decomposes whole matrices",
+    )
     parser.add_argument(
         "--contenders",
         nargs="+",

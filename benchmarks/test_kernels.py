@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import save_file
 
 import streammerge
-from benchmarks.jobs import METHODS, Job, streammerge_recipe
+from benchmarks.jobs import DECOMPOSING, METHODS, Job, streammerge_recipe
 from benchmarks.models import Models
 from streammerge.dtypes import DType
 from streammerge.engine.compiled.opening import open_cpu_stage
@@ -50,10 +50,8 @@ SHAPE = (2048, ROW_NUMEL)
 NUMEL = SHAPE[0] * ROW_NUMEL
 SOURCES = 2
 NAME = "weight"
-BY_ELEMENT = [
-    name for name in METHODS if METHODS[name].streammerge not in {"tsv_m", "iso_c", "iso_cts"}
-]
-"""All but what decomposes whole matrices, in minutes and in torch."""
+BY_ELEMENT = [name for name in METHODS if name not in DECOMPOSING]
+"""All but what decomposes whole matrices, in torch."""
 Benchmark = Callable[..., Any]
 
 
