@@ -16,7 +16,7 @@ enum {
     /* As few are sorted by insertion alone. */
     SHORT_ROW = 32,
     /* Moves per element, above which insertion is given up. */
-    MOST_MOVES = 2,
+    MOST_MOVES = 1,
 };
 
 /* Differences of numbers of 16 bits share their low bits, and all but a few magnitudes lie within some
@@ -27,11 +27,14 @@ typedef struct {
     int32_t bits;    /* of the largest number */
 } numbering;
 
+/* 1 for 0, 0 for larger patterns. In integers: compilers would branch, which cannot be guessed. */
+ALWAYS_INLINE uint32_t is_zero(uint32_t pattern) { return (pattern - 1) >> 31; }
+
 /* 0 for zero alone. */
 ALWAYS_INLINE uint32_t number_of(float value, numbering by) {
     uint32_t magnitude = (uint32_t)magnitude_of(value);
     uint32_t step = 1u << by.shift, above = (magnitude - by.before - 1 + step) >> by.shift;
-    return magnitude ? above : 0;
+    return above & (is_zero(magnitude) - 1);
 }
 
 ALWAYS_INLINE numbering choose_numbering(const float *restrict row, int64_t count) {
@@ -81,9 +84,6 @@ ALWAYS_INLINE void scatter(uint64_t *restrict to, const uint64_t *restrict from,
     }
     for (int64_t i = 0; i < count; i++) to[bins[from[i] >> shift & mask]++] = from[i];
 }
-
-/* 1 for zero, 0 for other patterns: no branch to guess. */
-ALWAYS_INLINE int64_t is_zero(uint32_t pattern) { return (pattern - 1) >> 31; }
 
 /* Ranks a row by so many leading digits and insertion; returns whether that was enough. */
 ALWAYS_INLINE int rank_by_digits(uint64_t *keys, const float *row, int64_t count, float *ranks,
