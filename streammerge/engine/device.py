@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from streammerge.engine.asking import Asking, BlockAnswer
 from streammerge.engine.pieces import PieceInMemory, Stored
+from streammerge.statistics.magnitude import SampleRun
 from streammerge.statistics.rounds import Found
 
 
@@ -70,6 +71,8 @@ class DeviceStage(Protocol):
         """Return all that the method asks about whole tensors that fill at most a block, each."""
         ...
 
-    def sample(self, piece: PieceInMemory, start: int, asking: Asking, out: NDArray[Any]) -> None:
-        """Fill ``out``, ``[ranked, run]``, with values to be ranked, from the tensor's ``start`` on."""
+    def sample(
+        self, piece: PieceInMemory, runs: Sequence[SampleRun], asking: Asking, out: NDArray[Any]
+    ) -> None:
+        """Fill ``out``, ``[ranked, sum of runs]``, with values to be ranked of some runs of elements."""
         ...

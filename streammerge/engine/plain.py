@@ -57,7 +57,7 @@ from streammerge.plan.demanding import count_plain_rows
 from streammerge.plan.sweeps import programs_of_plan
 from streammerge.plan.types import MergePlan
 from streammerge.statistics import BLOCK
-from streammerge.statistics.magnitude import Counted, answer_block
+from streammerge.statistics.magnitude import Counted, SampleRun, answer_block
 from streammerge.statistics.rounds import NOTHING, Answers, Found, Rank, RowAnswers
 from streammerge.statistics.selecting import select_block, select_rows
 from streammerge.statistics.topk import TopK
@@ -385,8 +385,18 @@ class PlainStage:
             for part, tops in zip(piece.parts, zip(*by_value, strict=True), strict=True)
         ]
 
-    def sample(self, piece: PieceInMemory, start: int, asking: Asking, out: NDArray[Any]) -> None:
+    def sample(
+        self, piece: PieceInMemory, runs: Sequence[SampleRun], asking: Asking, out: NDArray[Any]
+    ) -> None:
         """Fill in values to be ranked; see :class:`DeviceStage`."""
+        filled = 0
+        for start, count in runs:
+            self._sample_run(piece, start, asking, out[:, filled : filled + count])
+            filled += count
+
+    def _sample_run(
+        self, piece: PieceInMemory, start: int, asking: Asking, out: NDArray[Any]
+    ) -> None:
         programs = self._programs[piece.first.task.setting]
         program = programs.rounds[asking.round]
         begin = start - piece.first.start

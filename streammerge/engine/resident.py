@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from itertools import groupby
 
 from streammerge.engine.asking import BlockAnswer
 from streammerge.engine.device import DeviceStage
@@ -17,7 +18,7 @@ from streammerge.engine.scopes import ScopeStatistics
 from streammerge.engine.shop import Shop, Work
 from streammerge.plan.types import TensorTask
 from streammerge.statistics import BLOCK, count_blocks
-from streammerge.statistics.magnitude import choose_sample_runs
+from streammerge.statistics.magnitude import SampleRun, choose_sample_runs
 
 
 class ResidentTensor:
@@ -136,7 +137,12 @@ def sample_pieces(
         return
     statistics.prepare_sample(sum(count for _, count in runs))
     by_start = sorted(pieces, key=lambda piece: piece.first.start)
-    for start, count in runs:
-        piece = next(p for p in reversed(by_start) if p.first.start <= start)
-        stage.sample(piece, start, statistics.asking, statistics.sample_room(count))
+
+    def piece_of(run: SampleRun) -> PieceInMemory:
+        return next(piece for piece in reversed(by_start) if piece.first.start <= run[0])
+
+    for piece, group in groupby(runs, key=piece_of):
+        own = list(group)
+        room = statistics.sample_room(sum(count for _, count in own))
+        stage.sample(piece, own, statistics.asking, room)
     statistics.conclude_sample()

@@ -297,7 +297,7 @@ class Schedule:
         def work(stage: DeviceStage, loaded: LoadedChunk) -> None:
             for piece in loaded.pieces:
                 room = statistics.sample_room(piece.numel)
-                stage.sample(piece, piece.first.start, statistics.asking, room)
+                stage.sample(piece, [(piece.first.start, piece.numel)], statistics.asking, room)
             loaded.release()
             measuring.end()
 

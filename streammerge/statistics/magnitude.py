@@ -57,6 +57,8 @@ _ROOM_SHARE = 0.8
 overflows costs two sweeps, one that misses as well."""
 STATE_ARRAYS = ("values", "segments", "crowds", "histogram")
 """Names of the arrays in the state of a search."""
+SampleRun = tuple[int, int]
+"""First element in its tensor, and number of elements."""
 SAMPLE_RUN = BLOCK // 256
 """Consecutive elements per sampled run: about a page of a shard, read in one request, and never
 across the border of a block."""
@@ -395,7 +397,7 @@ def _spread_of_runs(sample: Floats, middle: float) -> float:
     return float((len(runs) * np.square(steps, dtype=np.float64).mean() / 2) ** 0.5)
 
 
-def choose_sample_runs(numel: int, runs: int) -> list[tuple[int, int]]:
+def choose_sample_runs(numel: int, runs: int) -> list[SampleRun]:
     """Return up to ``runs`` evenly spaced ``(start, count)`` ranges of :data:`SAMPLE_RUN` elements.
 
     Starts are multiples of the run length, so that a run never crosses a block.

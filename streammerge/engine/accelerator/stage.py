@@ -27,6 +27,7 @@ from streammerge.plan.devices import plan_step, runs_on_device
 from streammerge.plan.sweeps import programs_of_plan
 from streammerge.plan.types import DeviceResources, MergePlan
 from streammerge.statistics import BLOCK
+from streammerge.statistics.magnitude import SampleRun
 from streammerge.statistics.rounds import Found
 from streammerge.units import format_size
 
@@ -86,9 +87,11 @@ class AcceleratorStage:
         """Find all that is asked about small tensors."""
         return self._host.settle(piece)
 
-    def sample(self, piece: PieceInMemory, start: int, asking: Asking, out: NDArray[Any]) -> None:
+    def sample(
+        self, piece: PieceInMemory, runs: Sequence[SampleRun], asking: Asking, out: NDArray[Any]
+    ) -> None:
         """Fill in values to be ranked."""
-        self._host.sample(piece, start, asking, out)
+        self._host.sample(piece, runs, asking, out)
 
     def close(self) -> None:
         """Wait for what is in flight and let go of the device's memory."""

@@ -30,7 +30,7 @@ from streammerge.methods.programs import Programs, found_of_nothing
 from streammerge.native.machine import CRAMMED, MOST_CROWDS, Asked, AskedCall
 from streammerge.plan.demanding import MOST_ROWS
 from streammerge.statistics import BLOCK, magnitude
-from streammerge.statistics.magnitude import BINS, Band, Bins, Counted, Question
+from streammerge.statistics.magnitude import BINS, Band, Bins, Counted, Question, SampleRun
 from streammerge.statistics.rounds import NOTHING, Answers, Found, Rank, Round
 from streammerge.statistics.selecting import statistic_of_block
 from streammerge.statistics.topk import TopK, settled_without_values
@@ -270,7 +270,9 @@ class CompiledMeasuring:
         )
         raise AssertionError("the machine refuses what is finite")
 
-    def sample(self, piece: PieceInMemory, start: int, asking: Asking, out: NDArray[Any]) -> bool:
+    def sample(
+        self, piece: PieceInMemory, runs: Sequence[SampleRun], asking: Asking, out: NDArray[Any]
+    ) -> bool:
         """Fill in values to be ranked; return whether the machine can read them.
 
         Raises:
@@ -280,25 +282,58 @@ class CompiledMeasuring:
         operands = self._find_operands(piece, encoded)
         if operands is None:
             return False
-        begin = start - piece.first.start
-        end = begin + out.shape[1]
-        part = piece.first
-        block = part.task.scope_block + start // BLOCK
-        segment = Segment(0, end - begin, part, start, block, asking.found, [])
-        if part.task.row:
-            wide = piece.in_rows()
-            run = cover(piece, begin, end)
-            job = self._row_job(wide, run, [_ALL] * len(out), asking.found)
-            self._run_rows(wide, encoded, operands, run, job)
-            first = piece.before + begin - run.begin
-            for row, values in zip(out, job.counted, strict=True):
-                row[:] = values[first : first + out.shape[1]]
-            return True
-        job = _Job(begin, end, segment, [_ALL] * len(out))
-        self._run(piece, encoded, operands, [job])
-        for row, values in zip(out, job.counted, strict=True):
-            row[:] = values
+        by_rows = bool(piece.first.task.row)
+        filled = 0
+        for batch in ([run] for run in runs) if by_rows else in_batches(runs):
+            count = sum(numel for _, numel in batch)
+            room = out[:, filled : filled + count]
+            if by_rows:
+                self._sample_rows(piece, batch[0], operands, asking=asking, out=room)
+            else:
+                self._sample_runs(piece, batch, operands, asking=asking, out=room)
+            filled += count
         return True
+
+    def _sample_runs(
+        self,
+        piece: PieceInMemory,
+        runs: Sequence[SampleRun],
+        operands: Sequence[StoredOperand],
+        *,
+        asking: Asking,
+        out: NDArray[Any],
+    ) -> None:
+        encoded = self._bench.rounds[piece.first.task.setting][asking.round]
+        part = piece.first
+        jobs = []
+        for start, count in runs:
+            begin = start - part.start
+            block = part.task.scope_block + start // BLOCK
+            segment = Segment(0, count, part, start, block, asking.found, [])
+            jobs.append(_Job(begin, begin + count, segment, [_ALL] * len(out)))
+        self._run(piece, encoded, operands, jobs)
+        for row, values in zip(out, zip(*(job.counted for job in jobs), strict=True), strict=True):
+            np.concatenate(values, out=row)
+
+    def _sample_rows(
+        self,
+        piece: PieceInMemory,
+        sampled: SampleRun,
+        operands: Sequence[StoredOperand],
+        *,
+        asking: Asking,
+        out: NDArray[Any],
+    ) -> None:
+        encoded = self._bench.rounds[piece.first.task.setting][asking.round]
+        start, count = sampled
+        begin = start - piece.first.start
+        wide = piece.in_rows()
+        run = cover(piece, begin, begin + count)
+        job = self._row_job(wide, run, [_ALL] * len(out), asking.found)
+        self._run_rows(wide, encoded, operands, run, job)
+        first = piece.before + begin - run.begin
+        for row, values in zip(out, job.counted, strict=True):
+            row[:] = values[first : first + count]
 
     def settle(self, piece: PieceInMemory) -> list[Found] | None:
         """Return all that the method asks about whole tensors that fill at most a block, each.

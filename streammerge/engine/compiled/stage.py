@@ -25,6 +25,7 @@ from streammerge.methods.base import MergeMethod
 from streammerge.native.library import Kernels
 from streammerge.plan.sweeps import programs_of_plan
 from streammerge.plan.types import MergePlan
+from streammerge.statistics.magnitude import SampleRun
 from streammerge.statistics.rounds import Found
 
 
@@ -91,7 +92,9 @@ class CompiledStage:
         found = self._measuring.settle(piece)
         return self._plain.settle(piece) if found is None else found
 
-    def sample(self, piece: PieceInMemory, start: int, asking: Asking, out: NDArray[Any]) -> None:
+    def sample(
+        self, piece: PieceInMemory, runs: Sequence[SampleRun], asking: Asking, out: NDArray[Any]
+    ) -> None:
         """Fill in values to be ranked."""
-        if not self._measuring.sample(piece, start, asking, out):
-            self._plain.sample(piece, start, asking, out)
+        if not self._measuring.sample(piece, runs, asking, out):
+            self._plain.sample(piece, runs, asking, out)
