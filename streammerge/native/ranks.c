@@ -17,6 +17,9 @@ enum {
     SHORT_ROW = 32,
     /* Moves per element, above which insertion is given up. */
     MOST_MOVES = 1,
+    /* Zeros are ranked apart where more than one in so many is: each of them would wait for the count of
+     * the one before, and few are no reason to look at every element. */
+    MANY = 8,
 };
 
 /* Differences of numbers of 16 bits share their low bits, and all but a few magnitudes lie within some
@@ -25,6 +28,7 @@ typedef struct {
     uint32_t before; /* the smallest pattern that is not 0, less 1 */
     int32_t shift;   /* bits that no pattern has */
     int32_t bits;    /* of the largest number */
+    int32_t many_zeros; /* whether they are ranked apart */
 } numbering;
 
 /* 1 for 0, 0 for larger patterns. In integers: compilers would branch, which cannot be guessed. */
@@ -38,15 +42,16 @@ ALWAYS_INLINE uint32_t number_of(float value, numbering by) {
 }
 
 ALWAYS_INLINE numbering choose_numbering(const float *restrict row, int64_t count) {
-    uint32_t any = 0, largest = 0, before = UINT32_MAX;
+    uint32_t any = 0, largest = 0, before = UINT32_MAX, zeros = 0;
     for (int64_t i = 0; i < count; i++) {
         uint32_t magnitude = (uint32_t)magnitude_of(row[i]), less_one = magnitude - 1;
         any |= magnitude;
         largest = magnitude > largest ? magnitude : largest;
         before = less_one < before ? less_one : before;
+        zeros += is_zero(magnitude);
     }
-    if (any == 0) return (numbering){0, 0, 1};
-    numbering by = {before, __builtin_ctz(any), 0};
+    if (any == 0) return (numbering){0, 0, 1, 1};
+    numbering by = {before, __builtin_ctz(any), 0, zeros > count / MANY};
     by.bits = 32 - __builtin_clz(((largest - before - 1) >> by.shift) + 1);
     return by;
 }
@@ -91,11 +96,16 @@ ALWAYS_INLINE int rank_by_digits(uint64_t *keys, const float *row, int64_t count
     uint64_t *from = keys, *to = keys + count;
     int32_t bits = count < LONG_ROW ? FEWER_BITS : MOST_BITS;
     int64_t others = 0, zeros = 0;
-    for (int64_t i = 0; i < count; i++) {
-        uint32_t number = number_of(row[count - 1 - i], by);
-        /* In any case, to be overwritten. */
-        from[others] = key_of(number, i);
-        others += 1 - is_zero(number);
+    if (by.many_zeros) {
+        for (int64_t i = 0; i < count; i++) {
+            uint32_t number = number_of(row[count - 1 - i], by);
+            /* In any case, to be overwritten. */
+            from[others] = key_of(number, i);
+            others += 1 - is_zero(number);
+        }
+    } else {
+        for (int64_t i = 0; i < count; i++) from[i] = key_of(number_of(row[count - 1 - i], by), i);
+        others = count;
     }
     for (int32_t digit = digits; digit > 0; digit--) {
         int32_t shift = by.bits - bits * digit;
