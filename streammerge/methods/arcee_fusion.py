@@ -67,7 +67,7 @@ def arcee_fusion(_params: ArceeFusionParams) -> Work:
     row_rounds = (
         RowRound(lambda sheet: [largest(sheet.values[0])], lambda answers: answers.totals),
         RowRound(_sums, _settle_sums),
-        RowRound(_terms, lambda answers: np.maximum(-answers.totals, 0.0)),
+        RowRound(_terms, _settle_terms),
     )
 
     def merge(sheet: Sheet) -> Row:
@@ -96,6 +96,11 @@ def _terms(sheet: Sheet) -> Sequence[Sink]:
     least = probability + _LEAST_PROBABILITY
     ratio = exponential_less_one((change + sheet.row_number(_SHIFT)) * -1.0)
     return [dot(least, logarithm_of_one_more(probability * ratio / least))]
+
+
+def _settle_terms(answers: RowAnswers) -> RowNumbers:
+    """Return the divergences; the softmax of one entry is 1 whatever it is, so they are 0 then."""
+    return np.maximum(-answers.totals, 0.0) * (answers.numel > 1)
 
 
 def _score(sheet: Sheet) -> Row:
