@@ -35,14 +35,14 @@ LEAST_CHANGE = 2.0**-19
 
 
 def draw(shape: tuple[int, ...], seed: int, grid: Grid) -> Array:
-    """Return values whose sums of a few are exact in float32; of the coarse ones squares too.
+    """Return values whose sums of a few are exact in float32.
 
-    The coarse ones are multiples of 15, so that means of three and five are exact as well.
+    Squares of the coarse ones are, too, and means of three and five, of which they are multiples.
     """
     generator = np.random.default_rng([seed, *shape])
     if grid == "coarse":
         return generator.integers(-20, 21, shape) * (15 / 64)
-    values = generator.standard_normal(shape).clip(-4, 4)
+    values = generator.standard_normal(shape).clip(-4, 4) * (0.25 if grid == "small" else 1.0)
     return np.asarray(np.round(values * 2.0**12) / 2.0**12)
 
 
@@ -233,7 +233,8 @@ def test_merged_files_hold_what_the_twins_compute(
         for name, values in expected.items():
             actual = merged[name].to(torch.float64).numpy()
             what = f"{name} in {dtype}"
-            check_values(actual, values, [model[name] for model in inputs.arrays], tolerance, what)
+            allowed = tolerance * case.twin.loosely
+            check_values(actual, values, [model[name] for model in inputs.arrays], allowed, what)
             if case.twin.chooses:
                 check_chosen(actual - base[name], values - base[name], what)
 
@@ -285,7 +286,7 @@ def test_merged_files_hold_what_mergekit_computes(
 
     for name, tensor in merged.items():
         expected = ask(case, [torch.tensor(model[name]) for model in inputs], given)
-        tolerance = 2e-7 if case.twin.coarsely else 1e-12
+        tolerance = 2e-7 if case.twin.coarsely else 1e-12 * case.twin.loosely
         check_values(tensor.numpy(), expected, [model[name] for model in inputs], tolerance, name)
 
 

@@ -22,7 +22,7 @@ Draw = Callable[[int, Array], Array]
 """Given a source and the probability of each of its entries: 1 for those that are kept."""
 Merge = Callable[..., Array]
 """Takes base and sources; as keywords ``semantics``, ``draw`` and what the recipe gives."""
-Grid = Literal["fine", "coarse"]
+Grid = Literal["fine", "small", "coarse"]
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,10 @@ class Twin:
     coarsely: bool = False
     """Whether mergekit computes factors in float32 whatever the tensors are."""
     grid: Grid = "fine"
-    """``coarse`` where what is ranked must be exact in float32 after a mean and a square."""
+    """``coarse`` where what is ranked must be exact in float32 after a mean and a square, ``small``
+    where it must not come to the limits of functions."""
+    loosely: float = 1.0
+    """How many times farther off values may be, where errors grow with what is particular."""
     chooses: bool = False
     """Whether it leaves entries as they are in the base, all but for chosen ones."""
     small_only: bool = False
@@ -344,13 +347,16 @@ TWINS: Mapping[str, Twin] = {
         ),
         counts=(2,),
         mergekit=_same("weight"),
+        # Columns of two entries are nearly opposite now and then.
+        loosely=1e3,
     ),
     "passthrough": Twin(
         _plain(sums.passthrough), ({"scale": 0.0},), counts=(1,), mergekit=_same("scale")
     ),
     "pcb": Twin(
         _plain(competition.pcb),
-        ({"ratio": 0.25, "lambda": 0.5}, {"ratio": 0.0}, {"ratio": 1.0}, {"cross": "pairwise"}),
+        ({"ratio": 0.25, "lambda": 0.5}, {"ratio": 0.0}, {"ratio": 1.0}),
+        grid="small",
         chooses=True,
     ),
     "ram": Twin(
