@@ -25,7 +25,7 @@ from streammerge.statistics import BLOCK, count_blocks
 from streammerge.statistics.rounds import NOTHING, Answers, Found, RowAnswers
 from streammerge.statistics.topk import TopK
 from streammerge.statistics.totals import join_totals
-from streammerge.statistics.trimming import mark_, trim_
+from streammerge.statistics.trimming import mark_unseen_, trim_
 from streammerge.tiles.interpreter import count_rows, run_program
 from streammerge.tiles.program import Op, Program
 from streammerge.tiles.totalling import HostSinks, total_rows
@@ -434,7 +434,7 @@ class _WholeTensor:
         trim_(row, self.found.tops[self.program.trims[trim]], 0)
 
     def mark_(self, row: Tensor, trim: int) -> None:
-        mark_(row, self.found.tops[self.program.trims[trim]], 0)
+        mark_unseen_(row, self.found.tops[self.program.trims[trim]], 0)
 
     def drop_(self, row: Tensor, stream: int, probability: Tensor | float) -> None:
         key = stream_key(self.seed, self.program.streams[stream], self.name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import filecmp
 import json
 import os
+import re
 import subprocess
 import sys
 import uuid
@@ -17,6 +18,8 @@ import yaml
 from safetensors.torch import save_file
 
 from streammerge.methods import discover_methods
+from streammerge.methods.base import Locality
+from streammerge.methods.describing import localities_of
 from streammerge.native.library import SWITCH, load_kernels
 from streammerge.units import MIB
 
@@ -42,14 +45,23 @@ pytestmark = pytest.mark.skipif(
 @pytest.fixture(scope="module")
 def models(tmp_path_factory) -> Path:
     """A base and two fine-tunes with one tensor larger than a small budget's buffers."""
-    directory = tmp_path_factory.mktemp("models")
+    return make_models(tmp_path_factory.mktemp("models"), rows=18_000, sources=2)
+
+
+@pytest.fixture(scope="module")
+def matrices(tmp_path_factory) -> Path:
+    """The same with a matrix that can be decomposed in a second or two."""
+    return make_models(tmp_path_factory.mktemp("matrices"), rows=1_500, sources=2)
+
+
+def make_models(directory: Path, *, rows: int, sources: int) -> Path:
     generator = torch.Generator().manual_seed(0)
     base = {
-        "embed.weight": torch.randn(18_000, 1_000, generator=generator).bfloat16(),
+        "embed.weight": torch.randn(rows, 1_000, generator=generator).bfloat16(),
         **{f"layers.{i}.weight": torch.randn(1_000, 600).bfloat16() for i in range(10)},
     }
     save_file(base, directory / "base.safetensors")
-    for index in range(2):
+    for index in range(sources):
         tuned = {
             name: (
                 tensor.float() + 0.01 * torch.randn(tensor.shape, generator=generator)
@@ -60,11 +72,15 @@ def models(tmp_path_factory) -> Path:
     return directory
 
 
-def write_recipe(models: Path, path: Path, method: str, parameters: dict[str, object]) -> Path:
+def write_recipe(
+    models: Path, path: Path, method: str, parameters: dict[str, object], sources: int = 2
+) -> Path:
+    most = discover_methods()[method].sources[1]
+    count = sources if most is None else min(most, sources)
     document = {
         "method": method,
         "base": str(models / "base.safetensors"),
-        "sources": [{"path": str(models / f"tuned-{index}.safetensors")} for index in range(2)],
+        "sources": [{"path": str(models / f"tuned-{index}.safetensors")} for index in range(count)],
         "parameters": {
             name: list(value) if isinstance(value, tuple) else value
             for name, value in parameters.items()
@@ -96,13 +112,33 @@ CASES = [
 ]
 
 
+def sees_whole_tensors(method: str) -> bool:
+    return Locality.TENSOR in localities_of(discover_methods()[method])
+
+
+def least_memory(recipe: Path, *, kernels: bool, at_least: str) -> str:
+    """Return the memory that a refusal of ``at_least`` names, or that if nothing is refused."""
+    finished = subprocess.run(
+        [sys.executable, "-m", "streammerge", "plan", str(recipe), "--memory", at_least],
+        env=os.environ | ({} if kernels else {SWITCH: "0"}),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    named = re.search(r"--memory (\w+)", finished.stderr)
+    return named[1] if finished.returncode == 3 and named else at_least
+
+
 @pytest.mark.parametrize("kernels", [True, False], ids=["compiled", "plain"])
 @pytest.mark.parametrize(("method", "example"), CASES)
-def test_measured_peak_stays_within_the_plan(models, tmp_path, method, example, kernels):
+def test_measured_peak_stays_within_the_plan(request, tmp_path, method, example, kernels):
+    """With a small budget; with the smallest that will do, where that is larger."""
+    models = request.getfixturevalue("matrices" if sees_whole_tensors(method) else "models")
     recipe = write_recipe(models, tmp_path / "recipe.yaml", method, example)
 
     # Torch alone takes 185 MiB.
     memory = "230MiB" if kernels and load_kernels() is not None else "420MiB"
+    memory = least_memory(recipe, kernels=kernels, at_least=memory)
     measured = run_merge(recipe, tmp_path / "out", memory, kernels=kernels)
 
     assert measured["planned"] <= measured["budget"]
@@ -202,6 +238,28 @@ def test_a_merge_runs_in_a_cgroup_as_small_as_its_budget(
     assert measured["peak"] <= mib * MIB
     small, large = (next((tmp_path / name).glob("*.safetensors")) for name in ("small", "large"))
     assert filecmp.cmp(small, large, shallow=False)
+
+
+@pytest.mark.slow
+@pytest.mark.cgroup
+@pytest.mark.parametrize("method", [m for m in discover_methods() if not sees_whole_tensors(m)])
+def test_sixteen_sources_merge_in_a_cgroup_of_400_mib(method, sixteen, tmp_path, limited_group):
+    example = next(
+        each
+        for each in discover_methods()[method].examples
+        if not any(isinstance(value, tuple) for value in each.values())
+    )
+    recipe = write_recipe(sixteen, tmp_path / "recipe.yaml", method, example, sources=16)
+
+    measured = run_merge(recipe, tmp_path / "out", "400MiB", preexec=limited_group(400 * MIB))
+
+    assert measured["peak"] <= measured["planned"] <= 400 * MIB
+
+
+@pytest.fixture(scope="module")
+def sixteen(tmp_path_factory) -> Path:
+    """A base and sixteen fine-tunes with one giant tensor."""
+    return make_models(tmp_path_factory.mktemp("sixteen"), rows=18_000, sources=16)
 
 
 @pytest.mark.slow

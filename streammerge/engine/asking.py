@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,32 +36,6 @@ class BlockAnswer:
     """About each ranked value; None where nothing is asked."""
     totals: NDArray[np.float64] | None
     """``[totals]``; None where they are not asked for."""
-
-
-def with_joined_histograms(answers: Iterable[BlockAnswer]) -> list[BlockAnswer]:
-    """Return the answers of a piece's blocks, of which the first hands in the histograms of all.
-
-    Histograms are only ever added, and each is half a MiB.
-    """
-    joined: list[BlockAnswer] = []
-    firsts: dict[int, NDArray[np.int64]] = {}
-    for answer in answers:
-        counted = tuple(_hand_over(firsts, at, own) for at, own in enumerate(answer.counted))
-        joined.append(replace(answer, counted=counted))
-    return joined
-
-
-def _hand_over(
-    firsts: dict[int, NDArray[np.int64]], at: int, own: Counted | None
-) -> Counted | None:
-    """Add a histogram to the first one about the same value; return what is left of the answer."""
-    if own is None or own.histogram is None:
-        return own
-    if at not in firsts:
-        firsts[at] = own.histogram
-        return own
-    firsts[at] += own.histogram
-    return replace(own, histogram=None)
 
 
 def join_answers(

@@ -9,7 +9,7 @@ A stage gets host memory and fills host memory; what lies between is its own aff
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -59,8 +59,11 @@ class DeviceStage(Protocol):
         """
         ...
 
-    def measure(self, piece: PieceInMemory, asking: Asking) -> list[BlockAnswer]:
-        """Answer what is asked, for each block of a piece of one part."""
+    def measure(self, piece: PieceInMemory, asking: Asking) -> Iterable[BlockAnswer]:
+        """Answer what is asked, for each block of a piece of one part; each when it is asked for.
+
+        An answer may hold all values of its block.
+        """
         ...
 
     def gather(self, piece: PieceInMemory, out: NDArray[Any]) -> None:

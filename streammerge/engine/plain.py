@@ -9,7 +9,7 @@ comparison masks, and one block's random words.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,6 @@ from streammerge.engine.asking import (
     Asking,
     BlockAnswer,
     join_answers,
-    with_joined_histograms,
 )
 from streammerge.engine.changing import ChangeWork
 from streammerge.engine.device import Applied
@@ -254,27 +253,19 @@ class PlainStage:
             converted[begin:end].copy_(stored[begin:end])
         return Applied(not_finite, ())
 
-    def measure(self, piece: PieceInMemory, asking: Asking) -> list[BlockAnswer]:
+    def measure(self, piece: PieceInMemory, asking: Asking) -> Iterator[BlockAnswer]:
         """Answer questions about a piece; see :class:`DeviceStage`."""
         programs = self._programs[piece.first.task.setting]
         program = programs.rounds[asking.round]
         if piece.first.task.row:
             wide = piece.in_rows()
-            return with_joined_histograms(
-                join_answers(
-                    program.totals,
-                    [
-                        self._answer(program, wide, block_of(wide, run, asking.found, []), asking)
-                        for run in runs
-                    ],
-                    asking,
-                )
-                for runs in iter_measuring(piece)
-            )
-        return with_joined_histograms(
-            self._answer(program, piece, block, asking)
-            for block in split_piece(piece, [asking.found], [[]])
-        )
+            for runs in iter_measuring(piece):
+                blocks = [block_of(wide, run, asking.found, []) for run in runs]
+                answers = [self._answer(program, wide, block, asking) for block in blocks]
+                yield join_answers(program.totals, answers, asking)
+            return
+        for block in split_piece(piece, [asking.found], [[]]):
+            yield self._answer(program, piece, block, asking)
 
     def _answer(
         self, program: Program, piece: PieceInMemory, block: Block, asking: Asking

@@ -206,7 +206,7 @@ class BlockReader:
         index = self._program.trims[trim]
         for segment in self._segments:
             part = row[segment.begin : segment.end]
-            mark_(part, segment.found.tops[index], segment.block)
+            mark_(part, segment.found.tops[index], segment.block, self._bench.masks)
 
     def _count_kept(self, row: Tensor, trim: int) -> None:
         """Add how many entries of this block a trim keeps."""

@@ -125,7 +125,8 @@ def measure(
         there = [BlockAnswer((), None)] * count_blocks(piece.numel)
         statistics.add(first_block, there)
         return
-    statistics.add(first_block, stage.measure(piece, statistics.asking))
+    for block, answer in enumerate(stage.measure(piece, statistics.asking), first_block):
+        statistics.add(block, [answer])
 
 
 def sample_pieces(

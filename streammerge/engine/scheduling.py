@@ -121,7 +121,7 @@ class Schedule:
         assert isinstance(statistics, ScopeStatistics)  # noqa: S101 - others have units of their own
         while statistics.found is None:
             sample_pieces(stage, statistics, [piece])
-            statistics.add(0, stage.measure(piece, statistics.asking))
+            measure(stage, statistics, piece)
             statistics.conclude()
         return [statistics.found]
 

@@ -120,7 +120,10 @@ def _compute_rows(programs: Sequence[Programs], *, torch: bool, changed: bool) -
     if not torch:
         return kernels
     # For changes, a product and one more row.
-    return kernels + count_plain_rows(programs) + (DELTA_ROWS if changed else 0)
+    plain = count_plain_rows(programs) + (DELTA_ROWS if changed else 0)
+    # An answer has a copy of what is ranked of a block; as much again is taken while it is made, and
+    # stays with the worker's heap.
+    return kernels + plain + 2 * max((each.ranked for each in programs), default=0)
 
 
 _MOST_ROOMS = 8

@@ -147,14 +147,32 @@ def _count_groups(tied: NDArray[np.bool_]) -> NDArray[np.uint8]:
     return np.add.reduceat(tied.view(np.uint8), starts, axis=1, dtype=np.uint8)
 
 
-def mark_(vector: Tensor, top: TopK, block: int) -> Tensor:
+def mark_(vector: Tensor, top: TopK, block: int, masks: NDArray[np.bool_]) -> Tensor:
     """Replace every value by 1 if it is kept, and by 0 if not.
 
     Args:
-        vector: ``[m]``, one block of values whose magnitudes were ranked; overwritten.
+        vector: ``[m]``, one block of values whose magnitudes were ranked, on the CPU; overwritten.
         top: The statistic over the whole scope.
         block: Which block of the scope this is.
+        masks: ``[2, >= m]`` scratch.
     """
+    if top.greater == top.numel:
+        return vector.fill_(1.0)
+    values = vector.abs_().numpy()
+    kept, tied = masks[0, : values.size], masks[1, : values.size]
+    np.greater(values, top.threshold, out=kept)
+    keep_ties = top.ties_to_keep(block)
+    if keep_ties != 0:
+        np.equal(values, top.threshold, out=tied)
+        if keep_ties is not None:
+            _keep_first_(tied[None], [keep_ties])
+        np.logical_or(kept, tied, out=kept)
+    np.copyto(values, kept)
+    return vector
+
+
+def mark_unseen_(vector: Tensor, top: TopK, block: int) -> Tensor:
+    """Do what :func:`mark_` does without a look at any value, which an accelerator would wait for."""
     if top.greater == top.numel:
         return vector.fill_(1.0)
     vector.abs_()

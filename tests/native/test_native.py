@@ -294,7 +294,7 @@ def test_answers_are_those_of_the_plain_way(
     question = data.draw(questions(magnitudes))
     measuring = measuring_of(plan)
 
-    found = only(only(measuring.answer(piece, asking(question))).counted)
+    found = only(only(list(measuring.answer(piece, asking(question)))).counted)
 
     expected = answer_block(question, magnitudes, np.empty((2, numel), dtype=np.bool_))
     assert found is not None
@@ -330,7 +330,7 @@ def test_what_bands_collect_from_many_blocks_is_told_apart(
     measuring = measuring_of(plan)
     asked = [Band(0.01, 0.3), Bins(0, 2**31 - 1), Band(0.0, float("inf"))][:sources]
 
-    found = measuring.answer(piece, asking(*asked))
+    found = list(measuring.answer(piece, asking(*asked)))
 
     assert found is not None
     assert len(found) == 6
@@ -422,7 +422,7 @@ def test_a_question_about_a_value_that_is_no_number_is_an_error(one_tensor: Any)
     measuring = measuring_of(plan)
 
     with pytest.raises(NonFiniteError, match=r"sources\[0\] .* holds nan at element \[1\]"):
-        measuring.answer(piece, asking(Band(0.0, 1.0)))
+        list(measuring.answer(piece, asking(Band(0.0, 1.0))))
 
 
 def test_samples_are_the_magnitudes_in_order(one_tensor: Any) -> None:

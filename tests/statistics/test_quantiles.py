@@ -13,7 +13,7 @@ from streammerge.statistics.magnitude import MagnitudeSearch, answer_block
 from streammerge.statistics.rounds import Rank
 from streammerge.statistics.selecting import select_block, select_rows
 from streammerge.statistics.topk import Floats, TiePolicy, TopK
-from streammerge.statistics.trimming import mark_, trim_
+from streammerge.statistics.trimming import mark_unseen_, trim_
 
 PIECE = 50
 """Elements per block: the search never asks how long a block is."""
@@ -114,4 +114,4 @@ def test_all_are_kept_of_a_value_that_is_the_smallest() -> None:
     top = select_block(values.abs().numpy(), 4, TiePolicy.EXACT, of_value=True)
 
     assert torch.equal(trim_(values.clone(), top, 0), values)
-    assert torch.equal(mark_(values.clone(), top, 0), torch.ones(4))
+    assert torch.equal(mark_unseen_(values.clone(), top, 0), torch.ones(4))

@@ -34,7 +34,7 @@ from streammerge.statistics.magnitude import (
 from streammerge.statistics.rounds import NOTHING, Answers, Found, Rank, Round
 from streammerge.statistics.topk import TiePolicy, keep_everything
 from streammerge.statistics.totals import join_totals, no_totals
-from streammerge.statistics.trimming import mark_, trim_
+from streammerge.statistics.trimming import mark_unseen_, trim_
 from streammerge.tiles.compiling import compile_result, compile_sinks
 from streammerge.tiles.interpreter import count_rows, run_program
 from streammerge.tiles.program import Op, Program
@@ -130,7 +130,7 @@ class Block:
         trim_(row, self.found.tops[self.program.trims[trim]], self.index)
 
     def mark_(self, row: torch.Tensor, trim: int) -> None:
-        mark_(row, self.found.tops[self.program.trims[trim]], self.index)
+        mark_unseen_(row, self.found.tops[self.program.trims[trim]], self.index)
 
 
 def run(

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from streammerge.statistics.selecting import select_block
 from streammerge.statistics.topk import TiePolicy, TopK, kept_count
-from streammerge.statistics.trimming import trim_, trim_rows_
+from streammerge.statistics.trimming import mark_, mark_unseen_, trim_, trim_rows_
 
 
 @settings(deadline=None)
@@ -62,3 +63,19 @@ def _assert_trimmed_alike(rows: torch.Tensor, tops: list[TopK], blocks: list[int
         trim_(row, top, block)
     # Equal numbers, not equal bits: zeros may differ in their sign.
     assert torch.equal(together, alone)
+
+
+@pytest.mark.parametrize("keep_ties", [0, 1, 3, 700, None])
+@pytest.mark.parametrize("numel", [1, 127, 128, 4000])
+def test_marks_are_those_of_a_look_at_nothing(numel: int, keep_ties: int | None) -> None:
+    values = torch.randint(-3, 4, (numel,), generator=torch.Generator().manual_seed(1)).float()
+    equal = int((values.abs() == 2).sum())
+    kept = equal if keep_ties is None else min(keep_ties, equal)
+    block = 2 if keep_ties is None else 1
+    top = TopK(2.0, 10 * numel, int((values.abs() > 2).sum()), equal, kept, block, kept)
+    masks = np.empty((2, numel), dtype=np.bool_)
+
+    found = mark_(values.clone(), top, 1, masks)
+
+    assert torch.equal(found, mark_unseen_(values.clone(), top, 1))
+    assert int(found.sum()) == int((values.abs() > 2).sum()) + kept

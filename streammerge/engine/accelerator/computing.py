@@ -38,7 +38,7 @@ from streammerge.statistics.in_tensors import (
 from streammerge.statistics.magnitude import BINS, Bins, Counted, Question
 from streammerge.statistics.rounds import Found
 from streammerge.statistics.topk import TopK
-from streammerge.statistics.trimming import mark_, trim_unseen_
+from streammerge.statistics.trimming import mark_unseen_, trim_unseen_
 from streammerge.tiles.interpreter import run_program
 from streammerge.tiles.masks import draw_keep_mask
 from streammerge.tiles.program import Op, Program
@@ -335,7 +335,7 @@ class _StepReader:
     def mark_(self, row: Tensor, trim: int) -> None:
         top = self._found.tops[self._program.trims[trim]]
         for begin, end, block in self._place.fates(top):
-            mark_(row[begin:end], top, block)
+            mark_unseen_(row[begin:end], top, block)
         if self._kept is not None:
             self._kept[trim].add_(row.sum(dtype=torch.float64).to(torch.int64))
 

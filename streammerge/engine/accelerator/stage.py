@@ -9,7 +9,7 @@ Memory: that of a ring, and of a CPU stage.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 from numpy.typing import NDArray
@@ -69,14 +69,14 @@ class AcceleratorStage:
         """Convert a piece."""
         return self._host.convert(piece, out)
 
-    def measure(self, piece: PieceInMemory, asking: Asking) -> list[BlockAnswer]:
+    def measure(self, piece: PieceInMemory, asking: Asking) -> Iterable[BlockAnswer]:
         """Answer questions about a piece; the answers are good until the next call."""
         if not self._takes(piece):
             return self._host.measure(piece, asking)
         try:
             return self._attempt(lambda computing: computing.measure(piece, asking))
         except Suspicion:
-            self._host.measure(piece, asking)
+            list(self._host.measure(piece, asking))
             raise _unnamed(piece) from None
 
     def gather(self, piece: PieceInMemory, out: NDArray[Any]) -> None:

@@ -17,7 +17,6 @@ from streammerge.engine.asking import (
     Asking,
     BlockAnswer,
     join_answers,
-    with_joined_histograms,
 )
 from streammerge.engine.compiled.bench import Bench, Encoded
 from streammerge.engine.compiled.operands import CALLS, StoredOperand, find_operands, in_batches
@@ -67,6 +66,8 @@ class _Job:
 _Wish = Question | Rank | str | None
 """A question, a rank, :data:`_ALL` for all values, or nothing."""
 _ALL = "all"
+_EVERYTHING = Band(0.0, float("inf"))
+"""The question of a search that has room for all values."""
 
 
 class CompiledMeasuring:
@@ -88,7 +89,7 @@ class CompiledMeasuring:
         in_rows = any(task.row for task in bench.plan.tasks)
         self._totals = np.zeros(max(CALLS, MOST_ROWS * in_rows) * most)
 
-    def answer(self, piece: PieceInMemory, asking: Asking) -> list[BlockAnswer] | None:
+    def answer(self, piece: PieceInMemory, asking: Asking) -> Iterator[BlockAnswer] | None:
         """Answer what is asked for each block of a piece.
 
         Returns:
@@ -107,7 +108,7 @@ class CompiledMeasuring:
             _Job(block.begin, block.end, block.segments[0], asking.questions)
             for block in split_piece(piece, [asking.found], [[]])
         ]
-        return with_joined_histograms(self._answers(piece, encoded, operands, jobs, asking))
+        return self._answers(piece, encoded, operands, jobs, asking)
 
     def _answers(
         self,
@@ -117,9 +118,9 @@ class CompiledMeasuring:
         jobs: Sequence[_Job],
         asking: Asking,
     ) -> Iterator[BlockAnswer]:
-        # One histogram at a time: each is half a MiB.
-        bins = any(isinstance(question, Bins) for question in asking.questions)
-        for batch in ([job] for job in jobs) if bins else in_batches(jobs):
+        # One block at a time where much comes of it: a histogram is half a MiB, all values one MiB.
+        much = any(isinstance(each, Bins) or each == _EVERYTHING for each in asking.questions)
+        for batch in ([job] for job in jobs) if much else in_batches(jobs):
             totals = self._run(piece, encoded, operands, batch)
             for job, own in zip(batch, totals, strict=True):
                 yield BlockAnswer(tuple(job.counted), own.copy() if asking.totals else None)
@@ -131,18 +132,16 @@ class CompiledMeasuring:
         asking: Asking,
         encoded: Encoded,
         operands: Sequence[StoredOperand],
-    ) -> list[BlockAnswer]:
+    ) -> Iterator[BlockAnswer]:
         """Answer for each block of a piece about the rows that belong to it."""
         wide = piece.in_rows()
-        answers = []
         for runs in iter_measuring(piece):
             parts = []
             for run in runs:
                 job = self._row_job(wide, run, asking.questions, asking.found)
                 totals = self._run_rows(wide, encoded, operands, run, job)
                 parts.append(BlockAnswer(tuple(job.counted), totals if asking.totals else None))
-            answers.append(join_answers(encoded.program.totals, parts, asking))
-        return answers
+            yield join_answers(encoded.program.totals, parts, asking)
 
     def _row_job(self, wide: PieceInMemory, run: Run, asked: Sequence[_Wish], found: Found) -> _Job:
         part = wide.first

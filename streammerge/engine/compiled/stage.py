@@ -7,7 +7,7 @@ Memory: a worker's bench, and what the plain way takes where it is needed.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from numpy.typing import NDArray
@@ -76,7 +76,7 @@ class CompiledStage:
             return Applied(0, ())
         return self._plain.convert(piece, out)
 
-    def measure(self, piece: PieceInMemory, asking: Asking) -> list[BlockAnswer]:
+    def measure(self, piece: PieceInMemory, asking: Asking) -> Iterable[BlockAnswer]:
         """Answer questions about a piece."""
         answers = self._measuring.answer(piece, asking)
         return self._plain.measure(piece, asking) if answers is None else answers
