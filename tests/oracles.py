@@ -230,10 +230,22 @@ def apply_to_whole_tensors(
     seed: int = 0,
     compute_dtype: torch.dtype = torch.float32,
     has_base: bool | None = None,
+    vectors: Sequence[Tensors] | None = None,
 ) -> dict[str, Tensor]:
     """Run any method's programs on each tensor as one block, however large.
 
     This knows no method by name, so it checks those that are still to be written.
+
+    Args:
+        method_name: The method.
+        base: The base.
+        sources: The sources.
+        parameters: As a recipe gives them.
+        seed: Of random numbers.
+        compute_dtype: What is computed in.
+        has_base: Whether the method is given the base; None if it takes task vectors.
+        vectors: What the sources add to the base; None for the differences. What an adapter adds is
+            known better than the difference of sums tells.
     """
     method = discover_methods()[method_name]
     n = len(sources)
@@ -251,6 +263,7 @@ def apply_to_whole_tensors(
             name,
             base[name].to(compute_dtype).reshape(-1),
             [source[name].to(compute_dtype).reshape(-1) for source in sources],
+            None if vectors is None else [each[name].reshape(-1) for each in vectors],
             seed,
             row=base[name].shape[-1] if programs.by_rows and base[name].dim() else 1,
         )
@@ -371,6 +384,7 @@ class _WholeTensor:
     name: str
     base_row: Tensor
     rows: list[Tensor]
+    vectors: list[Tensor] | None
     seed: int
     row: int = 1
     """Elements of a row, where that matters."""
@@ -410,7 +424,11 @@ class _WholeTensor:
 
     def made(self, work: Work, shape: tuple[int, ...], *, has_base: bool) -> Found:
         """Return what a method makes of the whole tensor."""
-        rows = [row - self.base_row if has_base else row for row in self.rows]
+        rows = self.rows
+        if has_base:
+            rows = [torch.empty_like(row) for row in rows]
+            for source, row in enumerate(rows):
+                self.task_vector(source, row)
         if not self.base_row.numel():
             return Found(made=np.zeros(0))
         return make_whole(work, torch.stack(rows).numpy(), shape)
@@ -428,6 +446,9 @@ class _WholeTensor:
         out.copy_(self.rows[source])
 
     def task_vector(self, source: int, out: Tensor) -> None:
+        if self.vectors is not None:
+            out.copy_(self.vectors[source])
+            return
         torch.sub(self.rows[source], self.base_row, out=out)
 
     def trim_(self, row: Tensor, trim: int) -> None:

@@ -440,7 +440,9 @@ def _check_partial_contents(partial: Path) -> None:
 def _check_room(parent: Path, nbytes: int, nbytes_beside: int, allocated: int) -> None:
     if not parent.is_dir():
         raise OutputError(f"{parent}: no such directory; make it first")
-    if not os.access(parent, os.W_OK | os.X_OK):
+    # Rights that the process has as it runs, which may be more than those of who started it.
+    effective = os.access in os.supports_effective_ids
+    if not os.access(parent, os.W_OK | os.X_OK, effective_ids=effective):
         raise OutputError(f"{parent}: not writable")
     free = shutil.disk_usage(parent).free
     if free < nbytes + nbytes_beside - allocated:

@@ -1,4 +1,7 @@
-"""What adapters do to blocks of a piece, on one worker.
+"""What adapters do to pieces, on one worker.
+
+A product is computed for a whole block of the tensor, even where a part of it is asked for: the bits of
+a row of it may depend on how many are multiplied.
 
 Memory: :data:`~streammerge.adapters.onto_base.changes.DELTA_ROWS` blocks in the compute dtype, where a plan has
 adapters.
@@ -6,7 +9,7 @@ adapters.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -34,16 +37,23 @@ class ChangeWork:
     def sum_into(
         self, row: Tensor, deltas: Sequence[Delta], piece: PieceInMemory, begin: int
     ) -> None:
-        """Write what changes add to the base, which must all be sums, into a block's row."""
+        """Write what changes add to the base, which must all be sums, into some of its elements."""
         if not deltas:
             row.zero_()
             return
-        start = piece.first.start + begin
-        deltas[0].fill(row, start, self._work)
-        for delta in deltas[1:]:
-            part = self._delta[: row.numel()]
-            delta.fill(part, start, self._work)
-            row.add_(part)
+        for part, start, block in _by_block(row, piece, begin):
+            if part.numel() == len(block):
+                deltas[0].fill(part, start, self._work)
+            else:
+                part.copy_(self._products(deltas[0], start, block)[: part.numel()])
+            for delta in deltas[1:]:
+                part.add_(self._products(delta, start, block)[: part.numel()])
+
+    def _products(self, delta: Delta, start: int, block: range) -> Tensor:
+        """Return what a change adds in a block, from an element of it on."""
+        products = self._delta[: len(block)]
+        delta.fill(products, block.start, self._work)
+        return products[start - block.start :]
 
     def apply_(
         self,
@@ -54,9 +64,19 @@ class ChangeWork:
         *,
         base_dtype: torch.dtype | None = None,
     ) -> None:
-        """Change a block's weights in place; products are rounded where PEFT does, given a type."""
-        start = piece.first.start + begin
-        delta.apply_(weights, start, self._work, self._delta, base_dtype)
+        """Change weights in place; products are rounded where PEFT does, given a type."""
+        for part, start, block in _by_block(weights, piece, begin):
+            delta.apply_(part, start, self._work, self._delta, base_dtype, block=block)
+
+
+def _by_block(row: Tensor, piece: PieceInMemory, begin: int) -> Iterator[tuple[Tensor, int, range]]:
+    """Cut a range of a piece at the ends of its tensor's blocks: parts, where they begin, and blocks."""
+    start = piece.first.start + begin
+    end = start + row.numel()
+    for first in range(start // BLOCK * BLOCK, end, BLOCK):
+        block = range(first, min(first + BLOCK, piece.first.task.numel))
+        low, high = max(start, block.start), min(end, block.stop)
+        yield row[low - start : high - start], low, block
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,7 +25,7 @@ from streammerge.checkpoint.types import ShardFile
 def test_the_file_is_the_record_field_by_field(tmp_path: Path, names: tuple[str, ...]) -> None:
     """It is put together by hand, because encoding a copy of everything takes seconds."""
     run = RunRecord({"torch": "2"}, "cpu", 1.5, {"read": 0.25}, {"read": 7}, {}, 3, 4, 5, False)
-    record = TensorRecord("merge", "BF16", 6, (0.5, 1 / 3), (None, 1e-9), 2)
+    record = TensorRecord("merge", "BF16", 6, (0.5, 1 / 3), (None, 1e-9), (0.1, None), 2)
     manifest = Manifest(
         version=MANIFEST_VERSION,
         method="ties",

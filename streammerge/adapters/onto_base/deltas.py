@@ -128,6 +128,8 @@ class Delta:
         work: Tensor,
         delta: Tensor,
         dtype: torch.dtype | None = None,
+        *,
+        block: range | None = None,
     ) -> None:
         """Change weights in place.
 
@@ -135,9 +137,13 @@ class Delta:
             weights: ``[m]`` of the tensor in the compute dtype; at most a block.
             begin: Flat index of the first.
             work: ``[WORK_NUMEL]``, scratch.
-            delta: ``[>= m]``, scratch.
+            delta: ``[>= m]``, or that of the block, scratch.
             dtype: As for :meth:`fill`.
+            block: The flat range whose products are computed, of which the weights may be a part;
+                None for that of the weights.
         """
+        block = range(begin, begin + weights.numel()) if block is None else block
+        products, first = self._clip(delta[: len(block)], block.start)
         weights, begin = self._clip(weights, begin)
         if not weights.numel():
             return
@@ -152,9 +158,8 @@ class Delta:
                 if len(self._factors) > 1:
                     self._scale(weights, begin)
             case kind:
-                part = delta[: weights.numel()]
-                self._fill(part, begin, work, dtype)
-                weights.add_(part)
+                self._fill(products, first, work, dtype)
+                weights.add_(products[begin - first :][: weights.numel()])
                 if kind is ChangeKind.NORMED:
                     self._scale(weights, begin)
 
