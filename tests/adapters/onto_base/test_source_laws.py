@@ -178,9 +178,7 @@ def test_density_zero_keeps_the_base_and_density_one_everything(
         case.parameters | {"density": 1.0},
         vectors=vectors,
     )
-    torch.testing.assert_close(
-        everything["odd.weight"], whole["odd.weight"], rtol=1e-5, atol=1e-5
-    )
+    torch.testing.assert_close(everything["odd.weight"], whole["odd.weight"], rtol=1e-5, atol=1e-5)
 
 
 def test_equal_magnitudes_of_products_follow_the_tie_policy(models: Models, tmp_path: Path) -> None:
