@@ -40,7 +40,7 @@ from streammerge.__main__ import run
 outputfile.SYNC_BYTES = 1 << 19
 for source in (bytesource.PreadSource, bytesource.MmapSource):
     def slow(self, offset, buffer, read=source._read_some):
-        time.sleep(0.01)
+        time.sleep(0.03)
         return read(self, offset, buffer)
     source._read_some = slow
 sys.argv[0] = "streammerge"
@@ -139,7 +139,7 @@ def shake(
     kills = useful = 0
     journal = out.with_name(f"{out.name}.partial") / JOURNAL_NAME
     options = [first]
-    seconds = chance.uniform(0.3, 0.8)
+    seconds = chance.uniform(0.2, 0.6)
     while True:
         process = subprocess.Popen(
             [*command(recipe, out, chance), *options], stderr=subprocess.PIPE, text=True
