@@ -39,6 +39,7 @@ from streammerge.engine.rows import (
     iter_measuring,
     iter_merging,
     make_relative,
+    memory_of,
     rank_rows,
 )
 from streammerge.engine.segments import (
@@ -185,12 +186,16 @@ class PlainStage:
         """Find what the method asks about each row of a block of whole rows."""
         row = piece.first.task.row
         count = (block.end - block.begin) // row
+        segment = block.segments[0]
+        first, memory = segment.start // row, segment.found.rows
         known = KnownRows(row, np.zeros((count, 0)))
-        for program, asked in zip(programs.row_rounds, programs.work.row_rounds, strict=True):
-            sinks = HostSinks(program, _no_ranks, rows=count)
-            self._run(program, piece, block, check=check, rows=known, sinks=sinks)
-            found = asked.concluded(RowAnswers(row, sinks.totals, known.numbers))
-            known = replace(known, numbers=np.concatenate([known.numbers, found], axis=1))
+        remembered = None if memory is None else memory.recall(first, count)
+        if remembered is not None:
+            known = replace(known, numbers=remembered)
+        else:
+            known = self._ask_rows(programs, piece, block, known, check=check)
+            if memory is not None:
+                memory.remember(first, known.numbers)
         if programs.row_ranks is None:
             return known
         computed: list[NDArray[Any]] = []
@@ -203,6 +208,23 @@ class PlainStage:
         sinks = HostSinks(programs.row_ranks, rank, rows=count)
         self._run(programs.row_ranks, piece, block, check=check, rows=known, sinks=sinks)
         return replace(known, computed=tuple(computed))
+
+    def _ask_rows(
+        self,
+        programs: Programs,
+        piece: PieceInMemory,
+        block: Block,
+        known: KnownRows,
+        *,
+        check: bool,
+    ) -> KnownRows:
+        """Go through all rounds about the rows of a block."""
+        for program, asked in zip(programs.row_rounds, programs.work.row_rounds, strict=True):
+            sinks = HostSinks(program, _no_ranks, rows=len(known.numbers))
+            self._run(program, piece, block, check=check, rows=known, sinks=sinks)
+            found = asked.concluded(RowAnswers(known.numel, sinks.totals, known.numbers))
+            known = replace(known, numbers=np.concatenate([known.numbers, found], axis=1))
+        return known
 
     def _run(
         self,
@@ -328,7 +350,7 @@ class PlainStage:
         numel = block.end - block.begin
         if numel == 0:
             return found_of_nothing(programs)
-        known = NOTHING
+        known = replace(NOTHING, rows=memory_of(programs, piece.first.task))
         by_rows = programs.by_rows
         for program, asked in zip(programs.rounds, programs.work.rounds, strict=True):
             ranks = asked.ranks(numel, known)

@@ -16,7 +16,6 @@ from streammerge.engine.loading import LoadedChunk
 from streammerge.engine.pieces import PieceInMemory
 from streammerge.engine.scopes import ScopeStatistics
 from streammerge.engine.shop import Shop, Work
-from streammerge.plan.types import TensorTask
 from streammerge.statistics import BLOCK, count_blocks
 from streammerge.statistics.magnitude import SampleRun, choose_sample_runs
 
@@ -30,15 +29,19 @@ class ResidentTensor:
         statistics: ScopeStatistics | GatheredTensor,
         reserved: int,
         chunks: int,
-        task: TensorTask,
+        kept: int,
     ) -> None:
-        """Expect ``chunks`` chunks; ``reserved`` bytes are given back when all is known.
+        """Expect ``chunks`` chunks.
 
-        What was made of a whole tensor, ``task``, is let go of when it has been merged.
+        Args:
+            shop: Where work is done.
+            statistics: Of the tensor.
+            reserved: Bytes that are given back when all is known.
+            chunks: Of the tensor.
+            kept: Bytes of what was found that are given back when all is merged.
         """
         self._shop = shop
-        self._made = task.numel * shop.plan.compute_dtype.itemsize if task.whole else 0
-        self._users = Users(chunks, last=lambda: shop.statistics.release(self._made))
+        self._users = Users(chunks, last=lambda: shop.statistics.release(kept))
         self._statistics = statistics
         self._reserved = reserved
         self._expected = chunks
@@ -64,7 +67,7 @@ class ResidentTensor:
             for loaded in self._loaded:
                 self._shop.work.put(_bind(self._measure, loaded), urgent=True)
             return
-        self._shop.statistics.release(self._reserved - self._made)
+        self._shop.statistics.release(self._reserved)
         if found.made is None:
             self._shop.on_scope(self._loaded[0].chunk.pieces[0].task, found)
         for loaded in self._loaded:

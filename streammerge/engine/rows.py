@@ -13,9 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from streammerge.engine.pieces import PieceInMemory
-from streammerge.plan.demanding import MOST_ROWS
+from streammerge.methods.programs import Programs
+from streammerge.plan.demanding import MOST_ROWS, rows_to_remember
+from streammerge.plan.types import TensorTask
 from streammerge.statistics import BLOCK
-from streammerge.statistics.rounds import RowNumbers
+from streammerge.statistics.rounds import RowMemory, RowNumbers
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +30,12 @@ class KnownRows:
     """``[rows, numbers]``."""
     computed: tuple[NDArray[np.float64] | NDArray[np.float32], ...] = ()
     """``[rows * numel]`` in the compute dtype for each value that is ranked within rows."""
+
+
+def memory_of(programs: Programs, task: TensorTask) -> RowMemory | None:
+    """Return what remembers the rows of a tensor; None where nothing is asked about them, or too much."""
+    rows = rows_to_remember(programs, task)
+    return RowMemory(rows, programs.row_numbers) if rows and programs.row_numbers else None
 
 
 @dataclass(frozen=True, slots=True)

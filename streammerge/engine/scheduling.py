@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from streammerge.assignment.types import Action
@@ -29,11 +30,13 @@ from streammerge.engine.pieces import PieceInMemory
 from streammerge.engine.queues import Outstanding
 from streammerge.engine.resident import ResidentTensor, Users, measure, sample_pieces
 from streammerge.engine.resuming import WHOLE_MODEL
+from streammerge.engine.rows import memory_of
 from streammerge.engine.scopes import ScopeStatistics
 from streammerge.engine.shop import Shop
 from streammerge.methods.programs import Programs
 from streammerge.plan.budgeting import scattered_bytes, values_limit
 from streammerge.plan.chunking import Chunk, Piece, Residence, Unit, iter_units
+from streammerge.plan.demanding import rows_to_remember
 from streammerge.plan.sweeps import (
     collecting_limit,
     pack_sample,
@@ -42,7 +45,7 @@ from streammerge.plan.sweeps import (
 )
 from streammerge.plan.types import MergePlan, TensorTask
 from streammerge.statistics import BLOCK, count_blocks
-from streammerge.statistics.rounds import NOTHING, Found
+from streammerge.statistics.rounds import NOTHING, Found, RowMemory
 
 SNAPSHOT_SECONDS = 60.0
 """Between two snapshots of a sweep over the model. One may take a second, if the disk is slow."""
@@ -116,8 +119,8 @@ class Schedule:
         if task.numel <= BLOCK:
             return stage.settle(piece)
         # Small enough for the room that a worker keeps for itself: nothing is reserved.
-        limit = values_limit(task.numel)
-        statistics = _tensor_statistics(self._shop.plan, need, task, limit)
+        limit, rows = values_limit(task.numel), memory_of(need, task)
+        statistics = _tensor_statistics(self._shop.plan, need, task, limit=limit, rows=rows)
         assert isinstance(statistics, ScopeStatistics)  # noqa: S101 - others have units of their own
         while statistics.found is None:
             sample_pieces(stage, statistics, [piece])
@@ -128,20 +131,17 @@ class Schedule:
     def _load_resident(self, unit: Unit) -> Iterator[Load]:
         shop = self._shop
         task = shop.plan.tasks[unit.chunks[0].pieces[0].task]
-        need = shop.needs.of(task)
-        assert need is not None  # noqa: S101 - or it would be passing
-        reserved = shop.statistics.reserve(scope_bytes(shop.plan, need, task.numel))
-        limit = collecting_limit(shop.plan, need, task.numel, reserved)
-        statistics = _tensor_statistics(shop.plan, need, task, limit)
-        tensor = ResidentTensor(shop, statistics, reserved, len(unit.chunks), task)
+        begun = self._begin(task)
+        tensor = ResidentTensor(
+            shop, begun.statistics, begun.reserved, len(unit.chunks), kept=begun.kept
+        )
         for chunk in unit.chunks:
             shop.outstanding.begin()
             yield Load(chunk, tensor.arrived, last_use=True)
 
     def _load_streamed(self, unit: Unit, rest: Sequence[Chunk]) -> Iterator[Load]:
-        found = yield from self._find_statistics(unit)
-        made = 0 if found.made is None else found.made.nbytes
-        users = Users(len(rest), last=lambda: self._shop.statistics.release(made))
+        found, kept = yield from self._find_statistics(unit)
+        users = Users(len(rest), last=lambda: self._shop.statistics.release(kept))
         for chunk in rest:
             yield self._merge_load(chunk, found, merged=users.leave)
 
@@ -151,8 +151,9 @@ class Schedule:
         """Load a tensor that becomes codes: for its thresholds, for its scales, and to be merged."""
         shop = self._shop
         task = shop.plan.tasks[unit.chunks[0].pieces[0].task]
+        kept = 0
         if found is None and shop.needs.must_look(task):
-            found = yield from self._find_statistics(unit)
+            found, kept = yield from self._find_statistics(unit)
         assert task.encoding is not None  # noqa: S101 - or it would not be here
         reserved = shop.statistics.reserve(task.encoding.nbytes)
         scales = TensorScales(task)
@@ -161,7 +162,7 @@ class Schedule:
             yield self._look_load(chunk, found, scales, looking)
         looking.wait()
         scales.conclude()
-        users = Users(len(rest) + 1, last=lambda: shop.statistics.release(reserved))
+        users = Users(len(rest) + 1, last=lambda: shop.statistics.release(reserved + kept))
         shop.outstanding.begin()
 
         def written() -> None:
@@ -191,27 +192,39 @@ class Schedule:
 
         return Load(chunk, then, last_use=False)
 
-    def _find_statistics(self, unit: Unit) -> Generator[Load, None, Found]:
-        """Find the thresholds of a tensor that is too large to be kept."""
+    def _find_statistics(self, unit: Unit) -> Generator[Load, None, tuple[Found, int]]:
+        """Find the thresholds of a tensor that is too large to be kept.
+
+        Returns:
+            What was found, and the bytes of it that are reserved until all is merged.
+        """
         shop = self._shop
         task_index = unit.chunks[0].pieces[0].task
-        task = shop.plan.tasks[task_index]
-        need = shop.needs.of(task)
-        assert need is not None  # noqa: S101 - or it would be passing
-        reserved = shop.statistics.reserve(scope_bytes(shop.plan, need, task.numel))
-        limit = collecting_limit(shop.plan, need, task.numel, reserved)
-        statistics = _tensor_statistics(shop.plan, need, task, limit)
-        yield from self._sweep(statistics, [task_index], unit.chunks, keep_cached=True)
-        found = statistics.found
+        begun = self._begin(shop.plan.tasks[task_index])
+        yield from self._sweep(begun.statistics, [task_index], unit.chunks, keep_cached=True)
+        found = begun.statistics.found
         assert found is not None  # noqa: S101 - the sweep ends when they are known
-        self._release_but_made(reserved, found)
+        shop.statistics.release(begun.reserved)
         if found.made is None:
             shop.on_scope(task_index, found)
-        return found
+        return found, begun.kept
 
-    def _release_but_made(self, reserved: int, found: Found) -> None:
-        made = 0 if found.made is None else found.made.nbytes
-        self._shop.statistics.release(reserved - made)
+    def _begin(self, task: TensorTask) -> _Begun:
+        """Reserve what the statistics of a tensor take, and start them."""
+        plan, need = self._shop.plan, self._shop.needs.of(task)
+        assert need is not None  # noqa: S101 - or it would be passing
+        searching = scope_bytes(plan, need, task.numel)
+        kept = RowMemory.nbytes_of(rows_to_remember(need, task), need.row_numbers)
+        if searching + kept > plan.resources.statistics_bytes:
+            # What is found about rows is found once more, then.
+            kept = 0
+        reserved = self._shop.statistics.reserve(searching + kept)
+        rows = memory_of(need, task) if kept else None
+        if need.work.whole is not None:
+            kept = task.numel * plan.compute_dtype.itemsize
+        limit = collecting_limit(plan, need, task.numel, searching)
+        statistics = _tensor_statistics(plan, need, task, limit=limit, rows=rows)
+        return _Begun(statistics, reserved - kept, kept)
 
     def _sweep_model(self) -> Generator[Load, None, Found | None]:
         """Find one threshold per source over all merged tensors, if they share a scope."""
@@ -341,8 +354,20 @@ def _unanswered(
     return Chunk(pieces, chunk.models) if pieces else None
 
 
+@dataclass(frozen=True, slots=True)
+class _Begun:
+    """The statistics of one tensor, and what is reserved for them."""
+
+    statistics: ScopeStatistics | GatheredTensor
+    """Which they are."""
+    reserved: int
+    """Bytes until all is known."""
+    kept: int
+    """Bytes until all is merged: what was made of a whole tensor, and what is known of rows."""
+
+
 def _tensor_statistics(
-    plan: MergePlan, need: Programs, task: TensorTask, limit: int
+    plan: MergePlan, need: Programs, task: TensorTask, *, limit: int, rows: RowMemory | None
 ) -> ScopeStatistics | GatheredTensor:
     """Start the statistics of one tensor."""
     if need.work.whole is not None:
@@ -358,6 +383,7 @@ def _tensor_statistics(
         blocks=count_blocks(task.numel),
         compute_dtype=plan.compute_dtype,
         limit=limit,
+        rows=rows,
     )
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from dataclasses import astuple
+from dataclasses import astuple, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from streammerge.engine.buffers import allocate
 from streammerge.methods.programs import Programs
 from streammerge.plan.sweeps import count_sample_runs
 from streammerge.statistics.magnitude import STATE_ARRAYS, MagnitudeSearch
-from streammerge.statistics.rounds import NOTHING, Answers, Found
+from streammerge.statistics.rounds import NOTHING, Answers, Found, RowMemory
 from streammerge.statistics.topk import TopK
 from streammerge.statistics.totals import join_totals, no_totals
 
@@ -37,6 +37,7 @@ class ScopeStatistics:
         blocks: int,
         compute_dtype: DType,
         limit: int,
+        rows: RowMemory | None = None,
     ) -> None:
         """Start with the first round.
 
@@ -46,16 +47,17 @@ class ScopeStatistics:
             blocks: Blocks in the scope.
             compute_dtype: F32 or F64.
             limit: Most values that each search collects.
+            rows: Remembers what is found about rows.
         """
         self._programs = programs
         self._lock = threading.Lock()
         dtype = np.dtype(compute_dtype.torch_name)
-        rows = programs.ranked + 1 if programs.ranked else 0
-        self._rooms = allocate(rows * limit * dtype.itemsize).view(dtype).reshape(rows, limit)
+        rooms = programs.ranked + 1 if programs.ranked else 0
+        self._rooms = allocate(rooms * limit * dtype.itemsize).view(dtype).reshape(rooms, limit)
         self._numel = numel
         self._limit = limit
         self._answered = np.zeros(blocks, dtype=np.bool_)
-        self._known = NOTHING
+        self._known = replace(NOTHING, rows=rows)
         self._round = 0
         self._begin_round()
 

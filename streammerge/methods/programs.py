@@ -13,7 +13,7 @@ from streammerge.statistics.rounds import NOTHING, Answers, Found
 from streammerge.statistics.topk import keep_everything
 from streammerge.statistics.totals import join_totals, no_totals
 from streammerge.tiles.compiling import compile_result, compile_sinks
-from streammerge.tiles.program import Program
+from streammerge.tiles.program import Origin, Program
 from streammerge.tiles.writing import Sheet, ranked
 
 
@@ -74,6 +74,12 @@ class Programs:
             0 if self.row_ranks is None else self.row_ranks.ranked,
             max((len(each.totals) for each in self.row_rounds), default=0),
         )
+
+    @property
+    def row_numbers(self) -> int:
+        """Numbers of each row that programs use."""
+        of_rows = [n for each in self.all for n in each.numbers if n.origin is Origin.ROW]
+        return max((number.index + 1 for number in of_rows), default=0)
 
     def kept(self, counts: Sequence[int]) -> tuple[int, ...]:
         """Return the entries that each source keeps; see :attr:`Work.kept`.

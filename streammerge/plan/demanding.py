@@ -14,6 +14,7 @@ from streammerge.plan.chunking import DECODING_BYTES, most_around, output_bytes,
 from streammerge.plan.factors import factors_nbytes, stored_nbytes
 from streammerge.plan.types import TensorTask
 from streammerge.statistics import BLOCK, count_blocks
+from streammerge.statistics.rounds import RowMemory
 from streammerge.tiles.interpreter import count_rows
 
 ENCODING_BYTES = 2**22
@@ -100,8 +101,29 @@ def _row_bytes(programs: Programs, tasks: Sequence[TensorTask]) -> int:
     of_ranks = 24 * max(BLOCK, widest) * counts.ranked + 32 * max(BLOCK, widest) * bool(
         counts.ranked
     )
+    # What is known of the rows of a tensor that is measured and merged in one go.
+    remembered = max(
+        (
+            RowMemory.nbytes_of(rows_to_remember(programs, task), programs.row_numbers)
+            for task in tasks
+            if task.numel * widest_input(task) <= LARGEST_SLOT
+        ),
+        default=0,
+    )
     # A result of which only a part is asked for is written beside it first.
-    return of_rows + of_ranks + 4 * max(BLOCK, widest)
+    return of_rows + of_ranks + remembered + 4 * max(BLOCK, widest)
+
+
+_LEAST_REMEMBERED = 64
+"""Elements of the shortest rows of which something is remembered: of shorter ones it would take more
+memory than they do."""
+
+
+def rows_to_remember(programs: Programs, task: TensorTask) -> int:
+    """Return of how many rows of a tensor something is kept from when it is measured until it is merged."""
+    if not programs.rounds or task.row < _LEAST_REMEMBERED:
+        return 0
+    return task.numel // task.row
 
 
 def _encoding_bytes(encoded: Sequence[TensorTask]) -> int:

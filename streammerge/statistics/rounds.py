@@ -9,7 +9,8 @@ values). Blocks answer in any order. What has been found is given to the next ro
     merge     the program, with all numbers and tops
 
 A method that works on whole rows has rounds about them, too: each row is asked by itself, and what comes
-of it is numbers for its own elements. They are found again wherever a row is measured or merged.
+of it is numbers for its own elements. They are found again wherever a row is measured or merged, or
+remembered (:class:`RowMemory`): the bits are the same.
 
 Totals are added up in float64 within a block, in an order that only the block's length decides, and
 then over all blocks exactly, with one rounding; so they have the same bits for any order.
@@ -18,7 +19,7 @@ then over all blocks exactly, with one rounding; so they have the same bits for 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,38 @@ from numpy.typing import NDArray
 
 from streammerge.statistics.topk import TiePolicy, TopK, values_decide
 from streammerge.tiles.writing import Sheet, Sink
+
+RowNumbers = NDArray[np.float64]
+"""``[rows, numbers]``."""
+
+
+class RowMemory:
+    """What has been found about the rows of one tensor, from its first round until it is merged.
+
+    Any number of threads may use it: whoever finds something about a row finds the same.
+    """
+
+    def __init__(self, rows: int, numbers: int) -> None:
+        """Remember nothing yet about so many rows, of so many numbers each."""
+        self._numbers = np.empty((rows, numbers))
+        self._known = np.zeros(rows, dtype=np.bool_)
+
+    @staticmethod
+    def nbytes_of(rows: int, numbers: int) -> int:
+        """Return the bytes that a memory of this size takes."""
+        return rows * (8 * numbers + 1) if numbers else 0
+
+    def recall(self, first: int, count: int) -> RowNumbers | None:
+        """Return what is known of some rows, ``[count, numbers]``; None unless all of them are."""
+        if not self._known[first : first + count].all():
+            return None
+        return self._numbers[first : first + count]
+
+    def remember(self, first: int, numbers: RowNumbers) -> None:
+        """Take what was found about the rows from ``first`` on; what no program uses is left out."""
+        end = first + len(numbers)
+        self._numbers[first:end] = numbers[:, : self._numbers.shape[1]]
+        self._known[first:end] = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,10 +71,12 @@ class Found:
     """What rounds settled on, in order."""
     made: NDArray[Any] | None = None
     """``[numel]`` in the compute dtype: what was made of the whole tensor, for methods that do."""
+    rows: RowMemory | None = field(default=None, compare=False)
+    """What is known of a tensor's rows, where that is remembered."""
 
     def joined(self, other: Found) -> Found:
         """Return this, and what a later round found."""
-        return Found(self.tops + other.tops, self.numbers + other.numbers)
+        return replace(self, tops=self.tops + other.tops, numbers=self.numbers + other.numbers)
 
 
 NOTHING = Found()
@@ -106,10 +141,6 @@ class Round:
         # What is let through that is not finite has no need to be spoken of once more.
         with np.errstate(all="ignore"):
             return Found(answers.tops, tuple(float(number) for number in self.settle(answers)))
-
-
-RowNumbers = NDArray[np.float64]
-"""``[rows, numbers]``."""
 
 
 @dataclass(frozen=True, slots=True)

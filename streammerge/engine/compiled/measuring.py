@@ -23,7 +23,7 @@ from streammerge.engine.compiled.operands import CALLS, StoredOperand, find_oper
 from streammerge.engine.compiled.refusing import refuse_operands
 from streammerge.engine.compiled.rows import CompiledRows, WantedRows
 from streammerge.engine.pieces import Part, PieceInMemory
-from streammerge.engine.rows import KnownRows, Run, cover, iter_measuring
+from streammerge.engine.rows import KnownRows, Run, cover, iter_measuring, memory_of
 from streammerge.engine.segments import Segment, split_piece
 from streammerge.methods.programs import Programs, found_of_nothing
 from streammerge.native.machine import CRAMMED, MOST_CROWDS, Asked, AskedCall
@@ -345,7 +345,11 @@ class CompiledMeasuring:
         """
         setting = piece.first.task.setting
         programs = self._programs[setting]
-        scopes = [_Scope(begin, end, part) for part, begin, end in piece.ranges() if part.numel > 0]
+        scopes = [
+            _Scope(begin, end, part, replace(NOTHING, rows=memory_of(programs, part.task)))
+            for part, begin, end in piece.ranges()
+            if part.numel > 0
+        ]
         for encoded, asked in zip(self._bench.rounds[setting], programs.work.rounds, strict=True):
             operands = self._find_operands(piece, encoded)
             if operands is None:
@@ -396,7 +400,7 @@ class _Scope:
     begin: int
     end: int
     part: Part
-    known: Found = NOTHING
+    known: Found
 
     @property
     def numel(self) -> int:

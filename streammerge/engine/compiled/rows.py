@@ -22,7 +22,7 @@ from streammerge.native.library import DTYPE_CODES
 from streammerge.native.machine import Asked
 from streammerge.plan.demanding import MOST_ROWS
 from streammerge.statistics import BLOCK
-from streammerge.statistics.rounds import RowAnswers
+from streammerge.statistics.rounds import RowAnswers, RowNumbers
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +73,30 @@ class CompiledRows:
         setting = piece.first.task.setting
         row = piece.first.task.row
         count = (wanted.run.end - wanted.run.begin) // row
-        known = KnownRows(row, np.zeros((count, 0)))
+        first, memory = wanted.segment.start // row, wanted.segment.found.rows
+        numbers = None if memory is None else memory.recall(first, count)
+        if numbers is None:
+            numbers = self._ask(setting, operands, wanted, KnownRows(row, np.zeros((count, 0))))
+            if memory is not None:
+                memory.remember(first, numbers)
+        known = KnownRows(row, numbers)
+        ranks = self._bench.row_ranks[setting]
+        if ranks is None:
+            return known, list(operands)
+        for at in range(ranks.program.ranked):
+            self._rank(at, ranks, operands, wanted, known)
+        computed = self._computed_operands(wanted.run, ranks.program.ranked)
+        return known, [*operands, *computed]
+
+    def _ask(
+        self,
+        setting: int,
+        operands: Sequence[StoredOperand],
+        wanted: WantedRows,
+        known: KnownRows,
+    ) -> RowNumbers:
+        """Go through all rounds about some rows."""
+        count, row = len(known.numbers), known.numel
         for encoded, asked in zip(
             self._bench.row_rounds[setting],
             self._programs[setting].work.row_rounds,
@@ -84,13 +107,7 @@ class CompiledRows:
             self._run(encoded, operands, wanted, known, totals=totals.ctypes.data)
             found = asked.concluded(RowAnswers(row, totals, known.numbers))
             known = KnownRows(row, np.concatenate([known.numbers, found], axis=1))
-        ranks = self._bench.row_ranks[setting]
-        if ranks is None:
-            return known, list(operands)
-        for at in range(ranks.program.ranked):
-            self._rank(at, ranks, operands, wanted, known)
-        computed = self._computed_operands(wanted.run, ranks.program.ranked)
-        return known, [*operands, *computed]
+        return known.numbers
 
     def _run(
         self,
