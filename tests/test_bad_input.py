@@ -619,7 +619,7 @@ def test_one_threshold_for_the_model_takes_one_density(good: Path, refuse: Refus
         rules=[{"tensors": "b.*", "density": 0.25}],
     )
 
-    refuse(recipe, code=USAGE, error="RecipeError", says=("2 different densities", "scope: model"))
+    refuse(recipe, code=USAGE, error="RecipeError", says=("same density", "scope: model"))
 
 
 def test_a_rule_that_copies_from_where_nothing_is_is_refused(

@@ -25,6 +25,7 @@ from streammerge.methods import discover_methods
 from streammerge.methods.base import MergeMethod, Operand, Scope
 from streammerge.methods.describing import describe_count
 from streammerge.methods.programs import Programs, programs_of
+from streammerge.methods.refusing import find_dividing
 from streammerge.plan.adapting import describe_changes
 from streammerge.plan.budgeting import choose_resources
 from streammerge.plan.demanding import measure_demand
@@ -268,7 +269,6 @@ def _compute_dtype(recipe: Recipe) -> DType:
 def _check_settings(method: MergeMethod, assignment: Assignment) -> bool:
     """Check what concerns several parameters at once; return whether statistics span the model."""
     scopes = set()
-    asked = set()
     for setting in assignment.settings:
         params = method.bind(setting.values)
         if (reason := method.refuse(params)) is not None:
@@ -276,14 +276,13 @@ def _check_settings(method: MergeMethod, assignment: Assignment) -> bool:
         work = method.work(params)
         if work.rounds:
             scopes.add(work.scope)
-            asked.add(tuple(each.about for each in work.rounds))
     if scopes != {Scope.MODEL}:
         return False
-    if len(asked) > 1:
+    if names := find_dividing(method, [setting.values for setting in assignment.settings]):
         raise RecipeError(
-            f"rules: {len(asked)} different densities under `scope: model`, where one "
-            "threshold per source covers the whole model; remove the density from the rules or "
-            "set `scope: tensor`"
+            f"rules: not all tensors have the same {' and '.join(names)} under `scope: model`, where "
+            "a statistic that depends on it covers the whole model; remove it from the rules or set "
+            "`scope: tensor`"
         )
     return True
 

@@ -160,7 +160,9 @@ def mark_(vector: Tensor, top: TopK, block: int, masks: NDArray[np.bool_]) -> Te
         return vector.fill_(1.0)
     values = vector.abs_().numpy()
     kept, tied = masks[0, : values.size], masks[1, : values.size]
-    np.greater(values, top.threshold, out=kept)
+    # NaN ranks above everything.
+    np.less_equal(values, top.threshold, out=kept)
+    np.logical_not(kept, out=kept)
     keep_ties = top.ties_to_keep(block)
     if keep_ties != 0:
         np.equal(values, top.threshold, out=tied)
@@ -180,4 +182,4 @@ def mark_unseen_(vector: Tensor, top: TopK, block: int) -> Tensor:
     ties = vector == top.threshold
     if keep_ties is not None:
         ties &= torch.cumsum(ties, dim=0, dtype=torch.int32) <= keep_ties
-    return vector.copy_((vector > top.threshold) | ties)
+    return vector.copy_(~(vector <= top.threshold) | ties)

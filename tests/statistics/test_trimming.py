@@ -79,3 +79,15 @@ def test_marks_are_those_of_a_look_at_nothing(numel: int, keep_ties: int | None)
 
     assert torch.equal(found, mark_unseen_(values.clone(), top, 1))
     assert int(found.sum()) == int((values.abs() > 2).sum()) + kept
+
+
+def test_not_a_number_is_marked_as_what_ranks_above_everything() -> None:
+    nan = float("nan")
+    values = torch.tensor([1.0, nan, -3.0, 2.0, nan, 2.0])
+    top = TopK(2.0, 6, 3, 2, 1, 0, 1)
+    masks = np.empty((2, 6), dtype=bool)
+
+    for mark in (lambda row: mark_(row, top, 0, masks), lambda row: mark_unseen_(row, top, 0)):
+        assert mark(values.clone()).tolist() == [0, 1, 1, 1, 1, 0]
+    kept = trim_(values.clone(), top, 0)
+    assert (kept.isnan() | (kept != 0)).tolist() == [False, True, True, True, True, False]
