@@ -133,8 +133,8 @@ def test_a_directory_in_a_parent_that_may_not_be_written_is_filled_from_inside(
     out.mkdir(parents=True)
     access = os.access
 
-    def deny(path: Path, mode: int) -> bool:
-        return path != out.parent and access(path, mode)
+    def deny(path: Path, mode: int, **options: bool) -> bool:
+        return path != out.parent and access(path, mode, **options)
 
     monkeypatch.setattr(os, "access", deny)
 

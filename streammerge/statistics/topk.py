@@ -102,7 +102,8 @@ def count_kept(magnitudes: Floats, top: TopK, block: int, masks: NDArray[np.bool
         block: Which block of the scope this is.
         masks: ``[2, >= m]`` scratch.
     """
-    if top.greater == top.numel:
+    if top.greater == top.numel or not magnitudes.size:
+        # An empty tensor has the number of the block that follows, and none of its ties.
         return magnitudes.size
     above = masks[0, : magnitudes.size]
     ties = top.ties_to_keep(block)

@@ -158,6 +158,9 @@ def mark_(vector: Tensor, top: TopK, block: int, masks: NDArray[np.bool_]) -> Te
     """
     if top.greater == top.numel:
         return vector.fill_(1.0)
+    if not vector.numel():
+        # An empty tensor has the number of the block that follows, and none of its ties.
+        return vector
     values = vector.abs_().numpy()
     kept, tied = masks[0, : values.size], masks[1, : values.size]
     # NaN ranks above everything.

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from streammerge.statistics.selecting import select_block
-from streammerge.statistics.topk import TiePolicy, TopK, kept_count
+from streammerge.statistics.topk import TiePolicy, TopK, count_kept, kept_count
 from streammerge.statistics.trimming import mark_, mark_unseen_, trim_, trim_rows_
 
 
@@ -79,6 +79,14 @@ def test_marks_are_those_of_a_look_at_nothing(numel: int, keep_ties: int | None)
 
     assert torch.equal(found, mark_unseen_(values.clone(), top, 1))
     assert int(found.sum()) == int((values.abs() > 2).sum()) + kept
+
+
+def test_an_empty_tensor_keeps_nothing_of_the_block_that_follows_it() -> None:
+    top = TopK(2.0, 10, 1, 3, 2, 0, 2)
+    masks = np.empty((2, 0), dtype=bool)
+
+    assert mark_(torch.empty(0), top, 0, masks).shape == (0,)
+    assert count_kept(np.empty(0, np.float32), top, 0, masks) == 0
 
 
 def test_not_a_number_is_marked_as_what_ranks_above_everything() -> None:

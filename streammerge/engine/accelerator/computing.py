@@ -348,6 +348,8 @@ class _StepReader:
             kept.add_(row.numel())
             return
         for begin, end, block in self._place.fates(top):
+            if begin == end:
+                continue
             part = row[begin:end].abs()
             ties = top.ties_to_keep(block)
             if ties is None:
