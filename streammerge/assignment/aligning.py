@@ -86,8 +86,7 @@ class _Aligner:
         self._resolve = resolve
         self._has_base = recipe.base is not None
         self._method = method
-        self._setting_index: dict[tuple[object, ...], int] = {}
-        self._settings: list[Setting] = []
+        self._settings: dict[Setting, int] = {}
         self._dropped: list[str] = []
         self._copied: list[str] = []
         self._missing: dict[str, tuple[int, ...]] = {}
@@ -417,11 +416,9 @@ class _Aligner:
         return not (shapes or dtypes)
 
     def _setting(self, resolved: Resolved) -> int:
-        index = self._setting_index.get(resolved.values)
-        if index is None:
-            index = self._setting_index[resolved.values] = len(self._settings)
-            self._settings.append(Setting(resolved.values))
-        return index
+        models = tuple(range(len(self._checkpoints)))
+        setting = Setting(resolved.values, models, self._has_base)
+        return self._settings.setdefault(setting, len(self._settings))
 
 
 def _size(entry: TensorEntry | None, axis: int) -> int:

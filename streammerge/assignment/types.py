@@ -50,10 +50,19 @@ class Region:
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """Parameter values that a set of tensors shares."""
+    """What a set of tensors shares: which models are merged, with which parameter values."""
 
     values: tuple[tuple[str, float | bool | str | tuple[float | bool | str, ...]], ...]
-    """(name, value); a tuple holds one value per source."""
+    """(name, value); a tuple holds one value per source that is merged."""
+    models: tuple[int, ...]
+    """The models, as indices: the base, if there is one, then the sources in order."""
+    has_base: bool
+    """Whether the first of them is the base."""
+
+    @property
+    def sources(self) -> tuple[int, ...]:
+        """The sources among the models."""
+        return self.models[self.has_base :]
 
 
 @dataclass(frozen=True, slots=True)

@@ -86,11 +86,9 @@ class PieceSteps:
     work: ChangeWork
     piece: PieceInMemory
     begin: int
-    first_source: int
 
-    def step_(self, weights: Tensor, *, source: int) -> Tensor:
-        """Do one step; see :class:`streammerge.methods.base.Steps`."""
-        model = self.first_source + source
+    def step_(self, weights: Tensor, *, model: int) -> Tensor:
+        """Do one step, given a source's place among the models."""
         dtype = torch_dtype(self.piece.first.task.dtype)
         for delta in self.piece.deltas[model] if self.piece.deltas else ():
             self.work.apply_(weights, delta, self.piece, self.begin, base_dtype=dtype)

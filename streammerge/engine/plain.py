@@ -90,7 +90,6 @@ class PlainStage:
         self._bench = Bench(plan, ChangeWork(plan), memory[0], memory[1], masks)
         self._registers = memory[2:]
         self._tells = method.random or plan.model_scope
-        self._n_sources = len(plan.models) - plan.has_base
 
     def apply(self, piece: PieceInMemory, found: Sequence[Found], out: Stored) -> list[Applied]:
         """Merge a piece; see :class:`DeviceStage`."""
@@ -333,7 +332,7 @@ class PlainStage:
         if piece.numel == 0:
             return [found_of_nothing(programs)] * len(piece.parts)
         if programs.work.whole is not None:
-            vectors = np.empty((self._n_sources, piece.numel), dtype=self._registers.numpy().dtype)
+            vectors = np.empty((programs.sources, piece.numel), dtype=self._registers.numpy().dtype)
             self.gather(piece, vectors)
             return [make_whole(programs.work, vectors, piece.first.task.shape)]
         if len(programs.rounds) == 1 and not programs.rounds[0].totals and not programs.by_rows:
@@ -438,8 +437,8 @@ class PlainStage:
         row = self._registers[0, :numel]
         read = reader.task_vector if program.uses(Op.TASK_VECTOR) else reader.source
         found = 0
-        for source, deltas in enumerate(piece.deltas[self._bench.first_source :]):
-            if deltas:
+        for source, model in enumerate(self._plan.settings[piece.first.task.setting].sources):
+            if piece.deltas[model]:
                 read(source, row)
                 found += count_non_finite(row)
         return found

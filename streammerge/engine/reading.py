@@ -52,11 +52,6 @@ class Bench:
     masks: NDArray[np.bool_]
     """``[2, BLOCK]``, scratch."""
 
-    @property
-    def first_source(self) -> int:
-        """The first source's place among the models."""
-        return 1 if self.plan.has_base else 0
-
 
 class BlockReader:
     """Reads one block; see :class:`streammerge.tiles.interpreter.Models`."""
@@ -100,12 +95,15 @@ class BlockReader:
         self._count = count
         self._rows = rows
         self._base: Tensor | None = None
+        setting = bench.plan.settings[piece.first.task.setting]
+        self._base_model = setting.models[0]
+        self._sources = setting.sources
 
     def base(self, out: Tensor) -> None:
         """Write the base's values."""
         out.copy_(self._base_row())
         if self._check:
-            check_operand(out, self._piece, self._begin, self._bench.plan, 0)
+            check_operand(out, self._piece, self._begin, self._bench.plan, self._base_model)
 
     def _base_row(self) -> Tensor:
         """Return the base's values, read once."""
@@ -114,19 +112,19 @@ class BlockReader:
             piece, begin = self._piece, self._begin
             if self._in_turn:
                 # PEFT loads all adapters first, each in place of what the base has, then merges them.
-                stored = next(each.tensor() for each in reversed(piece.inputs) if each is not None)
-                in_type = stored[begin : begin + self._numel]
+                last = next(each.tensor() for each in reversed(piece.inputs) if each is not None)
+                in_type = last[begin : begin + self._numel]
                 row.copy_(in_type.to(torch_dtype(piece.first.task.dtype)))
             else:
-                first = piece.inputs[0]
-                assert first is not None  # noqa: S101 - the planner gave every merge its base
-                row.copy_(first.tensor()[begin : begin + self._numel])
+                stored = piece.inputs[self._base_model]
+                assert stored is not None  # noqa: S101 - the planner gave every merge its base
+                row.copy_(stored.tensor()[begin : begin + self._numel])
             self._base = row
         return self._base
 
     def source(self, source: int, out: Tensor) -> None:
         """Write a source's values, or those that an adapter makes of the base's."""
-        stored = self._piece.inputs[self._bench.first_source + source]
+        stored = self._piece.inputs[self._sources[source]]
         if stored is None:
             out.copy_(self._base_row())
         else:
@@ -137,7 +135,7 @@ class BlockReader:
 
     def task_vector(self, source: int, out: Tensor) -> None:
         """Write what a source, or an adapter, adds to the base."""
-        stored = self._piece.inputs[self._bench.first_source + source]
+        stored = self._piece.inputs[self._sources[source]]
         deltas = self._deltas(source)
         if stored is None and all(delta.is_sum for delta in deltas):
             # Not by way of the base: adding to it and subtracting it again would round.
@@ -155,12 +153,12 @@ class BlockReader:
 
     def _deltas(self, source: int) -> Sequence[Delta]:
         deltas = self._piece.deltas
-        return deltas[self._bench.first_source + source] if deltas else ()
+        return deltas[self._sources[source]] if deltas else ()
 
     def _check_finite(self, row: Tensor, source: int) -> None:
         """Raise if an operand holds NaN or infinity."""
         if self._check:
-            model = self._bench.first_source + source
+            model = self._sources[source]
             check_operand(row, self._piece, self._begin, self._bench.plan, model)
 
     def computed(self, index: int, out: Tensor) -> None:
@@ -175,9 +173,8 @@ class BlockReader:
 
     def change_(self, row: Tensor, source: int) -> None:
         """Change values as a source's adapter does, and round them."""
-        bench = self._bench
-        PieceSteps(bench.changes, self._piece, self._begin, bench.first_source).step_(
-            row, source=source
+        PieceSteps(self._bench.changes, self._piece, self._begin).step_(
+            row, model=self._sources[source]
         )
 
     def trim_(self, row: Tensor, trim: int) -> None:
@@ -220,7 +217,7 @@ class BlockReader:
 
     def drop_(self, row: Tensor, stream: int, probability: Tensor | float) -> None:
         """Set to zero what a source's random numbers do not keep."""
-        source = self._program.streams[stream]
+        source = self._sources[self._program.streams[stream]] - self._bench.plan.has_base
         for segment in self._segments:
             values = row[segment.begin : segment.end]
             own = probability

@@ -50,7 +50,6 @@ def check_entries(plan: MergePlan, entries: Sequence[Entry]) -> None:
     Raises:
         ResumeError: One names a tensor, a range or a number of sources or leaves that is not its own.
     """
-    sources = len(plan.models) - plan.has_base
     programs = programs_of_plan(plan, discover_methods()[plan.method])
     for entry in entries:
         if entry.task >= len(plan.tasks) or (entry.task == WHOLE_MODEL and _is_piece(entry)):
@@ -69,6 +68,7 @@ def check_entries(plan: MergePlan, entries: Sequence[Entry]) -> None:
         if len(entry.leaves) != 2 * DIGEST_BYTES * leaves:
             found = len(entry.leaves) // (2 * DIGEST_BYTES)
             raise _odd_entry(f"{where}: {found} digests, its leaves are {leaves}")
+        sources = len(plan.settings[task.setting].sources) if task.setting >= 0 else 0
         if len(entry.kept) not in {0, sources}:
             raise _odd_entry(f"{where}: numbers per source that are not {sources}")
         if len(entry.tensor_kept) != len(entry.thresholds):

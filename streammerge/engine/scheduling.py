@@ -374,7 +374,7 @@ def _tensor_statistics(
         return GatheredTensor(
             need.work,
             task,
-            sources=len(plan.models) - plan.has_base,
+            sources=need.sources,
             compute_dtype=plan.compute_dtype,
         )
     return ScopeStatistics(

@@ -51,6 +51,10 @@ class Programs:
     """The merge."""
     rounds: tuple[Program, ...]
     """What each round asks of a tile."""
+    sources: int
+    """Number of sources."""
+    has_base: bool
+    """Whether there is a base."""
     row_rounds: tuple[Program, ...] = ()
     """What each round about rows asks of a tile."""
     row_ranks: Program | None = None
@@ -131,7 +135,8 @@ def programs_of(
     return _programs_of(method.work, method.bind(values), sources, has_base=has_base)
 
 
-@lru_cache(maxsize=64)
+# A plan may give every layer values of its own.
+@lru_cache(maxsize=1024)
 def _programs_of(
     work_of: Callable[[Any], Work], params: Hashable, sources: int, *, has_base: bool
 ) -> Programs:
@@ -140,6 +145,8 @@ def _programs_of(
         work,
         compile_result(work.merge(Sheet(sources, has_base))),
         tuple(compile_sinks(each.sinks(Sheet(sources, has_base))) for each in work.rounds),
+        sources,
+        has_base,
         tuple(compile_sinks(each.sinks(Sheet(sources, has_base))) for each in work.row_rounds),
         None
         if work.row_ranks is None

@@ -63,7 +63,7 @@ def measure_demand(
         compute_rows=_compute_rows(programs, torch=torch, changed=bool(changed)),
         compute_itemsize=itemsize,
         whole_numel=max((task.numel for task in tasks if task.whole), default=0),
-        whole_sources=max((len(task.inputs) for task in tasks if task.whole), default=0),
+        whole_sources=max((each.sources for each in programs), default=0),
         around_numel=max((most_around(task.row) for task in tasks), default=0),
         run_numel=max([BLOCK, *(task.row for task in tasks)]),
         row_bytes=max((_row_bytes(each, tasks) for each in programs if each.by_rows), default=0),

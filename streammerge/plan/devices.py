@@ -21,7 +21,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 
-from streammerge.assignment.types import Action
+from streammerge.assignment.types import Action, Setting
 from streammerge.errors import MemoryBudgetError
 from streammerge.methods.base import MergeMethod
 from streammerge.methods.programs import Counts, Programs
@@ -99,8 +99,8 @@ class StepShape:
 
     @property
     def notes(self) -> int:
-        """Columns of notes per step: sources, base and result."""
-        return self.models + 2
+        """Columns of notes per step: models and result."""
+        return self.models + 1
 
     @property
     def device_bytes(self) -> int:
@@ -130,17 +130,21 @@ class StepShape:
         return (self.collected + 1) * self.compute_itemsize + 8 * BINS + counts + 8
 
 
-def runs_on_device(task: TensorTask, programs: Programs, *, has_base: bool) -> bool:
+def runs_on_device(
+    task: TensorTask, programs: Sequence[Programs], settings: Sequence[Setting]
+) -> bool:
     """Return whether a tensor is measured and merged on an accelerator, if there is one.
 
     A tensor of at most a block costs a core less time than it takes to ask a device for some thirty
     operations. The products of adapters are computed on the CPU, whose bits no other library has, and
     so is what sees whole rows or tensors together. What is copied or converted has no arithmetic.
     """
-    if programs.by_rows or any(_has_steps_of_the_cpu(program) for program in programs.all):
+    if task.action is not Action.MERGE or task.numel <= BLOCK or task.changes:
         return False
-    base_is_here = not has_base or task.inputs[0] is not None
-    return task.action is Action.MERGE and task.numel > BLOCK and not task.changes and base_is_here
+    work, setting = programs[task.setting], settings[task.setting]
+    if work.by_rows or any(_has_steps_of_the_cpu(program) for program in work.all):
+        return False
+    return not setting.has_base or task.inputs[setting.models[0]] is not None
 
 
 def _has_steps_of_the_cpu(program: Program) -> bool:
@@ -155,9 +159,9 @@ def shape_step(
     slot_bytes: int,
     step_numel: int,
     compute_itemsize: int,
-    has_base: bool,
     searched_numel: int,
     programs: Sequence[Programs],
+    settings: Sequence[Setting],
 ) -> StepShape | None:
     """Return what a worker needs on a device; None where no tensor goes there.
 
@@ -166,16 +170,11 @@ def shape_step(
         slot_bytes: Size of an input buffer, which limits chunks.
         step_numel: Most elements in a step.
         compute_itemsize: Bytes per element that is computed with.
-        has_base: Whether the first model is the base.
         searched_numel: Elements in the largest scope of a statistic; 0 where none is needed.
         programs: What the method does, for each of its settings.
+        settings: These settings.
     """
-    there = [
-        task
-        for task in tasks
-        if task.action is Action.MERGE
-        and runs_on_device(task, programs[task.setting], has_base=has_base)
-    ]
+    there = [task for task in tasks if runs_on_device(task, programs, settings)]
     if not there:
         return None
     models = len(there[0].inputs)
@@ -201,9 +200,9 @@ def add_devices(
     demand: Demand,
     tasks: Iterable[TensorTask],
     programs: Sequence[Programs],
+    settings: Sequence[Setting],
     *,
     count: int,
-    has_base: bool,
 ) -> Demand:
     """Return a demand with what the use of ``count`` devices takes of the host."""
     shape = shape_step(
@@ -211,9 +210,9 @@ def add_devices(
         slot_bytes=LARGEST_SLOT,
         step_numel=BLOCK,
         compute_itemsize=demand.compute_itemsize,
-        has_base=has_base,
         searched_numel=demand.statistic_numel,
         programs=programs,
+        settings=settings,
     )
     return replace(
         demand,
@@ -231,9 +230,9 @@ def plan_step(plan: MergePlan, method: MergeMethod, step_numel: int) -> StepShap
         slot_bytes=plan.resources.slot_bytes,
         step_numel=step_numel,
         compute_itemsize=plan.compute_dtype.itemsize,
-        has_base=plan.has_base,
         searched_numel=scope,
         programs=programs_of_plan(plan, method),
+        settings=plan.settings,
     )
 
 

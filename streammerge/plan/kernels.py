@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from streammerge.assignment.types import Action
+from streammerge.assignment.types import Action, Setting
 from streammerge.dtypes import DType
 from streammerge.methods.programs import Programs
 from streammerge.native.library import DTYPE_CODES, load_kernels
@@ -14,9 +14,9 @@ from streammerge.tiles.program import Op
 
 def needs_torch(
     programs: Sequence[Programs],
+    settings: Sequence[Setting],
     tasks: Sequence[TensorTask],
     *,
-    has_base: bool,
     compute_dtype: DType,
     keep_non_finite: bool,
 ) -> bool:
@@ -24,8 +24,8 @@ def needs_torch(
 
     Args:
         programs: What the method does, for each of its settings.
+        settings: These settings.
         tasks: All tensors.
-        has_base: Whether the first input of a task is the base's.
         compute_dtype: F32 or F64.
         keep_non_finite: Whether NaN and infinity are let through.
     """
@@ -37,8 +37,8 @@ def needs_torch(
     if any(program.uses(Op.CHANGED) for program in every):
         return True
     loads_base = any(program.uses(Op.BASE, Op.TASK_VECTOR) for program in every)
-    first = int(has_base and not loads_base)
-    return not all(_machine_takes(task, first) for task in tasks)
+    loaded = [each.models if loads_base else each.sources for each in settings]
+    return not all(_machine_takes(task, loaded) for task in tasks)
 
 
 def takes_torch(plan: MergePlan) -> bool:
@@ -55,10 +55,12 @@ def _serve(compute_dtype: DType, *, keep_non_finite: bool) -> bool:
     return load_kernels() is not None and compute_dtype is DType.F32 and not keep_non_finite
 
 
-def _machine_takes(task: TensorTask, first: int) -> bool:
+def _machine_takes(task: TensorTask, loaded: Sequence[Sequence[int]]) -> bool:
+    """Return whether a tensor needs no torch, given the models that each setting loads."""
     match task.action:
         case Action.MERGE:
-            stored = [entry.dtype if entry else None for entry in task.inputs[first:]]
+            inputs = [task.inputs[model] for model in loaded[task.setting]]
+            stored = [entry.dtype if entry else None for entry in inputs]
             return not task.changes and {task.made_dtype, *stored} <= DTYPE_CODES.keys()
         case Action.CONVERT:
             kinds = {task.made_dtype, *(entry.dtype for entry in task.inputs if entry is not None)}

@@ -24,7 +24,7 @@ from streammerge.errors import RecipeError, printable, suggestion
 from streammerge.methods import discover_methods
 from streammerge.methods.base import MergeMethod, Operand, Scope
 from streammerge.methods.describing import describe_count
-from streammerge.methods.programs import Programs, programs_of
+from streammerge.methods.programs import Programs
 from streammerge.methods.refusing import find_dividing
 from streammerge.plan.adapting import describe_changes
 from streammerge.plan.budgeting import choose_resources
@@ -34,7 +34,7 @@ from streammerge.plan.kernels import needs_torch
 from streammerge.plan.layout import place_parts, plan_layout_like
 from streammerge.plan.rendering import PrintedPlan
 from streammerge.plan.requantising import encode_as_base
-from streammerge.plan.sweeps import Needs, bytes_beyond_once
+from streammerge.plan.sweeps import Needs, bytes_beyond_once, programs_of_settings
 from streammerge.plan.types import (
     PLAN_VERSION,
     InputModel,
@@ -145,15 +145,12 @@ def plan_merge(
     )
     files, file_index = _files(checkpoints)
     tasks = _tasks(assignment.tensors, places, file_index, model_scope=model_scope)
-    programs = [
-        programs_of(method, each.values, sources=len(sources), has_base=base is not None)
-        for each in assignment.settings
-    ]
+    programs = programs_of_settings(method, assignment.settings)
     tasks = [_with_locality(task, programs) for task in tasks]
     torch = bool(machine.devices) or needs_torch(
         programs,
+        assignment.settings,
         tasks,
-        has_base=base is not None,
         compute_dtype=_compute_dtype(recipe),
         keep_non_finite=recipe.non_finite is NonFinitePolicy.KEEP,
     )
@@ -166,7 +163,7 @@ def plan_merge(
     )
     if machine.devices:
         demand = add_devices(
-            demand, tasks, programs, count=len(machine.devices), has_base=base is not None
+            demand, tasks, programs, assignment.settings, count=len(machine.devices)
         )
     resources, memory = choose_resources(
         demand,

@@ -275,7 +275,8 @@ def _locality_rows(plan: MergePlan) -> list[tuple[str, str]]:
     largest = max((task.numel for task in plan.tasks if task.whole), default=0)
     if not largest:
         return []
-    nbytes = whole_bytes(len(plan.models) - plan.has_base, largest, plan.compute_dtype.itemsize)
+    sources = max(len(each.sources) for each in plan.settings)
+    nbytes = whole_bytes(sources, largest, plan.compute_dtype.itemsize)
     size = format_size(nbytes)
     return [
         ("sees", f"whole tensors, the largest of {largest:,} elements, for which it takes {size}")

@@ -6,9 +6,9 @@ as the sample guesses well; only a guess that misses costs another sweep.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
-from streammerge.assignment.types import Action
+from streammerge.assignment.types import Action, Setting
 from streammerge.methods.base import MergeMethod
 from streammerge.methods.programs import Programs, programs_of
 from streammerge.plan.budgeting import affordable_limit, search_bytes, values_limit, whole_bytes
@@ -34,17 +34,17 @@ _LEAST_NUMEL_PER_RUN = 8 * SAMPLE_RUN
 """A smaller scope is sampled at most to an eighth, or the sample would cost as much as a sweep."""
 
 
+def programs_of_settings(method: MergeMethod, settings: Iterable[Setting]) -> list[Programs]:
+    """Return what a method does with each of some settings."""
+    return [
+        programs_of(method, each.values, sources=len(each.sources), has_base=each.has_base)
+        for each in settings
+    ]
+
+
 def programs_of_plan(plan: MergePlan, method: MergeMethod) -> list[Programs]:
     """Return what a method does in a plan, for each of its settings."""
-    return [
-        programs_of(
-            method,
-            setting.values,
-            sources=len(plan.models) - plan.has_base,
-            has_base=plan.has_base,
-        )
-        for setting in plan.settings
-    ]
+    return programs_of_settings(method, plan.settings)
 
 
 class Needs:
@@ -99,7 +99,7 @@ def scope_bytes(plan: MergePlan, need: Programs, numel: int) -> int:
     """Return the bytes that the statistics of a scope reserve, at most what the plan has."""
     itemsize = plan.compute_dtype.itemsize
     if need.work.whole is not None:
-        return whole_bytes(len(plan.models) - plan.has_base, numel, itemsize)
+        return whole_bytes(need.sources, numel, itemsize)
     useful = search_bytes(need.counts, numel, itemsize, values_limit(numel))
     return min(useful, plan.resources.statistics_bytes)
 

@@ -19,7 +19,7 @@ from streammerge.checkpoint.types import (
 )
 from streammerge.dtypes import DType
 
-PLAN_VERSION = 5
+PLAN_VERSION = 6
 """Raised when the meaning of a field changes, so that an old plan is never run by new code."""
 
 
@@ -70,7 +70,8 @@ class TensorTask:
     action: Action
     """What happens to it."""
     inputs: tuple[TensorInput | None, ...]
-    """One per model in :attr:`MergePlan.models`; None means that it takes no part."""
+    """One per model in :attr:`MergePlan.models`; None means that it takes no part, or that an adapter
+    has nothing in the base's place."""
     setting: int
     """Index into :attr:`MergePlan.settings`; -1 for copies."""
     scope_block: int
@@ -296,7 +297,7 @@ class MergePlan:
     files: tuple[ShardFile, ...]
     """Every file that may be read."""
     settings: tuple[Setting, ...]
-    """Parameter values."""
+    """Which models are merged together, and with which parameter values."""
     tasks: tuple[TensorTask, ...]
     """Output tensors in the order of work: that of the first model's files."""
     model_scope: bool

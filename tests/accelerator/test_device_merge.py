@@ -137,9 +137,7 @@ def test_every_method_has_the_bytes_of_the_cpu(
     check_equal(models.merge(tight), expected)
     check_equal(models.merge(in_steps(recut(plan, slots=4 * inputs, slot_blocks=3), 2)), expected)
     programs = programs_of_plan(plan, find_method(plan.method))
-    computes_there = any(
-        runs_on_device(task, programs[task.setting], has_base=plan.has_base) for task in plan.tasks
-    )
+    computes_there = any(runs_on_device(task, programs, plan.settings) for task in plan.tasks)
     assert (("run", COMPUTE) in backend.log) is computes_there
 
 

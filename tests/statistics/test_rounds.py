@@ -111,7 +111,7 @@ def asking(share: float, policy: TiePolicy) -> Work:
 def programs(work: Work, sources: int = SOURCES) -> Programs:
     sheet = Sheet(sources, has_base=False)
     rounds = tuple(compile_sinks(each.sinks(Sheet(sources, False))) for each in work.rounds)
-    return Programs(work, compile_result(work.merge(sheet)), rounds)
+    return Programs(work, compile_result(work.merge(sheet)), rounds, sheet.sources, sheet.has_base)
 
 
 @dataclass

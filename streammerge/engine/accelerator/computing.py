@@ -59,7 +59,7 @@ class DeviceComputing:
         self._plan = plan
         self._programs = programs_of_plan(plan, method)
         self._ring = ring
-        self._n_sources = len(plan.models) - plan.has_base
+        self._n_models = len(plan.models)
         self._tells = method.random or plan.model_scope
 
     def merge(self, piece: PieceInMemory, found: Found, out: Stored) -> Applied:
@@ -148,7 +148,7 @@ class DeviceComputing:
         ring.fetch(*returned, (ring.notes, steps * width))
         # A largest magnitude is NaN where any is.
         largest = ring.notes.host[: steps * width].view(steps, width).amax(dim=0).tolist()
-        operands, merged = largest[: self._n_sources + 1], largest[self._n_sources + 1]
+        operands, merged = largest[: self._n_models], largest[self._n_models]
         limit = LARGEST[piece.first.task.made_dtype]
         if not (all(map(math.isfinite, operands)) and merged <= limit):
             raise Suspicion
@@ -167,7 +167,7 @@ class DeviceComputing:
         merged = self._run(program, piece, step, found, checked=checked, count=self._tells)
         assert merged is not None  # noqa: S101 - a merge stores
         if checked:
-            self.note(merged, step, self._n_sources + 1)
+            self.note(merged, step, self._n_models)
         step.out.view(dtype).copy_(merged)
 
     def _measure_step(
@@ -192,8 +192,7 @@ class DeviceComputing:
             program,
             _Place(piece, step),
             found,
-            seed=self._plan.seed,
-            has_base=self._plan.has_base,
+            plan=self._plan,
             base_row=memory[0],
             note=partial(self.note, step=step) if checked else None,
             kept=self._ring.counts.device if count else None,
@@ -280,8 +279,7 @@ class _StepReader:
         place: _Place,
         found: Found,
         *,
-        seed: int,
-        has_base: bool,
+        plan: MergePlan,
         base_row: Tensor,
         note: Callable[..., None] | None,
         kept: Tensor | None,
@@ -289,8 +287,10 @@ class _StepReader:
         self._program = program
         self._place = place
         self._found = found
-        self._seed = seed
-        self._has_base = has_base
+        self._plan = plan
+        setting = plan.settings[place.piece.first.task.setting]
+        self._base_model = setting.models[0]
+        self._sources = setting.sources
         self._base_row = base_row
         self._note = note
         self._kept = kept
@@ -301,30 +301,30 @@ class _StepReader:
 
     def _base(self) -> Tensor:
         if not self._base_is_here:
-            stored = self._place.step.inputs[0]
+            stored = self._place.step.inputs[self._base_model]
             assert stored is not None  # noqa: S101 - else the piece would not be here
             self._base_row.copy_(stored)
             self._base_is_here = True
             if self._note is not None:
-                self._note(self._base_row, column=len(self._place.step.inputs) - self._has_base)
+                self._note(self._base_row, column=self._base_model)
         return self._base_row
 
     def source(self, source: int, out: Tensor) -> None:
-        stored = self._place.step.inputs[self._has_base + source]
+        stored = self._place.step.inputs[self._sources[source]]
         # An adapter that leaves this tensor alone.
         out.copy_(self._base() if stored is None else stored)
         if self._note is not None:
-            self._note(out, column=source)
+            self._note(out, column=self._sources[source])
 
     def task_vector(self, source: int, out: Tensor) -> None:
-        stored = self._place.step.inputs[self._has_base + source]
+        stored = self._place.step.inputs[self._sources[source]]
         base = self._base()
         if stored is None:
             out.zero_()
         else:
             out.copy_(stored).sub_(base)
         if self._note is not None:
-            self._note(out, column=source)
+            self._note(out, column=self._sources[source])
 
     def trim_(self, row: Tensor, trim: int) -> None:
         top = self._found.tops[self._program.trims[trim]]
@@ -365,8 +365,8 @@ class _StepReader:
         if probability <= 0:
             row.zero_()
             return
-        source = self._program.streams[stream]
-        key = stream_key(self._seed, source, self._place.piece.first.task.name)
+        source = self._sources[self._program.streams[stream]] - self._plan.has_base
+        key = stream_key(self._plan.seed, source, self._place.piece.first.task.name)
         mask = draw_keep_mask(key, self._place.start, row.numel(), probability, device=row.device)
         self._add_kept(stream, mask.sum())
         row.mul_(mask)

@@ -100,8 +100,7 @@ class AcceleratorStage:
         self._ring = self._computing = None
 
     def _takes(self, piece: PieceInMemory) -> bool:
-        programs = self._programs[piece.first.task.setting]
-        return runs_on_device(piece.first.task, programs, has_base=self._plan.has_base)
+        return runs_on_device(piece.first.task, self._programs, self._plan.settings)
 
     def _attempt(self, work: Callable[[DeviceComputing], Result]) -> Result:
         """Run work on the device; once, if its memory runs out, again in smaller steps."""

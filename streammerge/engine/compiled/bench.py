@@ -33,7 +33,7 @@ class Draw:
     """One step that drops at random."""
 
     source: int
-    """Whose random numbers decide."""
+    """Whose random numbers decide, among the sources that are merged."""
     number: int
     """Index of the probability among the program's numbers; below 0 where a row has it."""
 
@@ -58,19 +58,20 @@ class Bench:
         """Encode all programs and allocate everything."""
         self.kernels = kernels
         self.plan = plan
-        sources = len(plan.models) - plan.has_base
 
-        def encode(program: Program) -> Encoded:
-            return Encoded(program, sources=sources, has_base=plan.has_base)
+        def encode(program: Program, of: Programs) -> Encoded:
+            return Encoded(program, sources=of.sources, has_base=of.has_base)
 
-        self.merges = [encode(each.merge) for each in programs]
+        self.merges = [encode(each.merge, each) for each in programs]
         """Of every setting."""
-        self.rounds = [[encode(program) for program in each.rounds] for each in programs]
+        self.rounds = [[encode(program, each) for program in each.rounds] for each in programs]
         """``[settings][rounds]``."""
-        self.row_rounds = [[encode(program) for program in each.row_rounds] for each in programs]
+        self.row_rounds = [
+            [encode(program, each) for program in each.row_rounds] for each in programs
+        ]
         """``[settings][rounds about rows]``."""
         self.row_ranks = [
-            None if each.row_ranks is None else encode(each.row_ranks) for each in programs
+            None if each.row_ranks is None else encode(each.row_ranks, each) for each in programs
         ]
         """What offers the values that are ranked within rows, of every setting that has some."""
         one = compile_result(Sheet(1, has_base=False).values[0])
@@ -162,7 +163,9 @@ class Bench:
             for each in encoded.program.numbers
         ]
         for at, draw in enumerate(encoded.draws):
-            key = stream_key(self.plan.seed, draw.source, segment.part.task.name)
+            task = segment.part.task
+            source = self.plan.settings[task.setting].sources[draw.source] - self.plan.has_base
+            key = stream_key(self.plan.seed, source, task.name)
             density = numbers[draw.number] if draw.number >= 0 else 0.0
             limit = keep_limit(min(max(density, 0.0), 1.0))
             self.jobs.draw(index, at, key, start=segment.start, limit=limit)

@@ -169,7 +169,8 @@ class CompiledMeasuring:
         return np.array(join_totals(encoded.program.totals, totals))
 
     def _find_operands(self, piece: PieceInMemory, encoded: Encoded) -> list[StoredOperand] | None:
-        return find_operands(piece, has_base=self._plan.has_base, loads_base=encoded.loads_base)
+        setting = self._plan.settings[piece.first.task.setting]
+        return find_operands(piece, setting, loads_base=encoded.loads_base)
 
     def _run(
         self,

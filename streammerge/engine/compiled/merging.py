@@ -54,8 +54,9 @@ class CompiledMerging:
         Raises:
             NonFiniteError: An operand is not finite, or a result does not fit the output type.
         """
-        encoded = self._bench.merges[piece.first.task.setting]
-        operands = find_operands(piece, has_base=self._plan.has_base, loads_base=encoded.loads_base)
+        setting = piece.first.task.setting
+        encoded = self._bench.merges[setting]
+        operands = find_operands(piece, self._plan.settings[setting], loads_base=encoded.loads_base)
         if operands is None or out.dtype not in DTYPE_CODES:
             return False
         jobs = [
@@ -78,9 +79,10 @@ class CompiledMerging:
         Raises:
             NonFiniteError: An operand is not finite, or a result does not fit the output type.
         """
-        encoded = self._bench.merges[piece.first.task.setting]
+        setting = piece.first.task.setting
+        encoded = self._bench.merges[setting]
         wide = piece.in_rows()
-        operands = find_operands(wide, has_base=self._plan.has_base, loads_base=True)
+        operands = find_operands(wide, self._plan.settings[setting], loads_base=True)
         if operands is None or out.dtype not in DTYPE_CODES:
             return False
         (segment,) = block.segments

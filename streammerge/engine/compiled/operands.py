@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
+from streammerge.assignment.types import Setting
 from streammerge.dtypes import DType
 from streammerge.engine.pieces import PieceInMemory, Stored
 from streammerge.native.library import DTYPE_CODES
@@ -42,20 +43,21 @@ _UNUSED = StoredOperand(0, 0, DTYPE_CODES[DType.F32])
 
 
 def find_operands(
-    piece: PieceInMemory, *, has_base: bool, loads_base: bool
+    piece: PieceInMemory, setting: Setting, *, loads_base: bool
 ) -> list[StoredOperand] | None:
     """Return a piece's inputs; None if the machine cannot read them all.
 
     Args:
         piece: The piece.
-        has_base: Whether its first input is the base's.
+        setting: Which models are merged.
         loads_base: Whether the base is loaded.
     """
     if any(piece.deltas):
         return None
     operands = []
-    for model, stored in enumerate(piece.inputs):
-        if has_base and model == 0 and not loads_base:
+    for place, model in enumerate(setting.models):
+        stored = piece.inputs[model]
+        if setting.has_base and place == 0 and not loads_base:
             operands.append(_UNUSED)
         elif stored is None or stored.dtype not in DTYPE_CODES:
             return None

@@ -34,10 +34,11 @@ def refuse_operands(
     Raises:
         NonFiniteError: With tensor, model, element and value.
     """
-    base = piece.inputs[0] if subtracts else None
-    first = int(plan.has_base and not (loads_base and base is None))
+    setting = plan.settings[piece.first.task.setting]
+    base = piece.inputs[setting.models[0]] if subtracts else None
+    models = setting.models if loads_base and base is None else setting.sources
     with np.errstate(all="ignore"):
-        for model in range(first, len(piece.inputs)):
+        for model in models:
             stored = piece.inputs[model]
             assert stored is not None  # noqa: S101 - the machine has read it
             vector = stored.widen(begin, end).astype(np.float32)

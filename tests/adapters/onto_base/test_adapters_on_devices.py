@@ -63,8 +63,8 @@ def test_adapters_and_models_have_the_bytes_of_the_cpu(
         manifests.append(streammerge.merge(planned, tmp_path / device.replace(":", "")))
 
     assert isinstance(planned, MergePlan)
-    (programs,) = programs_of_plan(planned, find_method(planned.method))
-    there = {task.name: runs_on_device(task, programs, has_base=True) for task in planned.tasks}
+    programs = programs_of_plan(planned, find_method(planned.method))
+    there = {task.name: runs_on_device(task, programs, planned.settings) for task in planned.tasks}
     assert there == {"first.weight": False, "second.weight": True}
     assert ("run", COMPUTE) in backend.log
     assert_same_model(load_model(tmp_path / "cuda0"), load_model(tmp_path / "cpu"))
