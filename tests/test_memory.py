@@ -106,9 +106,12 @@ def run_merge(
 
 
 CASES = [
-    pytest.param(method.name, example, id=f"{method.name}-{index}")
+    pytest.param(method.name, example, kernels, id=f"{method.name}-{way}")
     for method in discover_methods().values()
-    for index, example in enumerate(method.examples[:1] + method.examples[-1:])
+    for example, kernels, way in (
+        (method.examples[0], True, "compiled"),
+        (method.examples[-1], False, "plain"),
+    )
 ]
 
 
@@ -129,8 +132,7 @@ def least_memory(recipe: Path, *, kernels: bool, at_least: str) -> str:
     return named[1] if finished.returncode == 3 and named else at_least
 
 
-@pytest.mark.parametrize("kernels", [True, False], ids=["compiled", "plain"])
-@pytest.mark.parametrize(("method", "example"), CASES)
+@pytest.mark.parametrize(("method", "example", "kernels"), CASES)
 def test_measured_peak_stays_within_the_plan(request, tmp_path, method, example, kernels):
     """With a small budget; with the smallest that will do, where that is larger."""
     models = request.getfixturevalue("matrices" if sees_whole_tensors(method) else "models")

@@ -21,7 +21,7 @@ from models import (
     recipe_of,
     recut,
 )
-from test_device_merge import CASES, DTYPES, adds_up, draw, in_steps, plan_on, recipe_for
+from test_device_merge import CASES, adds_up, draw, in_steps, plan_on, recipe_for
 from test_kernels import divide
 
 import streammerge
@@ -39,8 +39,7 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("method", "parameters"), CASES)
+@pytest.mark.parametrize(("method", "parameters", "dtype"), CASES)
 def test_every_method_has_the_bytes_of_the_cpu(
     method: str, parameters: dict[str, Any], dtype: torch.dtype, models: Models
 ) -> None:

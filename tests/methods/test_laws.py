@@ -22,6 +22,7 @@ from models import (
     Tensors,
     assert_same_bits,
     assert_same_model,
+    in_turn,
     recipe_of,
     recut,
     residence_of,
@@ -47,8 +48,8 @@ DTYPES = {
     "float64": torch.float64,
 }
 SHAPES = {
-    "z.grid": (3, 2 * BLOCK - 21),  # not a whole number of blocks, nor its rows
-    "m.smooth": (256, 512),  # exactly two blocks
+    "z.grid": (3, BLOCK + 37),  # not a whole number of blocks, nor its rows
+    "m.smooth": (512, 512),  # exactly a block
     "column": (9, 1),
     "empty": (0,),
     "one": (1,),
@@ -225,7 +226,7 @@ class Reference:
 
 @pytest.fixture(
     scope="module",
-    params=[(case, dtype) for case in CASES for dtype in DTYPES],
+    params=in_turn(CASES, list(DTYPES), lambda case: case.method),
     ids=lambda param: f"{param[0].id}-{param[1]}",
 )
 def reference(
@@ -233,7 +234,7 @@ def reference(
     stored: dict[str, Stored],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Reference]:
-    """Return every case in every dtype, merged once for all tests on it."""
+    """Return every case, merged once for all tests on it; the first of a method in every dtype."""
     case, dtype = request.param
     document = {"compute_dtype": "float64"} if dtype == "float64" else {}
     base, *sources = stored[dtype].plain
