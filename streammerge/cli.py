@@ -389,7 +389,7 @@ def _methods(options: argparse.Namespace) -> int:
     from streammerge.adapters.combining.recipes import every_method
     from streammerge.methods import discover_methods
     from streammerge.methods.describing import describe_method, list_methods, method_as_json
-    from streammerge.plan.planning import find_method
+    from streammerge.plan.asking import find_method
 
     if options.schema:
         from streammerge.recipe.json_schema import recipe_json_schema

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from enum import StrEnum
 
 
@@ -124,3 +125,15 @@ DTYPES_BY_TORCH_NAME = {name: dtype for dtype, name in _TORCH_NAMES.items()}
 
 UNSUPPORTED_CODES = frozenset({"F6_E2M3", "F6_E3M2"})
 """Codes that the safetensors format knows and that no library loads: four elements in three bytes."""
+
+
+def promoted(dtypes: Iterable[DType]) -> DType:
+    """Return the narrowest type that holds the values of all of some float types."""
+    given = set(dtypes)
+    most = max(dtype.itemsize for dtype in given)
+    widest = [dtype for dtype in given if dtype.itemsize == most]
+    return widest[0] if len(widest) == 1 else _WIDER[most]
+
+
+_WIDER = {1: DType.BF16, 2: DType.F32}
+"""What holds the values of two types of so many bytes."""

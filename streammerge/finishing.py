@@ -35,9 +35,9 @@ from streammerge.engine.pipeline import RunReport
 from streammerge.errors import OutputError
 from streammerge.lazily import torch_version
 from streammerge.methods import discover_methods
+from streammerge.plan.asking import find_method
 from streammerge.plan.kernels import kernels_serve
 from streammerge.plan.layout import render_header, render_indexes
-from streammerge.plan.planning import find_method
 from streammerge.plan.rendering import changed_keys
 from streammerge.plan.types import MergePlan, TensorTask
 from streammerge.recipe.parsing import parse_recipe

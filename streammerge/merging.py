@@ -40,8 +40,8 @@ from streammerge.finishing import (
 from streammerge.identity import identify
 from streammerge.limits import allow_open_files, name_limit
 from streammerge.machine import fits_page_cache
+from streammerge.plan.asking import find_method
 from streammerge.plan.layout import render_header
-from streammerge.plan.planning import find_method
 from streammerge.plan.types import MergePlan
 
 

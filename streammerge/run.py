@@ -38,18 +38,15 @@ from streammerge.machine import (
 )
 from streammerge.merging import MergeJob, SampleJob
 from streammerge.methods import discover_methods
+from streammerge.plan.asking import find_method, takes_in_turn
 from streammerge.plan.checking import check_runnable
 from streammerge.plan.layout import in_one_file
 from streammerge.plan.partners import settle_parts
-from streammerge.plan.planning import find_method, plan_merge, takes_in_turn
+from streammerge.plan.planning import plan_merge
 from streammerge.plan.types import MergePlan
-from streammerge.recipe.parsing import (
-    MAX_TEXT_BYTES,
-    dump_recipe,
-    load_document,
-    recipe_from_mapping,
-)
+from streammerge.recipe.parsing import dump_recipe, native_document, recipe_from_mapping
 from streammerge.recipe.resolving import build_resolver
+from streammerge.recipe.text import MAX_TEXT_BYTES, load_document
 from streammerge.recipe.types import Recipe
 from streammerge.sources import download_sources, locate_models, read_models
 
@@ -316,12 +313,8 @@ def load_recipe(recipe: RecipeLike, *, download: bool = False) -> Recipe:
     """
     if isinstance(recipe, Recipe):
         return recipe
-    models = {name: method.parameters for name, method in discover_methods().items()}
     if isinstance(recipe, Mapping):
-        if download:
-            download_sources(recipe)
-        methods = methods_for(recipe, origin="recipe", models=models)
-        return recipe_from_mapping(recipe, origin="recipe", methods=methods)
+        return _parse(recipe, "recipe", download=download)
     path = parse_path(recipe, "recipe")
     try:
         with path.open("rb") as stream:
@@ -336,11 +329,18 @@ def load_recipe(recipe: RecipeLike, *, download: bool = False) -> Recipe:
         raise RecipeError(
             f"{path}: has more than {MAX_TEXT_BYTES} bytes; a recipe has tens of lines, name one"
         )
-    document = load_document(text, origin=str(path))
+    return _parse(load_document(text, origin=str(path)), str(path), download=download)
+
+
+def _parse(document: object, origin: str, *, download: bool) -> Recipe:
+    """Return the recipe in a document of unchecked values, this tool's or mergekit's."""
+    models = {name: method.parameters for name, method in discover_methods().items()}
+    native = native_document(document, origin=origin, methods=models)
     if download:
-        download_sources(document)
-    methods = methods_for(document, origin=str(path), models=models)
-    return recipe_from_mapping(document, origin=str(path), methods=methods)
+        download_sources(native)
+    # Adapters alone are combined by recipes of this tool's alone.
+    methods = methods_for(document, origin=origin, models=models) if native is document else models
+    return recipe_from_mapping(document, origin=origin, methods=methods)
 
 
 def _check_planning_room(recipe: Recipe, memory: int | str | None) -> None:

@@ -20,7 +20,7 @@ from streammerge.assignment.advising import (
 from streammerge.assignment.common import differing_axis, part_along, region_along
 from streammerge.assignment.types import Action, AssignedTensor, Assignment, Model, Setting
 from streammerge.checkpoint.types import Note, TensorEntry
-from streammerge.dtypes import DType
+from streammerge.dtypes import DType, promoted
 from streammerge.errors import (
     MissingTensorError,
     RecipeError,
@@ -46,6 +46,7 @@ def align_tensors(
     resolve: Callable[[str], Resolved],
     *,
     method: MergeMethod,
+    models_of: Callable[[str], tuple[int, ...]],
     known: Collection[str] = (),
     renamed: Mapping[str, str] = MappingProxyType({}),
 ) -> Assignment:
@@ -57,6 +58,7 @@ def align_tensors(
         checkpoints: The models, in the same order.
         resolve: What the recipe says about a tensor name.
         method: What the recipe's method does with a base, and with sources that equal it.
+        models_of: Which models a tensor is made of.
         known: Names that rules may speak of besides: other names of the same tensors.
         renamed: Names that sources had, with those that rules have to use.
 
@@ -66,7 +68,8 @@ def align_tensors(
         UnsupportedDTypeError: A tensor is a float in one input and an integer in another.
         RecipeError: A rule copies a tensor from a model that has none of that name.
     """
-    return _Aligner(recipe, labels, checkpoints, resolve, method).run(known, renamed)
+    aligner = _Aligner(recipe, labels, checkpoints, resolve, method=method, models_of=models_of)
+    return aligner.run(known, renamed)
 
 
 class _Aligner:
@@ -78,7 +81,9 @@ class _Aligner:
         labels: Sequence[str],
         checkpoints: Sequence[Model],
         resolve: Callable[[str], Resolved],
+        *,
         method: MergeMethod,
+        models_of: Callable[[str], tuple[int, ...]],
     ) -> None:
         self._recipe = recipe
         self._labels = labels
@@ -86,6 +91,7 @@ class _Aligner:
         self._resolve = resolve
         self._has_base = recipe.base is not None
         self._method = method
+        self._models_of = models_of
         self._settings: dict[Setting, int] = {}
         self._dropped: list[str] = []
         self._copied: list[str] = []
@@ -96,6 +102,7 @@ class _Aligner:
         self._masks: list[str] = []
         self._partless: dict[tuple[int, str], None] = {}
         self._opaque: list[tuple[str, DType]] = []
+        self._uninvolved: list[str] = []
         # Where no task vectors are taken, a base only lends copies.
         merges_base = method.operand is not Operand.WEIGHTS
         self._first_merged = 1 if self._has_base and not merges_base else 0
@@ -127,6 +134,10 @@ class _Aligner:
             shown = ", ".join(map(printable, self._masks[:_SHOWN]))
             text = f"{len(self._masks)} mask(s) are copied if equal everywhere, not merged: {shown}"
             self._notes.append(Note("masks", text))
+        if self._uninvolved:
+            shown = ", ".join(map(printable, self._uninvolved[:_SHOWN]))
+            text = f"{len(self._uninvolved)} tensor(s) of models that give none of these are left out: "
+            self._notes.append(Note("layers", text + shown))
         for index in range(self._has_base, len(self._checkpoints) if self._copied else 0):
             if index in self._adapted:
                 continue
@@ -177,6 +188,11 @@ class _Aligner:
             return None
         if resolved.copy is not None:
             return self._copy_by_rule(name, entries, resolved.copy)
+        involved = self._models_of(name)
+        entries = [each if index in involved else None for index, each in enumerate(entries)]
+        if not any(entries) and not any(name in each.changes for each in self._adapted.values()):
+            self._uninvolved.append(name)
+            return None
         if self._adapted:
             decided = self._decide_by_adapters(name, entries)
             if decided is not None:
@@ -186,8 +202,8 @@ class _Aligner:
         # pipeline that lacks the part.
         lent = {
             index
-            for index, entry in enumerate(entries)
-            if entry is None and base is not None and self._says_nothing(index, name)
+            for index in involved
+            if entries[index] is None and base is not None and self._says_nothing(index, name)
         }
         for index in lent - self._adapted.keys():
             self._partless.setdefault((index, name.partition("/")[0]), None)
@@ -195,8 +211,8 @@ class _Aligner:
         merged = range(first_merged, len(entries))
         absent = tuple(
             index
-            for index in range(self._first_merged, len(entries))
-            if entries[index] is None and index not in lent
+            for index in involved
+            if index >= self._first_merged and entries[index] is None and index not in lent
         )
         if absent:
             if self._recipe.missing is MissingPolicy.BASE and base is not None:
@@ -241,8 +257,8 @@ class _Aligner:
             self._masks.append(name)
         if is_mask or not first.dtype.is_float:
             return AssignedTensor(name, first.shape, first.dtype, Action.COPY_IF_EQUAL, inputs, -1)
-        dtype = self._merged_dtype(resolved, entries[0] or first)
-        setting = self._setting(resolved)
+        dtype = self._merged_dtype(resolved, entries[0] or first, inputs)
+        setting = self._setting(name)
         return AssignedTensor(name, first.shape, dtype, Action.MERGE, inputs, setting, changes)
 
     def _common(
@@ -273,7 +289,7 @@ class _Aligner:
         parts = tuple(entry and part_along(entry, axis, 0, common) for entry in inputs)
         first = next(part for part in parts if part is not None)
         resolved = self._resolve(name)
-        dtype = self._merged_dtype(resolved, entries[0] or present[0])
+        dtype = self._merged_dtype(resolved, entries[0] or present[0], inputs)
         rest = [
             part_along(whole, axis, common, size) if index == keeper else None
             for index in range(len(entries))
@@ -296,11 +312,15 @@ class _Aligner:
             )
         )
         region = region_along(whole.shape, axis, 0, common, leads=True)
-        setting = self._setting(resolved)
+        setting = self._setting(name)
         return AssignedTensor(name, first.shape, dtype, Action.MERGE, parts, setting, region=region)
 
-    def _merged_dtype(self, resolved: Resolved, like: TensorEntry) -> DType:
+    def _merged_dtype(
+        self, resolved: Resolved, like: TensorEntry, inputs: Sequence[TensorEntry | None]
+    ) -> DType:
         asked = None if resolved.keeps_dtype else self._recipe.output.dtype
+        if asked is None and self._recipe.output.promotes and not resolved.keeps_dtype:
+            return promoted(entry.natural_dtype for entry in inputs if entry is not None)
         return asked or like.natural_dtype
 
     def _changes(self, name: str) -> tuple[Change, ...]:
@@ -345,9 +365,9 @@ class _Aligner:
             return self._taken(name, entries, index, like=base)
         if not alone:
             return None
-        dtype = self._merged_dtype(self._resolve(name), base or entry)
+        dtype = self._merged_dtype(self._resolve(name), base or entry, (base, entry))
         inputs = (entry, *(None for _ in entries[1:]))
-        setting = self._setting(self._resolve(name))
+        setting = self._setting(name)
         return AssignedTensor(
             name, entry.shape, dtype, Action.MERGE, inputs, setting, changes, base_owner=index
         )
@@ -415,9 +435,10 @@ class _Aligner:
             self._mismatched.append(Mismatch(name, tuple(present), shapes=shapes, brought=brought))
         return not (shapes or dtypes)
 
-    def _setting(self, resolved: Resolved) -> int:
-        models = tuple(range(len(self._checkpoints)))
-        setting = Setting(resolved.values, models, self._has_base)
+    def _setting(self, name: str) -> int:
+        models = self._models_of(name)
+        has_base = self._has_base and 0 in models
+        setting = Setting(self._resolve(name).values, models, has_base)
         return self._settings.setdefault(setting, len(self._settings))
 
 

@@ -19,7 +19,7 @@ from streammerge.checkpoint.types import (
     JsonChange,
 )
 from streammerge.companions.comparing import Participant, compare_companions
-from streammerge.companions.fitting import Described, fit_config
+from streammerge.companions.fitting import Described, LayerOrigin, fit_config
 from streammerge.companions.kinds import gather_companions, kind_of, read_object, read_template
 from streammerge.companions.stating import state_storage
 from streammerge.dtypes import DType
@@ -61,7 +61,8 @@ def accompany(
         own = [path.relative_to(default).as_posix() for path in plan_sidecars(default)]
         _check_given(recipe, taken, companions, own)
     _check_modules(taken[CompanionKind.CONFIG].directory, models[0], companions)
-    changes = _fit(planned, models, taken[CompanionKind.CONFIG])
+    origins = _layer_origins(planned, recipe)
+    changes = _fit(planned, models, taken[CompanionKind.CONFIG], origins)
     changes[_CONFIG] = (
         *changes.get(_CONFIG, ()),
         *_storage(planned, models[0], participants[0], taken[CompanionKind.CONFIG]),
@@ -182,8 +183,22 @@ def _folder_of(participant: Participant, model: Checkpoint | None, folder: str) 
     return participant.directory / folder if part is None else part.directory
 
 
+def _layer_origins(planned: MergePlan, recipe: Recipe) -> list[LayerOrigin]:
+    """Return where each layer that a recipe puts together comes from: the base, or the first source."""
+    labels = [model.label for model in planned.models]
+    return [
+        LayerOrigin(labels[0 if each.source == BASE else each.source + planned.has_base], layer)
+        for part in recipe.layers
+        for each in part.ranges[:1]
+        for layer in range(each.first, each.end)
+    ]
+
+
 def _fit(
-    planned: MergePlan, models: Sequence[Checkpoint | AdaptedModel], origin: Participant
+    planned: MergePlan,
+    models: Sequence[Checkpoint | AdaptedModel],
+    origin: Participant,
+    origins: Sequence[LayerOrigin],
 ) -> dict[str, tuple[JsonChange, ...]]:
     """Return what the chosen configurations have to say of the planned tensors, by their file's name."""
     named = [
@@ -224,7 +239,9 @@ def _fit(
         others = [each for _, each in described if each is not own]
         is_first = own.label == planned.models[0].label
         judged = copied.get(folder, {}) if is_first else dict.fromkeys(result, "the result")
-        found = fit_config(own, others, result, judged, is_first=is_first)
+        found = fit_config(
+            own, others, result, judged, is_first=is_first, origins=() if folder else origins
+        )
         if folder:
             found += tuple(_dtype_changes(merged.get(folder, set()), own.config))
         changes[f"{folder}/{_CONFIG}" if folder else _CONFIG] = found

@@ -62,6 +62,16 @@ class Described:
     """Its tensors."""
 
 
+@dataclass(frozen=True, slots=True)
+class LayerOrigin:
+    """Where a layer of the result comes from."""
+
+    label: str
+    """The model."""
+    layer: int
+    """Which of its layers."""
+
+
 def fit_config(
     own: Described,
     others: Sequence[Described],
@@ -69,6 +79,7 @@ def fit_config(
     judged: Mapping[str, str],
     *,
     is_first: bool,
+    origins: Sequence[LayerOrigin] = (),
 ) -> tuple[JsonChange, ...]:
     """Return what a configuration has to say of other tensors than those of its own model.
 
@@ -80,6 +91,7 @@ def fit_config(
             that rules copy, or all where the configuration is taken from elsewhere.
         is_first: Whether it is the configuration of the first model, after which the output's tensors
             are called.
+        origins: Where each layer comes from, if the recipe puts them together.
 
     Raises:
         RecipeError: No key that is known here describes what a rule copies.
@@ -89,7 +101,11 @@ def fit_config(
     brought = {name: shape for name, shape in result.items() if name in judged}
     changes = [
         *_fit_architectures(own, others, result, judged),
-        *_fit_layers(own, others, result, judged),
+        *(
+            _fit_arranged(own, others, origins)
+            if origins
+            else _fit_layers(own, others, result, judged)
+        ),
         *_fit_labels(own, others, result),
         *_fit_channels(own, result),
         *_fit_vocabulary(own, result),
@@ -175,6 +191,47 @@ def _fit_layers(
         why = f"{stack} has {new} layers, {own.label} has {old}"
         yield JsonChange(section, key, json.dumps(new), why)
         yield from _per_layer(own, others, section, (old, new), why)
+
+
+def _fit_arranged(
+    own: Described, others: Sequence[Described], origins: Sequence[LayerOrigin]
+) -> Iterator[JsonChange]:
+    """Yield how many layers a recipe puts together, and what each of them is."""
+    named = {each.label: each for each in (own, *others)}
+    new = len(origins)
+    stacks = _stacks(own.shapes)
+    stack = max(stacks, key=lambda each: len(stacks[each]))
+    old = len(stacks[stack])
+    why = f"{new} layers are put together, {own.label} has {old}"
+    keys = _layer_keys(own, stack, old)
+    for section, key in keys:
+        if new != old:
+            yield JsonChange(section, key, json.dumps(new), why)
+    for section in dict.fromkeys(section for section, _ in keys):
+        settings = dict(_sections(own.config))[section]
+        for key, value in settings.items():
+            if not isinstance(value, list) or len(value) != old or not _is_per_layer(key):
+                continue
+            lists = {
+                label: dict(_sections(each.config)).get(section, {}).get(key)
+                for label, each in named.items()
+            }
+            arranged = [_of_layer(lists.get(each.label), each, key) for each in origins]
+            if arranged != value:
+                yield JsonChange(section, key, json.dumps(arranged), why)
+
+
+def _is_per_layer(key: str) -> bool:
+    return key in _PER_LAYER or "layer" in key
+
+
+def _of_layer(listed: object, origin: LayerOrigin, key: str) -> object:
+    if not isinstance(listed, list) or len(listed) <= origin.layer:
+        raise RecipeError(
+            f"layers: {key} lists what each layer is, and the configuration of {origin.label} does not "
+            f"say it of layer {origin.layer}; add it there"
+        )
+    return listed[origin.layer]
 
 
 def _layer_keys(own: Described, stack: str, count: int) -> list[tuple[str, str]]:

@@ -9,24 +9,29 @@ from math import prod
 from pathlib import Path
 from typing import Protocol
 
-from streammerge.adapters.onto_base.adapted import AdaptedModel
 from streammerge.adapters.onto_base.changes import Change
 from streammerge.assignment.aligning import align_tensors
+from streammerge.assignment.layers import arrange_layers
 from streammerge.assignment.naming import match_names
 from streammerge.assignment.ties import settle_ties
-from streammerge.assignment.types import Action, AssignedTensor, Assignment, Model, Twins
+from streammerge.assignment.types import Action, AssignedTensor, Model, Twins
 from streammerge.checkpoint.coded import QUANTIZATION_KEY
 from streammerge.checkpoint.hub import hub_revision
 from streammerge.checkpoint.ties import TIE_KEY
 from streammerge.checkpoint.types import Checkpoint, Note, ShardFile, TensorEntry
 from streammerge.dtypes import DType
-from streammerge.errors import RecipeError, printable, suggestion
-from streammerge.methods import discover_methods
-from streammerge.methods.base import MergeMethod, Operand, Scope
-from streammerge.methods.describing import describe_count
+from streammerge.errors import RecipeError
+from streammerge.methods.base import Operand
 from streammerge.methods.programs import Programs
-from streammerge.methods.refusing import find_dividing
 from streammerge.plan.adapting import describe_changes
+from streammerge.plan.asking import (
+    check_in_turn,
+    check_settings,
+    check_sources,
+    find_method,
+    semantics_of,
+    takes_in_turn,
+)
 from streammerge.plan.budgeting import choose_resources
 from streammerge.plan.demanding import measure_demand
 from streammerge.plan.devices import add_devices, choose_device_resources
@@ -46,7 +51,7 @@ from streammerge.plan.types import (
 )
 from streammerge.recipe.parsing import dump_recipe
 from streammerge.recipe.resolving import build_resolver
-from streammerge.recipe.types import ComputeDType, NonFinitePolicy, Recipe, Semantics
+from streammerge.recipe.types import ComputeDType, NonFinitePolicy, Recipe
 from streammerge.statistics import count_blocks
 
 
@@ -80,25 +85,6 @@ class Machine:
     """Most memory that each of them gives, in bytes; None for what is useful."""
 
 
-def find_method(name: str) -> MergeMethod:
-    """Return the method of that name.
-
-    Raises:
-        RecipeError: There is none.
-    """
-    methods = discover_methods()
-    if name not in methods:
-        raise RecipeError(f'there is no method "{name}"{suggestion(name, methods)}')
-    return methods[name]
-
-
-def takes_in_turn(recipe: Recipe, method: MergeMethod) -> bool:
-    """Return whether the recipe asks to merge the sources one after the other, as PEFT does."""
-    # The same for every tensor, whatever its name.
-    resolved = build_resolver(recipe, method.parameters)("")
-    return method.in_turn(method.bind(resolved.values))
-
-
 def plan_merge(
     recipe: Recipe, base: Checkpoint | None, sources: Sequence[Model], machine: Machine
 ) -> MergePlan:
@@ -116,9 +102,9 @@ def plan_merge(
         MemoryBudgetError: The job does not fit.
     """
     method = find_method(recipe.method)
-    semantics = _semantics_of(recipe, method)
+    semantics = semantics_of(recipe, method)
     recipe = replace(recipe, semantics=semantics)
-    _check_sources(recipe, method)
+    check_sources(recipe, method)
     if method.operand is Operand.TASK_VECTORS and base is None:
         raise RecipeError(
             f"base: {method.name} merges task vectors and needs the model that the sources were "
@@ -126,19 +112,27 @@ def plan_merge(
         )
     models = _models(recipe)
     labels = [f"{model.label} ({model.path})" for model in models]
-    resolve = build_resolver(recipe, method.parameters)
     given = [*([base] if base is not None else []), *sources]
     matched, renamings, renamed = match_names(given, labels, recipe)
-    ties = settle_ties(matched, labels, resolve)
+    arranged = arrange_layers(matched, labels, recipe)
+    resolve = build_resolver(recipe, method.parameters, arranged.position_of)
+    ties = settle_ties(arranged.models, labels, resolve)
     checkpoints = ties.models
     assignment = align_tensors(
-        recipe, labels, checkpoints, resolve, method=method, known=ties.known, renamed=renamed
+        recipe,
+        labels,
+        checkpoints,
+        resolve,
+        method=method,
+        models_of=arranged.models_of,
+        known=ties.known,
+        renamed=renamed,
     )
     if recipe.output.quantization is not None:
         assignment = encode_as_base(assignment, checkpoints, recipe, resolve)
-    model_scope = _check_settings(method, assignment)
+    model_scope = check_settings(method, assignment)
     if takes_in_turn(recipe, method):
-        _check_in_turn(recipe, assignment, sources)
+        check_in_turn(recipe, assignment, sources)
     layout, places = place_parts(
         assignment.tensors,
         lambda tensors: plan_layout_like(tensors, _first(checkpoints), recipe.output),
@@ -197,7 +191,14 @@ def plan_merge(
         dropped=assignment.dropped,
         copied_from_base=assignment.copied_from_base,
         config=_config(checkpoints, assignment.tensors, recipe, unties=ties.unties),
-        notes=(*_notes_of_files(checkpoints, labels), *renamings, *ties.notes, *assignment.notes),
+        notes=(
+            *(Note("mergekit", remark) for remark in recipe.remarks),
+            *_notes_of_files(checkpoints, labels),
+            *renamings,
+            *arranged.notes,
+            *ties.notes,
+            *assignment.notes,
+        ),
         twins=_twins(ties.twins, labels, file_index),
         needs_torch=torch,
     )
@@ -220,31 +221,6 @@ def plan_merge(
     return replace(plan, device=device)
 
 
-def _semantics_of(recipe: Recipe, method: MergeMethod) -> Semantics:
-    if recipe.semantics is None:
-        return method.semantics[0]
-    if recipe.semantics not in method.semantics:
-        known = ", ".join(each.value for each in method.semantics)
-        raise RecipeError(
-            f"semantics: {method.name} is defined by {known}, not by {recipe.semantics.value}; "
-            f"give one of these, or leave `semantics` out for {method.semantics[0].value}"
-        )
-    return recipe.semantics
-
-
-def _check_sources(recipe: Recipe, method: MergeMethod) -> None:
-    """Raise unless there are as many sources as the method merges."""
-    least, most = method.sources
-    count = len(recipe.sources)
-    if least <= count and (most is None or count <= most):
-        return
-    beside = " beside the base" if method.operand is Operand.TASK_VECTORS else ""
-    raise RecipeError(
-        f"sources: {method.name} merges {describe_count(method)}{beside}, and the recipe has {count}; "
-        "change the sources or the method"
-    )
-
-
 def _first(checkpoints: Sequence[Model]) -> Checkpoint:
     """Return the model whose files the output's are like: adapters come with a base before them."""
     first = checkpoints[0]
@@ -261,59 +237,6 @@ def _models(recipe: Recipe) -> tuple[InputModel, ...]:
 
 def _compute_dtype(recipe: Recipe) -> DType:
     return DType.F64 if recipe.compute_dtype is ComputeDType.FLOAT64 else DType.F32
-
-
-def _check_settings(method: MergeMethod, assignment: Assignment) -> bool:
-    """Check what concerns several parameters at once; return whether statistics span the model."""
-    scopes = set()
-    for setting in assignment.settings:
-        params = method.bind(setting.values)
-        if (reason := method.refuse(params)) is not None:
-            raise RecipeError(reason)
-        work = method.work(params)
-        if work.rounds:
-            scopes.add(work.scope)
-    if scopes != {Scope.MODEL}:
-        return False
-    if names := find_dividing(method, [setting.values for setting in assignment.settings]):
-        raise RecipeError(
-            f"rules: not all tensors have the same {' and '.join(names)} under `scope: model`, where "
-            "a statistic that depends on it covers the whole model; remove it from the rules or set "
-            "`scope: tensor`"
-        )
-    return True
-
-
-def _check_in_turn(recipe: Recipe, assignment: Assignment, sources: Sequence[Model]) -> None:
-    """Raise unless PEFT could do the same: adapters alone, of weight 1, in the base's type."""
-    for index, source in enumerate(sources):
-        if not isinstance(source, AdaptedModel):
-            raise RecipeError(
-                f"parameters.rounding: peft merges adapters one after the other, but sources[{index}] "
-                f"({recipe.sources[index].path}) is a model; leave `rounding` out"
-            )
-    for setting in assignment.settings:
-        weights = dict(setting.values).get("weight")
-        if isinstance(weights, tuple) and set(weights) != {1.0}:
-            raise RecipeError(
-                f"weight: {list(weights)} with `rounding: peft`, where PEFT's merge_and_unload knows "
-                "only 1; leave the weights or `rounding` out"
-            )
-    for tensor in assignment.tensors:
-        for change in tensor.changes:
-            if change.reads_base and change.model != tensor.changes[0].model:
-                raise RecipeError(
-                    f"parameters.rounding: peft cannot follow PEFT where sources[{change.model - 1}] is "
-                    f"relative to the base's weights, as DoRA is, and another one has changed "
-                    f"{printable(tensor.name)} before: PEFT then "
-                    "takes the earlier one out and puts it back, each time with an error of rounding; "
-                    "leave `rounding` out, or merge them one by one"
-                )
-    if recipe.compute_dtype is not ComputeDType.FLOAT32 or recipe.output.dtype is not None:
-        raise RecipeError(
-            "parameters.rounding: peft computes in float32 and keeps the base's types; leave "
-            "`compute_dtype` and `output.dtype` out"
-        )
 
 
 def _notes_of_files(models: Sequence[Model], labels: Sequence[str]) -> Iterator[Note]:

@@ -40,14 +40,18 @@ def recipe_json_schema(
     shapes = schema.pop("$defs")
     properties = schema["properties"]
     source, rule = shapes.pop("SourceDocument"), shapes.pop("RuleDocument")
+    part, layers = shapes.pop("LayerSliceDocument"), shapes.pop("LayerRangeDocument")
     # What the method decides is closed in its own definitions; here it must stay open to them.
     properties["method"]["enum"] = sorted(methods)
     properties["sources"]["items"] = {"type": "object"}
     properties["rules"]["items"] = {"type": "object"}
+    properties["layers"]["items"] = {"type": "object"}
     for name, specs in methods.items():
         shapes[f"{name}.parameters"] = _parameters(specs, semantics.get(name, ()))
         shapes[f"{name}.source"] = _with_parameters(source, specs, Place.SOURCE)
         shapes[f"{name}.rule"] = _rule(rule, specs)
+        shapes[f"{name}.range"] = _with_parameters(layers, specs, Place.RANGE)
+        shapes[f"{name}.slice"] = _slice(part, name, specs)
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "streammerge recipe",
@@ -76,6 +80,7 @@ def _choice(
             "parameters": {"$ref": f"#/$defs/{method}.parameters"},
             "sources": {"items": {"$ref": f"#/$defs/{method}.source"}},
             "rules": {"items": {"$ref": f"#/$defs/{method}.rule"}},
+            "layers": {"items": {"$ref": f"#/$defs/{method}.slice"}},
         }
     }
     if semantics:
@@ -126,6 +131,13 @@ def _with_parameters(
     return shape | {"properties": shape["properties"] | parameters}
 
 
+def _slice(shape: JsonSchema, method: str, specs: tuple[ParameterSpec, ...]) -> JsonSchema:
+    """Return a slice of layers, whose sources have parameters too."""
+    made = _with_parameters(shape, specs, Place.SLICE)
+    sources = made["properties"]["sources"] | {"items": {"$ref": f"#/$defs/{method}.range"}}
+    return made | {"properties": made["properties"] | {"sources": sources}}
+
+
 def _rule(shape: JsonSchema, specs: tuple[ParameterSpec, ...]) -> JsonSchema:
     """Return a rule that does exactly one thing: copy, drop, or change parameters."""
     copies = {"properties": {"copy": {"not": {"type": "null"}}}, "required": ["copy"]}
@@ -158,10 +170,42 @@ def _value(spec: ParameterSpec, place: Place) -> JsonSchema:
             one = {"type": "boolean"}
         case ParameterKind.CHOICE:
             one = {"type": "string", "enum": list(spec.choices)}
-    if not spec.per_source or place is Place.SOURCE:
-        return {"description": spec.doc, **one}
-    each = {"type": "array", "items": one, "minItems": 1}
-    return {"description": f"{spec.doc} A list has one value per source.", "anyOf": [one, each]}
+    varying = _varying(spec, one) if spec.per_tensor else []
+    if spec.per_source and place not in {Place.SOURCE, Place.RANGE}:
+        each = {"type": "array", "items": one, "minItems": 1}
+        said = f"{spec.doc} A list has one value per source."
+        return {"description": said, "anyOf": [one, each, *varying]}
+    if varying:
+        return {"description": spec.doc, "anyOf": [one, *varying]}
+    return {"description": spec.doc, **one}
+
+
+def _varying(spec: ParameterSpec, one: JsonSchema) -> list[JsonSchema]:
+    """Return the values that differ between tensors: gradients and cases."""
+    values = {"type": "array", "items": one, "minItems": 1}
+    gradient = {
+        "type": "object",
+        "properties": {"gradient": values},
+        "required": ["gradient"],
+        "additionalProperties": False,
+    }
+    gradients = [] if spec.kind is ParameterKind.INT else [gradient]
+    case = {
+        "type": "object",
+        "properties": {
+            "tensors": {"type": ["string", "null"], "minLength": 1},
+            "value": {"anyOf": [one, *gradients]},
+        },
+        "required": ["value"],
+        "additionalProperties": False,
+    }
+    cases = {
+        "type": "object",
+        "properties": {"cases": {"type": "array", "items": case, "minItems": 1}},
+        "required": ["cases"],
+        "additionalProperties": False,
+    }
+    return [*gradients, cases]
 
 
 def _of_kind(kind: CompanionKind) -> JsonSchema:

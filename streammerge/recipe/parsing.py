@@ -2,53 +2,43 @@
 
 Text becomes plain values, the keys that all methods share are checked by the models of ``schema``,
 the rest against the parameters that the method declares. Everything found wrong is reported at
-once. The text is trusted with nothing: its size, its nesting and what its aliases expand to are
-bounded, and no value is guessed from one of another type.
+once.
 """
 
 from __future__ import annotations
 
-import re
-import sys
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from streammerge.errors import RecipeError, suggestion
+from streammerge.recipe.dialects.mergekit import is_mergekit
+from streammerge.recipe.dialects.mergekit import translate as translate_mergekit
+from streammerge.recipe.refusing import key_path, shown
 from streammerge.recipe.resolving import Place, iter_parameter_problems, tables_of
-from streammerge.recipe.schema import (
-    MERGEKIT_KEYS,
-    MERGEKIT_MARKERS,
-    RecipeDocument,
-    check_frame,
-    key_path,
-    mergekit_key,
-    shown,
-)
+from streammerge.recipe.schema import PROMOTED, LayerSliceDocument, RecipeDocument, check_frame
+from streammerge.recipe.text import dump_document, load_document
 from streammerge.recipe.types import (
     BASE,
     CompanionKind,
+    Given,
+    LayerRange,
+    LayerSlice,
     OutputSpec,
     ParameterKind,
     ParameterSpec,
-    ParameterValue,
     Recipe,
     Rename,
     Rule,
     Scalar,
     Source,
+    Varying,
 )
+from streammerge.recipe.varying import build_varying, plain_varying
 
-MAX_TEXT_BYTES = 2**20
-"""A recipe has tens of lines; a megabyte is a mistaken file, and slow to parse."""
-MAX_NODES = 100_000
-"""Values in a document with its aliases written out; nested aliases double it with every level."""
-MAX_DEPTH = 64
-"""Nesting; a recipe needs 4 levels, and the YAML parser recurses on each."""
-MAX_DIGITS = 400
-"""Digits of an integer; no key takes more than 20, and Python refuses to convert 4,300."""
 MAX_PROBLEMS = 100
 """Lines in one error message."""
 
@@ -70,22 +60,6 @@ def parse_recipe(text: str, *, origin: str, methods: Methods) -> Recipe:
     return recipe_from_mapping(load_document(text, origin=origin), origin=origin, methods=methods)
 
 
-def load_document(text: str, *, origin: str) -> object:
-    """Return the plain values of a YAML or JSON text, as yet unchecked.
-
-    Args:
-        text: One YAML document.
-        origin: What to call the text in messages: a file name.
-
-    Raises:
-        RecipeError: The text is not YAML.
-    """
-    try:
-        return _load_yaml(text)
-    except RecipeError as error:
-        raise RecipeError(f"{origin}: {error}") from error.__cause__
-
-
 def recipe_from_mapping(document: object, *, origin: str, methods: Methods) -> Recipe:
     """Return the recipe that ``document`` holds as plain dicts, lists, texts and numbers.
 
@@ -97,8 +71,32 @@ def recipe_from_mapping(document: object, *, origin: str, methods: Methods) -> R
     Raises:
         RecipeError: The document is not a recipe; one line for each problem.
     """
-    try:
+    with _naming(origin):
         return _translate(document, methods)
+
+
+def native_document(document: object, *, origin: str, methods: Methods) -> object:
+    """Return a document of mergekit's in this tool's words, and any other as it is.
+
+    Args:
+        document: Plain values, as yet unchecked.
+        origin: What to call the document in messages.
+        methods: Every known method's parameters.
+
+    Raises:
+        RecipeError: The document is mergekit's, and asks for what there is not.
+    """
+    if not isinstance(document, dict) or not is_mergekit(document):
+        return document
+    with _naming(origin):
+        return translate_mergekit(document, methods).document
+
+
+@contextmanager
+def _naming(origin: str) -> Iterator[None]:
+    """Put the name of a document before every line of an error about it."""
+    try:
+        yield
     except RecipeError as error:
         lines = str(error).split("\n")
         if len(lines) > MAX_PROBLEMS:
@@ -121,6 +119,8 @@ def dump_recipe(recipe: Recipe) -> str:
     ]
     document["parameters"] = _plain(recipe.parameters)
     document["rules"] = [_plain_rule(rule) for rule in recipe.rules]
+    if recipe.layers:
+        document["layers"] = list(map(_plain_slice, recipe.layers))
     if recipe.semantics is not None:
         document["semantics"] = recipe.semantics.value
     document["seed"] = recipe.seed
@@ -134,6 +134,8 @@ def dump_recipe(recipe: Recipe) -> str:
         output["max_shard_size"] = recipe.output.max_shard_bytes
     if recipe.output.dtype is not None:
         output["dtype"] = recipe.output.dtype.torch_name
+    elif recipe.output.promotes:
+        output["dtype"] = PROMOTED
     if recipe.output.companions:
         output["companions"] = {
             kind.value: _plain_origin(recipe.output.companions[kind])
@@ -143,16 +145,13 @@ def dump_recipe(recipe: Recipe) -> str:
     if recipe.output.quantization is not None:
         output["quantization"] = recipe.output.quantization.value
     document["output"] = output
-    # A folded line would be legal YAML; one value a line is what people compare.
-    return yaml.dump(
-        document, Dumper=_RecipeDumper, sort_keys=False, allow_unicode=True, width=sys.maxsize
-    )
+    return dump_document(document)
 
 
-def _plain(parameters: Mapping[str, ParameterValue]) -> dict[str, object]:
+def _plain(parameters: Mapping[str, Given]) -> dict[str, object]:
     """Return ``parameters`` as YAML has them, sorted, so that equal recipes have equal text."""
     return {
-        name: list(value) if isinstance(value, tuple) else value
+        name: list(value) if isinstance(value, tuple) else plain_varying(value)
         for name, value in sorted(parameters.items())
     }
 
@@ -180,16 +179,24 @@ def _plain_rule(rule: Rule) -> dict[str, object]:
     return plain | _plain(rule.parameters)
 
 
+def _plain_slice(part: LayerSlice) -> dict[str, object]:
+    return {
+        "sources": [
+            {"source": _plain_origin(each.source), "layers": [each.first, each.end]}
+            | _plain(each.parameters)
+            for each in part.ranges
+        ]
+    } | _plain(part.parameters)
+
+
 def _translate(document: object, methods: Methods) -> Recipe:
     """Return the recipe in ``document``; the lines of an error start at the key's path."""
     if document is None:
         raise RecipeError("the document is empty; a recipe needs at least method and sources")
     if not isinstance(document, dict):
         raise RecipeError(f"expected a mapping of keys to values, got {shown(document)}")
-    if not MERGEKIT_MARKERS.isdisjoint(document):
-        foreign = [key for key in document if key in MERGEKIT_KEYS]
-        raise RecipeError("\n".join(f"{key}: {mergekit_key(key)}" for key in foreign))
-
+    if is_mergekit(document):
+        return _translate_mergekit(document, methods)
     method = document.get("method")
     specs = methods.get(method) if isinstance(method, str) else None
     problems: list[str] = []
@@ -208,20 +215,47 @@ def _translate(document: object, methods: Methods) -> Recipe:
     return _build(document, frame, {spec.name: spec for spec in specs})
 
 
+def _translate_mergekit(document: dict[Any, Any], methods: Methods) -> Recipe:
+    """Return mergekit's recipe; the lines of an error start at the path of its key there."""
+    translated = translate_mergekit(document, methods)
+    try:
+        recipe = _translate(translated.document, methods)
+    except RecipeError as error:
+        lines = map(translated.line, str(error).split("\n"))
+        raise RecipeError("\n".join(lines)) from error.__cause__
+    return replace(recipe, remarks=translated.remarks)
+
+
 def _frame(document: dict[Any, Any]) -> dict[object, object]:
     """Return ``document`` without what only the method can judge: its parameters."""
     frame = dict(document)
     if isinstance(frame.get("parameters"), dict):
         del frame["parameters"]
-    for key, place in (("sources", Place.SOURCE), ("rules", Place.RULE)):
-        if isinstance(frame.get(key), list):
-            frame[key] = [
-                {name: value for name, value in entry.items() if name in place.other_keys}
-                if isinstance(entry, dict)
-                else entry
-                for entry in frame[key]
-            ]
+    for key, place in (
+        ("sources", Place.SOURCE),
+        ("rules", Place.RULE),
+        ("layers", Place.SLICE),
+    ):
+        frame = _stripped(frame, key, place)
+    if isinstance(frame.get("layers"), list):
+        frame["layers"] = [
+            _stripped(each, "sources", Place.RANGE) if isinstance(each, dict) else each
+            for each in frame["layers"]
+        ]
     return frame
+
+
+def _stripped(table: dict[Any, Any], key: str, place: Place) -> dict[object, object]:
+    """Return a mapping in whose list at ``key`` the entries have no parameters."""
+    if not isinstance(table.get(key), list):
+        return table
+    entries = [
+        {name: value for name, value in entry.items() if name in place.other_keys}
+        if isinstance(entry, dict)
+        else entry
+        for entry in table[key]
+    ]
+    return table | {key: entries}
 
 
 def _rule_problems(document: dict[Any, Any], parameter_names: list[str]) -> Iterator[str]:
@@ -252,9 +286,46 @@ def _rule_problems(document: dict[Any, Any], parameter_names: list[str]) -> Iter
                 f"{path}: expected the index of one of {n_sources} sources, 0 to {n_sources - 1}, "
                 f"got {shown(copy)}"
             )
+    yield from _layer_problems(document, n_sources)
     yield from _origin_problems(document, n_sources)
     if document.get("missing") == "base" and document.get("base") is None:
         yield 'missing: the recipe has no base to take tensors from; add the key "base"'
+
+
+def _layer_problems(document: dict[Any, Any], n_sources: int) -> Iterator[str]:
+    """Yield what is wrong with slices of layers whose keys are each fine."""
+    for index, table in tables_of(document, "layers"):
+        given: dict[object, int] = {}
+        counts: dict[int, int] = {}
+        for place, each in tables_of(table, "sources"):
+            path = f"layers[{index}].sources[{place}]"
+            source, layers = each.get("source"), each.get("layers")
+            if source == "base" and document.get("base") is None:
+                yield f'{path}.source: the recipe has no base; add the key "base"'
+            if type(source) is int and source >= n_sources > 0:
+                yield (
+                    f"{path}.source: expected the index of one of {n_sources} sources, 0 to "
+                    f"{n_sources - 1}, got {shown(source)}"
+                )
+            if isinstance(source, int | str) and given.setdefault(source, place) != place:
+                yield (
+                    f"{path}.source: {shown(source)} gives layers to this slice already; to merge layers "
+                    "of one model with each other, list the model twice under sources"
+                )
+            if isinstance(layers, list) and len(layers) == 2 and all(map(_is_whole, layers)):
+                counts[place] = layers[1] - layers[0]
+        if len(set(counts.values())) > 1:
+            shown_counts = ", ".join(str(count) for count in counts.values())
+            yield (
+                f"layers[{index}].sources: a slice takes as many layers of each model, these give "
+                f"{shown_counts}"
+            )
+        if given and set(given) == {"base"}:
+            yield f"layers[{index}].sources: a slice needs a source beside the base"
+
+
+def _is_whole(value: object) -> bool:
+    return type(value) is int
 
 
 def _origin_problems(document: dict[Any, Any], n_sources: int) -> Iterator[str]:
@@ -290,7 +361,7 @@ def _build(
             Source(
                 path=Path(source["path"]),
                 parameters={
-                    name: _scalar(specs[name], source[name]) for name in source if name in specs
+                    name: _varying(specs[name], source[name]) for name in source if name in specs
                 },
                 component=shape.component,
                 rename=tuple(Rename(each.old, each.new) for each in shape.rename),
@@ -316,7 +387,8 @@ def _build(
         non_finite=frame.non_finite,
         compute_dtype=frame.compute_dtype,
         output=OutputSpec(
-            dtype=frame.output.dtype,
+            dtype=None if frame.output.dtype == PROMOTED else frame.output.dtype,
+            promotes=frame.output.dtype == PROMOTED,
             max_shard_bytes=frame.output.max_shard_size,
             companions={
                 kind: origin if isinstance(origin, int) else Path(origin)
@@ -325,165 +397,49 @@ def _build(
             quantization=frame.output.quantization,
         ),
         vocabulary=frame.vocabulary,
+        layers=tuple(
+            _build_slice(shape, table, specs, has_base=frame.base is not None)
+            for shape, table in zip(frame.layers, document.get("layers") or [], strict=True)
+        ),
     )
 
 
-def _values(
-    table: Mapping[str, Any], specs: Mapping[str, ParameterSpec]
-) -> dict[str, ParameterValue]:
+def _build_slice(
+    shape: LayerSliceDocument,
+    table: Mapping[str, Any],
+    specs: Mapping[str, ParameterSpec],
+    *,
+    has_base: bool,
+) -> LayerSlice:
+    """Return a slice of layers, the base first, then the sources in recipe order."""
+    ranges = [
+        LayerRange(
+            each.source,
+            each.layers[0],
+            each.layers[1],
+            {n: _varying(specs[n], v) for n, v in given.items() if n in specs},
+        )
+        for each, given in zip(shape.sources, table["sources"], strict=True)
+    ]
+    if has_base and all(each.source != BASE for each in ranges):
+        ranges.append(LayerRange(BASE, ranges[0].first, ranges[0].end))
+    ranges.sort(key=lambda each: each.source)
+    return LayerSlice(tuple(ranges), _values(table, specs))
+
+
+def _values(table: Mapping[str, Any], specs: Mapping[str, ParameterSpec]) -> dict[str, Given]:
     return {
         name: tuple(_scalar(specs[name], item) for item in value)
         if isinstance(value, list)
-        else _scalar(specs[name], value)
+        else _varying(specs[name], value)
         for name, value in table.items()
         if name in specs
     }
 
 
+def _varying(spec: ParameterSpec, value: object) -> Varying:
+    return build_varying(value, partial(_scalar, spec))
+
+
 def _scalar(spec: ParameterSpec, value: Scalar) -> Scalar:
     return float(value) if spec.kind is ParameterKind.FLOAT else value
-
-
-def _load_yaml(text: str) -> object:
-    """Return the plain values of one YAML document."""
-    nbytes = len(text.encode("utf-8", "surrogatepass"))
-    if nbytes > MAX_TEXT_BYTES:
-        raise RecipeError(f"the text has {nbytes} bytes; a recipe may have {MAX_TEXT_BYTES}")
-    try:
-        loader = _RecipeLoader(text)
-        try:
-            return loader.get_single_data()
-        finally:
-            loader.dispose()
-    except yaml.reader.ReaderError as error:
-        line = text.count("\n", 0, error.position) + 1
-        code = f"U+{ord(text[error.position]):04X}"
-        raise RecipeError(f"line {line}: the character {code} cannot stand in YAML") from error
-    except yaml.MarkedYAMLError as error:
-        said = ", ".join(part for part in (error.context, error.problem) if part)
-        mark = error.problem_mark or error.context_mark
-        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
-        raise RecipeError(where + " ".join(said.split())) from error
-    # PyYAML lets these through: an escape beyond Unicode, and a version number of 4,300 digits.
-    except (ValueError, OverflowError) as error:
-        line = loader.line + 1
-        raise RecipeError(f"line {line}: a number in the text is too large: {error}") from error
-
-
-class _RecipeLoader(yaml.SafeLoader):
-    """YAML 1.2's core types only; duplicate keys, deep nesting and swelling aliases refused."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__(text)
-        self._depth = 0
-        self._n_nodes = 0
-        self._node_sizes: dict[yaml.Node, int] = {}
-
-    def compose_node(self, parent: yaml.Node | None, index: int) -> Any:
-        """Return the next value, counting it, or what its alias stands for."""
-        is_alias = self.check_event(yaml.AliasEvent)
-        mark = self.current_event.start_mark
-        node: Any
-        if is_alias:
-            node = super().compose_node(parent, index)
-            if node not in self._node_sizes:
-                raise _yaml_error("an alias inside the value that it stands for", mark)
-            self._n_nodes += self._node_sizes[node]
-        else:
-            self._depth += 1
-            if self._depth > MAX_DEPTH:
-                raise _yaml_error(f"nested deeper than {MAX_DEPTH} levels", mark)
-            n_before = self._n_nodes
-            node = super().compose_node(parent, index)
-            self._n_nodes += 1
-            self._node_sizes[node] = self._n_nodes - n_before
-            self._depth -= 1
-        if self._n_nodes > MAX_NODES:
-            raise _yaml_error(f"more than {MAX_NODES} values once aliases are written out", mark)
-        return node
-
-    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        """Return the mapping, no key of which appears twice."""
-        node = super().compose_mapping_node(anchor)
-        lines: dict[tuple[str, str], int] = {}
-        # Merge keys are resolved later, so an explicit key may override one that they bring.
-        for key, _ in node.value:
-            if not isinstance(key, yaml.ScalarNode):
-                raise _yaml_error("expected text as a key", key.start_mark)
-            if (key.tag, key.value) in lines:
-                first = lines[key.tag, key.value]
-                said = f"the key {shown(key.value)} appears twice, first on line {first}"
-                raise _yaml_error(said, key.start_mark)
-            lines[key.tag, key.value] = key.start_mark.line + 1
-        return node
-
-    def construct_text(self, node: yaml.ScalarNode) -> str:
-        """Return a text, with the surrogate pairs of JSON's escapes joined into characters."""
-        text = str(self.construct_scalar(node))
-        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "surrogatepass")
-
-    def construct_core(self, node: yaml.ScalarNode) -> int | float | bool | None:
-        """Return the number, bool or null that a scalar of YAML's core types spells."""
-        text = str(self.construct_scalar(node))
-        kind = node.tag.rpartition(":")[2]
-        if not _CORE_TYPES[kind].fullmatch(text):
-            raise _yaml_error(f"expected {kind}, got {shown(text)}", node.start_mark)
-        if kind == "null":
-            return None
-        if kind == "bool":
-            return text.lower() == "true"
-        if kind == "float":
-            # float() reads inf and nan without YAML's dot.
-            return float(re.sub(r"\.(?=[iInN])", "", text))
-        if len(text) > MAX_DIGITS:
-            raise _yaml_error(f"an integer of {len(text)} digits", node.start_mark)
-        return int(text, {"0o": 8, "0x": 16}.get(text[:2], 10))
-
-
-class _RecipeDumper(yaml.SafeDumper):
-    """Quotes each text that YAML 1.1 or 1.2 would read as something else; writes no aliases."""
-
-    def ignore_aliases(self, data: object) -> bool:
-        """Return True: an alias would depend on which values happen to be one object."""
-        del data
-        return True
-
-    def represent_text(self, text: str) -> yaml.Node:
-        """Return the text's node, in double quotes where only an escape keeps it as it is.
-
-        PyYAML writes line breaks like U+0085 as they are, and reads them back as spaces.
-        """
-        style = None if text.isprintable() else '"'
-        return self.represent_scalar("tag:yaml.org,2002:str", text, style=style)
-
-
-def _yaml_error(problem: str, mark: Any) -> yaml.MarkedYAMLError:
-    return yaml.MarkedYAMLError(problem=problem, problem_mark=mark)
-
-
-_CORE_TYPES = {
-    "null": re.compile(r"~|null|Null|NULL|"),
-    "bool": re.compile(r"true|True|TRUE|false|False|FALSE"),
-    "int": re.compile(r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+"),
-    "float": re.compile(
-        r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?"
-        r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)"
-    ),
-}
-"""YAML 1.2.2, section 10.3.2: what an unquoted scalar must look like to be no text."""
-_TAG = "tag:yaml.org,2002:"
-# PyYAML's own are YAML 1.1: no and on are false and true, 1e-3 is text, 1:30 is 90, 012 is 10.
-_RecipeLoader.yaml_implicit_resolvers = {}
-_RecipeLoader.yaml_constructors = {
-    **{_TAG + kind: _RecipeLoader.construct_core for kind in _CORE_TYPES},
-    f"{_TAG}str": _RecipeLoader.construct_text,
-    f"{_TAG}seq": _RecipeLoader.construct_yaml_seq,
-    f"{_TAG}map": _RecipeLoader.construct_yaml_map,
-    None: _RecipeLoader.construct_undefined,
-}
-_RecipeLoader.add_implicit_resolver(f"{_TAG}merge", re.compile(r"<<\Z"), ["<"])
-for _kind, _spelling in _CORE_TYPES.items():
-    for _yaml in (_RecipeLoader, _RecipeDumper):
-        _whole = re.compile(rf"(?:{_spelling.pattern})\Z")
-        _yaml.add_implicit_resolver(_TAG + _kind, _whole, None)
-_RecipeDumper.add_representer(str, _RecipeDumper.represent_text)

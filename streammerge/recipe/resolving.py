@@ -1,7 +1,8 @@
 """Where a parameter may stand in a recipe, and which of its values a tensor gets.
 
-The most specific value wins: a matching rule's, then the source's own, then the recipe's, then the
-default that the method declares.
+The most specific value wins: a matching rule's, then that of the source in a slice of layers, then
+the slice's, then the source's own, then the recipe's, then the default that the method declares. Of
+one that differs between tensors, what it is for the tensor counts; where it says nothing, the next.
 """
 
 from __future__ import annotations
@@ -11,21 +12,30 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
+from functools import partial
 from typing import Any
 
 from streammerge.errors import RecipeError
-from streammerge.recipe.schema import (
-    RuleDocument,
-    SourceDocument,
+from streammerge.recipe.refusing import (
     key_path,
-    keys_of,
     refuse_choice,
     refuse_integer,
     refuse_number,
     shown,
     unknown_key,
 )
+from streammerge.recipe.schema import (
+    LayerRangeDocument,
+    LayerSliceDocument,
+    RuleDocument,
+    SourceDocument,
+    keys_of,
+)
 from streammerge.recipe.types import (
+    Cases,
+    Given,
+    Gradient,
+    LayerSlice,
     MismatchPolicy,
     ParameterKind,
     ParameterSpec,
@@ -35,6 +45,7 @@ from streammerge.recipe.types import (
     RuleDType,
     Scalar,
 )
+from streammerge.recipe.varying import is_varying, iter_varying_problems, value_at
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,76 +78,164 @@ def resolve(recipe: Recipe, tensor_name: str, specs: tuple[ParameterSpec, ...]) 
     return build_resolver(recipe, specs)(tensor_name)
 
 
-def build_resolver(recipe: Recipe, specs: tuple[ParameterSpec, ...]) -> Callable[[str], Resolved]:
-    """Return a function from a tensor name to its settings, which compiles each glob once.
+@dataclass(frozen=True, slots=True)
+class Position:
+    """Where an output tensor stands among the layers."""
 
-    There are only as many different settings as rules, and one more, so they are made here too
-    and a call does nothing but match.
+    depth: float = 0.0
+    """From 0, the first layer of its slice, to 1, the last one; 0 outside of all layers."""
+    part: int | None = None
+    """Index into :attr:`Recipe.layers`; None where the recipe has none."""
+    names: tuple[str, ...] = ()
+    """The tensor's name in each source that is merged; empty where all have that of the output."""
+
+
+_EVERYWHERE = Position()
+
+
+def _everywhere(_: str) -> Position:
+    return _EVERYWHERE
+
+
+def build_resolver(
+    recipe: Recipe,
+    specs: tuple[ParameterSpec, ...],
+    position_of: Callable[[str], Position] = _everywhere,
+) -> Callable[[str], Resolved]:
+    """Return a function from a tensor name to its settings, which compiles each glob once.
 
     Args:
         recipe: The parsed recipe.
         specs: The parameters of the recipe's method.
+        position_of: Where a tensor stands among the layers.
 
     Raises:
         RecipeError: A parameter has neither a value nor a default.
     """
     # The text of a value tells 0.0 from -0.0 and 1 from True, which compare equal.
     shared: dict[str, Resolved] = {}
-
-    def settle(rule: Rule | None) -> Resolved:
-        settled = _settle(recipe, rule, specs)
-        return shared.setdefault(repr(settled), settled)
-
     # fnmatchcase, without its cache of 256 patterns.
-    by_glob = [
-        (re.compile(fnmatch.translate(rule.tensors)).match, settle(rule)) for rule in recipe.rules
-    ]
-    otherwise = settle(None)
+    by_glob = [(re.compile(fnmatch.translate(rule.tensors)).match, rule) for rule in recipe.rules]
+    settled: dict[tuple[int | None, Position, str], Resolved] = {}
+    by_name = bool(recipe.layers) or _varies(recipe)
 
     def resolve_tensor(tensor_name: str) -> Resolved:
-        for matches, settled in by_glob:
-            if matches(tensor_name):
-                return settled
-        return otherwise
+        index = next((i for i, (fits, _) in enumerate(by_glob) if fits(tensor_name)), None)
+        position = position_of(tensor_name) if by_name else _EVERYWHERE
+        # Without values that vary there are only as many settings as rules, and one more.
+        key = (index, position, tensor_name if by_name else "")
+        if key not in settled:
+            rule = None if index is None else recipe.rules[index]
+            made = _Settling(recipe, rule, position, tensor_name).settle(specs)
+            settled[key] = shared.setdefault(repr(made), made)
+        return settled[key]
 
+    # A missing value is an error whatever the tensors are.
+    for index in (None, *range(len(recipe.rules))):
+        if not by_name:
+            rule = None if index is None else recipe.rules[index]
+            made = _Settling(recipe, rule, _EVERYWHERE, "").settle(specs)
+            settled[index, _EVERYWHERE, ""] = shared.setdefault(repr(made), made)
     return resolve_tensor
 
 
-def _settle(recipe: Recipe, rule: Rule | None, specs: tuple[ParameterSpec, ...]) -> Resolved:
-    """Return the settings of the tensors that fall under ``rule``, or under none."""
-    n_sources = len(recipe.sources)
-    values: list[tuple[str, ParameterValue]] = []
-    for spec in specs:
-        ruled = None if rule is None else rule.parameters.get(spec.name)
-        common = (
-            ruled
-            if ruled is not None
-            else recipe.parameters.get(spec.name, spec.default_of(recipe.semantics))
+def _varies(recipe: Recipe) -> bool:
+    """Return whether any value of a recipe differs between tensors."""
+    return any(isinstance(value, Gradient | Cases) for value in _iter_values(recipe))
+
+
+def has_gradients(recipe: Recipe) -> bool:
+    """Return whether any value of a recipe changes from layer to layer."""
+    values = [
+        each
+        for value in _iter_values(recipe)
+        for each in ((case.value for case in value.cases) if isinstance(value, Cases) else (value,))
+    ]
+    return any(isinstance(each, Gradient) for each in values)
+
+
+def _iter_values(recipe: Recipe) -> Iterator[Given]:
+    """Yield all that a recipe says about parameters."""
+    yield from recipe.parameters.values()
+    for source in recipe.sources:
+        yield from source.parameters.values()
+    for rule in recipe.rules:
+        yield from rule.parameters.values()
+    for part in recipe.layers:
+        yield from part.parameters.values()
+        for each in part.ranges:
+            yield from each.parameters.values()
+
+
+@dataclass(frozen=True, slots=True)
+class _Settling:
+    """Finds the settings of the tensors under one rule, or under none, at one position."""
+
+    recipe: Recipe
+    rule: Rule | None
+    position: Position
+    name: str
+
+    def settle(self, specs: tuple[ParameterSpec, ...]) -> Resolved:
+        rule, recipe = self.rule, self.recipe
+        return Resolved(
+            copy=None if rule is None else rule.copy,
+            drop=rule is not None and rule.drop,
+            keeps_dtype=rule is not None and rule.dtype is RuleDType.KEEP,
+            common=((rule and rule.mismatch) or recipe.mismatch) is MismatchPolicy.COMMON,
+            values=tuple((spec.name, self._value(spec)) for spec in specs),
         )
+
+    def _value(self, spec: ParameterSpec) -> ParameterValue:
+        default = spec.default_of(self.recipe.semantics)
         if not spec.per_source:
-            if common is None:
+            value = self._first(self._levels(spec.name, None), self.name, None)
+            if value is None and default is None:
                 raise RecipeError(f"parameters.{spec.name}: this key is required")
-            values.append((spec.name, common))
-            continue
+            return default if value is None else value  # type: ignore[return-value]
         each: list[Scalar] = []
-        for index, shared in enumerate(_one_each(common, n_sources)):
-            own = recipe.sources[index].parameters.get(spec.name) if ruled is None else None
-            value = shared if own is None else own
+        part = self._part
+        sources = range(len(self.recipe.sources)) if part is None else part.sources
+        for place, source in enumerate(sources):
+            name = self.position.names[place] if self.position.names else self.name
+            value = self._first(self._levels(spec.name, source), name, source)
+            value = default if value is None else value
             if value is None:
-                raise RecipeError(f"sources[{index}].{spec.name}: this key is required")
+                raise RecipeError(f"sources[{source}].{spec.name}: this key is required")
             each.append(value)
-        values.append((spec.name, tuple(each)))
-    return Resolved(
-        copy=None if rule is None else rule.copy,
-        drop=rule is not None and rule.drop,
-        keeps_dtype=rule is not None and rule.dtype is RuleDType.KEEP,
-        common=((rule and rule.mismatch) or recipe.mismatch) is MismatchPolicy.COMMON,
-        values=tuple(values),
-    )
+        return tuple(each)
 
+    @property
+    def _part(self) -> LayerSlice | None:
+        part = self.position.part
+        return None if part is None else self.recipe.layers[part]
 
-def _one_each(value: ParameterValue | None, n_sources: int) -> tuple[Scalar | None, ...]:
-    return value if isinstance(value, tuple) else (value,) * n_sources
+    def _levels(self, name: str, source: int | None) -> Iterator[Given | None]:
+        """Yield what the recipe says about a parameter, of a source if given, the nearest first."""
+        part = self._part
+        if self.rule is not None:
+            yield self.rule.parameters.get(name)
+        if part is not None:
+            own = (each for each in part.ranges if each.source == source)
+            yield from (each.parameters.get(name) for each in own)
+            yield part.parameters.get(name)
+        if source is not None:
+            yield self.recipe.sources[source].parameters.get(name)
+        yield self.recipe.parameters.get(name)
+
+    def _first(
+        self, levels: Iterator[Given | None], name: str, source: int | None
+    ) -> Scalar | None:
+        """Return the first value that there is."""
+        for given in levels:
+            # A list has a value for each source of the recipe, merged here or not.
+            one = given[source] if isinstance(given, tuple) and source is not None else given
+            if one is None or isinstance(one, tuple):
+                continue
+            value = value_at(one, name, self.position.depth)
+            if value is not None:
+                return value
+        return None
 
 
 class Place(Enum):
@@ -145,6 +244,8 @@ class Place(Enum):
     RECIPE = "recipe"
     SOURCE = "source"
     RULE = "rule"
+    SLICE = "slice of layers"
+    RANGE = "source of a slice"
 
     @property
     def other_keys(self) -> tuple[str, ...]:
@@ -158,6 +259,8 @@ _OTHER_KEYS: dict[Place, tuple[str, ...]] = {
     Place.RECIPE: (),
     Place.SOURCE: keys_of(SourceDocument),
     Place.RULE: keys_of(RuleDocument),
+    Place.SLICE: keys_of(LayerSliceDocument),
+    Place.RANGE: keys_of(LayerRangeDocument),
 }
 
 
@@ -166,7 +269,9 @@ def may_stand(spec: ParameterSpec, place: Place) -> bool:
     match place:
         case Place.SOURCE:
             return spec.per_source
-        case Place.RULE:
+        case Place.RANGE:
+            return spec.per_source and spec.per_tensor
+        case Place.RULE | Place.SLICE:
             return spec.per_tensor
         case Place.RECIPE:
             return True
@@ -192,14 +297,7 @@ def iter_parameter_problems(
     n_sources = len(sources) if isinstance(sources, list) else 0
     common = document.get("parameters", {})
     by_name = {spec.name: spec for spec in specs}
-    places: list[tuple[Place, tuple[object, ...], dict[Any, Any]]] = []
-    if isinstance(common, dict):
-        places.append((Place.RECIPE, ("parameters",), common))
-    for index, table in tables_of(document, "sources"):
-        places.append((Place.SOURCE, ("sources", index), table))
-    for index, table in tables_of(document, "rules"):
-        places.append((Place.RULE, ("rules", index), table))
-    for place, steps, table in places:
+    for place, steps, table in _iter_tables(document):
         for name, value in table.items():
             if name in place.other_keys:
                 continue
@@ -213,6 +311,23 @@ def iter_parameter_problems(
         yield from _missing_problems(document, common, specs)
 
 
+def _iter_tables(
+    document: Mapping[Any, Any],
+) -> Iterator[tuple[Place, tuple[object, ...], dict[Any, Any]]]:
+    """Yield every mapping of a document in which parameters may stand, with its path."""
+    common = document.get("parameters", {})
+    if isinstance(common, dict):
+        yield Place.RECIPE, ("parameters",), common
+    for index, table in tables_of(document, "sources"):
+        yield Place.SOURCE, ("sources", index), table
+    for index, table in tables_of(document, "rules"):
+        yield Place.RULE, ("rules", index), table
+    for index, table in tables_of(document, "layers"):
+        yield Place.SLICE, ("layers", index), table
+        for inner, each in tables_of(table, "sources"):
+            yield Place.RANGE, ("layers", index, "sources", inner), each
+
+
 def _refuse_place(name: object, place: Place, specs: Mapping[str, ParameterSpec]) -> str | None:
     """Return why the key ``name`` may not stand in ``place``, or None if it may."""
     spec = specs.get(name) if isinstance(name, str) else None
@@ -221,7 +336,8 @@ def _refuse_place(name: object, place: Place, specs: Mapping[str, ParameterSpec]
         return unknown_key(name, [*place.other_keys, *allowed])
     if may_stand(spec, place):
         return None
-    served = "all sources" if place is Place.SOURCE else "the whole model"
+    of_source = place in {Place.SOURCE, Place.RANGE} and not spec.per_source
+    served = "all sources" if of_source else "the whole model"
     return f'one value serves {served}; move it to "parameters"'
 
 
@@ -229,7 +345,11 @@ def _value_problems(
     path: str, spec: ParameterSpec, value: object, place: Place, n_sources: int
 ) -> Iterator[str]:
     """Yield what is wrong with one parameter's value, which may be a list with one per source."""
-    if not (isinstance(value, list) and spec.per_source and place is not Place.SOURCE):
+    if is_varying(value):
+        yield from iter_varying_problems(path, spec, value, partial(_refuse_scalar, spec))
+        return
+    of_one = place in {Place.SOURCE, Place.RANGE}
+    if not (isinstance(value, list) and spec.per_source and not of_one):
         if (said := _refuse_scalar(spec, value)) is not None:
             yield f"{path}: {said}"
         return
@@ -257,6 +377,14 @@ def _refuse_scalar(spec: ParameterSpec, value: object) -> str | None:
             return None if known else refuse_choice(value, spec.choices)
 
 
+def _gives(part: Mapping[Any, Any], spec: ParameterSpec) -> bool:
+    """Return whether a slice of layers gives a parameter, for all of its sources or for each."""
+    if spec.name in part:
+        return True
+    sources = [each for _, each in tables_of(part, "sources") if each.get("source") != "base"]
+    return spec.per_source and all(spec.name in each for each in sources)
+
+
 def _missing_problems(
     document: Mapping[Any, Any], common: Mapping[Any, Any], specs: tuple[ParameterSpec, ...]
 ) -> Iterator[str]:
@@ -265,6 +393,9 @@ def _missing_problems(
         if spec.default is not None or spec.name in common:
             continue
         why = f"this key is required, as {document.get('method')} has no default for it"
+        slices = [table for _, table in tables_of(document, "layers")]
+        if slices and all(_gives(part, spec) for part in slices):
+            continue
         if not spec.per_source:
             yield f"parameters.{spec.name}: {why}"
             continue

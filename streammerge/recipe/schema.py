@@ -7,12 +7,9 @@ that these models can refuse every other key.
 
 from __future__ import annotations
 
-import json
-import math
-import re
 from collections.abc import Callable, Iterable
 from enum import StrEnum
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -25,7 +22,15 @@ from pydantic import (
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from streammerge.dtypes import DTYPES_BY_TORCH_NAME, DType
-from streammerge.errors import RecipeError, suggestion
+from streammerge.errors import RecipeError
+from streammerge.recipe.refusing import (
+    MAX_SHOWN_CHARACTERS,
+    MERGEKIT_KEYS,
+    key_path,
+    refuse_choice,
+    shown,
+    unknown_key,
+)
 from streammerge.recipe.types import (
     BASE,
     CompanionKind,
@@ -46,24 +51,6 @@ MAX_SEED = 2**64 - 1
 """The random generator's key has 64 bits."""
 MAX_SHARD_BYTES = 2**63 - 1
 """The largest file offset."""
-MAX_SHOWN_CHARACTERS = 60
-"""How much of a wrong value a message repeats."""
-MERGEKIT_KEYS = {
-    "merge_method": 'the native key is "method"',
-    "models": 'the native key is "sources", a list of {path, weight, ...}',
-    "slices": 'there is no native key; "sources" merges whole models',
-    "modules": 'there is no native key; "sources" merges whole models',
-    "base_model": 'the native key is "base"',
-    "dtype": 'the native keys are "compute_dtype" and "output.dtype"',
-    "out_dtype": 'the native key is "output.dtype"',
-    "tokenizer": "there is no native key",
-    "tokenizer_source": "there is no native key",
-    "chat_template": "there is no native key",
-    "model": 'the native key is "path"',
-}
-"""Keys of mergekit's recipes, with what streammerge's own recipes say instead."""
-MERGEKIT_MARKERS = frozenset({"merge_method", "models", "slices", "modules"})
-"""Top-level keys that only a recipe for mergekit has."""
 
 
 def check_frame(frame: dict[object, object], *, parameter_names: Iterable[str]) -> RecipeDocument:
@@ -84,90 +71,6 @@ def check_frame(frame: dict[object, object], *, parameter_names: Iterable[str]) 
         raise RecipeError("\n".join(lines)) from error
 
 
-def shown(value: object) -> str:
-    """Return ``value`` as a message repeats it: on one line, short, and as YAML would spell it."""
-    match value:
-        case None | bool():
-            return json.dumps(value)
-        case str():
-            short = value if len(value) <= MAX_SHOWN_CHARACTERS else f"{value[:57]}..."
-            # Escaping what is not printable keeps a message on one line and fit for any terminal.
-            return json.dumps(short, ensure_ascii=not short.isprintable())
-        case int() if value.bit_length() > 256:
-            return f"an integer of {value.bit_length()} bits"
-        case int() | float():
-            return str(value)
-        case list() | tuple():
-            return f"a list of {len(value)}"
-        case dict():
-            return "a mapping"
-        case _:
-            return f"a {type(value).__name__}"
-
-
-def key_path(*steps: object) -> str:
-    """Return the path of a key as messages write it: ``sources[2].weight``."""
-    path = ""
-    for step in steps:
-        if isinstance(step, int) and not isinstance(step, bool):
-            path += f"[{step}]"
-        else:
-            plain = isinstance(step, str) and re.fullmatch(r"[\w.-]{1,60}", step)
-            path += ("." if path else "") + (str(step) if plain else shown(step))
-    return path
-
-
-def refuse_choice(value: object, words: Iterable[str]) -> str:
-    """Return what is wrong with a ``value`` that is none of the ``words``."""
-    known = tuple(words)
-    guess = suggestion(value, known) if isinstance(value, str) else ""
-    # The known words stand in the message already; only a near miss adds something.
-    guess = guess if "did you mean" in guess else ""
-    return f"expected {' or '.join(known)}, got {shown(value)}{guess}"
-
-
-def unknown_key(key: object, known: Iterable[str]) -> str:
-    """Return what is wrong with a ``key`` that is none of the ``known`` ones."""
-    if isinstance(key, str) and key in MERGEKIT_KEYS:
-        return mergekit_key(key)
-    return f"unknown key{suggestion(key if isinstance(key, str) else shown(key), known)}"
-
-
-def mergekit_key(key: str) -> str:
-    """Return what to write instead of a ``key`` of mergekit's recipes."""
-    return f"this key belongs to mergekit's dialect; {MERGEKIT_KEYS[key]}"
-
-
-def refuse_number(value: object, minimum: float | None, maximum: float | None) -> str | None:
-    """Return what is wrong with ``value`` as a finite number in a range, or None if nothing is."""
-    expected = "a number"
-    if minimum is not None and maximum is not None:
-        expected = f"a number in [{minimum:g}, {maximum:g}]"
-    elif minimum is not None:
-        expected = f"a number of at least {minimum:g}"
-    elif maximum is not None:
-        expected = f"a number of at most {maximum:g}"
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return f"expected {expected}, got {shown(value)}"
-    try:
-        number = float(value)
-    except OverflowError:
-        number = math.inf
-    if not math.isfinite(number):
-        return f"expected {expected.replace('a number', 'a finite number', 1)}, got {shown(value)}"
-    below = minimum is not None and number < minimum
-    above = maximum is not None and number > maximum
-    return f"expected {expected}, got {shown(value)}" if below or above else None
-
-
-def refuse_integer(value: object, minimum: float | None, maximum: float | None) -> str | None:
-    """Return what is wrong with ``value`` as a whole number in a range, or None if nothing is."""
-    said = refuse_number(value, minimum, maximum)
-    if said is None and type(value) is not int:
-        said = f"expected a number, got {shown(value)}"
-    return None if said is None else said.replace("a number", "a whole number", 1)
-
-
 def _word_of(words: type[_Word]) -> Callable[[object], _Word]:
     """Return a validator that turns a word into its member of ``words``."""
 
@@ -179,9 +82,11 @@ def _word_of(words: type[_Word]) -> Callable[[object], _Word]:
     return parse
 
 
-def _parse_dtype(value: object) -> DType | None:
+def _parse_dtype(value: object) -> DType | Literal["promoted"] | None:
     if value is None:
         return None
+    if value == PROMOTED:
+        return PROMOTED
     if isinstance(value, str) and value in OUTPUT_DTYPES:
         return OUTPUT_DTYPES[value]
     said = refuse_choice(value, [name for name in OUTPUT_DTYPES if name.islower()])
@@ -212,6 +117,16 @@ def _parse_copy(value: object) -> int:
     raise PydanticCustomError("said", "{said}", {"said": said})
 
 
+def _parse_range(value: object) -> list[int]:
+    """Return the first layer and the one after the last."""
+    whole = isinstance(value, list) and all(type(each) is int for each in value)
+    if isinstance(value, list) and whole and len(value) == 2 and 0 <= value[0] < value[1]:
+        return value
+    got = str(value) if whole and len(str(value)) < MAX_SHOWN_CHARACTERS else shown(value)
+    said = f"expected [first, end], the first layer counted from 0 and the one after the last, got {got}"
+    raise PydanticCustomError("said", "{said}", {"said": said})
+
+
 def _parse_origin(value: object) -> int | str:
     if value == "base":
         return BASE
@@ -237,6 +152,8 @@ def _parse_companions(value: object) -> dict[CompanionKind, int | str]:
     return {CompanionKind(key): _parse_origin(origin) for key, origin in value.items()}
 
 
+PROMOTED: Literal["promoted"] = "promoted"
+"""The word for the narrowest type that holds the values of all inputs of a tensor."""
 OUTPUT_DTYPES = {
     name: dtype
     for torch_name, dtype in DTYPES_BY_TORCH_NAME.items()
@@ -279,9 +196,9 @@ _Companions = Annotated[
     ),
 ]
 _OutputDType = Annotated[
-    DType | None,
+    DType | Literal["promoted"] | None,
     BeforeValidator(_parse_dtype),
-    WithJsonSchema({"enum": [*OUTPUT_DTYPES, None]}),
+    WithJsonSchema({"enum": [*OUTPUT_DTYPES, PROMOTED, None]}),
 ]
 _ShardSize = Annotated[
     int | None,
@@ -361,13 +278,43 @@ class RuleDocument(_Document):
     )
 
 
+class LayerRangeDocument(_Document):
+    """Consecutive layers of one model."""
+
+    source: _Copy = Field(
+        description="The base, or the index of the source, counted from 0; each at most once in a slice."
+    )
+    layers: Annotated[
+        list[int],
+        BeforeValidator(_parse_range),
+        WithJsonSchema(
+            {
+                "type": "array",
+                "items": {"type": "integer", "minimum": 0},
+                "minItems": 2,
+                "maxItems": 2,
+            }
+        ),
+    ] = Field(description="The first layer, counted from 0, and the one after the last.")
+
+
+class LayerSliceDocument(_Document):
+    """Consecutive layers of the result, merged of as many layers of each model."""
+
+    sources: list[LayerRangeDocument] = Field(
+        min_length=1,
+        description="Which layers of which models. A base that is not listed gives those that the first "
+        "of them gives.",
+    )
+
+
 class OutputDocument(_Document):
     """How the result is stored."""
 
     dtype: _OutputDType = Field(
         default=None,
         description="Element type of merged tensors; without it each keeps the base's, or the "
-        "first source's.",
+        "first source's; promoted: the narrowest that holds the values of all its inputs.",
     )
     max_shard_size: _ShardSize = Field(
         default=None,
@@ -406,6 +353,10 @@ class RecipeDocument(_Document):
     )
     rules: list[RuleDocument] = Field(
         default_factory=list, description="Exceptions by tensor name; the first match wins."
+    )
+    layers: list[LayerSliceDocument] = Field(
+        default_factory=list,
+        description="The layers of the result, slice by slice, where they are not those of the inputs.",
     )
     semantics: Annotated[Semantics | None, BeforeValidator(_word_of(Semantics))] = Field(
         default=None, description="Whose definition of the method is meant, where they differ."

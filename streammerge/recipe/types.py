@@ -15,6 +15,38 @@ ParameterValue = Scalar | tuple[Scalar, ...]
 """One value for all sources, or one value per source in recipe order."""
 
 
+@dataclass(frozen=True, slots=True)
+class Gradient:
+    """A value that changes with the layer."""
+
+    values: tuple[Scalar, ...]
+    """At least one: from the first layer to the last at equal steps, linear between them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """A value for some tensors."""
+
+    tensors: str | None
+    """Shell-style glob on the whole tensor name; None for all."""
+    value: Scalar | Gradient
+    """Their value."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cases:
+    """A value that depends on the tensor's name; the first case that fits counts."""
+
+    cases: tuple[Case, ...]
+    """Where none fits, the value is what it would be without them."""
+
+
+Varying = Scalar | Gradient | Cases
+"""One value for every tensor, or one that differs between them."""
+Given = Varying | tuple[Scalar, ...]
+"""What a recipe may say about a parameter; a tuple has one value per source."""
+
+
 class ParameterKind(StrEnum):
     """The type of a parameter."""
 
@@ -144,7 +176,7 @@ class Source:
 
     path: Path
     """Directory or file, as written in the recipe."""
-    parameters: Mapping[str, Scalar]
+    parameters: Mapping[str, Varying]
     """Parameters given for this source alone, ``weight`` among them."""
     component: str | None = None
     """The part of a pipeline whose tensors are taken from an adapter of several; None takes all."""
@@ -158,7 +190,7 @@ class Rule:
 
     tensors: str
     """Shell-style glob on the whole tensor name (``fnmatchcase``)."""
-    parameters: Mapping[str, ParameterValue]
+    parameters: Mapping[str, Given]
     """Parameters that replace the recipe's and the sources' for these tensors."""
     copy: int | None = None
     """Copy these tensors unchanged from this source index, or from BASE; None merges them."""
@@ -186,6 +218,43 @@ class OutputSpec:
     quantization: QuantizationPolicy | None = None
     """How weights are stored that the base stores as float8 codes with scales; None as the numbers that
     they stand for."""
+    promotes: bool = False
+    """Whether, without :attr:`dtype`, a merged tensor gets the narrowest type that holds the values of
+    all its inputs."""
+
+
+@dataclass(frozen=True, slots=True)
+class LayerRange:
+    """Consecutive layers of one model."""
+
+    source: int
+    """Index of the source, or BASE."""
+    first: int
+    """The first layer, counted from 0."""
+    end: int
+    """The layer after the last one."""
+    parameters: Mapping[str, Varying] = field(default_factory=dict)
+    """Parameters of the source for these layers."""
+
+
+@dataclass(frozen=True, slots=True)
+class LayerSlice:
+    """Consecutive layers of the result, and which layers of which models are merged to them."""
+
+    ranges: tuple[LayerRange, ...]
+    """As many layers of each model; sources in recipe order, each at most once."""
+    parameters: Mapping[str, Given] = field(default_factory=dict)
+    """Parameters for these layers."""
+
+    @property
+    def count(self) -> int:
+        """How many layers of the result these are."""
+        return self.ranges[0].end - self.ranges[0].first
+
+    @property
+    def sources(self) -> tuple[int, ...]:
+        """The sources that are merged, without the base."""
+        return tuple(each.source for each in self.ranges if each.source != BASE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,7 +267,7 @@ class Recipe:
     """The model that the sources were tuned from."""
     sources: tuple[Source, ...]
     """The models being merged, in recipe order; at least one."""
-    parameters: Mapping[str, ParameterValue]
+    parameters: Mapping[str, Given]
     """Parameters for all tensors, as given; defaults are not filled in."""
     rules: tuple[Rule, ...]
     """Exceptions by tensor name; the first match wins."""
@@ -218,3 +287,7 @@ class Recipe:
     """What to do with a tensor that has several shapes."""
     vocabulary: VocabularyPolicy = VocabularyPolicy.ERROR
     """What to do with tokenizers in which one number stands for two tokens."""
+    layers: tuple[LayerSlice, ...] = ()
+    """The layers of the result, slice by slice; empty for those of the inputs, each with its like."""
+    remarks: tuple[str, ...] = field(default=(), compare=False)
+    """What a recipe of another tool says without effect, or means otherwise."""

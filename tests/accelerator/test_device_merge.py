@@ -17,6 +17,7 @@ from models import (
     Tensors,
     assert_same_model,
     count_sources,
+    in_turn,
     load_model,
     recipe_of,
     recut,
@@ -32,20 +33,27 @@ from streammerge.errors import (
 )
 from streammerge.methods import discover_methods
 from streammerge.methods.base import Operand
+from streammerge.plan.asking import find_method
 from streammerge.plan.devices import plan_step, runs_on_device
-from streammerge.plan.planning import find_method
 from streammerge.plan.sweeps import programs_of_plan
 from streammerge.plan.types import MergePlan
 from streammerge.tiles.program import Op
 
-CASES = [
-    pytest.param(method.name, example, id=f"{method.name}-{number}")
-    for method in discover_methods().values()
-    for number, example in enumerate(method.examples)
-]
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+CASES = [
+    pytest.param(method, example, dtype, id=f"{method}-{number}-{dtype}")
+    for (method, number, example), dtype in in_turn(
+        [
+            (method.name, number, example)
+            for method in discover_methods().values()
+            for number, example in enumerate(method.examples)
+        ],
+        DTYPES,
+        lambda case: case[0],
+    )
+]
 SHAPES = {
-    "smooth": (5 * BLOCK + 99,),
+    "smooth": (3 * BLOCK + 99,),
     "grid": (2, BLOCK + 31),  # full of equal magnitudes
     "small": (7, 5),
     "zeros": (BLOCK + 1,),
@@ -109,8 +117,7 @@ def check_equal(found: tuple[Tensors, Manifest], expected: tuple[Tensors, Manife
     assert found[1].tensors == expected[1].tensors
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("method", "parameters"), CASES)
+@pytest.mark.parametrize(("method", "parameters", "dtype"), CASES)
 def test_every_method_has_the_bytes_of_the_cpu(
     method: str,
     parameters: dict[str, Any],

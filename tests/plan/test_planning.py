@@ -23,9 +23,10 @@ from streammerge.errors import (
     ShapeMismatchError,
 )
 from streammerge.methods import discover_methods
+from streammerge.plan.asking import find_method
 from streammerge.plan.chunking import Chunk, iter_units
 from streammerge.plan.codec import dump_plan, parse_plan
-from streammerge.plan.planning import Machine, find_method, plan_merge
+from streammerge.plan.planning import Machine, plan_merge
 from streammerge.plan.sweeps import Needs
 from streammerge.plan.types import PLAN_VERSION, MergePlan
 from streammerge.recipe.parsing import parse_recipe, recipe_from_mapping

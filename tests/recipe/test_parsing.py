@@ -244,7 +244,7 @@ def test_anchors_and_merge_keys_are_allowed():
         (linear("rules: [{tensor: a, tensors: b, drop: true}]"), 'rules[0].tensor: unknown key; did you mean "tensors"?'),
         (linear("rules: [{tensors: b, normalise: true}]"), 'rules[0].normalise: unknown key; did you mean "normalize"?'),
         (linear("output: {dtyp: BF16}"), 'output.dtyp: unknown key; did you mean "dtype"?'),
-        (linear("'two words': 1"), '"two words": unknown key; known: base, compute_dtype, method, mismatch, missing, non_finite, output, parameters, rules, seed, semantics, sources, vocabulary'),
+        (linear("'two words': 1"), '"two words": unknown key; known: base, compute_dtype, layers, method, mismatch, missing, non_finite, output, parameters, rules, seed, semantics, sources, vocabulary'),
         (linear("parameters: {3: 1}"), "parameters[3]: unknown key; known: normalize, weight"),
         # Known keys in the wrong place.
         (linear("normalize: true"), 'normalize: a parameter of the method; move it under "parameters": parameters.normalize'),
@@ -411,30 +411,6 @@ def test_a_flood_of_problems_is_cut_and_counted():
 
     assert len(problems) == 101
     assert problems[-1] == "and 150 more problems"
-
-
-def test_a_recipe_for_mergekit_is_recognised_key_by_key():
-    text = """
-merge_method: ties
-base_model: a
-models: [{model: b, parameters: {density: 0.5}}]
-dtype: bfloat16
-"""
-    belongs = "this key belongs to mergekit's dialect; the native key"
-
-    assert [
-        f'merge_method: {belongs} is "method"',
-        f'base_model: {belongs} is "base"',
-        f'models: {belongs} is "sources", a list of {{path, weight, ...}}',
-        f'dtype: {belongs}s are "compute_dtype" and "output.dtype"',
-    ] == problems_of(text)
-
-
-def test_layer_slices_of_mergekit_are_recognised():
-    assert problem_of("slices: [{sources: []}]") == (
-        "slices: this key belongs to mergekit's dialect; there is no native key; "
-        '"sources" merges whole models'
-    )
 
 
 def test_keys_of_mergekit_are_recognised_in_a_native_recipe():

@@ -12,8 +12,8 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 import streammerge
+from streammerge.plan.asking import find_method
 from streammerge.plan.devices import runs_on_device
-from streammerge.plan.planning import find_method
 from streammerge.plan.sweeps import programs_of_plan
 from streammerge.plan.types import MergePlan
 

@@ -1,0 +1,298 @@
+"""The layers of a model, found from its tensors alone, and models whose layers are put together anew.
+
+Layers are numbered siblings: tensors whose names differ in the first number, counted from 0 without a
+gap. What is numbered inside of them, as experts are, is a layer's own.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from streammerge.adapters.onto_base.adapted import AdaptedModel
+from streammerge.adapters.onto_base.changes import Change
+from streammerge.assignment.types import Model
+from streammerge.checkpoint.types import Checkpoint, Note, TensorEntry
+from streammerge.errors import RecipeError, printable
+from streammerge.recipe.resolving import Position, has_gradients
+from streammerge.recipe.types import BASE, LayerRange, LayerSlice, Recipe
+
+_NUMBERED = re.compile(r"(?P<stack>(?:[^./]+[./])*?)(?P<number>\d{1,6})\.")
+_SHARE = 20
+"""A stack with less than this part of the elements of the largest one is none: heads and small networks
+are numbered too."""
+_FIRST = re.compile(
+    r"(?:^|[./_])(?:embed_tokens|wte|wpe|embeddings?|word_embeddings|embed_in|shared)[./]"
+)
+"""Names of what comes before the layers; all else outside of them comes behind."""
+_SHOWN = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Stack:
+    """Layers that follow each other."""
+
+    prefix: str
+    """What their names begin with, up to the number."""
+    count: int
+    """How many there are."""
+
+    def split(self, name: str) -> tuple[int, str] | None:
+        """Return the layer that a tensor is in, and the rest of its name; None outside of the stack."""
+        if not name.startswith(self.prefix):
+            return None
+        number, dot, rest = name[len(self.prefix) :].partition(".")
+        return (int(number), rest) if dot and number.isdecimal() else None
+
+    def joined(self, layer: int, rest: str) -> str:
+        """Return the name of a tensor of some layer."""
+        return f"{self.prefix}{layer}.{rest}"
+
+
+def find_stacks(tensors: Mapping[str, TensorEntry]) -> list[Stack]:
+    """Return the stacks of layers that tensors are in, the largest first."""
+    numels: dict[str, int] = {}
+    rests: dict[str, dict[int, set[str]]] = {}
+    for name, entry in tensors.items():
+        found = _NUMBERED.match(name)
+        if found is None:
+            continue
+        stack = found["stack"]
+        numels[stack] = numels.get(stack, 0) + entry.numel
+        layers = rests.setdefault(stack, {})
+        layers.setdefault(int(found["number"]), set()).add(name[found.end() :])
+    stacks = [
+        Stack(prefix, len(layers))
+        for prefix, layers in rests.items()
+        if len(layers) > 1
+        and layers.keys() == set(range(len(layers)))
+        and set.intersection(*layers.values())
+    ]
+    stacks.sort(key=lambda stack: -numels[stack.prefix])
+    return [each for each in stacks if numels[each.prefix] * _SHARE >= numels[stacks[0].prefix]]
+
+
+def depths(stacks: Sequence[Stack]) -> Callable[[str], Position]:
+    """Return where tensors stand in models that keep their layers."""
+
+    def position_of(name: str) -> Position:
+        for stack in stacks:
+            found = stack.split(name)
+            if found is not None:
+                return Position(_depth(found[0], stack.count))
+        return Position()
+
+    return position_of
+
+
+def _depth(layer: int, count: int) -> float:
+    return layer / (count - 1) if count > 1 else 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Arranged:
+    """Models by the names of the result."""
+
+    models: list[Model]
+    """The base, if any, and the sources; each with what it gives to the result, called as it is there."""
+    position_of: Callable[[str], Position]
+    """Where a tensor of the result stands among the layers."""
+    models_of: Callable[[str], tuple[int, ...]]
+    """Which models a tensor is made of, in order."""
+    notes: tuple[Note, ...] = ()
+    """What the plan has to state."""
+
+
+def arrange_layers(models: Sequence[Model], labels: Sequence[str], recipe: Recipe) -> Arranged:
+    """Return the models as the recipe's layers put them together, or as they are.
+
+    Args:
+        models: The base, if any, and the sources, each with the names of the first.
+        labels: How messages name them.
+        recipe: Says which layers the result has.
+
+    Raises:
+        RecipeError: The models do not have these layers.
+    """
+    stacks = find_stacks(models[0].tensors)
+    if not recipe.layers:
+        everyone = tuple(range(len(models)))
+        return Arranged(
+            list(models),
+            depths(stacks),
+            lambda _: everyone,
+            _describe_depths(stacks) if has_gradients(recipe) else (),
+        )
+    return _Arranging(models, labels, recipe, stacks).arrange()
+
+
+def _describe_depths(stacks: Sequence[Stack]) -> tuple[Note, ...]:
+    if not stacks:
+        text = "no numbered layers are found; every tensor has the first value of a gradient"
+        return (Note("layers", text),)
+    shown = ", ".join(f"{printable(each.prefix)}0 to {each.count - 1}" for each in stacks[:_SHOWN])
+    text = f"gradients run over {shown}; tensors outside of layers have the first value"
+    return (Note("layers", text),)
+
+
+class _Arranging:
+    """Gives every model's tensors the names that they have in the result."""
+
+    def __init__(
+        self,
+        models: Sequence[Model],
+        labels: Sequence[str],
+        recipe: Recipe,
+        stacks: Sequence[Stack],
+    ) -> None:
+        self._models = models
+        self._labels = labels
+        self._has_base = recipe.base is not None
+        self._parts = recipe.layers
+        self._stack = _the_stack(stacks, models[0])
+        self._counts = [self._count(model) for model in models]
+        for index, part in enumerate(self._parts):
+            for place, each in enumerate(part.ranges):
+                self._check(f"layers[{index}].sources[{place}].layers", each, part)
+        starts = [
+            sum(part.count for part in self._parts[:index]) for index in range(len(self._parts))
+        ]
+        self._starts = starts
+        self._total = sum(part.count for part in self._parts)
+
+    def _model(self, each: LayerRange) -> int:
+        return 0 if each.source == BASE else each.source + self._has_base
+
+    def _count(self, model: Model) -> int:
+        layers = (self._stack.split(name) for name in _all_names(model))
+        return max((layer + 1 for layer, _ in filter(None, layers)), default=0)
+
+    def _check(self, where: str, each: LayerRange, part: LayerSlice) -> None:
+        model = self._model(each)
+        count = self._counts[model]
+        # An adapter changes some layers of the base, which has them all.
+        adapted = isinstance(self._models[model], AdaptedModel)
+        count = self._counts[0] if adapted else count
+        if each.end > count:
+            raise RecipeError(
+                f"{where}: [{each.first}, {each.end}] goes beyond the {count} layers of "
+                f"{self._labels[model]}, {printable(self._stack.prefix)}0 to {count - 1}; the second "
+                "number is that of the layer after the last one"
+            )
+        base = next((other for other in part.ranges if other.source == BASE), None)
+        if adapted and (base is None or (base.first, base.end) != (each.first, each.end)):
+            raise RecipeError(
+                f"{where}: {self._labels[model]} is an adapter, whose layers are those of the base; "
+                f"give the base the same layers, [{each.first}, {each.end}], or merge the adapter into "
+                "it first"
+            )
+
+    def arrange(self) -> Arranged:
+        """Return everything by the names of the result."""
+        arranged: list[Model] = []
+        for index, model in enumerate(self._models):
+            names = self._new_names(index, model)
+            if isinstance(model, AdaptedModel):
+                changes = _by_new_names(model.changes, names)
+                tensors: Mapping[str, TensorEntry] = _renamed(model.tensors, names)
+                arranged.append(replace(model, tensors=tensors, changes=changes))
+            else:
+                arranged.append(replace(model, tensors=_renamed(model.tensors, names)))
+        return Arranged(arranged, self._position_of, self._models_of, (self._note(),))
+
+    def _new_names(self, index: int, model: Model) -> dict[str, list[str]]:
+        """Return the names in the result of each of a model's tensors."""
+        names: dict[str, list[str]] = {}
+        for name in _all_names(model):
+            found = self._stack.split(name)
+            if found is None:
+                # Whoever gives it to the result: what is tied is known only where both are there.
+                names[name] = [name]
+                continue
+            layer, rest = found
+            names[name] = [
+                self._stack.joined(start + layer - each.first, rest)
+                for start, part in zip(self._starts, self._parts, strict=True)
+                for each in part.ranges
+                if self._model(each) == index and each.first <= layer < each.end
+            ]
+        return names
+
+    def _part_of(self, name: str) -> tuple[int, int | None]:
+        """Return the slice that a tensor of the result belongs to, and its layer in there."""
+        found = self._stack.split(name)
+        if found is None:
+            return (0 if _FIRST.search(name) else len(self._parts) - 1), None
+        for index in reversed(range(len(self._parts))):
+            if found[0] >= self._starts[index]:
+                return index, found[0] - self._starts[index]
+        raise AssertionError(f"{name} is in no slice")
+
+    def _models_of(self, name: str) -> tuple[int, ...]:
+        part, _ = self._part_of(name)
+        return tuple(sorted(self._model(each) for each in self._parts[part].ranges))
+
+    def _position_of(self, name: str) -> Position:
+        index, layer = self._part_of(name)
+        part = self._parts[index]
+        if layer is None:
+            return Position(0.0, index)
+        split = self._stack.split(name)
+        assert split is not None  # noqa: S101 - it is in a layer
+        names = tuple(
+            self._stack.joined(each.first + layer, split[1])
+            for each in part.ranges
+            if each.source != BASE
+        )
+        return Position(_depth(layer, part.count), index, names)
+
+    def _note(self) -> Note:
+        shown = []
+        for start, part in zip(self._starts, self._parts, strict=True):
+            of = " with ".join(
+                f"{each.first} to {each.end - 1} of {self._labels[self._model(each)].split()[0]}"
+                for each in part.ranges
+            )
+            shown.append(f"{start} to {start + part.count - 1} are {of}")
+        text = f"{printable(self._stack.prefix)}0 to {self._total - 1}: {'; '.join(shown)}"
+        return Note("layers", text)
+
+
+def _the_stack(stacks: Sequence[Stack], first: Model) -> Stack:
+    """Return the one stack that a recipe's layers are about."""
+    if len(stacks) == 1:
+        return stacks[0]
+    if not stacks:
+        example = printable(next(iter(first.tensors), "none"))
+        raise RecipeError(
+            "layers: no numbered layers are found in the first model, whose tensors look like "
+            f'"{example}"; leave the key out to merge tensors of the same name'
+        )
+    found = ", ".join(f"{printable(each.prefix)}0 to {each.count - 1}" for each in stacks[:_SHOWN])
+    raise RecipeError(
+        f"layers: the first model has several stacks of layers, {found}; put together anew can be the "
+        "layers of a model with one stack"
+    )
+
+
+def _all_names(model: Model) -> Iterable[str]:
+    if isinstance(model, Checkpoint):
+        return model.tensors
+    return dict.fromkeys([*model.tensors, *model.changes])
+
+
+def _renamed(
+    tensors: Mapping[str, TensorEntry], names: Mapping[str, Sequence[str]]
+) -> dict[str, TensorEntry]:
+    return {
+        new: entry if new == name else replace(entry, name=new)
+        for name, entry in tensors.items()
+        for new in names[name]
+    }
+
+
+def _by_new_names(
+    changes: Mapping[str, tuple[Change, ...]], names: Mapping[str, Sequence[str]]
+) -> dict[str, tuple[Change, ...]]:
+    return {new: each for name, each in changes.items() for new in names[name]}

@@ -1,0 +1,509 @@
+"""mergekit's YAML as a recipe of this tool: the same models, layers and numbers.
+
+What means the same has another name here; what has no effect there is remarked; what cannot be followed
+is refused by its key. Values keep mergekit's order of precedence, source, slice, whole recipe, default,
+which is this tool's too, and so are its gradients: the first value for what is outside of all layers.
+Differs from mergekit: unknown keys are errors; values are computed in float32 or float64 whatever
+``dtype`` is, and only the result is rounded to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from streammerge.errors import RecipeError, suggestion
+from streammerge.recipe.dialects.methods import (
+    IDLE,
+    METHODS,
+    NUSLERP_SWITCHES,
+    PARAMETERS,
+    BaseRole,
+    Foreign,
+    Key,
+)
+from streammerge.recipe.dialects.references import Reference, parse_reference
+from streammerge.recipe.dialects.values import translate_value, with_default
+from streammerge.recipe.refusing import refuse_choice, shown, unknown_key
+from streammerge.recipe.types import ParameterSpec
+
+MARKERS = frozenset({"merge_method", "models", "slices", "modules", "base_model"})
+"""Top-level keys that only a recipe for mergekit has."""
+_TOP = (
+    *("merge_method", "models", "slices", "modules", "base_model", "dtype", "out_dtype"),
+    *("parameters", "tokenizer_source", "tokenizer", "chat_template", "name"),
+)
+_DTYPES = ("float32", "float16", "bfloat16", "float64")
+_AXES = {
+    (True, True): "tensor",
+    (True, False): "tensor",
+    (False, False): "rows",
+    (False, True): "columns",
+}
+"""By ``nuslerp_flatten`` and ``nuslerp_row_wise``, whose rows are columns."""
+
+Methods = Mapping[str, tuple[ParameterSpec, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class Translated:
+    """A recipe in this tool's words."""
+
+    document: dict[str, Any]
+    """The native document."""
+    paths: Mapping[str, str]
+    """Where in mergekit's recipe a mapping of the document stands, by its path in the document."""
+    remarks: tuple[str, ...]
+    """What has no effect, and what is done otherwise."""
+
+    def line(self, line: str) -> str:
+        """Return a message about the document as one about mergekit's recipe."""
+        best = max((path for path in self.paths if line.startswith(path)), key=len, default=None)
+        return line if best is None else self.paths[best] + line[len(best) :]
+
+
+def is_mergekit(document: Mapping[Any, Any]) -> bool:
+    """Return whether a document is a recipe for mergekit, and none of this tool."""
+    return "merge_method" in document or (
+        "method" not in document and not MARKERS.isdisjoint(document)
+    )
+
+
+def translate(document: Mapping[Any, Any], methods: Methods) -> Translated:
+    """Return mergekit's recipe as one of this tool.
+
+    Args:
+        document: Plain values, as yet unchecked.
+        methods: The parameters of every method of this tool.
+
+    Raises:
+        RecipeError: It is not mergekit's, or asks for what there is not; one line for each problem.
+    """
+    return _Translation(document, methods).run()
+
+
+@dataclass(slots=True)
+class _Model:
+    """A model as the recipe lists it."""
+
+    reference: Reference
+    path: str
+    parameters: Mapping[Any, Any]
+    layers: list[int] | None = None
+
+
+@dataclass(slots=True)
+class _Translation:
+    document: Mapping[Any, Any]
+    methods: Methods
+    problems: list[str] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
+    paths: dict[str, str] = field(default_factory=dict)
+    sources: list[Reference] = field(default_factory=list)
+
+    def run(self) -> Translated:
+        document = self.document
+        for key in document:
+            if key not in _TOP:
+                self._say(str(key) if isinstance(key, str) else shown(key), unknown_key(key, _TOP))
+        name = document.get("merge_method")
+        method = METHODS.get(name) if isinstance(name, str) else None
+        if method is None:
+            known = suggestion(name, METHODS) if isinstance(name, str) else ""
+            self._say(
+                "merge_method",
+                "this key is required" if name is None else f"unknown method {shown(name)}{known}",
+            )
+            raise RecipeError("\n".join(self.problems))
+        made = self._merge(method)
+        self._tokenizer(made)
+        if self.problems:
+            raise RecipeError("\n".join(self.problems))
+        return Translated(made, self.paths, tuple(dict.fromkeys(self.remarks)))
+
+    def _say(self, path: str, problem: str) -> None:
+        self.problems.append(f"{path}: {problem}")
+
+    def _remark(self, path: str, text: str) -> None:
+        self.remarks.append(f"{path}: {text}")
+
+    def _merge(self, method: Foreign) -> dict[str, Any]:
+        """Return the document but for what concerns tokenizers."""
+        base = self._reference("base_model", self.document.get("base_model"))
+        if method.base is BaseRole.REQUIRED and base is None and not self.problems:
+            self._say(
+                "base_model", f"{method.native} needs the model that the others were tuned from"
+            )
+        forms = [
+            key for key in ("models", "slices", "modules") if self.document.get(key) is not None
+        ]
+        made: dict[str, Any] = {"method": method.native}
+        if len(forms) != 1:
+            got = " and ".join(forms) or "none of them"
+            self._say(forms[0] if forms else "models", f"expected models or slices, got {got}")
+        elif forms[0] == "modules":
+            self._say(
+                "modules",
+                "parts of a model cannot be merged by recipes of their own; merge the whole model, with "
+                "`rules` of a native recipe where a part is to be copied",
+            )
+        apart = base if method.base is not BaseRole.ORDINARY else None
+        sources: list[dict[str, Any]] = []
+        layers: list[dict[str, Any]] = []
+        if forms == ["models"]:
+            sources = self._models(method, base, apart)
+        elif forms == ["slices"]:
+            layers = self._slices(method, apart)
+            sources = [{"path": each.native} for each in self.sources]
+        if apart is not None:
+            made["base"] = apart.native
+        made["sources"] = sources
+        made["parameters"] = self._parameters("parameters", self._table("parameters"), method)
+        self.paths["parameters"] = "parameters"
+        self._require(method, made, sources, layers)
+        if layers:
+            made["layers"] = layers
+        made["semantics"] = "mergekit"
+        self._types(made)
+        if apart is None and base is not None and not self.problems:
+            self._donor(made, base)
+        return made
+
+    def _reference(self, path: str, value: object) -> Reference | None:
+        """Return the model that a value names; None where there is none, or it is no name."""
+        if value is None:
+            return None
+        try:
+            return parse_reference(value)
+        except ValueError as error:
+            self._say(path, str(error))
+            return None
+
+    def _table(
+        self, key: str, within: Mapping[Any, Any] | None = None, path: str = ""
+    ) -> Mapping[Any, Any]:
+        """Return a mapping that may be missing."""
+        value = (self.document if within is None else within).get(key)
+        if value is None:
+            return {}
+        if not isinstance(value, dict):
+            self._say(f"{path}{key}", f"expected a mapping of keys to values, got {shown(value)}")
+            return {}
+        return value
+
+    def _entries(
+        self, value: object, path: str, keys: Sequence[str]
+    ) -> Iterator[tuple[str, dict[Any, Any]]]:
+        """Yield the mappings in a list with their paths; what else is in there is a problem."""
+        if not isinstance(value, list) or not value:
+            self._say(path, f"expected a list with at least one entry, got {shown(value)}")
+            return
+        for index, entry in enumerate(value):
+            where = f"{path}[{index}]"
+            if not isinstance(entry, dict):
+                self._say(where, f"expected a mapping of keys to values, got {shown(entry)}")
+                continue
+            for key in entry:
+                if key in keys:
+                    continue
+                if key in PARAMETERS:
+                    self._say(f"{where}.{key}", f"a parameter; move it under {where}.parameters")
+                else:
+                    self._say(f"{where}.{key}", unknown_key(key, keys))
+            yield where, entry
+
+    def _listed(self, value: object, path: str, keys: Sequence[str]) -> Iterator[_Model]:
+        """Yield the models in a list."""
+        for where, entry in self._entries(value, path, keys):
+            if entry.get("model") is None:
+                self._say(f"{where}.model", "this key is required")
+                continue
+            reference = self._reference(f"{where}.model", entry["model"])
+            if reference is None:
+                continue
+            parameters = self._table("parameters", entry, f"{where}.")
+            layers = entry.get("layer_range")
+            if "layer_range" in keys and not _is_range(layers):
+                self._say(
+                    f"{where}.layer_range",
+                    "expected [first, end], the first layer counted from 0 and the one after the last, "
+                    f"got {shown(layers)}",
+                )
+                continue
+            yield _Model(reference, where, parameters, layers)
+
+    def _models(
+        self, method: Foreign, base: Reference | None, apart: Reference | None
+    ) -> list[dict[str, Any]]:
+        """Return the sources of a recipe that lists whole models."""
+        sources: list[dict[str, Any]] = []
+        for model in self._listed(self.document["models"], "models", ("model", "parameters")):
+            if model.reference == apart:
+                self._no_effect(model, "the base is not merged itself")
+                continue
+            if model.reference in self.sources:
+                self._say(f"{model.path}.model", f"{model.reference.native} is listed twice")
+                continue
+            self.paths[f"sources[{len(sources)}]"] = f"{model.path}.parameters"
+            self.sources.append(model.reference)
+            values = self._parameters(
+                f"{model.path}.parameters", model.parameters, method, model=True
+            )
+            sources.append({"path": model.reference.native} | values)
+        if apart is None and base is not None and base not in self.sources:
+            # It is merged like the others, after them.
+            self.paths[f"sources[{len(sources)}]"] = "base_model"
+            self.sources.append(base)
+            sources.append({"path": base.native})
+            if method.keys.get("weight") is not None:
+                self._remark("base_model", f"{method.native} merges it as one more model")
+        return sources
+
+    def _slices(self, method: Foreign, apart: Reference | None) -> list[dict[str, Any]]:
+        """Return the layers of a recipe that puts them together."""
+        layers: list[dict[str, Any]] = []
+        keys = ("sources", "base_model", "parameters", "residual_weight")
+        for where, entry in self._entries(self.document["slices"], "slices", keys):
+            own = self._reference(f"{where}.base_model", entry.get("base_model"))
+            if own is not None and own != self._reference(
+                "base_model", self.document.get("base_model")
+            ):
+                self._say(
+                    f"{where}.base_model",
+                    "a base of its own for one slice cannot be followed; name the same base for all "
+                    "slices at the top level",
+                )
+            if entry.get("residual_weight") is not None:
+                self._remark(f"{where}.residual_weight", "no effect, in mergekit either")
+            ranges: list[dict[str, Any]] = []
+            here = f"layers[{len(layers)}]"
+            for model in self._listed(
+                entry.get("sources"), f"{where}.sources", ("model", "layer_range", "parameters")
+            ):
+                self.paths[f"{here}.sources[{len(ranges)}]"] = f"{model.path}.parameters"
+                self.paths[f"{here}.sources[{len(ranges)}].layers"] = f"{model.path}.layer_range"
+                self.paths[f"{here}.sources[{len(ranges)}].source"] = f"{model.path}.model"
+                ranges.append(self._range(model, method, apart, ranges))
+            self.paths[f"{here}.sources"] = f"{where}.sources"
+            if apart is not None and ranges and all(each["source"] != "base" for each in ranges):
+                self._say(
+                    f"{where}.sources",
+                    f"the base_model, {apart.native}, gives no layers to this slice; list it with the "
+                    "layers that the others were tuned from",
+                )
+            self.paths[here] = f"{where}.parameters"
+            values = self._parameters(
+                f"{where}.parameters", self._table("parameters", entry, f"{where}."), method
+            )
+            layers.append({"sources": ranges} | values)
+        return layers
+
+    def _range(
+        self,
+        model: _Model,
+        method: Foreign,
+        apart: Reference | None,
+        others: Sequence[Mapping[str, Any]],
+    ) -> dict[str, Any]:
+        """Return which layers of a model a slice has."""
+        taken = [each["source"] for each in others]
+        if model.reference == apart and "base" not in taken:
+            self._no_effect(model, "the base is not merged itself")
+            return {"source": "base", "layers": model.layers}
+        # A model that stands twice in a slice is listed twice.
+        places = [i for i, each in enumerate(self.sources) if each == model.reference]
+        free = [index for index in places if index not in taken]
+        if not free:
+            self.sources.append(model.reference)
+            free = [len(self.sources) - 1]
+        values = self._parameters(f"{model.path}.parameters", model.parameters, method, model=True)
+        return {"source": free[0], "layers": model.layers} | values
+
+    def _no_effect(self, model: _Model, why: str) -> None:
+        for key in model.parameters:
+            if key in PARAMETERS:
+                self._remark(f"{model.path}.parameters.{key}", f"no effect, {why}")
+            else:
+                self._say(f"{model.path}.parameters.{key}", unknown_key(key, sorted(PARAMETERS)))
+
+    def _parameters(
+        self, path: str, table: Mapping[Any, Any], method: Foreign, *, model: bool = False
+    ) -> dict[str, Any]:
+        """Return the parameters in a mapping by their names here."""
+        specs = {spec.name: spec for spec in self.methods[method.native]}
+        made: dict[str, Any] = {}
+        for name, value in table.items():
+            where = f"{path}.{name}" if isinstance(name, str) else f"{path}.{shown(name)}"
+            key = method.keys.get(name)
+            if name in NUSLERP_SWITCHES and method.native == "nuslerp" and not model:
+                continue
+            if name not in PARAMETERS:
+                known = [*method.keys, *(NUSLERP_SWITCHES if method.native == "nuslerp" else ())]
+                self._say(where, unknown_key(name, known))
+            elif key is None:
+                why = (
+                    "it changes no number"
+                    if name in IDLE
+                    else f"{method.native} has no such parameter"
+                )
+                self._remark(where, f"no effect, {why}")
+            elif model and not key.of_model:
+                self._remark(where, "no effect, one value serves all models; move it to parameters")
+            else:
+                self._translate_into(made, where, key, specs[key.native], value)
+        if method.native == "nuslerp" and not model:
+            made |= self._axis(path, table)
+        return made
+
+    def _translate_into(
+        self, made: dict[str, Any], where: str, key: Key, spec: ParameterSpec, value: object
+    ) -> None:
+        try:
+            made[key.native] = translate_value(
+                value, key, spec, lambda text: self._remark(where, text)
+            )
+        except ValueError as error:
+            self._say(where, str(error))
+
+    def _axis(self, path: str, table: Mapping[Any, Any]) -> dict[str, str]:
+        """Return what two switches together say."""
+        flags = []
+        for name, default in zip(NUSLERP_SWITCHES, (True, False), strict=True):
+            value = table.get(name, default)
+            if not isinstance(value, bool):
+                self._say(f"{path}.{name}", f"expected true or false, got {shown(value)}")
+                value = default
+            flags.append(value)
+        given = any(name in table for name in NUSLERP_SWITCHES)
+        return {"axis": _AXES[flags[0], flags[1]]} if given else {}
+
+    def _require(
+        self,
+        method: Foreign,
+        made: dict[str, Any],
+        sources: Sequence[Mapping[str, Any]],
+        layers: Sequence[Mapping[str, Any]],
+    ) -> None:
+        """Fill in defaults that are mergekit's alone, and refuse what is missing."""
+        common = made["parameters"]
+        for name, key in method.keys.items():
+            if key.default is not None:
+                common[key.native] = with_default(common.get(key.native), key.default)
+            if not key.required or key.native in common:
+                continue
+            if not key.of_model:
+                in_slices = bool(layers) and all(key.native in part for part in layers)
+                if not in_slices:
+                    self._say(f"parameters.{name}", "this key is required")
+                continue
+            for path, table in self._lacking(key.native, sources, layers):
+                where = self.paths.get(path, path)
+                where = f"{where}.{name}" if where.endswith("parameters") else f"parameters.{name}"
+                del table
+                self._say(where, "this key is required, here or under parameters for all")
+
+    def _lacking(
+        self,
+        native: str,
+        sources: Sequence[Mapping[str, Any]],
+        layers: Sequence[Mapping[str, Any]],
+    ) -> Iterator[tuple[str, Mapping[str, Any]]]:
+        if not layers:
+            for index, source in enumerate(sources):
+                if native not in source:
+                    yield f"sources[{index}]", source
+        for index, part in enumerate(layers):
+            if native in part:
+                continue
+            for place, each in enumerate(part["sources"]):
+                if each["source"] != "base" and native not in each:
+                    yield f"layers[{index}].sources[{place}]", each
+
+    def _types(self, made: dict[str, Any]) -> None:
+        """Say what is computed and stored."""
+        given: dict[str, str] = {}
+        for key in ("dtype", "out_dtype"):
+            value = self.document.get(key)
+            if value is None:
+                continue
+            if value not in _DTYPES:
+                self._say(key, refuse_choice(value, _DTYPES))
+            else:
+                given[key] = value
+        if given.get("dtype") == "float64":
+            made["compute_dtype"] = "float64"
+        elif given.get("dtype") in {"float16", "bfloat16"}:
+            self._remark(
+                "dtype",
+                f"mergekit rounds the models to {given['dtype']} first; here they are merged as they are "
+                "stored, and the result is rounded",
+            )
+        made["output"] = {"dtype": given.get("out_dtype") or given.get("dtype") or "promoted"}
+
+    def _donor(self, made: dict[str, Any], base: Reference) -> None:
+        """Take what lies beside the tensors from a base that is one model among the others."""
+        index = self.sources.index(base) if base in self.sources else None
+        if index != 0:
+            made["output"]["companions"] = base.native if index is None else index
+
+    def _tokenizer(self, made: dict[str, Any]) -> None:
+        """Say where the tokenizer comes from."""
+        source, table = self.document.get("tokenizer_source"), self._table("tokenizer")
+        path = "tokenizer_source"
+        if source is not None and table:
+            self._say("tokenizer", "tokenizer_source says the same; keep one of them")
+        if table:
+            keys = ("source", "tokens", "pad_to_multiple_of")
+            for key in table:
+                if key not in keys:
+                    self._say(f"tokenizer.{key}", unknown_key(key, keys))
+            for key in keys[1:]:
+                if table.get(key) is not None:
+                    self._say(
+                        f"tokenizer.{key}",
+                        "rows of embeddings are merged as they stand, none is added or replaced; remove "
+                        "the key",
+                    )
+            source, path = table.get("source", "union"), "tokenizer.source"
+        if source == "union":
+            self._say(
+                path,
+                "vocabularies that differ cannot be united; where all models have the same, write base",
+            )
+        elif source is not None and not self.problems:
+            made.setdefault("output", {})
+            self._take_tokenizer(made, path, source)
+        template = self.document.get("chat_template")
+        if template is not None:
+            self._say(
+                "chat_template",
+                "none is written; name the model whose template is to be taken with "
+                "`output.companions.chat_template` of a native recipe, or leave the key out",
+            )
+
+    def _take_tokenizer(self, made: dict[str, Any], path: str, source: object) -> None:
+        reference = self._reference(
+            path, self.document.get("base_model") if source == "base" else source
+        )
+        if reference is None:
+            if source == "base":
+                self._say(path, "the recipe has no base_model to take a tokenizer from")
+            return
+        origin: object = reference.native
+        if made.get("base") == reference.native:
+            origin = "base"
+        elif reference in self.sources:
+            origin = self.sources.index(reference)
+        given = made["output"].get("companions")
+        companions = {} if given is None else dict.fromkeys(("config", "generation_config"), given)
+        made["output"]["companions"] = companions | {"tokenizer": origin}
+
+
+def _is_range(value: object) -> bool:
+    return (
+        isinstance(value, list)
+        and len(value) == 2
+        and all(type(each) is int for each in value)
+        and 0 <= value[0] < value[1]
+    )

@@ -1,0 +1,313 @@
+"""Layers put together anew: the result is what merging the same layers by hand gives."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import (
+    BLOCK,
+    Models,
+    Tensors,
+    assert_same_model,
+    count_sources,
+    load_model,
+    recipe_of,
+    recut,
+    tight_plan,
+    write_adapter,
+)
+from oracles import apply_to_whole_tensors
+
+import streammerge
+from streammerge.assignment.layers import Stack, depths, find_stacks
+from streammerge.checkpoint.types import TensorEntry
+from streammerge.dtypes import DType
+from streammerge.errors import RecipeError
+from streammerge.methods import discover_methods
+from streammerge.methods.base import Operand
+
+IN_LAYER = {"attn.q": (16, 24), "mlp.up": (40, BLOCK // 64 + 3), "norm": (24,)}
+OUTSIDE = {"model.embed_tokens": (30, 24), "model.norm": (24,), "lm_head": (30, 24)}
+
+
+def draw(layers: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensors:
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {f"{name}.weight": shape for name, shape in OUTSIDE.items()}
+    shapes |= {
+        f"model.layers.{layer}.{name}.weight": shape
+        for layer in range(layers)
+        for name, shape in IN_LAYER.items()
+    }
+    return {
+        name: torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes.items()
+    }
+
+
+def taken(model: Tensors, first: int, end: int, start: int) -> Tensors:
+    """Return some layers of a model, called as those from ``start`` on."""
+    return {
+        f"model.layers.{start + layer - first}.{name}.weight": model[
+            f"model.layers.{layer}.{name}.weight"
+        ]
+        for layer in range(first, end)
+        for name in IN_LAYER
+    }
+
+
+def outside(model: Tensors, *names: str) -> Tensors:
+    return {f"{name}.weight": model[f"{name}.weight"] for name in names or OUTSIDE}
+
+
+def entries(*names: str) -> dict[str, TensorEntry]:
+    return {name: TensorEntry(name, DType.F32, (8,), 0, 0) for name in names}
+
+
+def test_layers_are_numbered_siblings() -> None:
+    names = [f"model.layers.{i}.experts.{j}.w" for i in range(3) for j in range(4)]
+    names += [f"vision.blocks.{i}.w" for i in range(2)] + ["head.0.w", "head.2.w", "embed.w"]
+
+    assert find_stacks(entries(*names)) == [Stack("model.layers.", 3), Stack("vision.blocks.", 2)]
+
+
+def test_numbers_with_gaps_and_numbers_that_share_nothing_are_no_layers() -> None:
+    assert find_stacks(entries("a.0.w", "a.2.w", "b.0.w", "b.1.bias", "c.0.w")) == []
+
+
+def test_small_networks_beside_the_layers_are_none() -> None:
+    tensors = entries("projector.0.w", "projector.1.w")
+    tensors |= {f"h.{i}.w": TensorEntry("w", DType.F32, (500,), 0, 0) for i in range(2)}
+
+    assert find_stacks(tensors) == [Stack("h.", 2)]
+
+
+def test_depths_run_from_the_first_layer_to_the_last() -> None:
+    position_of = depths([Stack("h.", 5), Stack("v.", 1)])
+
+    names = ["h.0.w", "h.1.w", "h.4.w", "v.0.w", "embed.w", "lm_head.w"]
+    assert [position_of(name).depth for name in names] == [0.0, 0.25, 1.0, 1.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("method", discover_methods())
+def test_slices_are_merged_as_the_same_layers_by_themselves(method: str, models: Models) -> None:
+    found = discover_methods()[method]
+    on_base = found.operand is not Operand.WEIGHTS
+    sources = count_sources(found, 2)
+    base, *tuned = (draw(layers, seed) for seed, layers in enumerate((6, 6, 8)[: sources + 1]))
+    paths = [models.write(each) for each in (base, *tuned)]
+    ranges = [[(0, 3), (1, 4), (5, 8)], [(2, 6), (0, 4), (2, 6)]]
+    layers = [
+        {
+            "sources": [
+                {"source": "base" if index == 0 else index - 1, "layers": list(each)}
+                for index, each in enumerate(part[: sources + 1])
+                if on_base or index
+            ]
+        }
+        for part in ranges
+    ]
+    example = found.examples[0] | ({"scope": "tensor"} if "scope" in found.examples[0] else {})
+    recipe = recipe_of(
+        method, paths[0] if on_base else None, paths[1:], parameters=example, layers=layers
+    )
+
+    merged, manifest = models.merge(recipe)
+
+    arranged = []
+    for index, model in enumerate((base, *tuned)):
+        first, second = (part[index] for part in ranges)
+        arranged.append(outside(model) | taken(model, *first, 0) | taken(model, *second, 3))
+    expected = apply_to_whole_tensors(method, arranged[0], arranged[1:], example, has_base=on_base)
+    assert_same_model(merged, expected)
+    assert any("model.layers.0 to 6" in note.text for note in manifest.notes)
+
+
+FRANKEN = [
+    {"sources": [{"source": 0, "layers": [0, 4]}]},
+    {"sources": [{"source": 1, "layers": [2, 6]}]},
+    {"sources": [{"source": 2, "layers": [0, 8]}], "scale": 0.5},
+    {"sources": [{"source": 0, "layers": [3, 4]}]},
+]
+
+
+def franken(models: Models, **options: Any) -> tuple[dict[str, Any], Tensors]:
+    """Return a recipe of three models' layers one after the other, and what comes of it."""
+    drawn = [draw(layers, seed) for seed, layers in enumerate((4, 6, 8))]
+    paths = [models.write(each, **options) for each in drawn]
+    a, b, c = drawn
+    expected = outside(a, "model.embed_tokens") | outside(a, "model.norm", "lm_head")
+    expected |= taken(a, 0, 4, 0) | taken(b, 2, 6, 4) | taken(a, 3, 4, 16)
+    expected |= {name: tensor * 0.5 for name, tensor in taken(c, 0, 8, 8).items()}
+    return recipe_of("passthrough", None, paths, layers=FRANKEN), expected
+
+
+def test_layers_of_several_models_follow_each_other(models: Models) -> None:
+    recipe, expected = franken(models)
+
+    merged, _ = models.merge(recipe)
+
+    assert_same_model(merged, expected)
+
+
+def test_no_cut_of_the_work_changes_a_byte(models: Models) -> None:
+    recipe, expected = franken(models, shards=3, layout="interleaved")
+    plan = streammerge.plan(recipe, memory="3GiB")
+    for asked in (
+        recut(plan, slots=3, workers=1),
+        recut(plan, slots=30, slot_blocks=2, workers=3),
+        tight_plan(recipe | {"output": {"max_shard_size": "100KB"}}, workers=2),
+    ):
+        assert_same_model(models.merge(asked)[0], expected)
+
+
+def test_what_comes_first_is_the_first_slices_and_what_comes_last_the_last_ones(
+    models: Models,
+) -> None:
+    drawn = [draw(2, seed) for seed in range(2)]
+    layers = [
+        {"sources": [{"source": 1, "layers": [0, 2]}]},
+        {"sources": [{"source": 0, "layers": [0, 2]}]},
+    ]
+    paths = [models.write(each) for each in drawn]
+
+    merged, _ = models.merge(recipe_of("passthrough", None, paths, layers=layers))
+
+    assert torch.equal(merged["model.embed_tokens.weight"], drawn[1]["model.embed_tokens.weight"])
+    assert torch.equal(merged["lm_head.weight"], drawn[0]["lm_head.weight"])
+    assert torch.equal(merged["model.norm.weight"], drawn[0]["model.norm.weight"])
+
+
+def test_gradients_run_over_the_layers_of_their_slice(models: Models) -> None:
+    a, b = (draw(4, seed, torch.float64) for seed in range(2))
+    recipe = recipe_of(
+        "linear",
+        None,
+        [models.write(a), models.write(b)],
+        parameters={"weight": {"gradient": [0.0, 1.0]}, "normalize": False},
+        compute_dtype="float64",
+        layers=[
+            {"sources": [{"source": i, "layers": [0, 3]} for i in range(2)]},
+            {"sources": [{"source": 0, "layers": [1, 4]}]},
+            {"sources": [{"source": 1, "layers": [3, 4]}]},
+        ],
+    )
+
+    merged, _ = models.merge(recipe)
+
+    for layer, depth in enumerate([0.0, 0.5, 1.0]):
+        name = f"model.layers.{layer}.attn.q.weight"
+        torch.testing.assert_close(merged[name], depth * (a[name] + b[name]))
+    for layer, depth in enumerate([0.0, 0.5, 1.0]):
+        found = merged[f"model.layers.{3 + layer}.attn.q.weight"]
+        torch.testing.assert_close(found, depth * a[f"model.layers.{1 + layer}.attn.q.weight"])
+    # A slice of one layer has the last value, what is outside of all layers the first.
+    last = merged["model.layers.6.attn.q.weight"]
+    assert torch.equal(last, b["model.layers.3.attn.q.weight"])
+    assert not merged["model.embed_tokens.weight"].any()
+
+
+def test_an_adapter_gives_the_layers_of_its_base(models: Models, tmp_path: Path) -> None:
+    base = draw(4, 0)
+    weights = {f"model.layers.{i}.attn.q.weight": IN_LAYER["attn.q"] for i in range(4)}
+    adapter = write_adapter(tmp_path / "adapter", weights, seed=3)
+    path = models.write(base)
+    whole, _ = models.merge(recipe_of("task_arithmetic", path, [adapter]))
+    layers = [
+        {"sources": [{"source": 0, "layers": [1, 4]}]},
+        {"sources": [{"source": 0, "layers": [0, 2]}]},
+    ]
+
+    merged, _ = models.merge(recipe_of("task_arithmetic", path, [adapter], layers=layers))
+
+    expected = outside(whole) | taken(whole, 1, 4, 0) | taken(whole, 0, 2, 3)
+    assert_same_model(merged, expected)
+
+
+def test_the_configuration_says_how_many_layers_there_are(models: Models) -> None:
+    recipe, _ = franken(models)
+    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
+    for source, layers in zip(recipe["sources"], (4, 6, 8), strict=True):
+        text = json.dumps(config | {"num_hidden_layers": layers})
+        (Path(source["path"]) / "config.json").write_text(text)
+    out = models.new_output()
+
+    streammerge.merge(recipe, out)
+
+    assert json.loads((out / "config.json").read_text())["num_hidden_layers"] == 17
+    assert len(load_model(out)) == 17 * len(IN_LAYER) + len(OUTSIDE)
+
+
+def test_what_each_layer_is_goes_along_with_it(models: Models) -> None:
+    drawn = [draw(4, seed) for seed in range(2)]
+    paths = [models.write(each) for each in drawn]
+    kinds = [["full", "sliding", "full", "sliding"], ["a", "b", "c", "d"]]
+    for path, types in zip(paths, kinds, strict=True):
+        config = {"model_type": "llama", "architectures": ["X"], "num_hidden_layers": 4}
+        config |= {"tie_word_embeddings": False}
+        (path / "config.json").write_text(json.dumps(config | {"layer_types": types}))
+    layers = [
+        {"sources": [{"source": 0, "layers": [1, 4]}]},
+        {"sources": [{"source": 1, "layers": [0, 3]}]},
+    ]
+    out = models.new_output()
+
+    streammerge.merge(recipe_of("passthrough", None, paths, layers=layers), out)
+
+    config = json.loads((out / "config.json").read_text())
+    assert config["num_hidden_layers"] == 6
+    assert config["layer_types"] == ["sliding", "full", "sliding", "a", "b", "c"]
+
+
+def refused(models: Models, method: str, layers: list[Any], **document: Any) -> str:
+    paths = [models.write(draw(layers, seed)) for seed, layers in enumerate((4, 6))]
+    with pytest.raises(RecipeError) as caught:
+        streammerge.plan(recipe_of(method, None, paths, layers=layers, **document))
+    return str(caught.value)
+
+
+def test_layers_that_a_model_does_not_have_are_refused(models: Models) -> None:
+    said = refused(models, "passthrough", [{"sources": [{"source": 0, "layers": [2, 5]}]}])
+
+    assert "layers[0].sources[0].layers: [2, 5] goes beyond the 4 layers of sources[0]" in said
+    assert "model.layers.0 to 3" in said
+
+
+def test_a_slice_of_too_many_sources_is_refused(models: Models) -> None:
+    both = [{"source": index, "layers": [0, 2]} for index in range(2)]
+
+    said = refused(models, "passthrough", [{"sources": both}])
+
+    assert said.startswith("layers[0].sources: passthrough merges exactly one, and the slice has 2")
+
+
+def test_models_without_numbered_layers_have_none_to_put_together(models: Models) -> None:
+    path = models.write({"weight": torch.ones(3)})
+    layers = [{"sources": [{"source": 0, "layers": [0, 1]}]}]
+
+    with pytest.raises(RecipeError, match="no numbered layers are found in the first model"):
+        streammerge.plan(recipe_of("passthrough", None, [path], layers=layers))
+
+
+def test_several_stacks_are_named(models: Models) -> None:
+    tensors = {
+        f"{side}.block.{i}.w": torch.ones(3) for side in ("encoder", "decoder") for i in (0, 1)
+    }
+    layers = [{"sources": [{"source": 0, "layers": [0, 1]}]}]
+
+    with pytest.raises(RecipeError, match=r"decoder\.block\.0 to 1, encoder\.block\.0 to 1"):
+        streammerge.plan(recipe_of("passthrough", None, [models.write(tensors)], layers=layers))
+
+
+def test_one_threshold_over_models_that_differ_is_refused(models: Models) -> None:
+    base = models.write(draw(4, 9))
+    paths = [models.write(draw(4, seed)) for seed in range(2)]
+    layers = [{"sources": [{"source": index, "layers": [0, 2]}]} for index in range(2)]
+    recipe = recipe_of(
+        "ties", base, paths, layers=layers, parameters={"density": 0.5, "scope": "model"}
+    )
+
+    with pytest.raises(RecipeError, match="not all tensors are made of the same models"):
+        streammerge.plan(recipe)

@@ -1,0 +1,245 @@
+"""What is said about recipes of mergekit that cannot be followed, or that say what has no effect."""
+
+from __future__ import annotations
+
+import pytest
+
+from streammerge.errors import RecipeError
+from streammerge.methods import discover_methods
+from streammerge.recipe.parsing import parse_recipe
+from streammerge.recipe.types import Case, Cases, Gradient, Recipe
+
+METHODS = {name: each.parameters for name, each in discover_methods().items()}
+
+
+def parsed(text: str) -> Recipe:
+    return parse_recipe(text, origin="c.yml", methods=METHODS)
+
+
+def refused(text: str) -> list[str]:
+    with pytest.raises(RecipeError) as caught:
+        parsed(text)
+    return [line.removeprefix("c.yml: ") for line in str(caught.value).split("\n")]
+
+
+LINEAR = "merge_method: linear\nmodels:\n- {model: a, parameters: {weight: 1}}\n"
+TIES = "merge_method: ties\nbase_model: a\nmodels: [{model: b, parameters: {weight: 1}}]\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("models: [{model: a}]", "merge_method: this key is required"),
+        (
+            "merge_method: tise\nmodels: [{model: a}]",
+            'merge_method: unknown method "tise"; did you mean "ties"?',
+        ),
+        (LINEAR + "dtyp: float32", 'dtyp: unknown key; did you mean "dtype"?'),
+        (
+            LINEAR + "dtype: int64",
+            'dtype: expected float32 or float16 or bfloat16 or float64, got "int64"',
+        ),
+        (
+            "merge_method: linear\nmodels: [{model: a, wieght: 1}]",
+            "models[0].wieght: unknown key; known: model, parameters",
+        ),
+        (
+            "merge_method: linear\nmodels: [{model: a, weight: 1}]",
+            "models[0].weight: a parameter; move it under models[0].parameters",
+        ),
+        (
+            "merge_method: linear\nmodels: [{model: a, parameters: {wieght: 1}}]",
+            'models[0].parameters.wieght: unknown key; did you mean "weight"?',
+        ),
+        (
+            "merge_method: linear\nmodels: [{model: a}]",
+            "models[0].parameters.weight: this key is required, here or under parameters for all",
+        ),
+        (
+            "merge_method: slerp\nbase_model: a\nmodels: [{model: b}]",
+            "parameters.t: this key is required",
+        ),
+        (
+            "merge_method: ties\nmodels: [{model: b, parameters: {weight: 1}}]",
+            "base_model: ties needs the model that the others were tuned from",
+        ),
+        (
+            TIES + "parameters: {density: 1.5}",
+            "parameters.density: expected a number in [0, 1], got 1.5",
+        ),
+        (
+            (
+                "merge_method: ties\nbase_model: a\n"
+                "models: [{model: a}, {model: b, parameters: {weight: 1, density: -1}}]"
+            ),
+            "models[1].parameters.density: expected a number in [0, 1], got -1",
+        ),
+        (TIES + "parameters: {density: half}", 'parameters.density: expected a number, got "half"'),
+        (
+            TIES + "parameters: {normalize: 2}",
+            "parameters.normalize: expected true or false, got 2",
+        ),
+        (
+            TIES + "parameters: {density: []}",
+            "parameters.density: expected a value, got an empty list",
+        ),
+        (
+            TIES + "parameters: {density: [{filtre: mlp, value: 1}]}",
+            (
+                "parameters.density: expected {filter, value} as entry 0 of the list, got a mapping with "
+                "filtre, value"
+            ),
+        ),
+        (
+            LINEAR + "slices: [{sources: []}]",
+            "models: expected models or slices, got models and slices",
+        ),
+        (
+            "merge_method: linear\nmodules: {default: {models: [{model: a}]}}",
+            (
+                "modules: parts of a model cannot be merged by recipes of their own; merge the whole model, "
+                "with `rules` of a native recipe where a part is to be copied"
+            ),
+        ),
+        (
+            "merge_method: passthrough\nslices: [{sources: [{model: a, layer_range: [4, 2]}]}]",
+            (
+                "slices[0].sources[0].layer_range: expected [first, end], the first layer counted from 0 and "
+                "the one after the last, got a list of 2"
+            ),
+        ),
+        (
+            "merge_method: passthrough\nslices: [{sources: [{model: a}]}]",
+            (
+                "slices[0].sources[0].layer_range: expected [first, end], the first layer counted from 0 and "
+                "the one after the last, got null"
+            ),
+        ),
+        (
+            (
+                "merge_method: slerp\nbase_model: a\nparameters: {t: 0.5}\n"
+                "slices: [{sources: [{model: b, layer_range: [0, 2]}]}]"
+            ),
+            (
+                "slices[0].sources: the base_model, a, gives no layers to this slice; list it with the layers "
+                "that the others were tuned from"
+            ),
+        ),
+        (
+            (
+                "merge_method: slerp\nbase_model: a\nparameters: {t: 0.5}\n"
+                "slices: [{sources: [{model: a, layer_range: [0, 2]}, {model: b, layer_range: [0, 3]}]}]"
+            ),
+            "slices[0].sources: a slice takes as many layers of each model, these give 2, 3",
+        ),
+        (
+            "merge_method: linear\nmodels: [{model: a+lora, parameters: {weight: 1}}]",
+            (
+                'models[0].model: "lora" would have to be merged into "a" first; run `streammerge bake MODEL '
+                "ADAPTER OUT`, and name what comes of it"
+            ),
+        ),
+        (
+            LINEAR + "- {model: a, parameters: {weight: 2}}",
+            "models[1].model: a is listed twice",
+        ),
+        (
+            LINEAR + "tokenizer_source: union",
+            (
+                "tokenizer_source: vocabularies that differ cannot be united; where all models have the same, "
+                "write base"
+            ),
+        ),
+        (
+            LINEAR + "tokenizer: {source: base, pad_to_multiple_of: 64}",
+            (
+                "tokenizer.pad_to_multiple_of: rows of embeddings are merged as they stand, none is added or "
+                "replaced; remove the key"
+            ),
+        ),
+        (
+            LINEAR + "chat_template: chatml",
+            (
+                "chat_template: none is written; name the model whose template is to be taken with "
+                "`output.companions.chat_template` of a native recipe, or leave the key out"
+            ),
+        ),
+    ],
+)
+def test_what_cannot_be_followed_is_refused_by_its_key(text: str, said: str) -> None:
+    assert said in refused(text)
+
+
+def test_all_that_is_wrong_is_said_at_once() -> None:
+    said = refused(
+        "merge_method: ties\nbase_modle: a\n"
+        "models: [{model: b, parameters: {weight: x, densty: 1}}]\nparameters: {density: 2}\n"
+    )
+
+    assert 'base_modle: unknown key; did you mean "base_model"?' in said
+    assert 'models[0].parameters.weight: expected a number, got "x"' in said
+    assert 'models[0].parameters.densty: unknown key; did you mean "density"?' in said
+
+
+def test_what_has_no_effect_is_remarked() -> None:
+    recipe = parsed(
+        "merge_method: ties\nbase_model: a\ndtype: bfloat16\n"
+        "models:\n- {model: a, parameters: {weight: 1}}\n"
+        "- {model: b, parameters: {weight: 1, normalize: false, t: 0.5}}\n"
+        "parameters: {int8_mask: true, density: [{value: 0.5}, {filter: mlp, value: 1}]}\n"
+    )
+
+    assert recipe.remarks == (
+        "models[0].parameters.weight: no effect, the base is not merged itself",
+        "models[1].parameters.normalize: no effect, one value serves all models; move it to parameters",
+        "models[1].parameters.t: no effect, ties has no such parameter",
+        "parameters.int8_mask: no effect, it changes no number",
+        "parameters.density: no effect from entry 1 on: the one before is for all tensors",
+        (
+            "dtype: mergekit rounds the models to bfloat16 first; here they are merged as they are stored, and "
+            "the result is rounded"
+        ),
+    )
+
+
+def test_filters_are_pieces_of_names() -> None:
+    recipe = parsed(
+        "merge_method: slerp\nbase_model: a\nmodels: [{model: b}]\n"
+        "parameters: {t: [{filter: 'a[0]*', value: [0, 1]}, {filter: '*', value: '0.25'}]}\n"
+    )
+
+    assert recipe.parameters["t"] == Cases(
+        (Case("*a[[]0][*]*", Gradient((0.0, 1.0))), Case(None, 0.25))
+    )
+
+
+def test_a_density_for_some_tensors_leaves_the_others_whole() -> None:
+    recipe = parsed(TIES + "parameters: {density: {filter: mlp, value: 0.1}}")
+
+    assert recipe.parameters["density"] == Cases((Case("*mlp*", 0.1), Case(None, 1.0)))
+
+
+@pytest.mark.parametrize(
+    ("method", "keys", "expected"),
+    [
+        ("linear", "", None),
+        ("linear", "base_model: a", None),
+        ("linear", "base_model: b", 1),
+        ("linear", "base_model: c", 2),
+    ],
+)
+def test_files_beside_the_tensors_are_those_of_the_base(
+    method: str, keys: str, expected: int | None
+) -> None:
+    recipe = parsed(
+        f"merge_method: {method}\n{keys}\nparameters: {{weight: 1}}\nmodels: [{{model: a}}, {{model: b}}]"
+    )
+
+    assert set(recipe.output.companions.values()) == ({expected} if expected is not None else set())
+
+
+def test_a_tokenizer_is_taken_from_the_model_that_is_named() -> None:
+    recipe = parsed(TIES + "tokenizer_source: b")
+    assert {kind.value: origin for kind, origin in recipe.output.companions.items()} == {
+        "tokenizer": 0
+    }
