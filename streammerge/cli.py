@@ -80,7 +80,9 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     merge = commands.add_parser("merge", help="merge models as a recipe says")
-    merge.add_argument("recipe", metavar="RECIPE", help="a YAML or JSON recipe")
+    merge.add_argument(
+        "recipe", metavar="RECIPE", help="a recipe in YAML or JSON, or mergekit's YAML"
+    )
     merge.add_argument(
         "out", metavar="OUT", help="directory to make, or one file if it ends with .safetensors"
     )
@@ -105,7 +107,9 @@ def _parser() -> argparse.ArgumentParser:
     merge.set_defaults(command=_merge)
 
     plan = commands.add_parser("plan", help="show what a merge would do, reading headers only")
-    plan.add_argument("recipe", metavar="RECIPE", help="a YAML or JSON recipe")
+    plan.add_argument(
+        "recipe", metavar="RECIPE", help="a recipe in YAML or JSON, or mergekit's YAML"
+    )
     _add_resources(plan)
     plan.add_argument("--json", action="store_true", help="the whole plan as JSON")
     plan.set_defaults(command=_plan)
@@ -142,6 +146,12 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("--quiet", action="store_true", help="no progress on standard error")
     verify.add_argument("--json", action="store_true", help="the findings as JSON")
     verify.set_defaults(command=_verify)
+
+    convert = commands.add_parser(
+        "convert", help="print the recipe that means the same as one of mergekit's"
+    )
+    convert.add_argument("recipe", metavar="CONFIG", help="mergekit's YAML, or any recipe")
+    convert.set_defaults(command=_convert)
 
     methods = commands.add_parser("methods", help="list merge methods, or explain one")
     methods.add_argument("name", metavar="NAME", nargs="?", help="a method")
@@ -376,6 +386,14 @@ def _inspect(options: argparse.Namespace) -> int:
         print_result(json.dumps(describe_as_json(checkpoint)))
     else:
         print_result(describe(checkpoint))
+    return 0
+
+
+def _convert(options: argparse.Namespace) -> int:
+    from streammerge.recipe.dumping import write_out
+    from streammerge.run import load_recipe
+
+    print_result(write_out(load_recipe(options.recipe)).rstrip("\n"))
     return 0
 
 

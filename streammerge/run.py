@@ -44,7 +44,8 @@ from streammerge.plan.layout import in_one_file
 from streammerge.plan.partners import settle_parts
 from streammerge.plan.planning import plan_merge
 from streammerge.plan.types import MergePlan
-from streammerge.recipe.parsing import dump_recipe, native_document, recipe_from_mapping
+from streammerge.recipe.dumping import dump_recipe
+from streammerge.recipe.parsing import native_document, recipe_from_mapping
 from streammerge.recipe.resolving import build_resolver
 from streammerge.recipe.text import MAX_TEXT_BYTES, load_document
 from streammerge.recipe.types import Recipe

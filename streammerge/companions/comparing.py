@@ -209,10 +209,12 @@ def _compare_vocabularies(
         if each.directory == taken.directory or not has_vocabulary(each.directory):
             continue
         if not has_vocabulary(taken.directory):
+            _refuse_other(policy, taken, each, "has a vocabulary, and the other has none")
             yield _vocabulary_difference(taken, None, each, "has one")
             continue
         name = find_common(taken.directory, each.directory)
         if name is None:
+            _refuse_other(policy, taken, each, "has its vocabulary in a file of another kind")
             yield _vocabulary_difference(taken, "in another file", each, "cannot be compared")
             continue
         mine, theirs = taken.directory / name, each.directory / name
@@ -225,7 +227,7 @@ def _compare_vocabularies(
         if len(conflicts):
             numbers = ", ".join(str(number) for number in conflicts[:_SHOWN_CONFLICTS])
             said = f"{len(conflicts)} numbers stand for other tokens, the first are {numbers}"
-            if policy is VocabularyPolicy.ERROR:
+            if policy is not VocabularyPolicy.IGNORE:
                 raise CheckpointError(
                     f"{theirs}: {said} in {mine} ({each.label} and {taken.label}); equal rows of "
                     "their embeddings would mean different tokens; to merge them all the same, add "
@@ -233,9 +235,22 @@ def _compare_vocabularies(
                 )
             yield _vocabulary_difference(taken, f"{read[name].count} tokens", each, said)
         elif vocabulary.count != read[name].count:
+            said = f"has {vocabulary.count} tokens, and the other {read[name].count}"
+            _refuse_other(policy, taken, each, said)
             yield _vocabulary_difference(
                 taken, f"{read[name].count} tokens", each, f"{vocabulary.count} tokens"
             )
+
+
+def _refuse_other(
+    policy: VocabularyPolicy, taken: Participant, other: Participant, said: str
+) -> None:
+    """Raise about a vocabulary that is another one, where the recipe asks for the same."""
+    if policy is VocabularyPolicy.SAME:
+        raise CheckpointError(
+            f"{other.directory}: {said}, of {taken.label} ({taken.directory}); vocabularies that differ "
+            "cannot be united, so choose models that share one"
+        )
 
 
 def _vocabulary_difference(

@@ -49,7 +49,7 @@ from streammerge.plan.types import (
     TensorInput,
     TensorTask,
 )
-from streammerge.recipe.parsing import dump_recipe
+from streammerge.recipe.dumping import dump_recipe
 from streammerge.recipe.resolving import build_resolver
 from streammerge.recipe.types import ComputeDType, NonFinitePolicy, Recipe
 from streammerge.statistics import count_blocks

@@ -20,10 +20,9 @@ from streammerge.recipe.dialects.mergekit import translate as translate_mergekit
 from streammerge.recipe.refusing import key_path, shown
 from streammerge.recipe.resolving import Place, iter_parameter_problems, tables_of
 from streammerge.recipe.schema import PROMOTED, LayerSliceDocument, RecipeDocument, check_frame
-from streammerge.recipe.text import dump_document, load_document
+from streammerge.recipe.text import load_document
 from streammerge.recipe.types import (
     BASE,
-    CompanionKind,
     Given,
     LayerRange,
     LayerSlice,
@@ -37,7 +36,7 @@ from streammerge.recipe.types import (
     Source,
     Varying,
 )
-from streammerge.recipe.varying import build_varying, plain_varying
+from streammerge.recipe.varying import build_varying
 
 MAX_PROBLEMS = 100
 """Lines in one error message."""
@@ -103,90 +102,6 @@ def _naming(origin: str) -> Iterator[None]:
             lines[MAX_PROBLEMS:] = [f"and {len(lines) - MAX_PROBLEMS} more problems"]
         message = "\n".join(f"{origin}: {line}" for line in lines)
         raise RecipeError(message) from error.__cause__
-
-
-def dump_recipe(recipe: Recipe) -> str:
-    """Return ``recipe`` as YAML that parses back to an equal recipe; equal recipes, equal text."""
-    document: dict[str, object] = {"method": recipe.method}
-    if recipe.base is not None:
-        document["base"] = str(recipe.base)
-    document["sources"] = [
-        {"path": str(source.path)}
-        | ({} if source.component is None else {"component": source.component})
-        | ({} if not source.rename else {"rename": list(map(_plain_rename, source.rename))})
-        | _plain(source.parameters)
-        for source in recipe.sources
-    ]
-    document["parameters"] = _plain(recipe.parameters)
-    document["rules"] = [_plain_rule(rule) for rule in recipe.rules]
-    if recipe.layers:
-        document["layers"] = list(map(_plain_slice, recipe.layers))
-    if recipe.semantics is not None:
-        document["semantics"] = recipe.semantics.value
-    document["seed"] = recipe.seed
-    document["missing"] = recipe.missing.value
-    document["mismatch"] = recipe.mismatch.value
-    document["non_finite"] = recipe.non_finite.value
-    document["vocabulary"] = recipe.vocabulary.value
-    document["compute_dtype"] = recipe.compute_dtype.value
-    output: dict[str, object] = {}
-    if recipe.output.max_shard_bytes is not None:
-        output["max_shard_size"] = recipe.output.max_shard_bytes
-    if recipe.output.dtype is not None:
-        output["dtype"] = recipe.output.dtype.torch_name
-    elif recipe.output.promotes:
-        output["dtype"] = PROMOTED
-    if recipe.output.companions:
-        output["companions"] = {
-            kind.value: _plain_origin(recipe.output.companions[kind])
-            for kind in CompanionKind
-            if kind in recipe.output.companions
-        }
-    if recipe.output.quantization is not None:
-        output["quantization"] = recipe.output.quantization.value
-    document["output"] = output
-    return dump_document(document)
-
-
-def _plain(parameters: Mapping[str, Given]) -> dict[str, object]:
-    """Return ``parameters`` as YAML has them, sorted, so that equal recipes have equal text."""
-    return {
-        name: list(value) if isinstance(value, tuple) else plain_varying(value)
-        for name, value in sorted(parameters.items())
-    }
-
-
-def _plain_rename(rename: Rename) -> dict[str, str]:
-    return {"from": rename.old, "to": rename.new}
-
-
-def _plain_origin(origin: int | Path) -> object:
-    if origin == BASE:
-        return "base"
-    return origin if isinstance(origin, int) else str(origin)
-
-
-def _plain_rule(rule: Rule) -> dict[str, object]:
-    plain: dict[str, object] = {"tensors": rule.tensors}
-    if rule.copy is not None:
-        plain["copy"] = "base" if rule.copy == BASE else rule.copy
-    if rule.drop:
-        plain["drop"] = True
-    if rule.dtype is not None:
-        plain["dtype"] = rule.dtype.value
-    if rule.mismatch is not None:
-        plain["mismatch"] = rule.mismatch.value
-    return plain | _plain(rule.parameters)
-
-
-def _plain_slice(part: LayerSlice) -> dict[str, object]:
-    return {
-        "sources": [
-            {"source": _plain_origin(each.source), "layers": [each.first, each.end]}
-            | _plain(each.parameters)
-            for each in part.ranges
-        ]
-    } | _plain(part.parameters)
 
 
 def _translate(document: object, methods: Methods) -> Recipe:

@@ -377,8 +377,8 @@ class RecipeDocument(_Document):
     )
     vocabulary: Annotated[VocabularyPolicy, BeforeValidator(_word_of(VocabularyPolicy))] = Field(
         default=VocabularyPolicy.ERROR,
-        description="Tokenizers in which one number stands for two tokens: refuse them, or merge "
-        "all the same.",
+        description="Tokenizers in which one number stands for two tokens: refuse them, or ignore it and "
+        "merge; same refuses all that differ.",
     )
     compute_dtype: Annotated[ComputeDType, BeforeValidator(_word_of(ComputeDType))] = Field(
         default=ComputeDType.FLOAT32, description="The type that merges are computed in."

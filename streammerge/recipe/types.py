@@ -134,9 +134,12 @@ class ComputeDType(StrEnum):
 
 
 class VocabularyPolicy(StrEnum):
-    """What to do with tokenizers in which one number stands for two tokens."""
+    """What to do with tokenizers that differ."""
 
     ERROR = "error"
+    """Refuse them where one number stands for two tokens."""
+    SAME = "same"
+    """Refuse them unless all have the same tokens at the same numbers."""
     IGNORE = "ignore"
 
 
@@ -286,7 +289,7 @@ class Recipe:
     mismatch: MismatchPolicy = MismatchPolicy.ERROR
     """What to do with a tensor that has several shapes."""
     vocabulary: VocabularyPolicy = VocabularyPolicy.ERROR
-    """What to do with tokenizers in which one number stands for two tokens."""
+    """What to do with tokenizers that differ."""
     layers: tuple[LayerSlice, ...] = ()
     """The layers of the result, slice by slice; empty for those of the inputs, each with its like."""
     remarks: tuple[str, ...] = field(default=(), compare=False)

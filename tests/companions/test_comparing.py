@@ -192,6 +192,20 @@ def test_a_number_with_two_tokens_is_refused_unless_the_recipe_says(tmp_path: Pa
     assert written["differences"][0]["key"] == "vocabulary"
 
 
+def test_vocabularies_that_differ_at_all_are_refused_where_the_recipe_asks(tmp_path: Path) -> None:
+    base = write(tmp_path / "base", tokenizer__json=tokenizer())
+    same = write(tmp_path / "same", tokenizer__json={"other": 1, **tokenizer()})
+    longer = write(tmp_path / "longer", tokenizer__json=tokenizer(d=3))
+    none = write(tmp_path / "none")
+
+    assert lines(plan(base, same, vocabulary="same")) == []
+    assert lines(plan(base, none, vocabulary="same")) == []
+    with pytest.raises(CheckpointError, match=r"has 4 tokens, and the other 3, of base"):
+        plan(base, longer, vocabulary="same")
+    with pytest.raises(CheckpointError, match=r"has a vocabulary, and the other has none"):
+        plan(none, base, vocabulary="same")
+
+
 def test_tokens_that_come_after_the_others_are_told_and_accepted(tmp_path: Path) -> None:
     base = write(tmp_path / "base", tokenizer__json=tokenizer())
     source = write(tmp_path / "source", tokenizer__json=tokenizer(d=3))

@@ -41,7 +41,8 @@ from streammerge.plan.types import (
     TensorInput,
     TensorTask,
 )
-from streammerge.recipe.parsing import MAX_PROBLEMS, dump_recipe, parse_recipe
+from streammerge.recipe.dumping import dump_recipe
+from streammerge.recipe.parsing import MAX_PROBLEMS, parse_recipe
 from streammerge.recipe.resolving import build_resolver
 
 MAX_CPU_SECONDS = 10

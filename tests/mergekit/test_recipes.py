@@ -15,7 +15,8 @@ from tiny import ARCHITECTURES, write_models
 
 import streammerge
 from streammerge.methods import discover_methods
-from streammerge.recipe.parsing import dump_recipe, parse_recipe
+from streammerge.recipe.dumping import dump_recipe
+from streammerge.recipe.parsing import parse_recipe
 
 FARTHEST = {torch.float32: 2e-5, torch.float64: 1e-12, torch.bfloat16: 2**-8}
 """Relative distance of a tensor from mergekit's, which computes in float32 too; of a rounded one, a unit in

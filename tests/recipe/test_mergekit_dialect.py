@@ -7,7 +7,7 @@ import pytest
 from streammerge.errors import RecipeError
 from streammerge.methods import discover_methods
 from streammerge.recipe.parsing import parse_recipe
-from streammerge.recipe.types import Case, Cases, Gradient, Recipe
+from streammerge.recipe.types import Case, Cases, Gradient, Recipe, VocabularyPolicy
 
 METHODS = {name: each.parameters for name, each in discover_methods().items()}
 
@@ -135,20 +135,14 @@ TIES = "merge_method: ties\nbase_model: a\nmodels: [{model: b, parameters: {weig
         (
             "merge_method: linear\nmodels: [{model: a+lora, parameters: {weight: 1}}]",
             (
-                'models[0].model: "lora" would have to be merged into "a" first; run `streammerge bake MODEL '
-                "ADAPTER OUT`, and name what comes of it"
+                'models[0].model: the adapter "lora" has to be merged into "a" first, by a recipe of its own '
+                "with `method: task_arithmetic`, the model as `base` and the adapter as its one source; then name "
+                "what comes of it"
             ),
         ),
         (
             LINEAR + "- {model: a, parameters: {weight: 2}}",
             "models[1].model: a is listed twice",
-        ),
-        (
-            LINEAR + "tokenizer_source: union",
-            (
-                "tokenizer_source: vocabularies that differ cannot be united; where all models have the same, "
-                "write base"
-            ),
         ),
         (
             LINEAR + "tokenizer: {source: base, pad_to_multiple_of: 64}",
@@ -243,3 +237,8 @@ def test_a_tokenizer_is_taken_from_the_model_that_is_named() -> None:
     assert {kind.value: origin for kind, origin in recipe.output.companions.items()} == {
         "tokenizer": 0
     }
+
+
+def test_a_union_of_vocabularies_is_one_that_all_share() -> None:
+    assert parsed(TIES + "tokenizer_source: union").vocabulary is VocabularyPolicy.SAME
+    assert parsed(TIES + "tokenizer: {source: union}").vocabulary is VocabularyPolicy.SAME

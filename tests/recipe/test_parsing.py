@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from streammerge.dtypes import DType
 from streammerge.errors import RecipeError
-from streammerge.recipe.parsing import dump_recipe, parse_recipe, recipe_from_mapping
+from streammerge.recipe.dumping import dump_recipe
+from streammerge.recipe.parsing import parse_recipe, recipe_from_mapping
 from streammerge.recipe.types import (
     BASE,
     ComputeDType,

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from streammerge.errors import RecipeError
 from streammerge.methods import discover_methods
-from streammerge.recipe.parsing import dump_recipe, parse_recipe
+from streammerge.recipe.dumping import dump_recipe
+from streammerge.recipe.parsing import parse_recipe
 from streammerge.recipe.resolving import Position, build_resolver
 from streammerge.recipe.types import BASE, Case, Cases, Gradient, LayerRange, LayerSlice, Recipe
 from streammerge.recipe.varying import value_at

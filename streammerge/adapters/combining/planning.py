@@ -27,7 +27,7 @@ from streammerge.adapters.files.types import Adapter, AdapterKind, LayerKind, Lo
 from streammerge.checkpoint.types import TensorEntry
 from streammerge.dtypes import DType
 from streammerge.errors import MemoryBudgetError, RecipeError, ShapeMismatchError
-from streammerge.recipe.parsing import dump_recipe
+from streammerge.recipe.dumping import dump_recipe
 from streammerge.recipe.resolving import Resolved, build_resolver
 from streammerge.recipe.types import Recipe, Semantics
 from streammerge.units import BASELINE_NOISE, MIB, format_budget, format_size

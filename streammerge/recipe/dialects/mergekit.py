@@ -467,10 +467,7 @@ class _Translation:
                     )
             source, path = table.get("source", "union"), "tokenizer.source"
         if source == "union":
-            self._say(
-                path,
-                "vocabularies that differ cannot be united; where all models have the same, write base",
-            )
+            made["vocabulary"] = "same"
         elif source is not None and not self.problems:
             made.setdefault("output", {})
             self._take_tokenizer(made, path, source)

@@ -68,6 +68,7 @@ def _split(text: str) -> Reference:
 
 def _refuse_adapter(model: str, adapter: str) -> str:
     return (
-        f"{shown(adapter)} would have to be merged into {shown(model)} first; run `streammerge bake "
-        "MODEL ADAPTER OUT`, and name what comes of it"
+        f"the adapter {shown(adapter)} has to be merged into {shown(model)} first, by a recipe of its own "
+        "with `method: task_arithmetic`, the model as `base` and the adapter as its one source; then name "
+        "what comes of it"
     )
