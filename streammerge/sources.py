@@ -8,7 +8,7 @@ from pathlib import Path
 
 from streammerge.adapters.combining.recipes import sources_of
 from streammerge.adapters.files.reading import is_adapter
-from streammerge.adapters.onto_base.adapted import AdaptedModel, read_adapted
+from streammerge.adapters.onto_base.adapted import AdaptedModel, read_adapted, read_tuned
 from streammerge.checkpoint.coded import read_codes
 from streammerge.checkpoint.composite import fit_parts, read_model
 from streammerge.checkpoint.hub import locate_model
@@ -16,7 +16,7 @@ from streammerge.checkpoint.metadata import read_metadata
 from streammerge.checkpoint.quantised import check_not_quantized
 from streammerge.checkpoint.reading import check_gathered
 from streammerge.checkpoint.types import Checkpoint
-from streammerge.errors import naming_source
+from streammerge.errors import RecipeError, naming_source
 from streammerge.recipe.types import Recipe, Source
 
 
@@ -51,7 +51,12 @@ def locate_models(recipe: Recipe, *, download: bool) -> Recipe:
     sources = []
     for index, source in enumerate(recipe.sources):
         with naming_source(f"sources[{index}]"):
-            sources.append(replace(source, path=locate_model(source.path, download=download)))
+            located = replace(source, path=locate_model(source.path, download=download))
+        if source.adapter is not None:
+            with naming_source(f"sources[{index}].adapter"):
+                adapter = locate_model(source.adapter, download=download)
+            located = replace(located, adapter=adapter)
+        sources.append(located)
     return replace(recipe, base=base, sources=tuple(sources))
 
 
@@ -107,9 +112,15 @@ def _read_source(
 ) -> Checkpoint | AdaptedModel:
     with naming_source(label):
         adapted = is_adapter(source.path)
+    if adapted and source.adapter is not None:
+        raise RecipeError(
+            f"{label}.adapter: {source.path} is an adapter itself; name the model that both belong to as "
+            "the path, or give each adapter a source of its own"
+        )
     if adapted:
         return read_adapted(source, label, base, shares_ties=shares_ties)
-    return _read_model(source.path, label)
+    model = _read_model(source.path, label)
+    return model if source.adapter is None else read_tuned(source, label, model)
 
 
 def _read_model(path: Path, label: str) -> Checkpoint:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from fnmatch import fnmatchcase
 from types import MappingProxyType
 
-from streammerge.adapters.onto_base.adapted import AdaptedModel
+from streammerge.adapters.onto_base.adapted import AdaptedModel, changes_of
 from streammerge.adapters.onto_base.changes import Change
 from streammerge.assignment.advising import (
     Mismatch,
@@ -326,8 +326,8 @@ class _Aligner:
     def _changes(self, name: str) -> tuple[Change, ...]:
         return tuple(
             replace(change, model=index)
-            for index, model in self._adapted.items()
-            for change in model.changes.get(name, ())
+            for index in self._models_of(name)
+            for change in changes_of(self._checkpoints[index]).get(name, ())
         )
 
     def _decide_by_adapters(
@@ -414,11 +414,11 @@ class _Aligner:
                 f"rules: {printable(name)} is to be copied from {self._labels[model]}, which has no such "
                 f"tensor; add a rule before it that drops or merges {printable(name)}"
             )
-        if model in self._adapted and name in self._adapted[model].changes:
+        if name in changes_of(self._checkpoints[model]):
             raise RecipeError(
-                f"rules: {printable(name)} is to be copied from {self._labels[model]}, an adapter that "
-                "brings the tensor along and changes it; merge the adapter into the base first and "
-                "name the result, or copy from the base"
+                f"rules: {printable(name)} is to be copied from {self._labels[model]}, whose adapter "
+                "changes it; merge the adapter into its model first and name the result, or copy from "
+                "another one"
             )
         return self._taken(name, entries, model)
 

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from streammerge.adapters.onto_base.adapted import AdaptedModel
+from streammerge.adapters.onto_base.adapted import AdaptedModel, TunedModel
 from streammerge.adapters.onto_base.changes import Change
 from streammerge.assignment.types import Model
 from streammerge.checkpoint.types import Checkpoint, Note, TensorEntry
@@ -193,12 +193,12 @@ class _Arranging:
         arranged: list[Model] = []
         for index, model in enumerate(self._models):
             names = self._new_names(index, model)
-            if isinstance(model, AdaptedModel):
+            tensors = _renamed(model.tensors, names)
+            if isinstance(model, AdaptedModel | TunedModel):
                 changes = _by_new_names(model.changes, names)
-                tensors: Mapping[str, TensorEntry] = _renamed(model.tensors, names)
                 arranged.append(replace(model, tensors=tensors, changes=changes))
             else:
-                arranged.append(replace(model, tensors=_renamed(model.tensors, names)))
+                arranged.append(replace(model, tensors=tensors))
         return Arranged(arranged, self._position_of, self._models_of, (self._note(),))
 
     def _new_names(self, index: int, model: Model) -> dict[str, list[str]]:

@@ -13,12 +13,13 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
+from streammerge.adapters.onto_base.adapted import TunedModel, changes_of
 from streammerge.adapters.onto_base.locating import WRAPPERS, BaseNames, Shape, Wanted, locate
 from streammerge.adapters.onto_base.renames import renamings
 from streammerge.assignment.experts import match_experts
 from streammerge.assignment.types import Model
 from streammerge.checkpoint.types import Checkpoint, Note, TensorEntry
-from streammerge.errors import RecipeError, printable
+from streammerge.errors import CheckpointError, RecipeError, printable
 from streammerge.recipe.types import Recipe, Rename
 
 _NORMS = {"gamma": "weight", "beta": "bias", "weight": "gamma", "bias": "beta"}
@@ -63,6 +64,7 @@ def match_names(
         first = matched[0] if matched else named
         if isinstance(first, Checkpoint) and first is not named:
             named, made = match_experts(named, first, label)
+            _check_changes(named, label)
             notes += made
             known = _known(named, first)
             renamed |= known
@@ -72,6 +74,16 @@ def match_names(
     return matched, notes, renamed
 
 
+def _check_changes(model: Checkpoint, label: str) -> None:
+    """Raise if an adapter changes tensors that are seen as others now."""
+    gone = [name for name in changes_of(model) if name not in model.tensors]
+    if gone:
+        raise CheckpointError(
+            f"{label}.adapter: changes {printable(gone[0])}, and the experts of this model are stored "
+            "otherwise than those of the first one; merge the adapter into the model first"
+        )
+
+
 def _renamed(model: Checkpoint, names: Mapping[str, str]) -> Checkpoint:
     if not names:
         return model
@@ -79,6 +91,9 @@ def _renamed(model: Checkpoint, names: Mapping[str, str]) -> Checkpoint:
     for name, entry in model.tensors.items():
         new = names.get(name)
         tensors[new or name] = entry if new is None else replace(entry, name=new)
+    if isinstance(model, TunedModel):
+        changes = {names.get(name, name): each for name, each in model.changes.items()}
+        return replace(model, tensors=tensors, changes=changes)
     return replace(model, tensors=tensors)
 
 

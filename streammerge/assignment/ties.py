@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
-from streammerge.adapters.onto_base.adapted import AdaptedModel
+from streammerge.adapters.onto_base.adapted import AdaptedModel, TunedModel, changes_of
 from streammerge.assignment.types import Model, Twins
 from streammerge.checkpoint.ties import (
     TIE_KEY,
@@ -174,6 +174,13 @@ class _View:
         one, other = self._entries.get(pair.inner), self._entries.get(pair.outer)
         if one is not None and other is not None and not _alike(one, other):
             return False
+        changes = changes_of(self.model)
+        if (
+            one is not None
+            and other is not None
+            and changes.get(pair.inner) != changes.get(pair.outer)
+        ):
+            return False
         declared = declares_tie(self._config, pair)
         # Where nothing says so, a tensor that the files lack is another one's twin.
         return declared if declared is not None else one is None or other is None
@@ -211,7 +218,7 @@ class _View:
             else replace(entry, name=name)
             for name, entry in tensors.items()
         }
-        if isinstance(self.model, Checkpoint):
+        if isinstance(self.model, Checkpoint) and not isinstance(self.model, TunedModel):
             return replace(self.model, tensors=tensors)
         return replace(
             self.model, tensors=tensors, changes=_spread(self.model.changes, groups, kept)

@@ -45,7 +45,9 @@ def norm_key(change: Change) -> NormKey:
     """Return what the norms of a DoRA change are called."""
     magnitude = change.factors[-1]
     # One magnitude may belong to several tensors, each of which has some of its rows.
-    return magnitude.file, magnitude.offset, f"norms {change.first_row} {change.window}"
+    # Several models may have the same adapter.
+    what = f"norms {change.model} {change.first_row} {change.window}"
+    return magnitude.file, magnitude.offset, what
 
 
 def working_key(change: Change, index: int) -> NormKey:
@@ -57,7 +59,7 @@ def working_key(change: Change, index: int) -> NormKey:
     first = change.factors[working.parts[0]]
     what = f"{working.op} {working.rows} {working.columns}"
     if working.reads_base:
-        what = f"{what} {working.numbers} {change.window}"
+        what = f"{what} {working.numbers} {change.model} {change.window}"
     return first.file, first.offset, what
 
 

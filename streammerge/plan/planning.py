@@ -9,6 +9,7 @@ from math import prod
 from pathlib import Path
 from typing import Protocol
 
+from streammerge.adapters.onto_base.adapted import TunedModel
 from streammerge.adapters.onto_base.changes import Change
 from streammerge.assignment.aligning import align_tensors
 from streammerge.assignment.layers import arrange_layers
@@ -229,10 +230,18 @@ def _first(checkpoints: Sequence[Model]) -> Checkpoint:
 
 
 def _models(recipe: Recipe) -> tuple[InputModel, ...]:
-    paths = {f"sources[{index}]": source.path for index, source in enumerate(recipe.sources)}
+    models = [
+        InputModel(
+            f"sources[{index}]",
+            str(source.path),
+            hub_revision(source.path),
+            adapter=None if source.adapter is None else str(source.adapter),
+        )
+        for index, source in enumerate(recipe.sources)
+    ]
     if recipe.base is not None:
-        paths = {"base": recipe.base} | paths
-    return tuple(InputModel(label, str(path), hub_revision(path)) for label, path in paths.items())
+        models.insert(0, InputModel("base", str(recipe.base), hub_revision(recipe.base)))
+    return tuple(models)
 
 
 def _compute_dtype(recipe: Recipe) -> DType:
@@ -300,13 +309,17 @@ def _files(
     index = []
     for checkpoint in checkpoints:
         row = []
-        for file in checkpoint.files:
+        for file in _files_of(checkpoint):
             if file.path not in numbers:
                 numbers[file.path] = len(files)
                 files.append(file)
             row.append(numbers[file.path])
         index.append(row)
     return tuple(files), index
+
+
+def _files_of(model: Model) -> tuple[ShardFile, ...]:
+    return (*model.files, *(model.adapter_files if isinstance(model, TunedModel) else ()))
 
 
 def _tasks(

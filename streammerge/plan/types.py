@@ -33,6 +33,8 @@ class InputModel:
     """Where it is."""
     hub: str | None = None
     """``"org/model@commit"`` of a snapshot in the cache of the Hugging Face hub; None for others."""
+    adapter: str | None = None
+    """Where the adapter is that is merged into it while it is read; None for none."""
 
 
 @dataclass(frozen=True, slots=True)

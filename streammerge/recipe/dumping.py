@@ -52,6 +52,7 @@ def _document(recipe: Recipe) -> dict[str, object]:
         document["base"] = str(recipe.base)
     document["sources"] = [
         {"path": str(source.path)}
+        | ({} if source.adapter is None else {"adapter": str(source.adapter)})
         | ({} if source.component is None else {"component": source.component})
         | ({} if not source.rename else {"rename": list(map(_plain_rename, source.rename))})
         | _plain(source.parameters)

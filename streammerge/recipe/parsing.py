@@ -278,6 +278,7 @@ def _build(
                 parameters={
                     name: _varying(specs[name], source[name]) for name in source if name in specs
                 },
+                adapter=None if shape.adapter is None else Path(shape.adapter),
                 component=shape.component,
                 rename=tuple(Rename(each.old, each.new) for each in shape.rename),
             )

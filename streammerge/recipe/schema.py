@@ -243,6 +243,11 @@ class SourceDocument(_Document):
         description="Model or adapter to merge: a directory or a file, relative to the working "
         "directory, or org/model[@revision] on the Hugging Face hub."
     )
+    adapter: _PathText | None = Field(
+        default=None,
+        description="Adapter of this model, merged into it while it is read; the model is then no adapter "
+        "itself.",
+    )
     component: str | None = Field(
         default=None,
         min_length=1,

@@ -181,6 +181,8 @@ class Source:
     """Directory or file, as written in the recipe."""
     parameters: Mapping[str, Varying]
     """Parameters given for this source alone, ``weight`` among them."""
+    adapter: Path | None = None
+    """An adapter that is merged into the model while it is read; None for the model as it is."""
     component: str | None = None
     """The part of a pipeline whose tensors are taken from an adapter of several; None takes all."""
     rename: tuple[Rename, ...] = ()

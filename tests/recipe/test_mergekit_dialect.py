@@ -133,10 +133,14 @@ TIES = "merge_method: ties\nbase_model: a\nmodels: [{model: b, parameters: {weig
             "slices[0].sources: a slice takes as many layers of each model, these give 2, 3",
         ),
         (
-            "merge_method: linear\nmodels: [{model: a+lora, parameters: {weight: 1}}]",
+            "merge_method: linear\nmodels: [{model: a+, parameters: {weight: 1}}]",
+            'models[0].model: expected the name of an adapter behind the +, got "a+"',
+        ),
+        (
+            "merge_method: ties\nbase_model: a+lora\nmodels: [{model: b, parameters: {weight: 1}}]",
             (
-                'models[0].model: the adapter "lora" has to be merged into "a" first, by a recipe of its own '
-                "with `method: task_arithmetic`, the model as `base` and the adapter as its one source; then name "
+                "base_model: a base with an adapter, lora, cannot be merged while it is read; merge the "
+                "adapter into it first, by a recipe of its own with `method: task_arithmetic`, and name "
                 "what comes of it"
             ),
         ),
@@ -242,3 +246,16 @@ def test_a_tokenizer_is_taken_from_the_model_that_is_named() -> None:
 def test_a_union_of_vocabularies_is_one_that_all_share() -> None:
     assert parsed(TIES + "tokenizer_source: union").vocabulary is VocabularyPolicy.SAME
     assert parsed(TIES + "tokenizer: {source: union}").vocabulary is VocabularyPolicy.SAME
+
+
+def test_models_are_named_with_revisions_and_adapters() -> None:
+    recipe = parsed(
+        "merge_method: linear\nparameters: {weight: 1}\nmodels:\n- model: org/a@main+org/lora@v1\n"
+        "- model: {model: {path: org/b, revision: v2}, lora: c}\n- model: d\n"
+    )
+
+    assert [(str(each.path), each.adapter and str(each.adapter)) for each in recipe.sources] == [
+        ("org/a@main", "org/lora@v1"),
+        ("org/b@v2", "c"),
+        ("d", None),
+    ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, fields, replace
 
 from streammerge.adapters.files.components import read_named
 from streammerge.adapters.files.types import Adapter
@@ -26,6 +26,61 @@ class AdaptedModel:
     """Changes of the base's tensors, or of those that the adapter brings along, by name."""
     untied: Mapping[str, str]
     """Tensors that the base's files lack, because they are tied, by the one that each equals."""
+
+
+@dataclass(frozen=True, slots=True)
+class TunedModel(Checkpoint):
+    """A model together with an adapter of its own, which is merged into it while it is read."""
+
+    changes: Mapping[str, tuple[Change, ...]] = field(default_factory=dict)
+    """Changes of its tensors, by name."""
+    adapter_files: tuple[ShardFile, ...] = ()
+    """The adapter's one file, whose index comes after those of :attr:`files`."""
+
+
+def read_tuned(source: Source, label: str, model: Checkpoint) -> TunedModel:
+    """Return a model with the adapter that a recipe names beside it.
+
+    Args:
+        source: The source, which has an adapter.
+        label: Its place in the recipe, for messages.
+        model: The model's headers.
+
+    Raises:
+        CheckpointError: The adapter is not what it should be, or belongs to another model.
+    """
+    assert source.adapter is not None  # noqa: S101 - the caller looked
+    adapter = read_named(replace(source, path=source.adapter, component=None), f"{label}.adapter")
+    with naming_source(f"{label}.adapter"):
+        where = f"{label}.adapter ({source.adapter})"
+        adapted = adapt(adapter, model, where=where, shares_ties=False)
+    shift = len(model.files)
+    brought = {name: _shifted(entry, shift) for name, entry in adapted.tensors.items()}
+    changes = {
+        name: tuple(
+            replace(each, factors=tuple(_shifted(factor, shift) for factor in each.factors))
+            for each in of_name
+        )
+        for name, of_name in adapted.changes.items()
+    }
+    whole = _with_untied(model, adapted.untied)
+    return TunedModel(
+        **{each.name: getattr(whole, each.name) for each in fields(Checkpoint)}
+        | {"tensors": {**whole.tensors, **brought}},
+        changes=changes,
+        adapter_files=adapted.files,
+    )
+
+
+def _shifted(entry: TensorEntry, shift: int) -> TensorEntry:
+    """Return a tensor of a file that comes after as many others."""
+    parts = tuple(replace(part, file=part.file + shift) for part in entry.parts)
+    return replace(entry, file=entry.file + shift, parts=parts)
+
+
+def changes_of(model: Checkpoint | AdaptedModel) -> Mapping[str, tuple[Change, ...]]:
+    """Return what adapters change in a model, by the tensors' names."""
+    return model.changes if isinstance(model, AdaptedModel | TunedModel) else {}
 
 
 def read_adapted(

@@ -149,13 +149,20 @@ class _Translation:
                 "`rules` of a native recipe where a part is to be copied",
             )
         apart = base if method.base is not BaseRole.ORDINARY else None
+        if apart is not None and apart.adapter is not None:
+            self._say(
+                "base_model",
+                f"a base with an adapter, {apart.adapter}, cannot be merged while it is read; merge the "
+                "adapter into it first, by a recipe of its own with `method: task_arithmetic`, and name "
+                "what comes of it",
+            )
         sources: list[dict[str, Any]] = []
         layers: list[dict[str, Any]] = []
         if forms == ["models"]:
             sources = self._models(method, base, apart)
         elif forms == ["slices"]:
             layers = self._slices(method, apart)
-            sources = [{"path": each.native} for each in self.sources]
+            sources = [dict(each.source) for each in self.sources]
         if apart is not None:
             made["base"] = apart.native
         made["sources"] = sources
@@ -250,12 +257,12 @@ class _Translation:
             values = self._parameters(
                 f"{model.path}.parameters", model.parameters, method, model=True
             )
-            sources.append({"path": model.reference.native} | values)
+            sources.append(model.reference.source | values)
         if apart is None and base is not None and base not in self.sources:
             # It is merged like the others, after them.
             self.paths[f"sources[{len(sources)}]"] = "base_model"
             self.sources.append(base)
-            sources.append({"path": base.native})
+            sources.append(dict(base.source))
             if method.keys.get("weight") is not None:
                 self._remark("base_model", f"{method.native} merges it as one more model")
         return sources

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from streammerge.recipe.refusing import shown
 
@@ -15,27 +15,36 @@ class Reference:
     """Path, or name on the hub."""
     revision: str | None = None
     """Branch, tag or commit."""
+    adapter: str | None = None
+    """An adapter of it, as a recipe of this tool names it."""
 
     @property
     def native(self) -> str:
-        """How a recipe of this tool names it."""
+        """How a recipe of this tool names it, without the adapter."""
         return self.path if self.revision is None else f"{self.path}@{self.revision}"
+
+    @property
+    def source(self) -> dict[str, str]:
+        """The keys of a source of a recipe of this tool."""
+        adapter = {} if self.adapter is None else {"adapter": self.adapter}
+        return {"path": self.native} | adapter
 
 
 def parse_reference(value: object) -> Reference:
     """Return the model that a text or a mapping names.
 
     Raises:
-        ValueError: It names none, or one with an adapter; the message says what was expected.
+        ValueError: It names none; the message says what was expected.
     """
     if isinstance(value, dict):
         return _parse_mapping(value)
     if not isinstance(value, str) or not value:
         raise ValueError(f"expected a path or a name on the hub, got {shown(value)}")
     model, plus, adapter = value.partition("+")
-    if plus:
-        raise ValueError(_refuse_adapter(model, adapter))
-    return _split(model)
+    if plus and not adapter:
+        raise ValueError(f"expected the name of an adapter behind the +, got {shown(value)}")
+    found = _split(model)
+    return replace(found, adapter=_split(adapter).native) if plus else found
 
 
 def _parse_mapping(value: dict[object, object]) -> Reference:
@@ -46,9 +55,8 @@ def _parse_mapping(value: dict[object, object]) -> Reference:
             f"{shown(unknown[0])} is no key of a model; known: {', '.join(sorted(known))}"
         )
     model, adapter = value.get("model"), value.get("lora")
-    if adapter is not None:
-        raise ValueError(_refuse_adapter(_path_of(model).native, _path_of(adapter).native))
-    return _path_of(model)
+    found = _path_of(model)
+    return found if adapter is None else replace(found, adapter=_path_of(adapter).native)
 
 
 def _path_of(value: object) -> Reference:
@@ -64,11 +72,3 @@ def _path_of(value: object) -> Reference:
 def _split(text: str) -> Reference:
     path, _, revision = text.partition("@")
     return Reference(path, revision or None)
-
-
-def _refuse_adapter(model: str, adapter: str) -> str:
-    return (
-        f"the adapter {shown(adapter)} has to be merged into {shown(model)} first, by a recipe of its own "
-        "with `method: task_arithmetic`, the model as `base` and the adapter as its one source; then name "
-        "what comes of it"
-    )
