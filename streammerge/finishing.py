@@ -150,7 +150,14 @@ def write_companions(
             summary=method.summary,
             reference=method.reference,
             recipe_yaml=planned.recipe,
-            models=[(model.label, model.path) for model in planned.models],
+            models=[
+                row
+                for model in planned.models
+                for row in (
+                    (model.label, model.path),
+                    *([(f"{model.label}.adapter", model.adapter)] if model.adapter else []),
+                )
+            ],
             library_name=find_library(directory),
             version=VERSION,
         ).encode()

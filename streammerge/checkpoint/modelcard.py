@@ -16,7 +16,10 @@ _ARXIV = re.compile(r"arXiv:([0-9]{4}\.[0-9]{4,5})")
 _HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*)/([A-Za-z0-9][\w.-]*)", flags=re.ASCII)
 _HUB_CACHE = re.compile(r"(?:^|/)models--([^/]+?)--([^/]+)/snapshots/")
 # Lines of a canonical recipe that name a model.
-_PATH_LINE = re.compile(r"^(base: |- path: )(.+)$", flags=re.MULTILINE)
+_PATH_LINE = re.compile(
+    r"^(base: |- path: |  adapter: |    (?:config|generation_config|tokenizer|chat_template): )(.+)$",
+    flags=re.MULTILINE,
+)
 _ABSOLUTE = re.compile(r"[/~]|[A-Za-z]:[/\\]|\\\\")
 _WEIGHT_FILE = re.compile(r".*\.(safetensors|json|bin|pt|pth)")
 # "models/math" reads like a hub id and is a folder. The hub gives none of these names to anyone who

@@ -51,10 +51,10 @@ def render_plan(plan: MergePlan) -> str:
         by = "by compiled kernels and torch" if plan.needs_torch else "by compiled kernels"
     how = f"({plan.semantics} semantics), computed in {plan.compute_dtype} {by}"
     rows: list[tuple[str, str]] = [("method", f"{plan.method} {how}")]
-    rows += [
-        (model.label, f"{model.hub}, {model.path}" if model.hub else model.path)
-        for model in plan.models
-    ]
+    for model in plan.models:
+        rows.append((model.label, f"{model.hub}, {model.path}" if model.hub else model.path))
+        if model.adapter is not None:
+            rows.append(("", f"with the adapter {model.adapter}"))
     rows += [
         ("left out", f"{', '.join(file.left_out)} of {file.path}")
         for file in plan.files

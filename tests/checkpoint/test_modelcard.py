@@ -220,3 +220,18 @@ def test_a_method_without_reference_has_no_reference() -> None:
 
 def test_equal_arguments_give_equal_text() -> None:
     assert card() == card()
+
+
+def test_no_folder_of_an_adapter_or_of_a_tokenizer_is_published() -> None:
+    recipe = (
+        "sources:\n- path: /home/me/a\n  adapter: /home/me/lora\noutput:\n  companions:\n"
+        "    config: 1\n    tokenizer: /home/me/tokens\n    chat_template: base\n"
+    )
+
+    text = card(recipe_yaml=recipe)
+
+    assert "/home/me" not in text
+    assert '  adapter: "lora"' in text
+    assert '    tokenizer: "tokens"' in text
+    assert "    config: 1\n" in text
+    assert "    chat_template: base\n" in text
