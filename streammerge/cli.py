@@ -26,9 +26,9 @@ from streammerge.version import VERSION
 if TYPE_CHECKING:
     from _typeshed import SupportsWrite
 
-    from streammerge.adapters.combining.plans import CombinationPlan
+    from streammerge.chaining import Chain
     from streammerge.checkpoint.manifest import Manifest
-    from streammerge.plan.types import MergePlan
+    from streammerge.recipe.types import Recipe
 
 _INTERRUPTED = 130
 
@@ -228,9 +228,13 @@ def _count(text: str) -> int:
 def _merge(options: argparse.Namespace) -> int:
     from streammerge.checkpoint.bytesource import ByteSourceKind
     from streammerge.display import show_progress
-    from streammerge.run import find_complete, merge
+    from streammerge.recipe.types import Recipe
+    from streammerge.run import find_complete, merge, plan
 
-    planned = _plan_of(options)
+    recipe = _recipes_of(options)
+    if not isinstance(recipe, Recipe):
+        return _merge_chain(options, recipe)
+    planned = plan(recipe, **_resources_of(options))
     complete = find_complete(planned, options.out) if options.resume else None
     if complete is not None:
         _say_complete(options, complete)
@@ -249,6 +253,33 @@ def _merge(options: argparse.Namespace) -> int:
         )
     _say_done(options, manifest)
     return 0
+
+
+def _merge_chain(options: argparse.Namespace, chain: Chain) -> int:
+    """Merge several recipes of one file."""
+    from streammerge.chaining import merge_chain
+    from streammerge.display import show_progress
+
+    with (
+        stopping_signals(),
+        show_progress(quiet=options.quiet, as_json=options.json) as on_progress,
+    ):
+        manifest = merge_chain(
+            chain,
+            Path(options.out),
+            resume=options.resume,
+            overwrite=options.overwrite,
+            on_progress=on_progress,
+            **_resources_of(options),
+        )
+    _say_done(options, manifest)
+    return 0
+
+
+def _recipes_of(options: argparse.Namespace) -> Recipe | Chain:
+    from streammerge.chaining import read_recipes
+
+    return read_recipes(Path(options.recipe), download=options.download)
 
 
 def _say_complete(options: argparse.Namespace, manifest: Manifest) -> None:
@@ -301,24 +332,23 @@ def _say_done(options: argparse.Namespace, manifest: Manifest) -> None:
         )
 
 
-def _plan_of(options: argparse.Namespace) -> MergePlan | CombinationPlan:
-    from streammerge.run import plan
-
-    return plan(
-        options.recipe,
-        memory=options.memory,
-        workers=options.workers,
-        device=options.device,
-        device_memory=options.device_memory,
-        download=options.download,
-    )
+def _resources_of(options: argparse.Namespace) -> dict[str, Any]:
+    return {
+        name: getattr(options, name)
+        for name in ("memory", "workers", "device", "device_memory", "download")
+    }
 
 
 def _plan(options: argparse.Namespace) -> int:
     from streammerge.plan.codec import dump_plan
     from streammerge.plan.types import MergePlan
+    from streammerge.recipe.types import Recipe
+    from streammerge.run import plan
 
-    planned = _plan_of(options)
+    recipe = _recipes_of(options)
+    if not isinstance(recipe, Recipe):
+        return _plan_chain(options, recipe)
+    planned = plan(recipe, **_resources_of(options))
     if not options.json:
         # Not by its name, which it has no more once it is removed.
         free = format_size(shutil.disk_usage(".").free)
@@ -328,6 +358,25 @@ def _plan(options: argparse.Namespace) -> int:
         print_result(dump_plan(planned))
     else:
         print_result(json.dumps(planned.as_json()))
+    return 0
+
+
+def _plan_chain(options: argparse.Namespace, chain: Chain) -> int:
+    """Show what several recipes of one file would do."""
+    from streammerge.chaining import plan_chain
+    from streammerge.plan.codec import dump_plan
+
+    plans = plan_chain(chain, **_resources_of(options))
+    if options.json:
+        print_result("\n".join(map(dump_plan, plans)))
+        return 0
+    needed = format_size(sum(planned.bytes_to_write for planned in plans))
+    parts = [
+        f"== {printable(stage.name)} ==\n{planned}"
+        for stage, planned in zip(chain.stages, plans, strict=True)
+    ]
+    free = format_size(shutil.disk_usage(".").free)
+    print_result("\n\n".join([*parts, f"free disk    {free} here, {needed} needed for all"]))
     return 0
 
 

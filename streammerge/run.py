@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -315,8 +315,18 @@ def load_recipe(recipe: RecipeLike, *, download: bool = False) -> Recipe:
     if isinstance(recipe, Recipe):
         return recipe
     if isinstance(recipe, Mapping):
-        return _parse(recipe, "recipe", download=download)
+        return parse_document(recipe, "recipe", download=download)
     path = parse_path(recipe, "recipe")
+    text = read_recipe_text(path)
+    return parse_document(load_document(text, origin=str(path)), str(path), download=download)
+
+
+def read_recipe_text(path: Path) -> str:
+    """Return the text of a recipe's file.
+
+    Raises:
+        RecipeError: It cannot be read, or is too long for one.
+    """
     try:
         with path.open("rb") as stream:
             # No more, and whatever it is: `<(command)` and /dev/stdin are fine, /dev/zero ends.
@@ -330,15 +340,27 @@ def load_recipe(recipe: RecipeLike, *, download: bool = False) -> Recipe:
         raise RecipeError(
             f"{path}: has more than {MAX_TEXT_BYTES} bytes; a recipe has tens of lines, name one"
         )
-    return _parse(load_document(text, origin=str(path)), str(path), download=download)
+    return text
 
 
-def _parse(document: object, origin: str, *, download: bool) -> Recipe:
-    """Return the recipe in a document of unchecked values, this tool's or mergekit's."""
+def parse_document(
+    document: object, origin: str, *, download: bool, results: Sequence[str] = ()
+) -> Recipe:
+    """Return the recipe in a document of unchecked values, this tool's or mergekit's.
+
+    Args:
+        document: The values.
+        origin: What to call it in messages.
+        download: As for :func:`plan`.
+        results: Names that stand for models which are still to be made.
+
+    Raises:
+        RecipeError: It is no recipe, or asks for something that cannot be.
+    """
     models = {name: method.parameters for name, method in discover_methods().items()}
     native = native_document(document, origin=origin, methods=models)
     if download:
-        download_sources(native)
+        download_sources(native, made_here=results)
     # Adapters alone are combined by recipes of this tool's alone.
     methods = methods_for(document, origin=origin, models=models) if native is document else models
     return recipe_from_mapping(document, origin=origin, methods=methods)

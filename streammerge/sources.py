@@ -20,16 +20,19 @@ from streammerge.errors import RecipeError, naming_source
 from streammerge.recipe.types import Recipe, Source
 
 
-def download_sources(document: object) -> None:
+def download_sources(document: object, *, made_here: Sequence[str] = ()) -> None:
     """Fetch the sources that an unchecked recipe names, where they are not on this machine.
 
     Args:
         document: The recipe's plain values.
+        made_here: Names of models that are still to be made.
 
     Raises:
         CheckpointError: One of them cannot be had.
     """
     for index, path in sources_of(document):
+        if str(path) in made_here:
+            continue
         with naming_source(f"sources[{index}]"):
             locate_model(path, download=True)
 

@@ -223,10 +223,12 @@ def _listed(names: Sequence[str], shown: int = _SHOWN_NAMES) -> str:
 
 def _setting_rows(plan: MergePlan) -> list[tuple[str, str]]:
     uses = Counter(task.setting for task in plan.tasks)
+    differ = len({setting.models for setting in plan.settings}) > 1
     rows = []
     for index, setting in list(enumerate(plan.settings))[:_SHOWN_SETTINGS]:
         values = ", ".join(f"{name}={_value(value)}" for name, value in setting.values)
-        rows.append(("settings", f"{values} for {uses[index]} tensor(s)"))
+        of = f" of {', '.join(plan.models[i].label for i in setting.models)}" if differ else ""
+        rows.append(("settings", f"{values} for {uses[index]} tensor(s){of}"))
     if len(plan.settings) > _SHOWN_SETTINGS:
         rows.append(("", f"and {len(plan.settings) - _SHOWN_SETTINGS} more"))
     return rows

@@ -41,6 +41,22 @@ def load_document(text: str, *, origin: str) -> object:
         raise RecipeError(f"{origin}: {error}") from error.__cause__
 
 
+def load_documents(text: str, *, origin: str) -> list[object]:
+    """Return the plain values of every document of a YAML text.
+
+    Args:
+        text: YAML documents, with ``---`` between them.
+        origin: What to call the text in messages: a file name.
+
+    Raises:
+        RecipeError: The text is not YAML.
+    """
+    try:
+        return _load_all(text)
+    except RecipeError as error:
+        raise RecipeError(f"{origin}: {error}") from error.__cause__
+
+
 def dump_document(document: object) -> str:
     """Return plain values as YAML that loads as the same values; equal values, equal text."""
     # A folded line would be legal YAML; one value a line is what people compare.
@@ -51,13 +67,24 @@ def dump_document(document: object) -> str:
 
 def _load_yaml(text: str) -> object:
     """Return the plain values of one YAML document."""
+    documents = _load_all(text, at_most=1)
+    return documents[0] if documents else None
+
+
+def _load_all(text: str, *, at_most: int = MAX_NODES) -> list[object]:
+    """Return the plain values of YAML documents."""
     nbytes = len(text.encode("utf-8", "surrogatepass"))
     if nbytes > MAX_TEXT_BYTES:
         raise RecipeError(f"the text has {nbytes} bytes; a recipe may have {MAX_TEXT_BYTES}")
     try:
         loader = _RecipeLoader(text)
         try:
-            return loader.get_single_data()
+            if at_most == 1:
+                return [loader.get_single_data()]
+            documents: list[object] = []
+            while loader.check_data():  # type: ignore[no-untyped-call]
+                documents.append(loader.get_data())
+            return documents
         finally:
             loader.dispose()
     except yaml.reader.ReaderError as error:

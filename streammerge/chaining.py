@@ -1,0 +1,300 @@
+"""Several recipes in one file, of which later ones merge the results of earlier ones.
+
+All of them are planned before the first one runs: a result that is still to come is there as files of the
+right headers and sizes, with nothing in them. The results in between lie in ``OUT.stages`` beside the
+output, each complete or resumable by itself, until the last one is done.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from streammerge.checkpoint.manifest import Manifest
+from streammerge.checkpoint.types import Note
+from streammerge.engine.progress import OnProgress
+from streammerge.errors import (
+    DiskSpaceError,
+    OutputError,
+    OutputExistsError,
+    RecipeError,
+    printable,
+)
+from streammerge.finishing import copy_companions
+from streammerge.plan.layout import render_header, render_indexes
+from streammerge.plan.types import MergePlan
+from streammerge.recipe.refusing import shown
+from streammerge.recipe.text import load_documents
+from streammerge.recipe.types import Recipe
+from streammerge.run import merge, parse_document, plan, read_recipe_text
+from streammerge.units import format_size
+
+_MARK = "streammerge_chain.yaml"
+"""The file in the directory of results in between that says what they are of."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """One recipe of several."""
+
+    name: str
+    """What later ones call its result; the last one may have none, and is called ``result``."""
+    recipe: Recipe
+    """The recipe, in which earlier results stand by their names."""
+    uses: tuple[str, ...]
+    """The earlier stages whose results it merges."""
+
+
+@dataclass(frozen=True, slots=True)
+class Chain:
+    """The recipes of one file, in order; the last one's result is the output."""
+
+    origin: Path
+    """The file."""
+    text: str
+    """What it holds."""
+    stages: tuple[Stage, ...]
+    """At least two."""
+
+
+def read_recipes(path: Path, *, download: bool) -> Recipe | Chain:
+    """Return the recipe of a file, or all of them if there are several.
+
+    The file is read once: it may be a pipe.
+
+    Args:
+        path: The file.
+        download: As for :func:`streammerge.run.plan`.
+
+    Raises:
+        RecipeError: The file cannot be read, or its recipes are not what they should be.
+    """
+    text = read_recipe_text(path)
+    documents = load_documents(text, origin=str(path))
+    if len(documents) < 2:
+        document = documents[0] if documents else None
+        return parse_document(document, str(path), download=download)
+    return Chain(path, text, tuple(_stages(path, documents, download=download)))
+
+
+def _stages(path: Path, documents: Sequence[object], *, download: bool) -> list[Stage]:
+    stages: list[Stage] = []
+    for index, document in enumerate(documents):
+        where = f"{path}: document {index + 1} of {len(documents)}"
+        if not isinstance(document, dict):
+            raise RecipeError(
+                f"{where}: expected a mapping of keys to values, got {shown(document)}"
+            )
+        is_last = index + 1 == len(documents)
+        name = _name_of(document.get("name", "result" if is_last else None), where)
+        known = [stage.name for stage in stages]
+        if name in known:
+            raise RecipeError(f"{where}: name: {shown(name)} is the name of an earlier recipe")
+        text = {key: value for key, value in document.items() if key != "name"}
+        recipe = parse_document(text, where, download=download, results=known)
+        named = {str(each) for each in _models_of(recipe)}
+        stages.append(Stage(name, recipe, tuple(each for each in known if each in named)))
+    used = {each for stage in stages for each in stage.uses}
+    unused = [stage.name for stage in stages[:-1] if stage.name not in used]
+    if unused:
+        raise RecipeError(
+            f"{path}: no later recipe merges {', '.join(map(shown, unused))}; the results in between "
+            "are removed in the end, so give a recipe of its own to what is to be kept"
+        )
+    return stages
+
+
+def _name_of(name: object, where: str) -> str:
+    """Return the name of a stage, which becomes that of a directory."""
+    if isinstance(name, str) and name not in ("", ".", "..") and not {*name} & {"/", "\0"}:
+        return name
+    raise RecipeError(
+        f"{where}: name: expected a name by which a later recipe calls the result, without slashes, got "
+        f"{shown(name)}"
+    )
+
+
+def _models_of(recipe: Recipe) -> Iterator[Path]:
+    if recipe.base is not None:
+        yield recipe.base
+    for source in recipe.sources:
+        yield source.path
+        if source.adapter is not None:
+            yield source.adapter
+
+
+def _with_results(recipe: Recipe, folders: Mapping[str, Path]) -> Recipe:
+    """Return a recipe with the folders of earlier results in the place of their names."""
+
+    def placed(path: Path) -> Path:
+        return folders.get(str(path), path)
+
+    sources = (
+        replace(
+            source,
+            path=placed(source.path),
+            adapter=None if source.adapter is None else placed(source.adapter),
+        )
+        for source in recipe.sources
+    )
+    base = None if recipe.base is None else placed(recipe.base)
+    return replace(recipe, base=base, sources=tuple(sources))
+
+
+def plan_chain(chain: Chain, **options: Any) -> list[MergePlan]:
+    """Return the plans of all stages, the results in between as they will be.
+
+    Args:
+        chain: The recipes.
+        options: What :func:`streammerge.run.plan` takes.
+
+    Raises:
+        StreamMergeError: As for :func:`streammerge.run.plan`; the message says which stage it is about.
+    """
+    plans = []
+    with TemporaryDirectory(prefix="streammerge-") as directory:
+        folders: dict[str, Path] = {}
+        for stage in chain.stages:
+            with _naming(stage):
+                planned = plan(_with_results(stage.recipe, folders), **options)
+                if not isinstance(planned, MergePlan):
+                    raise RecipeError(
+                        "makes an adapter of adapters, which takes seconds; give it a recipe of its own "
+                        "and name what comes of it"
+                    )
+            names = {str(folder): name for name, folder in folders.items()}
+            folders[stage.name] = Path(directory) / stage.name
+            _foresee(planned, folders[stage.name])
+            # What is foreseen is gone when this returns.
+            models = tuple(
+                replace(model, path=names.get(model.path, model.path)) for model in planned.models
+            )
+            plans.append(replace(planned, models=models))
+    return plans
+
+
+class _naming:  # noqa: N801 - a context manager, used like a function
+    """Says which stage an error is about."""
+
+    def __init__(self, stage: Stage) -> None:
+        self._stage = stage
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
+        if error is not None:
+            error.add_note(f"in the recipe named {printable(self._stage.name)}")
+
+
+def _foresee(planned: MergePlan, directory: Path) -> None:
+    """Make what a merge will leave, but for the values of its tensors."""
+    directory.mkdir()
+    copy_companions(planned, directory)
+    for index, shard in enumerate(planned.layout.shards):
+        path = directory / shard.name
+        path.parent.mkdir(exist_ok=True)
+        with path.open("wb") as stream:
+            stream.write(render_header(planned, index))
+            stream.truncate(shard.nbytes)
+    for name, content in render_indexes(planned).items():
+        (directory / name).write_bytes(content)
+
+
+def merge_chain(
+    chain: Chain,
+    out: Path,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    on_progress: OnProgress | None = None,
+    **options: Any,
+) -> Manifest:
+    """Merge all stages one after the other; the last one's result is ``out``.
+
+    Args:
+        chain: The recipes.
+        out: As for :func:`streammerge.run.merge`.
+        resume: Whether to go on where an earlier run stopped.
+        overwrite: Whether what an earlier run left may be replaced.
+        on_progress: Told how far each stage is.
+        options: What :func:`streammerge.run.plan` takes.
+
+    Raises:
+        StreamMergeError: As for :func:`streammerge.run.merge`; what is done stays for a resume.
+    """
+    plans = plan_chain(chain, **options)
+    between = out.with_name(f"{out.name}.stages")
+    _open_stages(chain, between, resume=resume, overwrite=overwrite)
+    _check_room(plans, out, between)
+    folders = {stage.name: between / stage.name for stage in chain.stages[:-1]}
+    notes = tuple(
+        Note(
+            "chain",
+            f"{stage.name} is {stage.recipe.method} of an earlier recipe, removed",
+        )
+        for stage in chain.stages[:-1]
+    )
+    for stage in chain.stages:
+        place = folders.get(stage.name, out)
+        with _naming(stage):
+            planned = plan(_with_results(stage.recipe, folders), **options)
+            assert isinstance(planned, MergePlan)  # noqa: S101 - planned before
+            if place == out:
+                planned = replace(planned, notes=(*planned.notes, *notes))
+            manifest = merge(
+                planned,
+                place,
+                # Stages that are done are found to be.
+                resume=resume or place != out,
+                overwrite=overwrite and place == out,
+                on_progress=on_progress,
+            )
+    shutil.rmtree(between)
+    return manifest
+
+
+def _open_stages(chain: Chain, between: Path, *, resume: bool, overwrite: bool) -> None:
+    """Make the directory of results in between, or go on with that of an earlier run."""
+    mark = between / _MARK
+    if between.exists():
+        found = mark.read_text(encoding="utf-8") if mark.is_file() else None
+        if found is None:
+            raise OutputExistsError(
+                f"{between}: is there and holds no results of recipes; remove it, or name another output"
+            )
+        if overwrite:
+            shutil.rmtree(between)
+        elif not resume:
+            raise OutputExistsError(
+                f"{between}: holds results of an earlier run; --resume goes on with it, --overwrite "
+                "begins anew"
+            )
+        elif found != chain.text:
+            raise OutputExistsError(
+                f"{between}: holds results of other recipes than {chain.origin} has now; --overwrite "
+                "begins anew"
+            )
+        else:
+            return
+    try:
+        between.mkdir()
+        mark.write_text(chain.text, encoding="utf-8")
+    except OSError as error:
+        raise OutputError(f"{between}: cannot be made: {error.strerror}") from error
+
+
+def _check_room(plans: Sequence[MergePlan], out: Path, between: Path) -> None:
+    """Raise unless there is room for all results at once."""
+    done = sum(path.stat().st_size for path in between.rglob("*") if path.is_file())
+    needed = sum(planned.bytes_to_write for planned in plans)
+    free = shutil.disk_usage(between).free + done
+    if free < needed:
+        raise DiskSpaceError(
+            f"{out}: {len(plans)} results need {format_size(needed)} together, of which "
+            f"{format_size(free)} are free; free some, or merge stage by stage"
+        )
