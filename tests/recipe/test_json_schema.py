@@ -184,7 +184,16 @@ def test_each_place_offers_only_the_parameters_that_may_stand_there():
     places = {name: set(shape.get("properties", ())) for name, shape in SCHEMA["$defs"].items()}
 
     assert places["ties.parameters"] == {"weight", "density", "scope"}
-    assert places["ties.source"] == {"path", "component", "rename", "weight", "density"}
+    assert places["ties.source"] == {
+        "path",
+        "adapter",
+        "component",
+        "rename",
+        "weight",
+        "density",
+    }
+    assert places["ties.slice"] == {"sources", "weight", "density"}
+    assert places["ties.range"] == {"source", "layers", "weight", "density"}
     assert places["ties.rule"] == {
         "tensors",
         "copy",

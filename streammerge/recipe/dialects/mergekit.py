@@ -14,17 +14,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from streammerge.errors import RecipeError, suggestion
-from streammerge.recipe.dialects.methods import (
-    IDLE,
-    METHODS,
-    NUSLERP_SWITCHES,
-    PARAMETERS,
-    BaseRole,
-    Foreign,
-    Key,
-)
+from streammerge.recipe.dialects.methods import METHODS, PARAMETERS, BaseRole, Foreign
+from streammerge.recipe.dialects.parameters import Findings, check_idle, translate_parameters
 from streammerge.recipe.dialects.references import Reference, parse_reference
-from streammerge.recipe.dialects.values import translate_value, with_default
+from streammerge.recipe.dialects.values import with_default
 from streammerge.recipe.refusing import refuse_choice, shown, unknown_key
 from streammerge.recipe.types import ParameterSpec
 
@@ -35,14 +28,6 @@ _TOP = (
     *("parameters", "tokenizer_source", "tokenizer", "chat_template", "name"),
 )
 _DTYPES = ("float32", "float16", "bfloat16", "float64")
-_AXES = {
-    (True, True): "tensor",
-    (True, False): "tensor",
-    (False, False): "rows",
-    (False, True): "columns",
-}
-"""By ``nuslerp_flatten`` and ``nuslerp_row_wise``, whose rows are columns."""
-
 Methods = Mapping[str, tuple[ParameterSpec, ...]]
 
 
@@ -97,8 +82,7 @@ class _Model:
 class _Translation:
     document: Mapping[Any, Any]
     methods: Methods
-    problems: list[str] = field(default_factory=list)
-    remarks: list[str] = field(default_factory=list)
+    found: Findings = field(default_factory=Findings)
     paths: dict[str, str] = field(default_factory=dict)
     sources: list[Reference] = field(default_factory=list)
 
@@ -106,33 +90,29 @@ class _Translation:
         document = self.document
         for key in document:
             if key not in _TOP:
-                self._say(str(key) if isinstance(key, str) else shown(key), unknown_key(key, _TOP))
+                self.found.say(
+                    str(key) if isinstance(key, str) else shown(key), unknown_key(key, _TOP)
+                )
         name = document.get("merge_method")
         method = METHODS.get(name) if isinstance(name, str) else None
         if method is None:
             known = suggestion(name, METHODS) if isinstance(name, str) else ""
-            self._say(
+            self.found.say(
                 "merge_method",
                 "this key is required" if name is None else f"unknown method {shown(name)}{known}",
             )
-            raise RecipeError("\n".join(self.problems))
+            raise RecipeError("\n".join(self.found.problems))
         made = self._merge(method)
         self._tokenizer(made)
-        if self.problems:
-            raise RecipeError("\n".join(self.problems))
-        return Translated(made, self.paths, tuple(dict.fromkeys(self.remarks)))
-
-    def _say(self, path: str, problem: str) -> None:
-        self.problems.append(f"{path}: {problem}")
-
-    def _remark(self, path: str, text: str) -> None:
-        self.remarks.append(f"{path}: {text}")
+        if self.found.problems:
+            raise RecipeError("\n".join(self.found.problems))
+        return Translated(made, self.paths, tuple(dict.fromkeys(self.found.remarks)))
 
     def _merge(self, method: Foreign) -> dict[str, Any]:
         """Return the document but for what concerns tokenizers."""
         base = self._reference("base_model", self.document.get("base_model"))
-        if method.base is BaseRole.REQUIRED and base is None and not self.problems:
-            self._say(
+        if method.base is BaseRole.REQUIRED and base is None and not self.found.problems:
+            self.found.say(
                 "base_model", f"{method.native} needs the model that the others were tuned from"
             )
         forms = [
@@ -141,16 +121,16 @@ class _Translation:
         made: dict[str, Any] = {"method": method.native}
         if len(forms) != 1:
             got = " and ".join(forms) or "none of them"
-            self._say(forms[0] if forms else "models", f"expected models or slices, got {got}")
+            self.found.say(forms[0] if forms else "models", f"expected models or slices, got {got}")
         elif forms[0] == "modules":
-            self._say(
+            self.found.say(
                 "modules",
                 "parts of a model cannot be merged by recipes of their own; merge the whole model, with "
                 "`rules` of a native recipe where a part is to be copied",
             )
         apart = base if method.base is not BaseRole.ORDINARY else None
         if apart is not None and apart.adapter is not None:
-            self._say(
+            self.found.say(
                 "base_model",
                 f"a base with an adapter, {apart.adapter}, cannot be merged while it is read; merge the "
                 "adapter into it first, by a recipe of its own with `method: task_arithmetic`, and name "
@@ -173,7 +153,7 @@ class _Translation:
             made["layers"] = layers
         made["semantics"] = "mergekit"
         self._types(made)
-        if apart is None and base is not None and not self.problems:
+        if apart is None and base is not None and not self.found.problems:
             self._donor(made, base)
         return made
 
@@ -184,7 +164,7 @@ class _Translation:
         try:
             return parse_reference(value)
         except ValueError as error:
-            self._say(path, str(error))
+            self.found.say(path, str(error))
             return None
 
     def _table(
@@ -195,7 +175,9 @@ class _Translation:
         if value is None:
             return {}
         if not isinstance(value, dict):
-            self._say(f"{path}{key}", f"expected a mapping of keys to values, got {shown(value)}")
+            self.found.say(
+                f"{path}{key}", f"expected a mapping of keys to values, got {shown(value)}"
+            )
             return {}
         return value
 
@@ -204,27 +186,29 @@ class _Translation:
     ) -> Iterator[tuple[str, dict[Any, Any]]]:
         """Yield the mappings in a list with their paths; what else is in there is a problem."""
         if not isinstance(value, list) or not value:
-            self._say(path, f"expected a list with at least one entry, got {shown(value)}")
+            self.found.say(path, f"expected a list with at least one entry, got {shown(value)}")
             return
         for index, entry in enumerate(value):
             where = f"{path}[{index}]"
             if not isinstance(entry, dict):
-                self._say(where, f"expected a mapping of keys to values, got {shown(entry)}")
+                self.found.say(where, f"expected a mapping of keys to values, got {shown(entry)}")
                 continue
             for key in entry:
                 if key in keys:
                     continue
                 if key in PARAMETERS:
-                    self._say(f"{where}.{key}", f"a parameter; move it under {where}.parameters")
+                    self.found.say(
+                        f"{where}.{key}", f"a parameter; move it under {where}.parameters"
+                    )
                 else:
-                    self._say(f"{where}.{key}", unknown_key(key, keys))
+                    self.found.say(f"{where}.{key}", unknown_key(key, keys))
             yield where, entry
 
     def _listed(self, value: object, path: str, keys: Sequence[str]) -> Iterator[_Model]:
         """Yield the models in a list."""
         for where, entry in self._entries(value, path, keys):
             if entry.get("model") is None:
-                self._say(f"{where}.model", "this key is required")
+                self.found.say(f"{where}.model", "this key is required")
                 continue
             reference = self._reference(f"{where}.model", entry["model"])
             if reference is None:
@@ -232,7 +216,7 @@ class _Translation:
             parameters = self._table("parameters", entry, f"{where}.")
             layers = entry.get("layer_range")
             if "layer_range" in keys and not _is_range(layers):
-                self._say(
+                self.found.say(
                     f"{where}.layer_range",
                     "expected [first, end], the first layer counted from 0 and the one after the last, "
                     f"got {shown(layers)}",
@@ -247,10 +231,10 @@ class _Translation:
         sources: list[dict[str, Any]] = []
         for model in self._listed(self.document["models"], "models", ("model", "parameters")):
             if model.reference == apart:
-                self._no_effect(model, "the base is not merged itself")
+                check_idle(f"{model.path}.parameters", model.parameters, self.found)
                 continue
             if model.reference in self.sources:
-                self._say(f"{model.path}.model", f"{model.reference.native} is listed twice")
+                self.found.say(f"{model.path}.model", f"{model.reference.native} is listed twice")
                 continue
             self.paths[f"sources[{len(sources)}]"] = f"{model.path}.parameters"
             self.sources.append(model.reference)
@@ -264,7 +248,7 @@ class _Translation:
             self.sources.append(base)
             sources.append(dict(base.source))
             if method.keys.get("weight") is not None:
-                self._remark("base_model", f"{method.native} merges it as one more model")
+                self.found.remark("base_model", f"{method.native} merges it as one more model")
         return sources
 
     def _slices(self, method: Foreign, apart: Reference | None) -> list[dict[str, Any]]:
@@ -276,13 +260,13 @@ class _Translation:
             if own is not None and own != self._reference(
                 "base_model", self.document.get("base_model")
             ):
-                self._say(
+                self.found.say(
                     f"{where}.base_model",
                     "a base of its own for one slice cannot be followed; name the same base for all "
                     "slices at the top level",
                 )
             if entry.get("residual_weight") is not None:
-                self._remark(f"{where}.residual_weight", "no effect, in mergekit either")
+                self.found.remark(f"{where}.residual_weight", "no effect, in mergekit either")
             ranges: list[dict[str, Any]] = []
             here = f"layers[{len(layers)}]"
             for model in self._listed(
@@ -294,7 +278,7 @@ class _Translation:
                 ranges.append(self._range(model, method, apart, ranges))
             self.paths[f"{here}.sources"] = f"{where}.sources"
             if apart is not None and ranges and all(each["source"] != "base" for each in ranges):
-                self._say(
+                self.found.say(
                     f"{where}.sources",
                     f"the base_model, {apart.native}, gives no layers to this slice; list it with the "
                     "layers that the others were tuned from",
@@ -316,7 +300,7 @@ class _Translation:
         """Return which layers of a model a slice has."""
         taken = [each["source"] for each in others]
         if model.reference == apart and "base" not in taken:
-            self._no_effect(model, "the base is not merged itself")
+            check_idle(f"{model.path}.parameters", model.parameters, self.found)
             return {"source": "base", "layers": model.layers}
         # A model that stands twice in a slice is listed twice.
         places = [i for i, each in enumerate(self.sources) if each == model.reference]
@@ -327,63 +311,11 @@ class _Translation:
         values = self._parameters(f"{model.path}.parameters", model.parameters, method, model=True)
         return {"source": free[0], "layers": model.layers} | values
 
-    def _no_effect(self, model: _Model, why: str) -> None:
-        for key in model.parameters:
-            if key in PARAMETERS:
-                self._remark(f"{model.path}.parameters.{key}", f"no effect, {why}")
-            else:
-                self._say(f"{model.path}.parameters.{key}", unknown_key(key, sorted(PARAMETERS)))
-
     def _parameters(
         self, path: str, table: Mapping[Any, Any], method: Foreign, *, model: bool = False
     ) -> dict[str, Any]:
-        """Return the parameters in a mapping by their names here."""
-        specs = {spec.name: spec for spec in self.methods[method.native]}
-        made: dict[str, Any] = {}
-        for name, value in table.items():
-            where = f"{path}.{name}" if isinstance(name, str) else f"{path}.{shown(name)}"
-            key = method.keys.get(name)
-            if name in NUSLERP_SWITCHES and method.native == "nuslerp" and not model:
-                continue
-            if name not in PARAMETERS:
-                known = [*method.keys, *(NUSLERP_SWITCHES if method.native == "nuslerp" else ())]
-                self._say(where, unknown_key(name, known))
-            elif key is None:
-                why = (
-                    "it changes no number"
-                    if name in IDLE
-                    else f"{method.native} has no such parameter"
-                )
-                self._remark(where, f"no effect, {why}")
-            elif model and not key.of_model:
-                self._remark(where, "no effect, one value serves all models; move it to parameters")
-            else:
-                self._translate_into(made, where, key, specs[key.native], value)
-        if method.native == "nuslerp" and not model:
-            made |= self._axis(path, table)
-        return made
-
-    def _translate_into(
-        self, made: dict[str, Any], where: str, key: Key, spec: ParameterSpec, value: object
-    ) -> None:
-        try:
-            made[key.native] = translate_value(
-                value, key, spec, lambda text: self._remark(where, text)
-            )
-        except ValueError as error:
-            self._say(where, str(error))
-
-    def _axis(self, path: str, table: Mapping[Any, Any]) -> dict[str, str]:
-        """Return what two switches together say."""
-        flags = []
-        for name, default in zip(NUSLERP_SWITCHES, (True, False), strict=True):
-            value = table.get(name, default)
-            if not isinstance(value, bool):
-                self._say(f"{path}.{name}", f"expected true or false, got {shown(value)}")
-                value = default
-            flags.append(value)
-        given = any(name in table for name in NUSLERP_SWITCHES)
-        return {"axis": _AXES[flags[0], flags[1]]} if given else {}
+        specs = self.methods[method.native]
+        return translate_parameters(path, table, method, specs, found=self.found, model=model)
 
     def _require(
         self,
@@ -402,13 +334,13 @@ class _Translation:
             if not key.of_model:
                 in_slices = bool(layers) and all(key.native in part for part in layers)
                 if not in_slices:
-                    self._say(f"parameters.{name}", "this key is required")
+                    self.found.say(f"parameters.{name}", "this key is required")
                 continue
             for path, table in self._lacking(key.native, sources, layers):
                 where = self.paths.get(path, path)
                 where = f"{where}.{name}" if where.endswith("parameters") else f"parameters.{name}"
                 del table
-                self._say(where, "this key is required, here or under parameters for all")
+                self.found.say(where, "this key is required, here or under parameters for all")
 
     def _lacking(
         self,
@@ -435,13 +367,13 @@ class _Translation:
             if value is None:
                 continue
             if value not in _DTYPES:
-                self._say(key, refuse_choice(value, _DTYPES))
+                self.found.say(key, refuse_choice(value, _DTYPES))
             else:
                 given[key] = value
         if given.get("dtype") == "float64":
             made["compute_dtype"] = "float64"
         elif given.get("dtype") in {"float16", "bfloat16"}:
-            self._remark(
+            self.found.remark(
                 "dtype",
                 f"mergekit rounds the models to {given['dtype']} first; here they are merged as they are "
                 "stored, and the result is rounded",
@@ -459,15 +391,15 @@ class _Translation:
         source, table = self.document.get("tokenizer_source"), self._table("tokenizer")
         path = "tokenizer_source"
         if source is not None and table:
-            self._say("tokenizer", "tokenizer_source says the same; keep one of them")
+            self.found.say("tokenizer", "tokenizer_source says the same; keep one of them")
         if table:
             keys = ("source", "tokens", "pad_to_multiple_of")
             for key in table:
                 if key not in keys:
-                    self._say(f"tokenizer.{key}", unknown_key(key, keys))
+                    self.found.say(f"tokenizer.{key}", unknown_key(key, keys))
             for key in keys[1:]:
                 if table.get(key) is not None:
-                    self._say(
+                    self.found.say(
                         f"tokenizer.{key}",
                         "rows of embeddings are merged as they stand, none is added or replaced; remove "
                         "the key",
@@ -475,12 +407,12 @@ class _Translation:
             source, path = table.get("source", "union"), "tokenizer.source"
         if source == "union":
             made["vocabulary"] = "same"
-        elif source is not None and not self.problems:
+        elif source is not None and not self.found.problems:
             made.setdefault("output", {})
             self._take_tokenizer(made, path, source)
         template = self.document.get("chat_template")
         if template is not None:
-            self._say(
+            self.found.say(
                 "chat_template",
                 "none is written; name the model whose template is to be taken with "
                 "`output.companions.chat_template` of a native recipe, or leave the key out",
@@ -491,8 +423,7 @@ class _Translation:
             path, self.document.get("base_model") if source == "base" else source
         )
         if reference is None:
-            if source == "base":
-                self._say(path, "the recipe has no base_model to take a tokenizer from")
+            # Without a base it is the first model's, as everything beside the tensors is.
             return
         origin: object = reference.native
         if made.get("base") == reference.native:
