@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch
 import yaml
 from configs import EXACT
 from models import Tensors, load_model
-from tiny import ARCHITECTURES, write_models
+from tiny import ARCHITECTURES
 
 import streammerge
 from streammerge.methods import discover_methods
@@ -48,20 +49,6 @@ BY_ELEMENT = (
 """Those for which it does not matter what is one tensor, nor what it is called."""
 
 MakeModels = Callable[[str], dict[str, Path]]
-
-
-@pytest.fixture(scope="session")
-def made(tmp_path_factory: pytest.TempPathFactory) -> MakeModels:
-    """Return a function from an architecture to its models, made once."""
-    known: dict[str, dict[str, Path]] = {}
-
-    def make(architecture: str) -> dict[str, Path]:
-        if architecture not in known:
-            directory = tmp_path_factory.mktemp(architecture)
-            known[architecture] = write_models(directory, architecture)
-        return known[architecture]
-
-    return make
 
 
 def run_mergekit(text: str, out: Path) -> Tensors:
@@ -177,3 +164,36 @@ def test_a_recipe_is_written_down_as_a_native_one_that_means_the_same(name: str)
     recipe = parse_recipe(text, origin="c.yml", methods=methods)
 
     assert parse_recipe(dump_recipe(recipe), origin="native", methods=methods) == recipe
+
+
+def arc(one: torch.Tensor, other: torch.Tensor, t: float) -> torch.Tensor:
+    cosine = float((one * other).sum() / (one.norm() * other.norm()))
+    if not abs(cosine) <= 0.9995:
+        return (1 - t) * one + t * other
+    angle = math.acos(cosine)
+    return (math.sin((1 - t) * angle) * one + math.sin(t * angle) * other) / math.sin(angle)
+
+
+@pytest.mark.parametrize("architecture", ["bert", "mixtral"])
+def test_what_mergekit_fails_on_is_merged_tensor_by_tensor(
+    architecture: str, made: MakeModels, tmp_path: Path
+) -> None:
+    """BERT without a pooler, and experts by themselves, against the formulas in float64."""
+    paths = made(architecture)
+    a, b, c = (
+        {name: tensor.double() for name, tensor in load_model(paths[each]).items()}
+        for each in "abc"
+    )
+    (tmp_path / "mean").mkdir()
+    mean, _ = merge(EXACT["linear"].format(**paths), tmp_path / "mean")
+    on_arc, _ = merge(EXACT["slerp"].format(**paths), tmp_path)
+
+    for name, tensor in mean.items():
+        if not tensor.is_floating_point():
+            continue
+        torch.testing.assert_close(
+            tensor.double(), (0.6 * b[name] + 0.3 * c[name]) / 0.9, rtol=1e-6, atol=1e-7
+        )
+        torch.testing.assert_close(
+            on_arc[name].double(), arc(a[name], b[name], 0.3), rtol=1e-5, atol=1e-7
+        )

@@ -213,8 +213,20 @@ def test_every_shared_key_is_explained():
 
 
 values = st.sampled_from(
-    [None, True, False, 0, 1, -1, 0.5, 1.5, "", "a", "base", "model", "keep", [], [0.5], {}]
+    [
+        *(None, True, False, 0, 1, -1, 0.5, 1.5, "", "a", "base", "model", "keep", [], [0.5], {}),
+        {"gradient": [0, 0.5]},
+        {"gradient": []},
+        {"gradient": ["a"]},
+        {"gradient": 0.5},
+        {"cases": [{"tensors": "*", "value": 0.5}, {"value": {"gradient": [1, 0]}}]},
+        {"cases": [{"tensors": "", "value": 0.5}]},
+        {"cases": [{"tensors": "*"}]},
+        {"cases": [{"value": {"cases": []}}]},
+        {"cases": [], "gradient": [1]},
+    ]
 )
+ranges = st.sampled_from([[0, 4], [2, 1], [0], "a", [0, 4, 8], [-1, 2], None])
 
 
 def tables(*keys):
@@ -234,6 +246,18 @@ documents = st.fixed_dictionaries(
         "rules": st.lists(
             tables("copy", "drop", "dtype", "mismatch", "weight", "density", "scope", "path").map(
                 lambda own: {"tensors": "*"} | own
+            ),
+            max_size=2,
+        ),
+        "layers": st.lists(
+            tables("weight", "density", "scope", "rank").flatmap(
+                lambda own: st.lists(
+                    st.fixed_dictionaries(
+                        {"source": st.sampled_from([0, "base", "a", None]), "layers": ranges},
+                        optional={"weight": values, "scope": values},
+                    ),
+                    max_size=1,
+                ).map(lambda sources: own | {"sources": sources})
             ),
             max_size=2,
         ),
