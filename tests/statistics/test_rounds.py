@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import pickle
 import tracemalloc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -243,8 +244,11 @@ def search(
             piece = left.pop()
             if statistics.has_answers_of(piece.start, len(piece)):
                 continue
-            asked = statistics.asking
-            statistics.add(piece.start, [answer(wanted, blocks[at], asked) for at in piece])
+            asked, elsewhere = statistics.asking, rng.random() < 0.3
+            if elsewhere:
+                asked = sent(asked)
+            answers = [answer(wanted, blocks[at], asked) for at in piece]
+            statistics.add(piece.start, sent(answers) if elsewhere else answers)
             if snapshot is not None and rng.random() < 0.4:
                 statistics.save(snapshot)
                 if rng.random() < 0.5:
@@ -254,6 +258,11 @@ def search(
                     assert statistics.restore(snapshot)
         statistics.conclude()
     return statistics.found
+
+
+def sent(value: Any) -> Any:
+    """Return what another process has of a question, or this one of its answer."""
+    return pickle.loads(pickle.dumps(value))  # noqa: S301 - our own
 
 
 def _sample(statistics: ScopeStatistics, wanted: Programs, blocks: list[Block]) -> None:
