@@ -41,6 +41,10 @@ class Method:
     """How many sources it takes at most; None for any number."""
     sweeps: int = 1
     """How often every input must be read when none of it is kept."""
+    as_it_is: bool = False
+    """Whether streammerge is given mergekit's own configuration."""
+    sliced: bool = False
+    """Whether that lists the layers of every model, as people do."""
 
     @classmethod
     def of_both(cls, name: str, **options: Any) -> Method:
@@ -119,6 +123,29 @@ METHODS = {
             parameters={"t": 1e-3},
             of_mergekit={"t": 1e-3},
             most_sources=1,
+        ),
+        Method(
+            "slerp-slices",
+            "slerp",
+            "slerp",
+            has_weights=False,
+            of_mergekit={
+                "t": [
+                    {"filter": "self_attn", "value": [0, 0.5, 0.3, 0.7, 1]},
+                    {"filter": "mlp", "value": [1, 0.5, 0.7, 0.3, 0]},
+                    {"value": 0.5},
+                ]
+            },
+            most_sources=1,
+            as_it_is=True,
+            sliced=True,
+        ),
+        Method(
+            "ties-gradients",
+            "ties",
+            "ties",
+            of_mergekit={"density": [0.5, DENSITY, 0.1]},
+            as_it_is=True,
         ),
         Method.of_both("passthrough", has_base=False, has_weights=False, most_sources=1),
         Method("average", "average", has_base=False, has_weights=False),
@@ -243,6 +270,8 @@ class Job:
 def streammerge_recipe(job: Job) -> str:
     """Return the recipe, as JSON, which is YAML too."""
     method = job.method
+    if method.as_it_is:
+        return mergekit_config(job)
     density = {"density": DENSITY} if method.has_density else {}
     recipe: dict[str, Any] = {
         "method": method.streammerge,
@@ -280,7 +309,19 @@ def mergekit_config(job: Job) -> str:
     }
     if method.has_base:
         config["base_model"] = str(job.models.base.resolve())
+    if method.sliced:
+        config["slices"] = [_slice(job)]
+        del config["models"]
     return json.dumps(config, indent=1)
+
+
+def _slice(job: Job) -> dict[str, Any]:
+    """Return all layers of every model as one slice."""
+    text = (job.models.base / "config.json").read_text(encoding="utf-8")
+    layers = [0, json.loads(text)["num_hidden_layers"]]
+    return {
+        "sources": [{"model": str(path.resolve()), "layer_range": layers} for path in job.inputs]
+    }
 
 
 def peft_job(job: Job) -> str:
