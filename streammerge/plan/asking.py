@@ -69,6 +69,29 @@ def check_sources(recipe: Recipe, method: MergeMethod) -> None:
         )
 
 
+def check_layers(recipe: Recipe) -> None:
+    """Raise if the recipe puts layers together and asks for what goes by the base's tensors."""
+    if not recipe.layers:
+        return
+    used = {source for part in recipe.layers for source in part.sources}
+    idle = [index for index in range(len(recipe.sources)) if index not in used]
+    if idle:
+        raise RecipeError(
+            f"layers: no slice has layers of sources[{idle[0]}] ({recipe.sources[idle[0]].path}); remove "
+            "it from the sources, or give it a slice"
+        )
+    if recipe.output.quantization is not None:
+        raise RecipeError(
+            "output.quantization: weights are stored as the base's of the same name are, and `layers` "
+            "gives them other names; leave one of the two out"
+        )
+    if recipe.parameters.get("rounding") == "peft":
+        raise RecipeError(
+            "parameters.rounding: peft merges adapters into the base as it stands, and `layers` puts "
+            "another one together; leave one of the two out"
+        )
+
+
 def check_settings(method: MergeMethod, assignment: Assignment) -> bool:
     """Check what concerns several parameters at once; return whether statistics span the model."""
     scopes = set()

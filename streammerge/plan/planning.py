@@ -27,6 +27,7 @@ from streammerge.methods.programs import Programs
 from streammerge.plan.adapting import describe_changes
 from streammerge.plan.asking import (
     check_in_turn,
+    check_layers,
     check_settings,
     check_sources,
     find_method,
@@ -106,6 +107,7 @@ def plan_merge(
     semantics = semantics_of(recipe, method)
     recipe = replace(recipe, semantics=semantics)
     check_sources(recipe, method)
+    check_layers(recipe)
     if method.operand is Operand.TASK_VECTORS and base is None:
         raise RecipeError(
             f"base: {method.name} merges task vectors and needs the model that the sources were "

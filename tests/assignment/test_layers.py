@@ -311,3 +311,36 @@ def test_one_threshold_over_models_that_differ_is_refused(models: Models) -> Non
 
     with pytest.raises(RecipeError, match="not all tensors are made of the same models"):
         streammerge.plan(recipe)
+
+
+@pytest.mark.parametrize(
+    ("document", "said"),
+    [
+        ({}, r"layers: no slice has layers of sources\[1\]"),
+        ({"output": {"quantization": "as base"}}, "output.quantization: "),
+        ({"parameters": {"rounding": "peft"}}, "parameters.rounding: peft merges adapters"),
+    ],
+)
+def test_what_goes_by_the_bases_tensors_is_refused(
+    document: dict[str, Any], said: str, models: Models
+) -> None:
+    paths = [models.write(draw(4, seed)) for seed in range(2)]
+    count = 1 if document else 2
+    layers = [{"sources": [{"source": 0, "layers": [0, 2]}]}]
+    recipe = recipe_of(
+        "task_arithmetic", models.write(draw(4, 9)), paths[:count], layers=layers, **document
+    )
+
+    with pytest.raises(RecipeError, match=said):
+        streammerge.plan(recipe)
+
+
+def test_verify_merges_a_sample_of_layers_again(models: Models) -> None:
+    recipe, _ = franken(models)
+    out = models.new_output()
+    streammerge.merge(recipe, out)
+
+    assert not streammerge.verify_files(out).damages
+    comparison = streammerge.verify_against(recipe, out, fraction=1.0)
+    assert not comparison.differing
+    assert comparison.nbytes == sum(tensor.nbytes for tensor in load_model(out).values())

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from streammerge.adapters.combining.combinations import COMBINATIONS, SVD_CLAMP
 from streammerge.adapters.files.types import Adapter, AdapterKind, LayerKind
 from streammerge.errors import RecipeError, UnsupportedAdapterError
+from streammerge.recipe.resolving import has_gradients
 from streammerge.recipe.types import NonFinitePolicy, ParameterValue, Recipe
 
 _BAKE = 'give the recipe the "base" that they were trained on'
@@ -23,6 +24,7 @@ def check_combination(recipe: Recipe, adapters: Sequence[Adapter]) -> None:
         RecipeError: The recipe asks for what no combination of these adapters can be.
         UnsupportedAdapterError: What an adapter does depends on the base.
     """
+    _check_models(recipe)
     combination = COMBINATIONS[recipe.method]
     for what in ("kind", "naming"):
         found = [str(getattr(adapter, what)) for adapter in adapters]
@@ -39,6 +41,31 @@ def check_combination(recipe: Recipe, adapters: Sequence[Adapter]) -> None:
     if adapters[0].kind is AdapterKind.IA3 and combination.name != "linear":
         raise RecipeError(
             f"method: {combination.name} combines factors of LoRA; for IA3 there is linear only"
+        )
+
+
+def _check_models(recipe: Recipe) -> None:
+    """Raise if anything is asked that only a merge of models can do."""
+    if recipe.layers:
+        raise RecipeError(
+            "layers: adapters are combined module by module; without a base there are no layers to put "
+            "together, leave the key out"
+        )
+    if has_gradients(recipe):
+        raise RecipeError(
+            "parameters: a gradient runs over the layers of a model, and adapters are combined module by "
+            "module; say it with cases: {cases: [{tensors: '*.layers.0.*', value: 1}, ...]}"
+        )
+    for index, source in enumerate(recipe.sources):
+        if source.adapter is not None:
+            raise RecipeError(
+                f"sources[{index}].adapter: {source.path} is an adapter itself; give each adapter a source "
+                "of its own"
+            )
+    if recipe.output.promotes:
+        raise RecipeError(
+            "output.dtype: promoted is for models; name a type, or leave the key out for that of the first "
+            "adapter"
         )
 
 

@@ -319,3 +319,15 @@ def test_the_budget_that_a_combination_names_is_accepted_by_a_fresh_process(tmp_
     accepted = [plan(named[1]).returncode for _ in range(3)]
 
     assert accepted == [0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("document", "words"),
+    [
+        ({"layers": [{"sources": [{"source": 0, "layers": [0, 1]}]}]}, "layers: adapters are"),
+        ({"parameters": {"weight": {"gradient": [0, 1]}}}, "a gradient runs over the layers"),
+        ({"output": {"dtype": "promoted"}}, "output.dtype: promoted is for models"),
+    ],
+)
+def test_what_only_models_have_is_refused(document, words, refuse, lora: Path):
+    refuse(RecipeError, recipe_for("linear", [lora, lora], **document), words)
