@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from streammerge.adapters.combining.plans import CombinationPlan
+from streammerge.adapters.combining.writing import write_adapter
 from streammerge.checkpoint.bytesource import (
     ByteSource,
     OpenByteSource,
@@ -77,11 +78,11 @@ class MergeJob:
         return self._merge(self.planned, on_progress)
 
     def _combine(self, planned: CombinationPlan, on_progress: OnProgress) -> Manifest:
-        from streammerge.adapters.combining.running import run_combination  # noqa: PLC0415 - loads torch
+        from streammerge.adapters.combining.running import CombinationJob  # noqa: PLC0415 - loads torch
 
         with _naming_errors(self.out):
-            return run_combination(
-                planned,
+            return write_adapter(
+                CombinationJob(planned),
                 self.out,
                 identity=identify(planned),
                 overwrite=self.overwrite,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from streammerge.adapters.combining.plans import ModuleTask, OutputTensor, Task
 from streammerge.adapters.files.naming import PEFT_PREFIX
@@ -27,7 +27,12 @@ def lay_out(tasks: Sequence[Task]) -> tuple[tuple[Task, ...], bytes]:
 
     Wider element types come first, as the safetensors library stores them.
     """
-    outputs = [tensor for task in tasks for tensor in task.outputs]
+    placed, header = place_tensors([tensor for task in tasks for tensor in task.outputs])
+    return tuple(_placed(task, placed) for task in tasks), header
+
+
+def place_tensors(outputs: Iterable[OutputTensor]) -> tuple[dict[str, OutputTensor], bytes]:
+    """Return tensors with offsets by their names, and the header of the file that they fill."""
     ordered = sorted(outputs, key=lambda tensor: (-tensor.dtype.itemsize, tensor.name))
     header = _render_header(ordered)
     placed: dict[str, OutputTensor] = {}
@@ -35,7 +40,7 @@ def lay_out(tasks: Sequence[Task]) -> tuple[tuple[Task, ...], bytes]:
     for tensor in ordered:
         placed[tensor.name] = dataclasses.replace(tensor, offset=offset)
         offset += tensor.nbytes
-    return tuple(_placed(task, placed) for task in tasks), header
+    return placed, header
 
 
 def factor_names(naming: Naming, stem: str, layer: LayerKind) -> dict[str, str]:
