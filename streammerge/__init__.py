@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from streammerge.checkpoint.verifying import verify_files
     from streammerge.engine.progress import ProgressEvent
     from streammerge.errors import StreamMergeError
+    from streammerge.extracting.extraction import extract
     from streammerge.plan.types import MergePlan
     from streammerge.recipe.types import Recipe
     from streammerge.run import load_recipe, merge, plan, verify_against
@@ -36,6 +37,7 @@ __all__ = [
     "Recipe",
     "StreamMergeError",
     "__version__",
+    "extract",
     "functional",
     "load_recipe",
     "merge",
@@ -53,6 +55,7 @@ _HOMES = {
     "ProgressEvent": "streammerge.engine.progress",
     "Recipe": "streammerge.recipe.types",
     "StreamMergeError": "streammerge.errors",
+    "extract": "streammerge.extracting.extraction",
     "load_recipe": "streammerge.run",
     "merge": "streammerge.run",
     "plan": "streammerge.run",

@@ -165,7 +165,7 @@ def test_whatever_too_little_address_space_refuses_is_named(mib: int, recipe: Pa
 
 def test_torch_that_does_not_fit_the_address_space_is_named() -> None:
     code = "from streammerge.cli import main; from streammerge.lazily import load_torch\n"
-    code += "import streammerge.cli as cli; cli._methods = lambda _: load_torch()\n"
+    code += "import streammerge.cli as cli; cli.commands.run_methods = lambda _: load_torch()\n"
     code += "import sys; sys.exit(main(['methods']))"
     done = subprocess.run(
         [sys.executable, "-c", code],

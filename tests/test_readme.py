@@ -148,6 +148,8 @@ def test_the_commands_of_a_block_work_one_after_the_other(block: Block, place: P
             manifest = place / rest[1] / MANIFEST_NAME
             recipe = yaml.safe_load(block.recipe)
             assert recipe.get("method", recipe.get("merge_method")) in manifest.read_text()
+        elif verb == "extract":
+            assert (place / rest[2] / MANIFEST_NAME).exists()
         elif verb == "verify":
             assert "all as they were written" in text
             assert ("equal, bit by bit" in text) == ("--against" in rest)

@@ -1,0 +1,322 @@
+"""What each command does: options in, exit code out; the work is in :mod:`streammerge.run` and beside it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from streammerge.errors import RecipeError, printable
+from streammerge.signals import stopping_signals
+from streammerge.streams import as_courtesy, print_result
+from streammerge.units import format_size
+
+if TYPE_CHECKING:
+    from streammerge.chaining import Chain
+    from streammerge.checkpoint.manifest import Manifest
+    from streammerge.extracting.plans import ExtractionPlan
+    from streammerge.recipe.types import Recipe
+
+
+def run_merge(options: argparse.Namespace) -> int:
+    """Merge as a recipe says, or as several do."""
+    from streammerge.checkpoint.bytesource import ByteSourceKind
+    from streammerge.display import show_progress
+    from streammerge.recipe.types import Recipe
+    from streammerge.run import find_complete, merge, plan
+
+    recipe = _recipes_of(options)
+    if not isinstance(recipe, Recipe):
+        return _merge_chain(options, recipe)
+    planned = plan(recipe, **_resources_of(options))
+    complete = find_complete(planned, options.out) if options.resume else None
+    if complete is not None:
+        _say_complete(options, complete)
+        return 0
+    with (
+        stopping_signals(),
+        show_progress(quiet=options.quiet, as_json=options.json) as on_progress,
+    ):
+        manifest = merge(
+            planned,
+            options.out,
+            overwrite=options.overwrite,
+            resume=options.resume,
+            byte_source=ByteSourceKind(options.byte_source),
+            on_progress=on_progress,
+        )
+    _say_done(options, manifest)
+    return 0
+
+
+def _merge_chain(options: argparse.Namespace, chain: Chain) -> int:
+    """Merge several recipes of one file."""
+    from streammerge.chaining import merge_chain
+    from streammerge.display import show_progress
+
+    with (
+        stopping_signals(),
+        show_progress(quiet=options.quiet, as_json=options.json) as on_progress,
+    ):
+        manifest = merge_chain(
+            chain,
+            Path(options.out),
+            resume=options.resume,
+            overwrite=options.overwrite,
+            on_progress=on_progress,
+            **_resources_of(options),
+        )
+    _say_done(options, manifest)
+    return 0
+
+
+def _recipes_of(options: argparse.Namespace) -> Recipe | Chain:
+    from streammerge.chaining import read_recipes
+
+    return read_recipes(Path(options.recipe), download=options.download)
+
+
+def _say_complete(options: argparse.Namespace, manifest: Manifest) -> None:
+    """Tell that nothing was left to do."""
+    tensors = len(manifest.tensors)
+    if options.json:
+        event = {"event": "complete", "out": str(options.out), "tensors": tensors}
+        print(json.dumps(event), file=as_courtesy(sys.stdout), flush=True)
+    elif not options.quiet:
+        print(
+            f"{printable(options.out)}: is complete already, with {tensors} tensors",
+            file=sys.stderr,
+        )
+
+
+def _say_done(options: argparse.Namespace, manifest: Manifest) -> None:
+    """Tell what the merge took."""
+    run = manifest.run
+    if options.json:
+        print(
+            json.dumps(
+                {
+                    "event": "done",
+                    "out": str(options.out),
+                    "tensors": len(manifest.tensors),
+                    "seconds": run.seconds,
+                    "seconds_by_stage": run.seconds_by_stage,
+                    "bytes_by_stage": run.bytes_by_stage,
+                    "projected_memory": run.projected_memory,
+                    "measured_memory": run.measured_memory,
+                    "damaged": run.damaged,
+                }
+            ),
+            file=as_courtesy(sys.stdout),
+            flush=True,
+        )
+    elif not options.quiet:
+        if run.damaged:
+            print(
+                f"{printable(options.out)}: {run.damaged} piece(s) of the unfinished merge had "
+                "changed since, and were made again",
+                file=sys.stderr,
+            )
+        print(
+            f"{printable(options.out)}: {len(manifest.tensors)} tensors in {run.seconds:.1f} s, read "
+            f"{format_size(run.bytes_by_stage['read'])}, wrote "
+            f"{format_size(run.bytes_by_stage['write'])}, peak memory "
+            f"{format_size(run.measured_memory)} of {format_size(run.memory_budget)}",
+            file=sys.stderr,
+        )
+
+
+def _resources_of(options: argparse.Namespace) -> dict[str, Any]:
+    return {
+        name: getattr(options, name)
+        for name in ("memory", "workers", "device", "device_memory", "download")
+    }
+
+
+def run_plan(options: argparse.Namespace) -> int:
+    """Show what a merge would do."""
+    from streammerge.plan.codec import dump_plan
+    from streammerge.plan.types import MergePlan
+    from streammerge.recipe.types import Recipe
+    from streammerge.run import plan
+
+    recipe = _recipes_of(options)
+    if not isinstance(recipe, Recipe):
+        return _plan_chain(options, recipe)
+    planned = plan(recipe, **_resources_of(options))
+    if not options.json:
+        # Not by its name, which it has no more once it is removed.
+        free = format_size(shutil.disk_usage(".").free)
+        needed = format_size(planned.bytes_to_write)
+        print_result(f"{planned}\nfree disk    {free} here, {needed} needed")
+    elif isinstance(planned, MergePlan):
+        print_result(dump_plan(planned))
+    else:
+        print_result(json.dumps(planned.as_json()))
+    return 0
+
+
+def _plan_chain(options: argparse.Namespace, chain: Chain) -> int:
+    """Show what several recipes of one file would do."""
+    from streammerge.chaining import plan_chain
+    from streammerge.plan.codec import dump_plan
+
+    plans = plan_chain(chain, **_resources_of(options))
+    if options.json:
+        print_result("\n".join(map(dump_plan, plans)))
+        return 0
+    needed = format_size(sum(planned.bytes_to_write for planned in plans))
+    parts = [
+        f"== {printable(stage.name)} ==\n{planned}"
+        for stage, planned in zip(chain.stages, plans, strict=True)
+    ]
+    free = format_size(shutil.disk_usage(".").free)
+    print_result("\n\n".join([*parts, f"free disk    {free} here, {needed} needed for all"]))
+    return 0
+
+
+def run_verify(options: argparse.Namespace) -> int:
+    """Compare a merged model with its manifest, and perhaps with a recipe."""
+    from streammerge.checkpoint.verifying import verify_files
+
+    found = verify_files(Path(options.out))
+    compared = None
+    if options.against is not None and not found.damages:
+        from streammerge.display import show_progress
+        from streammerge.run import verify_against
+
+        with show_progress(quiet=options.quiet or options.json, as_json=False) as on_progress:
+            compared = verify_against(
+                options.against,
+                options.out,
+                fraction=options.sample,
+                memory=options.memory,
+                device=options.device,
+                download=options.download,
+                on_progress=on_progress,
+            )
+    if options.json:
+        document = asdict(found)
+        if compared is not None:
+            document["against"] = asdict(compared)
+        print_result(json.dumps(document))
+    else:
+        verdict = f"{len(found.damages)} damaged" if found.damages else "all as they were written"
+        lines = [f"{damage.kind}  {damage.name}: {damage.what}" for damage in found.damages]
+        lines.append(f"{options.out}: {found.files} files, {format_size(found.nbytes)}: {verdict}")
+        if not found.vouched:
+            lines.append("its manifest is of an earlier version, and has no digest of its own")
+        lines += () if compared is None else compared.lines()
+        print_result("\n".join(map(printable, lines)))
+    return 1 if found.damages or (compared is not None and compared.differing) else 0
+
+
+def run_inspect(options: argparse.Namespace) -> int:
+    """Show what a checkpoint or an adapter holds."""
+    from streammerge.adapters.files.inspecting import describe_adapter, describe_adapter_as_json
+    from streammerge.adapters.files.reading import is_adapter, read_adapter
+    from streammerge.checkpoint.composite import read_model
+    from streammerge.checkpoint.hub import locate_model
+    from streammerge.checkpoint.inspecting import describe, describe_as_json
+
+    path = locate_model(Path(options.path), download=options.download)
+    if is_adapter(path):
+        adapter = read_adapter(path)
+        if options.json:
+            print_result(json.dumps(describe_adapter_as_json(adapter)))
+        else:
+            print_result(describe_adapter(adapter))
+        return 0
+    checkpoint = read_model(path)
+    if options.json:
+        print_result(json.dumps(describe_as_json(checkpoint)))
+    else:
+        print_result(describe(checkpoint))
+    return 0
+
+
+def run_convert(options: argparse.Namespace) -> int:
+    """Print a recipe in this tool's words."""
+    from streammerge.recipe.dumping import write_out
+    from streammerge.run import load_recipe
+
+    print_result(write_out(load_recipe(options.recipe)).rstrip("\n"))
+    return 0
+
+
+def run_methods(options: argparse.Namespace) -> int:
+    """List methods, or explain one."""
+    from streammerge.adapters.combining.combinations import COMBINATIONS
+    from streammerge.adapters.combining.describing import (
+        combinations_as_json,
+        describe_combination,
+        list_combinations,
+    )
+    from streammerge.adapters.combining.recipes import every_method
+    from streammerge.methods import discover_methods
+    from streammerge.methods.describing import describe_method, list_methods, method_as_json
+    from streammerge.plan.asking import find_method
+
+    if options.schema:
+        from streammerge.recipe.json_schema import recipe_json_schema
+
+        methods = discover_methods()
+        specs = every_method({name: method.parameters for name, method in methods.items()})
+        semantics = {name: method.semantics for name, method in methods.items()}
+        print_result(json.dumps(recipe_json_schema(specs, semantics), indent=2))
+        return 0
+    combinations = [each for name, each in COMBINATIONS.items() if options.name in (None, name)]
+    if options.name is None:
+        chosen: list[Any] = list(discover_methods().values())
+    elif options.name in discover_methods() or not combinations:
+        try:
+            chosen = [find_method(options.name)]
+        except RecipeError as error:
+            raise RecipeError(f"methods: {error}") from error
+    else:
+        chosen = []
+    if options.json:
+        facts = [method_as_json(method) for method in chosen] + combinations_as_json(combinations)
+        print_result(json.dumps(facts))
+    elif options.name is None:
+        print_result(f"{list_methods(chosen)}\n\n{list_combinations()}")
+    else:
+        parts = [describe_method(method) for method in chosen]
+        print_result("\n\n".join(parts + [describe_combination(each) for each in combinations]))
+    return 0
+
+
+def run_extract(options: argparse.Namespace) -> int:
+    """Write a LoRA of the difference between two models."""
+    from streammerge.display import show_progress
+    from streammerge.extracting.extraction import extract
+
+    def tell(plan: ExtractionPlan) -> None:
+        if not options.quiet and not options.json:
+            print(plan, file=sys.stderr)
+
+    with (
+        stopping_signals(),
+        show_progress(quiet=options.quiet, as_json=options.json) as on_progress,
+    ):
+        manifest = extract(
+            options.base,
+            options.tuned,
+            options.out,
+            rank=options.rank,
+            modules=tuple(options.modules or ()),
+            dtype=options.dtype,
+            exact=options.exact,
+            memory=options.memory,
+            workers=options.workers,
+            download=options.download,
+            overwrite=options.overwrite,
+            on_plan=tell,
+            on_progress=on_progress,
+        )
+    _say_done(options, manifest)
+    return 0

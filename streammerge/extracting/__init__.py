@@ -1,0 +1,1 @@
+"""A low-rank adapter from the difference of two models."""
