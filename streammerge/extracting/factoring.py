@@ -20,7 +20,11 @@ OVERSAMPLE = 24
 """Columns of the projection beyond the rank."""
 _POWERS = 4
 """Power iterations: what is neglected is damped by the ratio of singular values to the ninth."""
-_ERROR_ROWS = 512
+_READING_BYTES = 24 * 2**20
+"""What reading a difference takes: two steps as stored and in float32."""
+_LIBRARY_BYTES = 16 * 2**20
+"""What a product of matrices is packed into, by one thread."""
+_ERROR_ROWS = 128
 """Rows of a product that are compared at once."""
 
 
@@ -94,7 +98,10 @@ def workspace(rows: int, columns: int, rank: int, *, exact: bool) -> int:
 
 
 def _small(rows: int, columns: int) -> int:
-    return 8 * 3 * _ERROR_ROWS * columns + 4 * 2 * 2**21 + 16 * (rows + columns)
+    """Return what comparing, reading and the library's own buffers take beside that."""
+    # In the error: a product, the rest of it, both as doubles, and their squares.
+    compared = (4 * 2 + 8 * 4) * _ERROR_ROWS * columns
+    return compared + _READING_BYTES + _LIBRARY_BYTES + 16 * (rows + columns)
 
 
 def is_exact(rows: int, columns: int, rank: int, *, wanted: bool) -> bool:

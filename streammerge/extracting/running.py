@@ -10,6 +10,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,6 +30,8 @@ from streammerge.checkpoint.modelcard import render_model_card
 from streammerge.checkpoint.outputfile import OutputFile
 from streammerge.checkpoint.outputform import OutputForm
 from streammerge.checkpoint.types import Note, ShardFile
+from streammerge.engine.buffers import allocate
+from streammerge.engine.memory import release_free_memory
 from streammerge.engine.pieces import torch_dtype
 from streammerge.errors import NonFiniteError, printable
 from streammerge.extracting.factoring import factor, relative_error
@@ -183,16 +186,25 @@ class ExtractionJob:
 
 def _factor(sources: Sequence[ByteSource], output: OutputFile, task: FactorTask) -> float:
     """Write the factors of one matrix; return what is missing of its norm."""
-    with torch.inference_mode():
-        memory = torch.empty(task.pair.base.numel, dtype=torch.float32)
-        read_difference(sources, task.pair, memory)
-        matrix = memory.view(task.pair.shape)
-        matrix = matrix.T if task.transposed else matrix
-        seed = stream_key(0, 0, task.pair.name)
-        made = factor(matrix, task.rank, exact=task.exact, seed=int(seed) & (2**63 - 1))
-        down = _write(output, task.down, made.down, task.pair.name)
-        up = _write(output, task.up, made.up, task.pair.name)
-        return relative_error(matrix, down, up)
+    try:
+        with torch.inference_mode():
+            return _factor_one(sources, output, task)
+    finally:
+        # What a matrix took lies in the heaps of threads, in pieces that the next one does not fit.
+        release_free_memory()
+
+
+def _factor_one(sources: Sequence[ByteSource], output: OutputFile, task: FactorTask) -> float:
+    room = allocate(task.pair.base.numel * 4)
+    memory = torch.from_numpy(room.view(np.float32))
+    read_difference(sources, task.pair, memory)
+    matrix = memory.view(task.pair.shape)
+    matrix = matrix.T if task.transposed else matrix
+    seed = stream_key(0, 0, task.pair.name)
+    made = factor(matrix, task.rank, exact=task.exact, seed=seed & (2**63 - 1))
+    down = _write(output, task.down, made.down, task.pair.name)
+    up = _write(output, task.up, made.up, task.pair.name)
+    return relative_error(matrix, down, up)
 
 
 def _write(output: OutputFile, place: OutputTensor, values: Tensor, name: str) -> Tensor:
