@@ -258,6 +258,27 @@ def test_sixteen_sources_merge_in_a_cgroup_of_400_mib(method, sixteen, tmp_path,
     assert measured["peak"] <= measured["planned"] <= 400 * MIB
 
 
+@pytest.mark.cgroup
+def test_layers_of_three_models_merge_in_a_cgroup_of_400_mib(models, tmp_path, limited_group):
+    paths = [models / name for name in ("base", "tuned-0", "tuned-1")]
+    spans = [(0, 0, 8), (1, 2, 10), (2, 0, 10), (0, 4, 9)]
+    document = {
+        "method": "passthrough",
+        "sources": [{"path": f"{path}.safetensors"} for path in paths],
+        "layers": [{"sources": [{"source": i, "layers": [a, b]}]} for i, a, b in spans],
+        "parameters": {"scale": {"gradient": [1, 0.5]}},
+    }
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(document))
+
+    measured = run_merge(recipe, tmp_path / "small", "400MiB", preexec=limited_group(400 * MIB))
+    run_merge(recipe, tmp_path / "large", "4GiB")
+
+    assert measured["peak"] <= measured["planned"] <= 400 * MIB
+    small, large = (next((tmp_path / name).glob("*.safetensors")) for name in ("small", "large"))
+    assert filecmp.cmp(small, large, shallow=False)
+
+
 @pytest.fixture(scope="module")
 def sixteen(tmp_path_factory) -> Path:
     """A base and sixteen fine-tunes with one giant tensor."""
