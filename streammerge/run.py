@@ -89,12 +89,29 @@ def plan(
     names = choose_devices(device)
     device_budget = choose_device_budget(names, device_memory)
     asked = load_recipe(recipe, download=download)
+    try:
+        return _plan(asked, names, device_budget, memory=memory, workers=workers, download=download)
+    except RecipeError as error:
+        # Messages are about this tool's keys; those of another tool's recipe are called otherwise.
+        error.args = ("\n".join(map(asked.in_its_words, str(error).split("\n"))),)
+        raise
+
+
+def _plan(
+    asked: Recipe,
+    names: Sequence[str],
+    device_budget: int | None,
+    *,
+    memory: int | str | None,
+    workers: int | None,
+    download: bool,
+) -> MergePlan | CombinationPlan:
     parsed = locate_models(asked, download=download)
     _check_planning_room(parsed, memory)
     if is_combination(parsed):
         if names:
             raise DeviceError(
-                f"device: {device!r}, but adapters are combined on the cpu, in seconds; leave it out"
+                f"device: {','.join(names)!r}, but adapters are combined on the cpu, in seconds; leave it out"
             )
         combination = plan_combination(
             parsed,

@@ -35,6 +35,7 @@ from streammerge.recipe.types import (
     Scalar,
     Source,
     Varying,
+    with_keys,
 )
 from streammerge.recipe.varying import build_varying
 
@@ -136,9 +137,9 @@ def _translate_mergekit(document: dict[Any, Any], methods: Methods) -> Recipe:
     try:
         recipe = _translate(translated.document, methods)
     except RecipeError as error:
-        lines = map(translated.line, str(error).split("\n"))
+        lines = (with_keys(line, translated.paths) for line in str(error).split("\n"))
         raise RecipeError("\n".join(lines)) from error.__cause__
-    return replace(recipe, remarks=translated.remarks)
+    return replace(recipe, remarks=translated.remarks, keys=translated.paths)
 
 
 def _frame(document: dict[Any, Any]) -> dict[object, object]:

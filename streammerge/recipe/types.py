@@ -296,3 +296,18 @@ class Recipe:
     """The layers of the result, slice by slice; empty for those of the inputs, each with its like."""
     remarks: tuple[str, ...] = field(default=(), compare=False)
     """What a recipe of another tool says without effect, or means otherwise."""
+    keys: Mapping[str, str] = field(default_factory=dict, compare=False)
+    """Where a recipe of another tool says what, by the path of the key here."""
+
+    def in_its_words(self, line: str) -> str:
+        """Return a message that begins with a key as one about the recipe that was given."""
+        return with_keys(line, self.keys)
+
+
+def with_keys(line: str, keys: Mapping[str, str]) -> str:
+    """Return a message with another path of a key, if it begins with one that has another."""
+    fitting = (
+        key for key in keys if line.startswith(key) and line[len(key) : len(key) + 1] in ".[:"
+    )
+    best = max(fitting, key=len, default=None)
+    return line if best is None else keys[best] + line[len(best) :]

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-import pytest
+from pathlib import Path
 
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import streammerge
 from streammerge.errors import RecipeError
 from streammerge.methods import discover_methods
 from streammerge.recipe.parsing import parse_recipe
@@ -259,3 +264,19 @@ def test_models_are_named_with_revisions_and_adapters() -> None:
         ("org/b@v2", "c"),
         ("d", None),
     ]
+
+
+def test_what_planning_refuses_is_said_of_mergekits_keys(tmp_path: Path) -> None:
+    names = [f"model.layers.{layer}.w" for layer in range(4)]
+    save_file({name: torch.ones(3) for name in names}, tmp_path / "a.safetensors")
+    path = tmp_path / "a.safetensors"
+    config = {
+        "merge_method": "passthrough",
+        "slices": [{"sources": [{"model": str(path), "layer_range": [2, 7]}]}],
+    }
+
+    with pytest.raises(RecipeError) as caught:
+        streammerge.plan(config)
+
+    said = str(caught.value)
+    assert said.startswith("slices[0].sources[0].layer_range: [2, 7] goes beyond the 4 layers")

@@ -42,11 +42,6 @@ class Translated:
     remarks: tuple[str, ...]
     """What has no effect, and what is done otherwise."""
 
-    def line(self, line: str) -> str:
-        """Return a message about the document as one about mergekit's recipe."""
-        best = max((path for path in self.paths if line.startswith(path)), key=len, default=None)
-        return line if best is None else self.paths[best] + line[len(best) :]
-
 
 def is_mergekit(document: Mapping[Any, Any]) -> bool:
     """Return whether a document is a recipe for mergekit, and none of this tool."""
@@ -83,7 +78,9 @@ class _Translation:
     document: Mapping[Any, Any]
     methods: Methods
     found: Findings = field(default_factory=Findings)
-    paths: dict[str, str] = field(default_factory=dict)
+    paths: dict[str, str] = field(
+        default_factory=lambda: {"base": "base_model", "method": "merge_method"}
+    )
     sources: list[Reference] = field(default_factory=list)
 
     def run(self) -> Translated:
