@@ -22,6 +22,7 @@ from streammerge.companions.comparing import Participant, compare_companions
 from streammerge.companions.fitting import Described, LayerOrigin, fit_config
 from streammerge.companions.kinds import gather_companions, kind_of, read_object, read_template
 from streammerge.companions.stating import state_storage
+from streammerge.companions.templates import find_template
 from streammerge.dtypes import DType
 from streammerge.errors import CheckpointError, RecipeError
 from streammerge.plan.types import MergePlan
@@ -56,7 +57,12 @@ def accompany(
     ]
     taken = _choose_origins(recipe, participants)
     default = participants[0].directory
-    companions = gather_companions({k: each.directory for k, each in taken.items()}, default)
+    wanted = recipe.output.chat_template
+    companions = gather_companions(
+        {kind: each.directory for kind, each in taken.items()},
+        default,
+        template=wanted and find_template(wanted, [each.directory for each in participants]),
+    )
     if recipe.output.companions:
         own = [path.relative_to(default).as_posix() for path in plan_sidecars(default)]
         _check_given(recipe, taken, companions, own)

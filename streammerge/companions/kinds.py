@@ -57,13 +57,14 @@ def kind_of(name: str) -> CompanionKind:
 
 
 def gather_companions(
-    origins: Mapping[CompanionKind, Path], default: Path
+    origins: Mapping[CompanionKind, Path], default: Path, *, template: str | None = None
 ) -> tuple[Companion, ...]:
     """Return the files that go to the output, each from where its kind is taken.
 
     Args:
         origins: The directory of each kind.
         default: The directory of the first model.
+        template: The text of the chat template; None for that of the inputs.
 
     Raises:
         CheckpointError: A file cannot be read.
@@ -79,6 +80,8 @@ def gather_companions(
             if origins[kind_of(each.name)] == directory
         )
     found.sort(key=lambda companion: companion.name)
+    if template is not None:
+        return tuple(_with_text(found, template))
     if origins[CompanionKind.CHAT_TEMPLATE] != origins[CompanionKind.TOKENIZER]:
         found = _with_template(
             found, origins[CompanionKind.TOKENIZER], origins[CompanionKind.CHAT_TEMPLATE]
@@ -141,6 +144,20 @@ def _with_template(found: list[Companion], tokenizer: Path, template: Path) -> l
     return [
         replace(each, changes=(*each.changes, change)) if each.name == TOKENIZER_CONFIG else each
         for each in found
+    ]
+
+
+def _with_text(found: list[Companion], template: str) -> list[Companion]:
+    """Return companions whose tokenizer has a chat template of its own, and no other one."""
+    if not any(companion.name == TOKENIZER_CONFIG for companion in found):
+        raise RecipeError(
+            f"output.chat_template: is written to {TOKENIZER_CONFIG}, which no input has; leave the key out"
+        )
+    change = JsonChange("", _TEMPLATE_KEY, json.dumps(template), "output.chat_template")
+    return [
+        replace(each, changes=(*each.changes, change)) if each.name == TOKENIZER_CONFIG else each
+        for each in found
+        if kind_of(each.name) is not CompanionKind.CHAT_TEMPLATE
     ]
 
 

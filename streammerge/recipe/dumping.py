@@ -83,6 +83,8 @@ def _document(recipe: Recipe) -> dict[str, object]:
             for kind in CompanionKind
             if kind in recipe.output.companions
         }
+    if recipe.output.chat_template is not None:
+        output["chat_template"] = recipe.output.chat_template
     if recipe.output.quantization is not None:
         output["quantization"] = recipe.output.quantization.value
     document["output"] = output

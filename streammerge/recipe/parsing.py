@@ -312,6 +312,7 @@ def _build(
                 for kind, origin in (frame.output.companions or {}).items()
             },
             quantization=frame.output.quantization,
+            chat_template=frame.output.chat_template,
         ),
         vocabulary=frame.vocabulary,
         layers=tuple(

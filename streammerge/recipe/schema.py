@@ -47,6 +47,8 @@ from streammerge.units import parse_size
 
 _Word = TypeVar("_Word", bound=StrEnum)
 
+CHAT_TEMPLATES = ("auto", "chatml", "llama3", "mistral", "alpaca", "exaone")
+"""Names of chat templates; all else is a text."""
 MAX_SEED = 2**64 - 1
 """The random generator's key has 64 bits."""
 MAX_SHARD_BYTES = 2**63 - 1
@@ -114,6 +116,14 @@ def _parse_copy(value: object) -> int:
     if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
         return value
     said = f"expected base, or the index of a source counted from 0, got {shown(value)}"
+    raise PydanticCustomError("said", "{said}", {"said": said})
+
+
+def _parse_template(value: object) -> str | None:
+    """Return a name of a template, or its text."""
+    if value is None or (isinstance(value, str) and (value in CHAT_TEMPLATES or "{" in value)):
+        return value
+    said = f"expected {', '.join(CHAT_TEMPLATES)} or a text in Jinja, got {shown(value)}"
     raise PydanticCustomError("said", "{said}", {"said": said})
 
 
@@ -330,6 +340,11 @@ class OutputDocument(_Document):
         default=None,
         description="Where configuration and tokenizer come from: base, the index of a source "
         "counted from 0, or a directory; for all, or by kind.",
+    )
+    chat_template: Annotated[str, BeforeValidator(_parse_template)] | None = Field(
+        default=None,
+        description="Chat template: auto (that of most inputs), chatml, llama3, mistral, alpaca, exaone, or "
+        "a text in Jinja. Without it that of the inputs stays.",
     )
     quantization: (
         Annotated[QuantizationPolicy, BeforeValidator(_word_of(QuantizationPolicy))] | None

@@ -223,6 +223,8 @@ class OutputSpec:
     quantization: QuantizationPolicy | None = None
     """How weights are stored that the base stores as float8 codes with scales; None as the numbers that
     they stand for."""
+    chat_template: str | None = None
+    """The chat template: ``auto``, a name, or a text in Jinja; None for that of the inputs."""
     promotes: bool = False
     """Whether, without :attr:`dtype`, a merged tensor gets the narrowest type that holds the values of
     all its inputs."""

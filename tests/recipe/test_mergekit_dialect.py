@@ -161,10 +161,10 @@ TIES = "merge_method: ties\nbase_model: a\nmodels: [{model: b, parameters: {weig
             ),
         ),
         (
-            LINEAR + "chat_template: chatml",
+            LINEAR + "chat_template: chatxml",
             (
-                "chat_template: none is written; name the model whose template is to be taken with "
-                "`output.companions.chat_template` of a native recipe, or leave the key out"
+                "chat_template: expected auto, chatml, llama3, mistral, alpaca, exaone or a text in Jinja, "
+                'got "chatxml"'
             ),
         ),
     ],

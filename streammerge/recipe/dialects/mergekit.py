@@ -79,7 +79,11 @@ class _Translation:
     methods: Methods
     found: Findings = field(default_factory=Findings)
     paths: dict[str, str] = field(
-        default_factory=lambda: {"base": "base_model", "method": "merge_method"}
+        default_factory=lambda: {
+            "base": "base_model",
+            "method": "merge_method",
+            "output.chat_template": "chat_template",
+        }
     )
     sources: list[Reference] = field(default_factory=list)
 
@@ -409,11 +413,7 @@ class _Translation:
             self._take_tokenizer(made, path, source)
         template = self.document.get("chat_template")
         if template is not None:
-            self.found.say(
-                "chat_template",
-                "none is written; name the model whose template is to be taken with "
-                "`output.companions.chat_template` of a native recipe, or leave the key out",
-            )
+            made.setdefault("output", {})["chat_template"] = template
 
     def _take_tokenizer(self, made: dict[str, Any], path: str, source: object) -> None:
         reference = self._reference(
