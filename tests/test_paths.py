@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from models import MEMORY, Models, recipe_of
+from models import MEMORY, Models, recipe_of, write_model
 
 import streammerge
 from streammerge.checkpoint.inputs import parse_path
@@ -59,7 +59,15 @@ def verify_against(root: Path, convert: Convert) -> object:
     return streammerge.verify_against(recipe, merged, memory=MEMORY, fraction=1.0).differing
 
 
+def extract(root: Path, convert: Convert) -> object:
+    for name, factor in (("before", 1.0), ("after", 2.0)):
+        write_model(root / name, {"layer.weight": factor * torch.ones(3, 4)})
+    base, tuned, new = (convert(root / name) for name in ("before", "after", "extracted"))
+    return streammerge.extract(base, tuned, new, rank=1, memory=MEMORY).method
+
+
 CALLS: dict[str, tuple[Callable[[Path, Convert], object], object]] = {
+    "extract": (extract, "extract"),
     "load_recipe": (
         lambda root, convert: streammerge.load_recipe(convert(root / "recipe.yaml")).method,
         "linear",

@@ -33,7 +33,8 @@ from streammerge.errors import (
 )
 from streammerge.plan.codec import dump_plan, parse_plan
 from streammerge.plan.layout import _natural
-from streammerge.recipe.parsing import MAX_TEXT_BYTES, parse_recipe
+from streammerge.recipe.parsing import parse_recipe
+from streammerge.recipe.text import MAX_TEXT_BYTES
 
 TENSORS = {"a.weight": torch.arange(6.0).reshape(2, 3), "b.weight": torch.arange(5.0)}
 

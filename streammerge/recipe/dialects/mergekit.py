@@ -27,6 +27,13 @@ _TOP = (
     *("merge_method", "models", "slices", "modules", "base_model", "dtype", "out_dtype"),
     *("parameters", "tokenizer_source", "tokenizer", "chat_template", "name"),
 )
+_OWN = {
+    "method": "merge_method alone, or method alone",
+    "base": "base_model, or method instead of merge_method",
+    "sources": "models, or method instead of merge_method",
+    "layers": "slices, or method instead of merge_method",
+}
+"""Keys of recipes of this tool, with what to write."""
 _DTYPES = ("float32", "float16", "bfloat16", "float64")
 Methods = Mapping[str, tuple[ParameterSpec, ...]]
 
@@ -90,10 +97,14 @@ class _Translation:
     def run(self) -> Translated:
         document = self.document
         for key in document:
-            if key not in _TOP:
-                self.found.say(
-                    str(key) if isinstance(key, str) else shown(key), unknown_key(key, _TOP)
+            if key in _OWN:
+                said = (
+                    f"a key of this tool's own recipes, in a recipe for mergekit; write {_OWN[key]}"
                 )
+                self.found.say(str(key), said)
+            elif key not in _TOP:
+                path = str(key) if isinstance(key, str) else shown(key)
+                self.found.say(path, unknown_key(key, _TOP))
         name = document.get("merge_method")
         method = METHODS.get(name) if isinstance(name, str) else None
         if method is None:
