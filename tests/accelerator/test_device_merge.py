@@ -53,7 +53,7 @@ CASES = [
     )
 ]
 SHAPES = {
-    "smooth": (3 * BLOCK + 99,),
+    "smooth": (5 * BLOCK + 99,),
     "grid": (2, BLOCK + 31),  # full of equal magnitudes
     "small": (7, 5),
     "zeros": (BLOCK + 1,),

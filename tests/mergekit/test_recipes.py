@@ -68,7 +68,7 @@ def merge(text: str, directory: Path) -> tuple[Tensors, Path]:
     """Merge the recipe as it stands in a file."""
     recipe = directory / "config.yml"
     recipe.write_text(text)
-    streammerge.merge(recipe, directory / "ours", memory="1GiB")
+    streammerge.merge(recipe, directory / "ours", memory="4GiB")
     return load_model(directory / "ours"), directory / "ours"
 
 

@@ -255,7 +255,7 @@ def test_output_bytes_depend_on_nothing_but_recipe_and_inputs(
     # The smallest cut: one chunk of one block per input, and no room to collect magnitudes.
     tightest = recut(plan, slots=n_models, workers=1, statistics_bytes=1)
     kept = recut(plan, slots=8 * n_models, workers=4, output_slots=5)
-    two_blocks = recut(plan, slots=2 * n_models + 1, slot_blocks=2, workers=2)
+    two_blocks = recut(plan, slots=2 * n_models - 1, slot_blocks=2, workers=2)
     if asks(case):
         assert residence_of(tightest, "z.grid") is Residence.STREAMED
         if not any(task.row for task in plan.tasks):
