@@ -7,6 +7,9 @@ output, each complete or resumable by itself, until the last one is done.
 
 from __future__ import annotations
 
+import hashlib
+import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,10 +17,14 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from streammerge.checkpoint.manifest import Manifest
-from streammerge.checkpoint.types import Note
+from streammerge.checkpoint.bytesource import ByteSourceKind
+from streammerge.checkpoint.finished import find_finished
+from streammerge.checkpoint.manifest import Manifest, read_manifest
+from streammerge.checkpoint.outputdir import check_place
+from streammerge.checkpoint.types import Note, ShardFile
 from streammerge.engine.progress import OnProgress
 from streammerge.errors import (
+    CheckpointError,
     DiskSpaceError,
     OutputError,
     OutputExistsError,
@@ -33,6 +40,8 @@ from streammerge.recipe.types import Recipe
 from streammerge.run import merge, parse_document, plan, read_recipe_text
 from streammerge.units import format_size
 
+_NAME = re.compile(r"[\w-]{1,100}")
+"""What a stage may be called: it becomes a directory, and must not look like a file."""
 _MARK = "streammerge_chain.yaml"
 """The file in the directory of results in between that says what they are of."""
 
@@ -75,6 +84,9 @@ def read_recipes(path: Path, *, download: bool) -> Recipe | Chain:
     """
     text = read_recipe_text(path)
     documents = load_documents(text, origin=str(path))
+    while len(documents) > 1 and documents[-1] is None:
+        # What a line of dashes at the end makes.
+        documents.pop()
     if len(documents) < 2:
         document = documents[0] if documents else None
         return parse_document(document, str(path), download=download)
@@ -110,12 +122,17 @@ def _stages(path: Path, documents: Sequence[object], *, download: bool) -> list[
 
 def _name_of(name: object, where: str) -> str:
     """Return the name of a stage, which becomes that of a directory."""
-    if isinstance(name, str) and name not in ("", ".", "..") and not {*name} & {"/", "\0"}:
-        return name
-    raise RecipeError(
-        f"{where}: name: expected a name by which a later recipe calls the result, without slashes, got "
-        f"{shown(name)}"
-    )
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise RecipeError(
+            f"{where}: name: expected a name by which a later recipe calls the result, of at most 100 "
+            f"letters, digits and -_, got {shown(name)}"
+        )
+    if os.path.lexists(name):
+        raise RecipeError(
+            f"{where}: name: there is something here called {shown(name)}, which a recipe might mean as "
+            "well; choose another name"
+        )
+    return name
 
 
 def _models_of(recipe: Recipe) -> Iterator[Path]:
@@ -125,6 +142,7 @@ def _models_of(recipe: Recipe) -> Iterator[Path]:
         yield source.path
         if source.adapter is not None:
             yield source.adapter
+    yield from (each for each in recipe.output.companions.values() if isinstance(each, Path))
 
 
 def _with_results(recipe: Recipe, folders: Mapping[str, Path]) -> Recipe:
@@ -142,7 +160,12 @@ def _with_results(recipe: Recipe, folders: Mapping[str, Path]) -> Recipe:
         for source in recipe.sources
     )
     base = None if recipe.base is None else placed(recipe.base)
-    return replace(recipe, base=base, sources=tuple(sources))
+    companions = {
+        kind: placed(origin) if isinstance(origin, Path) else origin
+        for kind, origin in recipe.output.companions.items()
+    }
+    output = replace(recipe.output, companions=companions)
+    return replace(recipe, base=base, sources=tuple(sources), output=output)
 
 
 def plan_chain(chain: Chain, **options: Any) -> list[MergePlan]:
@@ -211,6 +234,7 @@ def merge_chain(
     *,
     resume: bool = False,
     overwrite: bool = False,
+    byte_source: ByteSourceKind | str = ByteSourceKind.PREAD,
     on_progress: OnProgress | None = None,
     **options: Any,
 ) -> Manifest:
@@ -221,60 +245,103 @@ def merge_chain(
         out: As for :func:`streammerge.run.merge`.
         resume: Whether to go on where an earlier run stopped.
         overwrite: Whether what an earlier run left may be replaced.
+        byte_source: As for :func:`streammerge.run.merge`.
         on_progress: Told how far each stage is.
         options: What :func:`streammerge.run.plan` takes.
 
     Raises:
         StreamMergeError: As for :func:`streammerge.run.merge`; what is done stays for a resume.
     """
+    # Neither links nor dots: the results in between lie beside it.
+    out = Path(os.path.abspath(out))  # noqa: PTH100 - resolve() would follow a link at OUT
+    between = out.with_name(f"{out.name}.stages") if out.name else out
     plans = plan_chain(chain, **options)
-    between = out.with_name(f"{out.name}.stages")
+    inputs = [file for planned in plans for file in planned.files if file.path.exists()]
+    identity = _identify(chain, inputs)
+    done = _find_done(out, identity) if resume else None
+    if done is not None:
+        _clear(between)
+        return done
+    check_place(out, _places(plans, inputs), overwrite=overwrite)
+    check_place(between, _places(plans, inputs), overwrite=True, look=False)
     _open_stages(chain, between, resume=resume, overwrite=overwrite)
     _check_room(plans, out, between)
     folders = {stage.name: between / stage.name for stage in chain.stages[:-1]}
-    notes = tuple(
-        Note(
-            "chain",
-            f"{stage.name} is {stage.recipe.method} of an earlier recipe, removed",
-        )
-        for stage in chain.stages[:-1]
-    )
     for stage in chain.stages:
-        place = folders.get(stage.name, out)
+        last = stage is chain.stages[-1]
         with _naming(stage):
             planned = plan(_with_results(stage.recipe, folders), **options)
             assert isinstance(planned, MergePlan)  # noqa: S101 - planned before
-            if place == out:
-                planned = replace(planned, notes=(*planned.notes, *notes))
+            if last:
+                planned = replace(planned, notes=(*planned.notes, *_notes(chain, identity)))
             manifest = merge(
                 planned,
-                place,
+                out if last else folders[stage.name],
                 # Stages that are done are found to be.
-                resume=resume or place != out,
-                overwrite=overwrite and place == out,
+                resume=resume or not last,
+                overwrite=overwrite and last,
+                byte_source=byte_source,
                 on_progress=on_progress,
             )
-    shutil.rmtree(between)
+    _clear(between)
     return manifest
+
+
+def _places(plans: Sequence[MergePlan], inputs: Sequence[ShardFile]) -> list[Path]:
+    """Return what is read and no result: models that are there, and their files."""
+    models = (Path(model.path) for planned in plans for model in planned.models)
+    return [*(path for path in models if path.exists()), *(file.path for file in inputs)]
+
+
+def _identify(chain: Chain, inputs: Sequence[ShardFile]) -> str:
+    """Return a digest of the recipes and of all files that are no results of them."""
+    digest = hashlib.sha256(chain.text.encode())
+    for file in inputs:
+        what = f"{file.path} {file.nbytes} {file.mtime_ns} {file.header_digest}\n"
+        digest.update(what.encode(errors="backslashreplace"))
+    return digest.hexdigest()
+
+
+def _notes(chain: Chain, identity: str) -> Iterator[Note]:
+    """Yield what the last result's manifest says of those before, which are gone."""
+    for stage in chain.stages[:-1]:
+        text = f"{stage.name} is {stage.recipe.method} of an earlier recipe, removed"
+        yield Note("chain", text)
+    yield Note("chain", f"recipes and inputs: SHA-256 {identity}")
+
+
+def _find_done(out: Path, identity: str) -> Manifest | None:
+    """Return the manifest of a result of these very recipes and inputs; None if there is none."""
+    try:
+        document = read_manifest(out)
+    except (CheckpointError, OSError):
+        return None
+    notes, run = document.get("notes"), document.get("run")
+    said = isinstance(notes, list) and any(
+        isinstance(note, dict) and str(note.get("text", "")).endswith(identity) for note in notes
+    )
+    if not said or not isinstance(run, dict):
+        return None
+    # Its inputs are gone, and were made of those that the note is about.
+    return find_finished(out, identity=str(run.get("identity")), shards={}, inputs=())
 
 
 def _open_stages(chain: Chain, between: Path, *, resume: bool, overwrite: bool) -> None:
     """Make the directory of results in between, or go on with that of an earlier run."""
+    if os.path.lexists(between) and not _is_ours(between):
+        raise OutputExistsError(
+            f"{between}: is there and holds no results of recipes; remove it, or name another output"
+        )
     mark = between / _MARK
-    if between.exists():
-        found = mark.read_text(encoding="utf-8") if mark.is_file() else None
-        if found is None:
-            raise OutputExistsError(
-                f"{between}: is there and holds no results of recipes; remove it, or name another output"
-            )
+    if mark.is_file():
         if overwrite:
-            shutil.rmtree(between)
+            _clear(between)
         elif not resume:
             raise OutputExistsError(
                 f"{between}: holds results of an earlier run; --resume goes on with it, --overwrite "
                 "begins anew"
             )
-        elif found != chain.text:
+        elif mark.read_bytes() != chain.text.encode():
             raise OutputExistsError(
                 f"{between}: holds results of other recipes than {chain.origin} has now; --overwrite "
                 "begins anew"
@@ -282,10 +349,32 @@ def _open_stages(chain: Chain, between: Path, *, resume: bool, overwrite: bool) 
         else:
             return
     try:
-        between.mkdir()
-        mark.write_text(chain.text, encoding="utf-8")
+        between.mkdir(exist_ok=True)
+        mark.write_bytes(chain.text.encode())
     except OSError as error:
         raise OutputError(f"{between}: cannot be made: {error.strerror}") from error
+
+
+def _is_ours(between: Path) -> bool:
+    """Return whether a directory has our mark, or is empty: the mark is made first and goes last."""
+    if between.is_symlink() or not between.is_dir():
+        return False
+    return (between / _MARK).is_file() or not any(between.iterdir())
+
+
+def _clear(between: Path) -> None:
+    """Remove results in between, the mark last, so that what is left is known for what it is."""
+    if not between.is_dir() or not _is_ours(between):
+        return
+    for entry in between.iterdir():
+        if entry.name == _MARK:
+            continue
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
+    (between / _MARK).unlink(missing_ok=True)
+    between.rmdir()
 
 
 def _check_room(plans: Sequence[MergePlan], out: Path, between: Path) -> None:

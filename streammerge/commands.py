@@ -67,6 +67,7 @@ def _merge_chain(options: argparse.Namespace, chain: Chain) -> int:
             Path(options.out),
             resume=options.resume,
             overwrite=options.overwrite,
+            byte_source=options.byte_source,
             on_progress=on_progress,
             **_resources_of(options),
         )
@@ -241,10 +242,18 @@ def run_inspect(options: argparse.Namespace) -> int:
 
 def run_convert(options: argparse.Namespace) -> int:
     """Print a recipe in this tool's words."""
+    from streammerge.chaining import read_recipes
     from streammerge.recipe.dumping import write_out
-    from streammerge.run import load_recipe
+    from streammerge.recipe.types import Recipe
 
-    print_result(write_out(load_recipe(options.recipe)).rstrip("\n"))
+    found = read_recipes(Path(options.recipe), download=False)
+    stages = (
+        [(None, found)] if isinstance(found, Recipe) else [(s.name, s.recipe) for s in found.stages]
+    )
+    texts = [
+        ("" if name is None else f"name: {name}\n") + write_out(recipe) for name, recipe in stages
+    ]
+    print_result("---\n".join(texts).rstrip("\n"))
     return 0
 
 

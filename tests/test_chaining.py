@@ -98,10 +98,12 @@ def test_the_last_result_is_that_of_each_recipe_by_itself(
     assert not streammerge.verify_files(out).damages
     assert json.loads((out / "config.json").read_text())["vocab_size"] == 40
     notes = json.loads((out / "streammerge_manifest.json").read_text())["notes"]
-    assert [note["text"] for note in notes if note["topic"] == "chain"] == [
+    texts = [note["text"] for note in notes if note["topic"] == "chain"]
+    assert texts[:2] == [
         "arc is slerp of an earlier recipe, removed",
         "sum is task_arithmetic of an earlier recipe, removed",
     ]
+    assert texts[2].startswith("recipes and inputs: SHA-256 ")
 
 
 def test_all_are_planned_before_the_first_one_runs(
@@ -237,7 +239,7 @@ def test_an_earlier_result_may_be_the_base_and_bear_an_adapter(
                 "name: ../x\nmethod: linear\nsources: [{{path: {a}}}]\n---\nmethod: linear\n"
                 "sources: [{{path: ../x}}]\n"
             ),
-            "without slashes",
+            "letters, digits and -_",
         ),
         (
             (
@@ -268,3 +270,82 @@ def test_recipes_that_are_not_named_as_they_should_be_are_refused(
     with pytest.raises(RecipeError) as caught:
         read_recipes(write(text), download=False)
     assert said in str(caught.value)
+
+
+def test_resuming_what_is_done_does_nothing(write: Write, tmp_path: Path) -> None:
+    path, out = str(write(CHAIN)), tmp_path / "out"
+    assert main(["merge", path, str(out), "--quiet"]) == 0
+    before = (out / "model.safetensors").stat().st_mtime_ns
+
+    assert main(["merge", path, str(out), "--quiet", "--resume"]) == 0
+
+    assert (out / "model.safetensors").stat().st_mtime_ns == before
+    assert not (tmp_path / "out.stages").exists()
+    assert main(["merge", path, str(out), "--quiet"]) == 4
+    assert not (tmp_path / "out.stages").exists()
+
+
+def test_no_stages_input_is_written_to(
+    write: Write, paths: dict[str, Path], tmp_path: Path
+) -> None:
+    streammerge.merge(
+        {"method": "linear", "sources": [{"path": str(paths["c"])}]}, tmp_path / "own"
+    )
+    text = (
+        "name: first\nmethod: linear\nsources: [{{path: {a}}}, {{path: %s}}]\n---\n"
+        "method: linear\nsources: [{{path: first}}, {{path: {b}}}]\n" % (tmp_path / "own")
+    )
+    before = (tmp_path / "own" / "model.safetensors").read_bytes()
+
+    with pytest.raises(OutputExistsError, match="overlaps the input"):
+        merge_chain(chain_of(write(text)), tmp_path / "own", overwrite=True)
+
+    assert (tmp_path / "own" / "model.safetensors").read_bytes() == before
+    assert not (tmp_path / "own.stages").exists()
+
+
+def test_what_a_kill_leaves_at_any_moment_is_known(write: Write, tmp_path: Path) -> None:
+    """An empty directory is one whose mark is not there yet, or is gone already."""
+    (tmp_path / "out.stages").mkdir()
+    path = write(CHAIN)
+    path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n"))
+
+    merge_chain(chain_of(path), tmp_path / "out")
+
+    assert not (tmp_path / "out.stages").exists()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "next.stages").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(OutputExistsError, match="holds no results of recipes"):
+        merge_chain(chain_of(path), tmp_path / "next", overwrite=True)
+
+
+def test_recipes_with_carriage_returns_resume(
+    write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(CHAIN)
+    path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n"))
+
+    def cut(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(chaining, "merge", cut)
+    with pytest.raises(KeyboardInterrupt):
+        merge_chain(chain_of(path), tmp_path / "out")
+    monkeypatch.undo()
+
+    merge_chain(chain_of(path), tmp_path / "out", resume=True)
+
+    assert load_model(tmp_path / "out")
+
+
+def test_a_chain_is_converted_recipe_by_recipe(
+    write: Write, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    path = write(CHAIN + "---\n")
+    assert main(["convert", str(path)]) == 0
+    converted = tmp_path / "native.yml"
+    converted.write_text(capsys.readouterr().out)
+
+    found, native = chain_of(path), chain_of(converted)
+
+    assert [stage.recipe for stage in native.stages] == [stage.recipe for stage in found.stages]

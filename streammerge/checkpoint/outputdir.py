@@ -342,6 +342,23 @@ def _busy(partial: Path) -> OutputExistsError:
     )
 
 
+def check_place(out: Path, inputs: Sequence[Path], *, overwrite: bool, look: bool = True) -> None:
+    """Raise if a merge of these inputs may not write to a place, as it is now.
+
+    Args:
+        out: The place.
+        inputs: What is read.
+        overwrite: Whether an earlier merge there may be replaced.
+        look: Whether what lies there matters.
+
+    Raises:
+        OutputExistsError: It is an input, or holds something that may not be replaced.
+    """
+    _check_inputs(out, out, inputs)
+    if look:
+        _check_existing(choose_place(out), overwrite=overwrite)
+
+
 def _check_inputs(out: Path, partial: Path, inputs: Sequence[Path]) -> None:
     for given in inputs:
         path = _real(given)
