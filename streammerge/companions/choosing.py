@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from streammerge.adapters.onto_base.adapted import AdaptedModel
+from streammerge.adapters.onto_base.adapted import AdaptedModel, stored_tensors
+from streammerge.assignment.layers import find_stacks
 from streammerge.assignment.types import Action
 from streammerge.checkpoint.coded import QUANTIZATION_KEY
 from streammerge.checkpoint.composite import MODULES, list_component_folders, list_parts
@@ -19,7 +20,9 @@ from streammerge.checkpoint.types import (
     JsonChange,
 )
 from streammerge.companions.comparing import Participant, compare_companions
-from streammerge.companions.fitting import Described, LayerOrigin, fit_config
+from streammerge.companions.depth import ArrangedLayers, LayerOrigin
+from streammerge.companions.described import Described
+from streammerge.companions.fitting import fit_config
 from streammerge.companions.kinds import gather_companions, kind_of, read_object, read_template
 from streammerge.companions.stating import state_storage
 from streammerge.companions.templates import find_template
@@ -67,8 +70,8 @@ def accompany(
         own = [path.relative_to(default).as_posix() for path in plan_sidecars(default)]
         _check_given(recipe, taken, companions, own)
     _check_modules(taken[CompanionKind.CONFIG].directory, models[0], companions)
-    origins = _layer_origins(planned, recipe)
-    changes = _fit(planned, models, taken[CompanionKind.CONFIG], origins)
+    arranged = _arranged_layers(planned, recipe, models[0])
+    changes = _fit(planned, models, taken[CompanionKind.CONFIG], arranged)
     changes[_CONFIG] = (
         *changes.get(_CONFIG, ()),
         *_storage(planned, models[0], participants[0], taken[CompanionKind.CONFIG]),
@@ -189,22 +192,27 @@ def _folder_of(participant: Participant, model: Checkpoint | None, folder: str) 
     return participant.directory / folder if part is None else part.directory
 
 
-def _layer_origins(planned: MergePlan, recipe: Recipe) -> list[LayerOrigin]:
+def _arranged_layers(
+    planned: MergePlan, recipe: Recipe, first: Checkpoint | AdaptedModel
+) -> ArrangedLayers | None:
     """Return where each layer that a recipe puts together comes from: the base, or the first source."""
+    if not recipe.layers:
+        return None
     labels = [model.label for model in planned.models]
-    return [
+    origins = [
         LayerOrigin(labels[0 if each.source == BASE else each.source + planned.has_base], layer)
         for part in recipe.layers
         for each in part.ranges[:1]
         for layer in range(each.first, each.end)
     ]
+    return ArrangedLayers(find_stacks(first.tensors)[0].prefix.rstrip("."), tuple(origins))
 
 
 def _fit(
     planned: MergePlan,
     models: Sequence[Checkpoint | AdaptedModel],
     origin: Participant,
-    origins: Sequence[LayerOrigin],
+    arranged: ArrangedLayers | None,
 ) -> dict[str, tuple[JsonChange, ...]]:
     """Return what the chosen configurations have to say of the planned tensors, by their file's name."""
     named = [
@@ -246,7 +254,7 @@ def _fit(
         is_first = own.label == planned.models[0].label
         judged = copied.get(folder, {}) if is_first else dict.fromkeys(result, "the result")
         found = fit_config(
-            own, others, result, judged, is_first=is_first, origins=() if folder else origins
+            own, others, result, judged, is_first=is_first, arranged=None if folder else arranged
         )
         if folder:
             found += tuple(_dtype_changes(merged.get(folder, set()), own.config))
@@ -270,7 +278,7 @@ def _storage(
 
 
 def _describe(label: str, model: Checkpoint) -> Described:
-    shapes = {name: entry.shape for name, entry in model.tensors.items()}
+    shapes = {name: entry.shape for name, entry in stored_tensors(model).items()}
     return Described(label, model.config or {}, shapes)
 
 

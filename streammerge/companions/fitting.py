@@ -10,24 +10,24 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 
 from streammerge.checkpoint.ties import iter_pairs
 from streammerge.checkpoint.types import JsonChange
+from streammerge.companions.depth import ArrangedLayers, fit_arranged, fit_layers
+from streammerge.companions.described import (
+    STACK,
+    Config,
+    Described,
+    Shapes,
+    listed,
+    sections,
+    stacks,
+)
 from streammerge.errors import RecipeError, printable
-
-Shapes = Mapping[str, tuple[int, ...]]
-Config = Mapping[str, object]
 
 _KNOWN = frozenset({"model_type", "architectures", "_class_name"})
 """What a configuration has that says which model it describes."""
 _NUMBER = re.compile(r"\.\d{1,9}(?=\.|$)")
-_STACK = re.compile(r"(?P<stack>(?:[^.]+\.)*?[^.]+)\.(?P<number>\d{1,9})\.")
-_LAYERS = (
-    *("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_single_layers", "depth"),
-    *("encoder_layers", "decoder_layers", "num_encoder_layers", "num_decoder_layers"),
-)
-_PER_LAYER = ("layer_types", "layers_block_type", "no_rope_layers", "hybrid_layer_pattern")
 _LABELLED = re.compile(
     r"(?:.*\.)?(?:score|classifier|classifier\.out_proj|classification_head\.out_proj|"
     r"sequence_summary\.summary|logits_proj)\.(?:weight|bias)"
@@ -47,29 +47,6 @@ _EMBEDDING = re.compile(
 _BUFFER = re.compile(
     r"(?:.*\.)?(?:inv_freq|position_ids|masked_bias|attn\.bias|num_batches_tracked)"
 )
-_LISTED = 5
-
-
-@dataclass(frozen=True, slots=True)
-class Described:
-    """A model and what its configuration says."""
-
-    label: str
-    """As messages name it."""
-    config: Config
-    """Its ``config.json``."""
-    shapes: Shapes
-    """Its tensors."""
-
-
-@dataclass(frozen=True, slots=True)
-class LayerOrigin:
-    """Where a layer of the result comes from."""
-
-    label: str
-    """The model."""
-    layer: int
-    """Which of its layers."""
 
 
 def fit_config(
@@ -79,7 +56,7 @@ def fit_config(
     judged: Mapping[str, str],
     *,
     is_first: bool,
-    origins: Sequence[LayerOrigin] = (),
+    arranged: ArrangedLayers | None = None,
 ) -> tuple[JsonChange, ...]:
     """Return what a configuration has to say of other tensors than those of its own model.
 
@@ -91,7 +68,7 @@ def fit_config(
             that rules copy, or all where the configuration is taken from elsewhere.
         is_first: Whether it is the configuration of the first model, after which the output's tensors
             are called.
-        origins: Where each layer comes from, if the recipe puts them together.
+        arranged: Where each layer comes from, if the recipe puts them together.
 
     Raises:
         RecipeError: No key that is known here describes what a rule copies.
@@ -102,9 +79,9 @@ def fit_config(
     changes = [
         *_fit_architectures(own, others, result, judged),
         *(
-            _fit_arranged(own, others, origins)
-            if origins
-            else _fit_layers(own, others, result, judged)
+            fit_arranged(own, others, arranged)
+            if arranged is not None
+            else fit_layers(own, others, result, judged)
         ),
         *_fit_labels(own, others, result),
         *_fit_channels(own, result),
@@ -136,7 +113,7 @@ def _fit_architectures(
     names = [name for name in result if _normal(name) in extra]
     labels = sorted({judged[name] for name in names if name in judged})
     raise RecipeError(
-        f"rules: {_listed(names)} come(s) from {' and '.join(labels)}, and "
+        f"rules: {listed(names)} come(s) from {' and '.join(labels)}, and "
         f"{_class_of(own)} of {own.label} has no such tensor: a loader would ignore it; "
         f"{_advice(others, result, made)}"
     )
@@ -153,133 +130,10 @@ def _advice(others: Sequence[Described], result: Shapes, made: frozenset[str]) -
         if form <= made and surplus:
             rule = f'{{tensors: "{printable(surplus[0])}", drop: true}}'
             return (
-                f"without {_listed(surplus)} it would be a {_class_of(other)}: add "
+                f"without {listed(surplus)} it would be a {_class_of(other)}: add "
                 f"{'rules' if len(surplus) > 1 else 'a rule'} such as `{rule}`"
             )
     return "leave these tensors out of the rule, or copy the whole of what they belong to"
-
-
-def _fit_layers(
-    own: Described, others: Sequence[Described], result: Shapes, judged: Mapping[str, str]
-) -> Iterator[JsonChange]:
-    """Yield how many layers there are, where that has changed, and what is listed for each of them."""
-    before, after, copied = _stacks(own.shapes), _stacks(result), _stacks(dict.fromkeys(judged, ()))
-    for stack in sorted(before.keys() & after.keys()):
-        old, new = len(before[stack]), len(after[stack])
-        if before[stack] == after[stack]:
-            continue
-        found = _layer_keys(own, stack, old)
-        # Of a prediction layer behind the others, which is not counted, nothing has to be said; nor of
-        # numbers that a rule drops and no key counts.
-        brought = copied.get(stack, frozenset()) - before[stack]
-        if not found and (_layer_keys(own, stack, new) or not brought):
-            continue
-        if sorted(after[stack]) != list(range(new)):
-            missing = sorted(set(range(max(after[stack]) + 1)) - after[stack])
-            raise RecipeError(
-                f"rules: {stack} would have layers up to {max(after[stack])} without "
-                f"{', '.join(map(str, missing[:_LISTED]))}; copy or drop them so that none is missing"
-            )
-        if len(found) != 1:
-            keys = ", ".join(f"{s}.{k}" if s else k for s, k in found) or "no known key"
-            raise RecipeError(
-                f"rules: the number of layers in {stack} changes from {old} to {new}, and {keys} of "
-                f"the config of {own.label} may say it; copy no layers, or choose a model whose "
-                "configuration fits with `output.companions: {config: …}`"
-            )
-        section, key = found[0]
-        why = f"{stack} has {new} layers, {own.label} has {old}"
-        yield JsonChange(section, key, json.dumps(new), why)
-        yield from _per_layer(own, others, section, (old, new), why)
-
-
-def _fit_arranged(
-    own: Described, others: Sequence[Described], origins: Sequence[LayerOrigin]
-) -> Iterator[JsonChange]:
-    """Yield how many layers a recipe puts together, and what each of them is."""
-    named = {each.label: each for each in (own, *others)}
-    new = len(origins)
-    stacks = _stacks(own.shapes)
-    stack = max(stacks, key=lambda each: len(stacks[each]))
-    old = len(stacks[stack])
-    why = f"{new} layers are put together, {own.label} has {old}"
-    keys = _layer_keys(own, stack, old)
-    for section, key in keys:
-        if new != old:
-            yield JsonChange(section, key, json.dumps(new), why)
-    for section in dict.fromkeys(section for section, _ in keys):
-        settings = dict(_sections(own.config))[section]
-        for key, value in settings.items():
-            if not isinstance(value, list) or len(value) != old or not _is_per_layer(key):
-                continue
-            lists = {
-                label: dict(_sections(each.config)).get(section, {}).get(key)
-                for label, each in named.items()
-            }
-            arranged = [_of_layer(lists.get(each.label), each, key) for each in origins]
-            if arranged != value:
-                yield JsonChange(section, key, json.dumps(arranged), why)
-
-
-def _is_per_layer(key: str) -> bool:
-    return key in _PER_LAYER or "layer" in key
-
-
-def _of_layer(listed: object, origin: LayerOrigin, key: str) -> object:
-    if not isinstance(listed, list) or len(listed) <= origin.layer:
-        raise RecipeError(
-            f"layers: {key} lists what each layer is, and the configuration of {origin.label} does not "
-            f"say it of layer {origin.layer}; add it there"
-        )
-    return listed[origin.layer]
-
-
-def _layer_keys(own: Described, stack: str, count: int) -> list[tuple[str, str]]:
-    """Return the sections and keys of a configuration that may say that a stack has so many layers."""
-    found = [
-        (section, key)
-        for section, settings in _sections(own.config)
-        for key in _LAYERS
-        if settings.get(key) == count and type(settings[key]) is int
-    ]
-    words = set(stack.replace("_", ".").split("."))
-    for narrowed in (
-        [(s, k) for s, k in found if ("decoder" in k) == ("decoder" in words)],
-        [(s, k) for s, k in found if ("single" in k) == ("single" in words)],
-        [(s, k) for s, k in found if ("vision" in s) == bool({"vision", "visual"} & words)],
-    ):
-        if len(found) > 1 and narrowed:
-            found = [each for each in found if each in narrowed]
-    return found
-
-
-def _per_layer(
-    own: Described,
-    others: Sequence[Described],
-    section: str,
-    counts: tuple[int, int],
-    why: str,
-) -> Iterator[JsonChange]:
-    old, new = counts
-    settings = dict(_sections(own.config))[section]
-    for key in _PER_LAYER:
-        value = settings.get(key)
-        if not isinstance(value, list) or len(value) != old:
-            continue
-        lists = [dict(_sections(other.config)).get(section, {}).get(key) for other in others]
-        fitting = [each for each in lists if isinstance(each, list) and len(each) == new]
-        if new < old:
-            value = value[:new]
-        elif fitting and fitting[0][:old] == value:
-            value = fitting[0]
-        elif all(each == value[0] for each in value):
-            value = value[:1] * new
-        else:
-            raise RecipeError(
-                f"rules: {why}, and {key} lists what each layer is: nobody says it of the new ones; "
-                "choose a model whose configuration fits with `output.companions: {config: …}`"
-            )
-        yield JsonChange(section, key, json.dumps(value), why)
 
 
 def _fit_labels(
@@ -360,7 +214,7 @@ def _fit_vocabulary(own: Described, result: Shapes) -> Iterator[JsonChange]:
             f"{result[kept[0]][0]}, and one vocab_size describes both; copy them from the same "
             f'model: {{tensors: "{printable(kept[0])}", copy: …}}'
         )
-    for section, settings in _sections(own.config):
+    for section, settings in sections(own.config):
         if settings.get("vocab_size") == rows:
             count = result[changed[0]][0]
             why = f"{changed[0]} has {count} rows, {own.label} has {rows}"
@@ -370,7 +224,7 @@ def _fit_vocabulary(own: Described, result: Shapes) -> Iterator[JsonChange]:
 
 def _check_complete(own: Described, result: Shapes) -> None:
     """Raise if the configuration describes tensors that the result lacks, or none of those it stores."""
-    numbers = _stacks(result)
+    numbers = stacks(result)
     # What is another name of a tensor is a matter of how it is stored, which the configuration is told.
     twins = {pair.outer for pair in iter_pairs({**own.shapes, **result})}
     lacking = [
@@ -379,7 +233,7 @@ def _check_complete(own: Described, result: Shapes) -> None:
         if name not in result
         and name not in twins
         and not _BUFFER.fullmatch(name)
-        and not ((layer := _STACK.match(name)) and layer["stack"] in numbers)
+        and not ((layer := STACK.match(name)) and layer["stack"] in numbers)
     ]
     beyond = [
         name
@@ -392,7 +246,7 @@ def _check_complete(own: Described, result: Shapes) -> None:
     ):
         if names:
             raise RecipeError(
-                f"output.companions: the configuration of {own.label} {said.format(_listed(names))}; "
+                f"output.companions: the configuration of {own.label} {said.format(listed(names))}; "
                 "take it from a model that stores the same tensors"
             )
 
@@ -416,7 +270,7 @@ def _check_explained(own: Described, brought: Shapes, judged: Mapping[str, str])
     if unexplained:
         name = unexplained[0]
         raise RecipeError(
-            f"rules: {_listed(unexplained)} of {judged[name]}: {name} has the shape "
+            f"rules: {listed(unexplained)} of {judged[name]}: {name} has the shape "
             f"{list(brought[name])}, {list(own.shapes[name])} in {own.label}, and no key of the config "
             "that is known here says so: the result would not load; copy it from a model of that "
             "shape, or take the configuration from there too with `output.companions`"
@@ -424,23 +278,8 @@ def _check_explained(own: Described, brought: Shapes, judged: Mapping[str, str])
 
 
 def _vocabulary(config: Config) -> object:
-    sections = [settings.get("vocab_size") for _, settings in _sections(config)]
-    return next((size for size in sections if isinstance(size, int)), None)
-
-
-def _sections(config: Config) -> list[tuple[str, Config]]:
-    inner = [(k, v) for k, v in config.items() if isinstance(v, dict) and k.endswith("config")]
-    return [("", config), *inner]
-
-
-def _stacks(shapes: Shapes) -> dict[str, frozenset[int]]:
-    """Return the numbers of the layers in every list of modules, by the list's name."""
-    found: dict[str, set[int]] = {}
-    for name in shapes:
-        stack = _STACK.match(name)
-        if stack is not None:
-            found.setdefault(stack["stack"], set()).add(int(stack["number"]))
-    return {name: frozenset(numbers) for name, numbers in found.items()}
+    sizes = [settings.get("vocab_size") for _, settings in sections(config)]
+    return next((size for size in sizes if isinstance(size, int)), None)
 
 
 def _form(shapes: Shapes) -> frozenset[str]:
@@ -461,8 +300,3 @@ def _class_of(model: Described) -> str:
     if isinstance(named, list) and named:
         return str(named[0])
     return str(model.config.get("_class_name") or model.config.get("model_type"))
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = len(names) - _LISTED
-    return ", ".join(map(printable, names[:_LISTED])) + (f" and {more} more" if more > 0 else "")
