@@ -17,7 +17,7 @@ SCALE = ParameterSpec(
     kind=ParameterKind.FLOAT,
     doc="Factor of the source.",
     default=1.0,
-    per_source=False,
+    per_source=True,
 )
 
 
@@ -25,7 +25,7 @@ SCALE = ParameterSpec(
 class PassthroughParams:
     """Parameters of ``passthrough``."""
 
-    scale: float = parameter(SCALE)
+    scale: tuple[float, ...] = parameter(SCALE)
     """Factor of the source."""
 
 
@@ -34,7 +34,7 @@ def passthrough(params: PassthroughParams) -> Work:
 
     def merge(sheet: Sheet) -> Row:
         (model,) = sheet.values
-        return times(model, params.scale)
+        return times(model, params.scale[0])
 
     return Work(merge)
 
@@ -49,7 +49,7 @@ METHODS = (
         work=passthrough,
         semantics=(Semantics.MERGEKIT,),
         sources=(1, 1),
-        keeps_base=lambda params: params.scale == 1,
+        keeps_base=lambda params: params.scale == (1.0,),
         examples=({}, {"scale": 0.5}, {"scale": -1.5}),
     ),
 )

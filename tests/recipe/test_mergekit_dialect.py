@@ -280,3 +280,16 @@ def test_what_planning_refuses_is_said_of_mergekits_keys(tmp_path: Path) -> None
 
     said = str(caught.value)
     assert said.startswith("slices[0].sources[0].layer_range: [2, 7] goes beyond the 4 layers")
+
+
+def test_the_factor_of_passthrough_is_that_of_its_source() -> None:
+    """As for attention output of layers that stand twice in model cards: a filter below one source."""
+    recipe = parsed(
+        "merge_method: passthrough\nslices:\n- sources:\n  - model: a\n    layer_range: [0, 4]\n"
+        "- sources:\n  - model: a\n    layer_range: [2, 6]\n    parameters:\n"
+        "      scale: [{filter: o_proj, value: 0.0}, {value: 1.0}]\n"
+    )
+
+    first, second = recipe.layers
+    assert not first.ranges[0].parameters
+    assert second.ranges[0].parameters["scale"] == Cases((Case("*o_proj*", 0.0), Case(None, 1.0)))

@@ -60,7 +60,9 @@ METHODS: Mapping[str, Foreign] = {
     "linear": Foreign(
         "linear", BaseRole.ORDINARY, {"weight": _WEIGHT, "normalize": Key("normalize")}
     ),
-    "passthrough": Foreign("passthrough", BaseRole.ORDINARY, {"scale": Key("scale")}),
+    "passthrough": Foreign(
+        "passthrough", BaseRole.ORDINARY, {"scale": Key("scale", of_model=True)}
+    ),
     "karcher": Foreign(
         "karcher", BaseRole.ORDINARY, {"max_iter": Key("max_iter"), "tol": Key("tol")}
     ),
