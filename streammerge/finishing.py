@@ -8,6 +8,7 @@ from pathlib import Path
 
 import safetensors
 
+from streammerge.assignment.types import Action
 from streammerge.checkpoint.bytesource import ByteSourceKind
 from streammerge.checkpoint.digests import (
     LEAF_ELEMENTS,
@@ -99,7 +100,11 @@ def copy_companions(planned: MergePlan, directory: Path) -> dict[str, FileDigest
         DiskSpaceError: The disk is full.
         OutputError: A file cannot be written.
     """
-    dtype = recipe_of(planned).output.dtype
+    output = recipe_of(planned).output
+    dtype = output.dtype
+    if output.promotes:
+        merged = {task.dtype for task in planned.tasks if task.action is Action.MERGE}
+        dtype = merged.pop() if len(merged) == 1 else None
     return write_sidecars(
         companion_directory(Path(planned.models[0].path)),
         planned.companions,

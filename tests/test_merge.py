@@ -485,6 +485,35 @@ def test_the_float32_result_is_rounded_once_to_the_output_dtype(
     assert_same_model(merged, {name: tensor.to(output) for name, tensor in wide.items()})
 
 
+@pytest.mark.parametrize(
+    ("stored", "expected"),
+    [
+        ((torch.bfloat16, torch.bfloat16), torch.bfloat16),
+        ((torch.bfloat16, torch.float16), torch.float32),
+        ((torch.float32, torch.float16), torch.float32),
+        (FP8, torch.bfloat16),
+    ],
+)
+def test_a_promoted_result_holds_the_values_of_all_inputs(
+    stored: tuple[torch.dtype, torch.dtype], expected: torch.dtype, models: Models
+) -> None:
+    drawn = [
+        {name: tensor.to(dtype) for name, tensor in each.items()}
+        for each, dtype in zip(smooth(18, 2, {"w": (64, 3)}), stored, strict=True)
+    ]
+    paths = [models.write(each) for each in drawn]
+    name = str(stored[0]).removeprefix("torch.")
+    (paths[0] / "config.json").write_text(json.dumps({"model_type": "x", "torch_dtype": name}))
+    out = models.new_output()
+
+    streammerge.merge(recipe_of("linear", None, paths, output={"dtype": "promoted"}), out)
+
+    mean = (drawn[0]["w"].float() + drawn[1]["w"].float()) / 2
+    assert_same_model(load_model(out), {"w": mean.to(expected)})
+    said = json.loads((out / "config.json").read_text())["torch_dtype"]
+    assert said == str(expected).removeprefix("torch.")
+
+
 def test_every_model_may_store_its_own_dtype(models: Models) -> None:
     dtypes = [torch.bfloat16, torch.float32, torch.float16, torch.float64]
     drawn = smooth(17, 4, {"big": BIG, "small": (5,), "other": (64, 3)})
