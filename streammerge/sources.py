@@ -163,4 +163,11 @@ def _fitted(
     if isinstance(source, AdaptedModel) or (source is first and named.component is None):
         return source
     with naming_source(label):
-        return fit_parts(source, first, named.component, where=f"{label} ({named.path})")
+        fitted = fit_parts(source, first, named.component, where=f"{label} ({named.path})")
+    if named.adapter is not None and fitted is not source:
+        raise RecipeError(
+            f"{label}.adapter: {named.path} is a part of a pipeline, or has parts, and its adapter would "
+            "change tensors that are called otherwise in the first model; merge the adapter into it first, "
+            "and name what comes of it"
+        )
+    return fitted

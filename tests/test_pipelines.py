@@ -504,3 +504,17 @@ def test_diffusers_loads_the_pipeline_that_comes_out(tmp_path: Path) -> None:
             torch.testing.assert_close(found, expected, msg=f"{part} {name}")
     images = loaded("a b", num_inference_steps=1, output_type="np", height=8, width=8).images
     assert images.shape[0] == 1
+
+
+def test_a_part_of_a_pipeline_with_an_adapter_is_no_source(tmp_path: Path) -> None:
+    """The adapter changes tensors under the names that they have in the part."""
+    first = write_pipeline(tmp_path / "first", 1.0)
+    other = write_pipeline(tmp_path / "other", 2.0)
+    adapter = write_adapter(tmp_path / "lora", {"a.weight": (4, 3)}, seed=1)
+    sources = [
+        {"path": str(first)},
+        {"path": str(other / "unet"), "component": "unet", "adapter": str(adapter)},
+    ]
+
+    with pytest.raises(StreamMergeError, match=r"sources\[1\]\.adapter: .* part of a pipeline"):
+        streammerge.plan(recipe_of("linear", None, sources))

@@ -174,6 +174,10 @@ class _View:
         one, other = self._entries.get(pair.inner), self._entries.get(pair.outer)
         if one is not None and other is not None and not _alike(one, other):
             return False
+        if isinstance(self.model, TunedModel) and one is not None and other is not None:
+            brought = self.model.replaced
+            if (pair.inner in brought) != (pair.outer in brought):
+                return False
         changes = changes_of(self.model)
         if (
             one is not None

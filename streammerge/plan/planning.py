@@ -9,7 +9,7 @@ from math import prod
 from pathlib import Path
 from typing import Protocol
 
-from streammerge.adapters.onto_base.adapted import TunedModel
+from streammerge.adapters.onto_base.adapted import TunedModel, stored_tensors
 from streammerge.adapters.onto_base.changes import Change
 from streammerge.assignment.aligning import align_tensors
 from streammerge.assignment.layers import arrange_layers
@@ -287,13 +287,14 @@ def _config(
         settings[QUANTIZATION_KEY] = None
     if unties:
         settings[TIE_KEY] = False
+    stored = stored_tensors(base)
     config = base.config or {}
     inner = config.get("text_config")
     vocabulary = config.get(
         "vocab_size", inner.get("vocab_size") if isinstance(inner, dict) else None
     )
     for tensor in tensors:
-        before = base.tensors.get(tensor.name)
+        before = stored.get(tensor.name)
         shape = tensor.shape if tensor.region is None else tensor.region.shape
         if before is None or before.shape == shape or len(shape) != len(before.shape):
             continue

@@ -36,6 +36,8 @@ class TunedModel(Checkpoint):
     """Changes of its tensors, by name."""
     adapter_files: tuple[ShardFile, ...] = ()
     """The adapter's one file, whose index comes after those of :attr:`files`."""
+    replaced: Mapping[str, TensorEntry | None] = field(default_factory=dict)
+    """What the model had in the place of tensors that the adapter brings along; None for nothing."""
 
 
 def read_tuned(source: Source, label: str, model: Checkpoint) -> TunedModel:
@@ -69,6 +71,7 @@ def read_tuned(source: Source, label: str, model: Checkpoint) -> TunedModel:
         | {"tensors": {**whole.tensors, **brought}},
         changes=changes,
         adapter_files=adapted.files,
+        replaced={name: whole.tensors.get(name) for name in brought},
     )
 
 
@@ -76,6 +79,15 @@ def _shifted(entry: TensorEntry, shift: int) -> TensorEntry:
     """Return a tensor of a file that comes after as many others."""
     parts = tuple(replace(part, file=part.file + shift) for part in entry.parts)
     return replace(entry, file=entry.file + shift, parts=parts)
+
+
+def stored_tensors(model: Checkpoint) -> Mapping[str, TensorEntry]:
+    """Return the tensors of a model without what an adapter of its own brings along."""
+    if not isinstance(model, TunedModel):
+        return model.tensors
+    others = {name: entry for name, entry in model.replaced.items() if entry is not None}
+    own = {name: each for name, each in model.tensors.items() if name not in model.replaced}
+    return own | others
 
 
 def changes_of(model: Checkpoint | AdaptedModel) -> Mapping[str, tuple[Change, ...]]:

@@ -168,3 +168,50 @@ def test_an_adapter_of_an_adapter_and_one_of_another_model_are_refused(
         )
     with pytest.raises(CheckpointError, match=r"sources\[0\]\.adapter"):
         streammerge.plan(recipe_of("linear", None, [{"path": base, "adapter": str(other)}]))
+
+
+def test_tensors_that_an_adapter_brings_along_are_not_those_that_were_tied(
+    models: Models, tmp_path: Path
+) -> None:
+    """Embeddings that were trained whole: the head of the model stays as it was."""
+    from safetensors.torch import save_file
+
+    model = draw(1) | {"lm_head.weight": draw(1)["model.embed_tokens.weight"].clone()}
+    path = models.write(model)
+    (path / "config.json").write_text('{"model_type": "llama", "tie_word_embeddings": true}')
+    adapter = write_adapter(tmp_path / "lora", CHANGED, seed=7)
+    factors = load_file(adapter / "adapter_model.safetensors")
+    brought = torch.randn(50, 24).bfloat16()
+    factors["base_model.model.model.embed_tokens.weight"] = brought
+    save_file(factors, adapter / "adapter_model.safetensors")
+    config = (adapter / "adapter_config.json").read_text()
+    saved = ', "modules_to_save": ["embed_tokens"]}'
+    (adapter / "adapter_config.json").write_text(config[:-1] + saved)
+
+    got, _ = models.merge(recipe_of("passthrough", None, [{"path": path, "adapter": str(adapter)}]))
+
+    assert torch.equal(got["model.embed_tokens.weight"], brought)
+    assert torch.equal(got["lm_head.weight"], model["lm_head.weight"])
+
+
+def test_the_vocabulary_of_a_model_with_an_adapter_is_that_of_the_embeddings_it_brings(
+    models: Models, tmp_path: Path
+) -> None:
+    import json
+
+    from safetensors.torch import save_file
+
+    path = models.write(draw(1))
+    config = {"model_type": "llama", "tie_word_embeddings": False, "vocab_size": 50}
+    (path / "config.json").write_text(json.dumps(config))
+    adapter = write_adapter(tmp_path / "lora", CHANGED, seed=7)
+    factors = load_file(adapter / "adapter_model.safetensors")
+    factors["base_model.model.model.embed_tokens.weight"] = torch.randn(53, 24).bfloat16()
+    save_file(factors, adapter / "adapter_model.safetensors")
+    out = models.new_output()
+
+    streammerge.merge(
+        recipe_of("passthrough", None, [{"path": path, "adapter": str(adapter)}]), out
+    )
+
+    assert json.loads((out / "config.json").read_text())["vocab_size"] == 53
