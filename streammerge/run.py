@@ -38,7 +38,7 @@ from streammerge.machine import (
 )
 from streammerge.merging import MergeJob, SampleJob
 from streammerge.methods import discover_methods
-from streammerge.plan.asking import find_method, takes_in_turn
+from streammerge.plan.asking import find_method, takes_in_turn, with_base_layers
 from streammerge.plan.checking import check_runnable
 from streammerge.plan.layout import in_one_file
 from streammerge.plan.partners import settle_parts
@@ -127,6 +127,7 @@ def _plan(
         full = [source for source in read.sources if isinstance(source, Checkpoint)]
         specs = find_method(parsed.method).parameters
         parsed = settle_parts(parsed, read.first, full, build_resolver(parsed, specs))
+    parsed = with_base_layers(parsed, find_method(parsed.method))
     machine = describe_machine(
         memory=memory, workers=workers, devices=names, device_budget=device_budget
     )

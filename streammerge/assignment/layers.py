@@ -22,10 +22,11 @@ _NUMBERED = re.compile(r"(?P<stack>(?:[^./]+[./])*?)(?P<number>\d{1,6})\.")
 _SHARE = 20
 """A stack with less than this part of the elements of the largest one is none: heads and small networks
 are numbered too."""
-_FIRST = re.compile(
-    r"(?:^|[./_])(?:embed_tokens|wte|wpe|embeddings?|word_embeddings|embed_in|shared)[./]"
+_LAST = re.compile(
+    r"(?P<parent>(?:[^./]+[./])*?)(?:lm_head|embed_out|output|score|classifier|pooler|cls|head|norm|norm_f|"
+    r"ln_f|project_out|final_\w*norm\w*|last_\w*norm\w*)[./]"
 )
-"""Names of what comes before the layers; all else outside of them comes behind."""
+"""Names of what comes behind the layers, heads and final norms; all else outside of them comes before."""
 _SHOWN = 4
 
 
@@ -199,7 +200,8 @@ class _Arranging:
                 arranged.append(replace(model, tensors=tensors, changes=changes))
             else:
                 arranged.append(replace(model, tensors=tensors))
-        return Arranged(arranged, self._position_of, self._models_of, (self._note(),))
+        notes = (self._note(), *self._note_of_others())
+        return Arranged(arranged, self._position_of, self._models_of, notes)
 
     def _new_names(self, index: int, model: Model) -> dict[str, list[str]]:
         """Return the names in the result of each of a model's tensors."""
@@ -223,11 +225,16 @@ class _Arranging:
         """Return the slice that a tensor of the result belongs to, and its layer in there."""
         found = self._stack.split(name)
         if found is None:
-            return (0 if _FIRST.search(name) else len(self._parts) - 1), None
+            return (len(self._parts) - 1 if self._is_last(name) else 0), None
         for index in reversed(range(len(self._parts))):
             if found[0] >= self._starts[index]:
                 return index, found[0] - self._starts[index]
         raise AssertionError(f"{name} is in no slice")
+
+    def _is_last(self, name: str) -> bool:
+        """Return whether a tensor comes behind the layers: beside them, or beside what they are in."""
+        found = _LAST.match(name)
+        return found is not None and self._stack.prefix.startswith(found["parent"])
 
     def _models_of(self, name: str) -> tuple[int, ...]:
         part, _ = self._part_of(name)
@@ -257,6 +264,20 @@ class _Arranging:
             shown.append(f"{start} to {start + part.count - 1} are {of}")
         text = f"{printable(self._stack.prefix)}0 to {self._total - 1}: {'; '.join(shown)}"
         return Note("layers", text)
+
+    def _note_of_others(self) -> Iterable[Note]:
+        """State where what lies outside of the layers comes from, if not all from the same models."""
+        if len({part.sources for part in (self._parts[0], self._parts[-1])}) == 1:
+            return
+        names = dict.fromkeys(name for model in self._models for name in _all_names(model))
+        outside = [name for name in names if self._stack.split(name) is None]
+        for last, where in ((False, "before"), (True, "behind")):
+            some = [printable(name) for name in outside if self._is_last(name) is last]
+            part = self._parts[-1 if last else 0]
+            of = " and ".join(self._labels[self._model(each)].split()[0] for each in part.ranges)
+            more = f" and {len(some) - _SHOWN} more" if len(some) > _SHOWN else ""
+            if some:
+                yield Note("layers", f"{where} them {', '.join(some[:_SHOWN])}{more} are of {of}")
 
 
 def _the_stack(stacks: Sequence[Stack], first: Model) -> Stack:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from streammerge.adapters.onto_base.adapted import AdaptedModel
 from streammerge.assignment.types import Assignment, Model
@@ -12,7 +13,7 @@ from streammerge.methods.base import MergeMethod, Operand, Scope
 from streammerge.methods.describing import describe_count
 from streammerge.methods.refusing import find_dividing
 from streammerge.recipe.resolving import Position, build_resolver
-from streammerge.recipe.types import ComputeDType, Recipe, Semantics
+from streammerge.recipe.types import BASE, ComputeDType, Recipe, Semantics
 
 
 def find_method(name: str) -> MergeMethod:
@@ -67,6 +68,24 @@ def check_sources(recipe: Recipe, method: MergeMethod) -> None:
             f"{path}: {method.name} merges {describe_count(method)}{beside}, and {has} {count}; "
             "change the sources or the method"
         )
+
+
+def with_base_layers(recipe: Recipe, method: MergeMethod) -> Recipe:
+    """Return the recipe with the base in every slice of layers, where the method takes one.
+
+    A slice that does not list it means the layers that its first source gives.
+    """
+    if recipe.base is None or method.operand is Operand.WEIGHTS:
+        return recipe
+    layers = tuple(
+        part
+        if part.ranges[0].source == BASE
+        else replace(
+            part, ranges=(replace(part.ranges[0], source=BASE, parameters={}), *part.ranges)
+        )
+        for part in recipe.layers
+    )
+    return replace(recipe, layers=layers)
 
 
 def check_layers(recipe: Recipe) -> None:

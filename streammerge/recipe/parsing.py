@@ -22,7 +22,6 @@ from streammerge.recipe.resolving import Place, iter_parameter_problems, tables_
 from streammerge.recipe.schema import PROMOTED, LayerSliceDocument, RecipeDocument, check_frame
 from streammerge.recipe.text import load_document
 from streammerge.recipe.types import (
-    BASE,
     Given,
     LayerRange,
     LayerSlice,
@@ -316,7 +315,7 @@ def _build(
         ),
         vocabulary=frame.vocabulary,
         layers=tuple(
-            _build_slice(shape, table, specs, has_base=frame.base is not None)
+            _build_slice(shape, table, specs)
             for shape, table in zip(frame.layers, document.get("layers") or [], strict=True)
         ),
     )
@@ -326,8 +325,6 @@ def _build_slice(
     shape: LayerSliceDocument,
     table: Mapping[str, Any],
     specs: Mapping[str, ParameterSpec],
-    *,
-    has_base: bool,
 ) -> LayerSlice:
     """Return a slice of layers, the base first, then the sources in recipe order."""
     ranges = [
@@ -339,8 +336,6 @@ def _build_slice(
         )
         for each, given in zip(shape.sources, table["sources"], strict=True)
     ]
-    if has_base and all(each.source != BASE for each in ranges):
-        ranges.append(LayerRange(BASE, ranges[0].first, ranges[0].end))
     ranges.sort(key=lambda each: each.source)
     return LayerSlice(tuple(ranges), _values(table, specs))
 

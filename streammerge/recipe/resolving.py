@@ -15,7 +15,7 @@ from enum import Enum
 from functools import partial
 from typing import Any
 
-from streammerge.errors import RecipeError
+from streammerge.errors import RecipeError, printable
 from streammerge.recipe.refusing import (
     key_path,
     refuse_choice,
@@ -191,7 +191,7 @@ class _Settling:
         if not spec.per_source:
             value = self._first(self._levels(spec.name, None), self.name, None)
             if value is None and default is None:
-                raise RecipeError(f"parameters.{spec.name}: this key is required")
+                raise RecipeError(f"parameters.{spec.name}: {self._lacking(spec)}")
             return default if value is None else value  # type: ignore[return-value]
         each: list[Scalar] = []
         part = self._part
@@ -201,9 +201,19 @@ class _Settling:
             value = self._first(self._levels(spec.name, source), name, source)
             value = default if value is None else value
             if value is None:
-                raise RecipeError(f"sources[{source}].{spec.name}: this key is required")
+                raise RecipeError(f"sources[{source}].{spec.name}: {self._lacking(spec)}")
             each.append(value)
         return tuple(each)
+
+    def _lacking(self, spec: ParameterSpec) -> str:
+        if not self.name:
+            return "this key is required"
+        return (
+            f"no value for {printable(self.name)}, and no default; give the others a value as the last "
+            f"case, {{value: …}}"
+            if any(isinstance(each, Cases) for each in self._levels(spec.name, None))
+            else "this key is required"
+        )
 
     @property
     def _part(self) -> LayerSlice | None:

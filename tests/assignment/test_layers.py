@@ -269,9 +269,11 @@ def refused(models: Models, method: str, layers: list[Any], **document: Any) -> 
 
 
 def test_layers_that_a_model_does_not_have_are_refused(models: Models) -> None:
-    said = refused(models, "passthrough", [{"sources": [{"source": 0, "layers": [2, 5]}]}])
+    slices = [{"sources": [{"source": each, "layers": [2, 5]}]} for each in (1, 0)]
 
-    assert "layers[0].sources[0].layers: [2, 5] goes beyond the 4 layers of sources[0]" in said
+    said = refused(models, "passthrough", slices)
+
+    assert "layers[1].sources[0].layers: [2, 5] goes beyond the 4 layers of sources[0]" in said
     assert "model.layers.0 to 3" in said
 
 
@@ -344,3 +346,91 @@ def test_verify_merges_a_sample_of_layers_again(models: Models) -> None:
     comparison = streammerge.verify_against(recipe, out, fraction=1.0)
     assert not comparison.differing
     assert comparison.nbytes == sum(tensor.nbytes for tensor in load_model(out).values())
+
+
+def test_what_lies_outside_of_the_layers_is_told_apart_by_its_name(models: Models) -> None:
+    """Heads and final norms come behind the layers, all else, what belongs to no layer, before."""
+    names = {"model.rotary.scale": (5,), "vision.merger.weight": (4, 4), "score.weight": (3, 24)}
+    drawn = []
+    for seed in range(2):
+        generator = torch.Generator().manual_seed(seed)
+        drawn.append(
+            draw(2, seed) | {n: torch.randn(s, generator=generator) for n, s in names.items()}
+        )
+    layers = [{"sources": [{"source": i, "layers": [0, 2]}]} for i in (1, 0)]
+    recipe = recipe_of("passthrough", None, [models.write(each) for each in drawn], layers=layers)
+
+    plan = streammerge.plan(recipe)
+    merged, _ = models.merge(plan)
+
+    first = {"model.embed_tokens.weight", "model.rotary.scale", "vision.merger.weight"}
+    for name in merged.keys() - {each for each in merged if ".layers." in each}:
+        assert torch.equal(merged[name], drawn[1 if name in first else 0][name]), name
+    notes = [note.text for note in plan.notes if note.topic == "layers"]
+    assert any(note.startswith("before them ") and "sources[1]" in note for note in notes)
+    assert any("score.weight" in note and note.endswith("sources[0]") for note in notes)
+
+
+def test_the_base_gives_its_layers_only_to_methods_that_take_one(models: Models) -> None:
+    """To others it says what the tensors are called, and may have fewer layers than its sources."""
+    base, deep = draw(2, 9), draw(4, 0)
+    layers = [{"sources": [{"source": 0, "layers": [1, 4]}]}]
+    paths = [models.write(deep)]
+
+    merged, _ = models.merge(recipe_of("linear", models.write(base), paths, layers=layers))
+
+    assert_same_model(merged, outside(deep) | taken(deep, 1, 4, 0))
+
+
+@pytest.mark.parametrize(
+    ("key", "values", "expected"),
+    [
+        ("mlp_only_layers", ([0, 3], [2]), [2, 5]),
+        ("mlp_only_layers", ([], []), []),
+        ("first_k_dense_replace", (4, 0), 3),
+        ("no_rope_layers", ([1, 0, 1, 1], [0, 0, 1, 0]), [0, 1, 1, 0, 0, 1]),
+    ],
+)
+def test_numbers_and_counts_of_layers_of_a_kind_follow_them(
+    key: str, values: tuple[Any, Any], expected: Any, models: Models
+) -> None:
+    paths = [models.write(draw(4, seed)) for seed in range(2)]
+    for path, value in zip(paths, values, strict=True):
+        config = {"model_type": "x", "architectures": ["X"], "num_hidden_layers": 4}
+        config |= {"tie_word_embeddings": False}
+        (path / "config.json").write_text(json.dumps(config | {key: value}))
+    layers = [
+        {"sources": [{"source": 0, "layers": [1, 4]}]},
+        {"sources": [{"source": 1, "layers": [0, 3]}]},
+    ]
+    out = models.new_output()
+
+    streammerge.merge(recipe_of("passthrough", None, paths, layers=layers), out)
+
+    assert json.loads((out / "config.json").read_text())[key] == expected
+
+
+def test_layers_of_a_leading_kind_behind_others_are_refused(models: Models) -> None:
+    paths = [models.write(draw(4, seed)) for seed in range(2)]
+    for path in paths:
+        config = {"model_type": "x", "num_hidden_layers": 4, "first_k_dense_replace": 1}
+        (path / "config.json").write_text(json.dumps(config))
+    layers = [{"sources": [{"source": i, "layers": [0, 4]}]} for i in range(2)]
+
+    with pytest.raises(RecipeError, match="first_k_dense_replace counts the layers at the beginn"):
+        streammerge.plan(recipe_of("passthrough", None, paths, layers=layers))
+
+
+def test_each_slice_has_the_factor_of_its_own_source(models: Models) -> None:
+    drawn = [draw(2, seed) for seed in range(2)]
+    sources = [
+        {"path": models.write(each), "scale": scale}
+        for each, scale in zip(drawn, (0.5, -2.0), strict=True)
+    ]
+    layers = [{"sources": [{"source": i, "layers": [0, 2]}]} for i in range(2)]
+
+    merged, _ = models.merge(recipe_of("passthrough", None, sources, layers=layers))
+
+    for i, factor in enumerate((0.5, -2.0)):
+        for name, tensor in taken(drawn[i], 0, 2, 2 * i).items():
+            assert torch.equal(merged[name], tensor * factor), name

@@ -91,7 +91,6 @@ def test_layers_are_read_and_written_down_again() -> None:
     assert recipe.layers == (
         LayerSlice(
             (
-                LayerRange(BASE, 4, 8),
                 LayerRange(0, 0, 4),
                 LayerRange(1, 4, 8, {"weight": 2.0}),
             ),
@@ -224,3 +223,12 @@ def test_cases_of_a_source_go_by_the_name_that_it_has() -> None:
 )
 def test_what_cannot_be_is_refused_by_its_key(text: str, said: str) -> None:
     assert said in refused(text)
+
+
+def test_tensors_that_no_case_is_about_are_named() -> None:
+    recipe = parsed(SLERP + "parameters: {t: {cases: [{tensors: '*mlp*', value: 0.5}]}}\n")
+    resolve = build_resolver(recipe, METHODS["slerp"], lambda _: Position())
+
+    assert dict(resolve("a.mlp.w").values)["t"] == 0.5
+    with pytest.raises(RecipeError, match=r"parameters\.t: no value for a\.attn\.w, .* last case"):
+        resolve("a.attn.w")
