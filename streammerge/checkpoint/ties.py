@@ -331,6 +331,13 @@ def head_pair(name: str) -> Pair | None:
     return None
 
 
+def table_pair(name: str) -> Pair | None:
+    """Return the table ``name`` that encoder and decoder share and the output embedding's name; else None."""
+    for prefix, others in _matches(name, _TABLES[:-1]):
+        return Pair(name, prefix + others[0], prefix)
+    return None
+
+
 def has_word_embedding(names: Collection[str]) -> bool:
     """Return whether any of the tensors is an embedding of words, which an output may share."""
     families = (*_HEADS, *_TABLES)

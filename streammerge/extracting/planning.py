@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -13,10 +13,12 @@ from streammerge.adapters.combining.outputs import place_tensors
 from streammerge.adapters.combining.plans import OutputTensor
 from streammerge.adapters.files.naming import PEFT_PREFIX
 from streammerge.adapters.onto_base.adapted import AdaptedModel
+from streammerge.adapters.onto_base.tying import find_tie, has_head
 from streammerge.assignment.naming import match_names
 from streammerge.assignment.ties import settle_ties
 from streammerge.assignment.types import Model
 from streammerge.checkpoint.bytesource import ByteSourceKind, check_unchanged, choose_byte_source
+from streammerge.checkpoint.ties import declares_tie, head_pair, iter_unstored_pairs, table_pair
 from streammerge.checkpoint.types import Checkpoint, ShardFile, TensorEntry
 from streammerge.dtypes import DType
 from streammerge.errors import (
@@ -45,7 +47,7 @@ from streammerge.sources import locate_models, read_models
 from streammerge.units import MIB, format_budget, format_size
 
 _NO_MATRIX = re.compile(
-    r"(?:.*[._])?(?:embed\w*|wte|wpe|shared|lm_head|embed_out|position_ids)(?:[._].*)?"
+    r"(?:.*[._])?(?:embed\w*|wte|wpe|shared|lm_head|embed_out|position_ids|relative_attention_bias)(?:[._].*)?"
 )
 """Embeddings and heads, which are no layers that are multiplied with."""
 _CONV1D = re.compile(r".*\.(?:c_attn|q_attn|c_proj|c_fc)\.weight")
@@ -99,12 +101,13 @@ def plan_extraction(
     asked = _recipe(base, tuned)
     located = locate_models(asked, download=download)
     read = read_models(located, shares_ties=False)
+    _check_one_model(read.models, (base, tuned))
     models = _settled(located, read.models)
     files, pairs = _pairs(models)
     changed = _changed(files, pairs, on_compared)
     if not changed:
         raise RecipeError(f"{tuned}: has the very values of {base}; there is nothing to extract")
-    draft = _Draft(models[0], wishes)
+    draft = _Draft(models[0], wishes, _tied_names(models[0]))
     for pair in changed:
         draft.add(pair)
     draft.save(pairs)
@@ -187,6 +190,28 @@ def _settled(recipe: Recipe, models: Sequence[Model]) -> list[Checkpoint]:
     return [each for each in settled.models if isinstance(each, Checkpoint)]
 
 
+def _check_one_model(models: Sequence[Model], paths: Sequence[Path]) -> None:
+    """Raise if one of the two is a pipeline, of whose parts each would have an adapter of its own."""
+    for model, path in zip(models, paths, strict=True):
+        if isinstance(model, Checkpoint) and model.parts:
+            names = " and ".join(printable(name) for name, _ in model.parts)
+            raise RecipeError(
+                f"{path}: has the parts {names}, and an adapter is of one model; name one of their "
+                "directories"
+            )
+
+
+def _tied_names(base: Checkpoint) -> dict[str, tuple[str, ...]]:
+    """Return the other names of tensors that are one in both models, by the name that stands for all."""
+    tie = find_tie(base)
+    names = {tie.inner: [tie.outer]} if tie is not None and not tie.stored else {}
+    heads = [table_pair(name) for name in base.tensors] if has_head(base) else []
+    for pair in (*heads, *iter_unstored_pairs(base.tensors)):
+        if pair is not None and declares_tie(base.config, pair) and pair.outer not in base.tensors:
+            names.setdefault(pair.inner, []).append(pair.outer)
+    return {name: tuple(dict.fromkeys(others)) for name, others in names.items()}
+
+
 def _pairs(models: Sequence[Checkpoint]) -> tuple[tuple[ShardFile, ...], list[Pair]]:
     """Return all files, and every tensor in both models, with indices into them."""
     base, tuned = models
@@ -247,8 +272,10 @@ def _workspace(task: FactorTask) -> int:
 class _Draft:
     """Decides about tensors that differ."""
 
-    def __init__(self, base: Checkpoint, wishes: Wishes) -> None:
+    def __init__(self, base: Checkpoint, wishes: Wishes, tied: Mapping[str, Sequence[str]]) -> None:
         self._wishes = wishes
+        self._tied = tied
+        self._names = list(base.tensors)
         self._config = base.config or {}
         self._linear = [
             name for name, entry in base.tensors.items() if _is_matrix(name, entry.shape)
@@ -256,7 +283,8 @@ class _Draft:
         self.matrices: list[FactorTask] = []
         self.copies: list[CopyTask] = []
         self.left_out: list[str] = []
-        self._saved: dict[str, None] = {}
+        self._saved: dict[str, list[str]] = {}
+        self._saves_tied = False
 
     def add(self, pair: Pair) -> None:
         """Add what becomes of a tensor."""
@@ -272,14 +300,29 @@ class _Draft:
             # A module is saved whole or changed by factors, not both.
             self.left_out.append(pair.name)
         else:
-            self._saved.setdefault(module)
+            self._saved.setdefault(module, []).append(pair.name)
 
     def save(self, pairs: Sequence[Pair]) -> None:
         """Add all tensors of the modules that are saved, whether they differ or not."""
+        for module in [each for each in self._saved if self._has_modules(each)]:
+            # It would be saved with all that is in it, of which the matrices change by factors.
+            self.left_out += self._saved.pop(module)
         for pair in pairs:
-            if pair.name.rpartition(".")[0] in self._saved:
-                output = OutputTensor(f"{PEFT_PREFIX}{pair.name}", pair.tuned.dtype, pair.shape)
+            if pair.name.rpartition(".")[0] not in self._saved:
+                continue
+            others = self._tied.get(pair.name, ())
+            # An adapter that changes one of two tied tensors alone parts them. Tables of encoders cannot
+            # be said to stay tied: peft 0.21 loads them as linear layers then.
+            self._saves_tied |= bool(others) and head_pair(pair.name) is not None
+            for name in (pair.name, *others):
+                self._saved.setdefault(name.rpartition(".")[0], [])
+                output = OutputTensor(f"{PEFT_PREFIX}{name}", pair.tuned.dtype, pair.shape)
                 self.copies.append(CopyTask(pair.tuned, output))
+
+    def _has_modules(self, module: str) -> bool:
+        """Return whether a module has tensors of its own and others that have, such as a mixer."""
+        inside = (name for name in self._names if name.startswith(f"{module}."))
+        return any("." in name[len(module) + 1 :] for name in inside)
 
     def _wanted(self, name: str) -> bool:
         globs = self._wishes.modules
@@ -325,6 +368,7 @@ class _Draft:
             "alpha_pattern": dict(pattern),
             "target_modules": self._targets(ranks),
             "modules_to_save": list(self._saved) or None,
+            "ensure_weight_tying": self._saves_tied,
             "fan_in_fan_out": any(task.transposed for task in self.matrices),
             "bias": "none",
             "lora_dropout": 0.0,

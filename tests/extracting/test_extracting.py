@@ -10,9 +10,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from models import Models, Tensors, load_model, write_adapter
+from models import Models, Tensors, load_model, recipe_of, write_adapter
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PretrainedConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    GPT2Config,
+    LlamaConfig,
+    PretrainedConfig,
+    T5Config,
+)
 
 import streammerge
 from streammerge.cli import main
@@ -50,7 +57,9 @@ def tuned_pair(
 ) -> tuple[Path, Path]:
     """Write a model, and what becomes of it when every tensor is changed."""
     torch.manual_seed(1)
-    model = AutoModelForCausalLM.from_config(config)
+    model = (
+        AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    ).from_config(config)
     model.save_pretrained(directory / "base")
     state = {name: change(name, tensor) for name, tensor in model.state_dict().items()}
     model.load_state_dict(state)
@@ -63,7 +72,7 @@ def low_rank(rank: int) -> Callable[[str, torch.Tensor], torch.Tensor]:
 
     def change(name: str, tensor: torch.Tensor) -> torch.Tensor:
         generator = torch.Generator().manual_seed(len(name))
-        if tensor.ndim == 2 and ("layers." in name or ".h." in name):
+        if tensor.ndim == 2 and any(stack in name for stack in ("layers.", ".h.", "block.")):
             left, right = (
                 torch.randn(size, rank, generator=generator) / 8 for size in tensor.shape
             )
@@ -93,6 +102,51 @@ def test_peft_gives_the_tuned_model_back(
     assert torch.allclose(
         loaded(prompt).logits, AutoModelForCausalLM.from_pretrained(tuned)(prompt).logits, atol=1e-3
     )
+
+
+def t5() -> PretrainedConfig:
+    return T5Config(d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, vocab_size=96)
+
+
+def tied_llama() -> PretrainedConfig:
+    config = llama()
+    config.tie_word_embeddings = True
+    return config
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+@pytest.mark.parametrize("config", [tied_llama, gpt2, t5])
+def test_embeddings_that_are_tied_stay_so(
+    config: Callable[[], PretrainedConfig], tmp_path: Path
+) -> None:
+    """The adapter holds all names of the tensor: PEFT would change the one and not the other."""
+    shrink = low_rank(4)
+
+    def change(name: str, tensor: torch.Tensor) -> torch.Tensor:
+        words = ("embed_tokens", "wte", "shared", "lm_head", "relative_attention_bias")
+        return tensor * 1.5 if any(word in name for word in words) else shrink(name, tensor)
+
+    base, tuned = tuned_pair(tmp_path, config(), change)
+    streammerge.extract(base, tuned, tmp_path / "out", rank=4)
+    model = auto_class(config)
+    expected = model.from_pretrained(tuned)
+    loaded = PeftModel.from_pretrained(model.from_pretrained(base), tmp_path / "out")
+    prompt = {"input_ids": torch.arange(6).unsqueeze(0)}
+    if config is t5:
+        prompt["decoder_input_ids"] = torch.arange(4).unsqueeze(0)
+    logits = expected(**prompt).logits
+    torch.testing.assert_close(loaded(**prompt).logits, logits, rtol=1e-3, atol=1e-4)
+    if config is t5:
+        return  # A table that both sides share is refused in adapters.
+    streammerge.merge(recipe_of("task_arithmetic", base, [tmp_path / "out"]), tmp_path / "merged")
+    merged = model.from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(merged(**prompt).logits, logits, rtol=1e-3, atol=1e-4)
+    stored = load_model(tmp_path / "merged").keys()
+    assert stored == load_model(tuned).keys()
+
+
+def auto_class(config: Callable[[], PretrainedConfig]) -> Any:
+    return AutoModelForSeq2SeqLM if config is t5 else AutoModelForCausalLM
 
 
 def draw(seed: int, dtype: torch.dtype = torch.bfloat16) -> Tensors:
@@ -269,3 +323,34 @@ def test_what_cannot_be_extracted_is_refused(
     streammerge.extract(base, tuned, out, rank=4)
     with pytest.raises(OutputExistsError):
         streammerge.extract(base, tuned, out, rank=4)
+
+
+def test_modules_with_others_inside_are_left_out(models: Models, tmp_path: Path) -> None:
+    """A mixer's own parameters: saving it whole would save its matrices too, which change by factors."""
+    shapes = {
+        "layers.0.mixer.A_log": (8, 4),
+        "layers.0.mixer.D": (8,),
+        "layers.0.mixer.in_proj.weight": (16, 8),
+        "layers.0.norm.weight": (8,),
+    }
+    base, tuned = (
+        models.write({name: torch.randn(shape) for name, shape in shapes.items()}) for _ in range(2)
+    )
+
+    manifest = streammerge.extract(base, tuned, tmp_path / "out", rank=4)
+
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert config["modules_to_save"] == ["layers.0.norm"]
+    said = [note.text for note in manifest.notes if note.topic == "left out"]
+    assert [text.split()[0] for text in said] == ["layers.0.mixer.A_log", "layers.0.mixer.D"]
+
+
+def test_a_pipeline_is_refused_with_its_parts(models: Models, tmp_path: Path) -> None:
+    for name in ("base", "tuned"):
+        for part in ("unet", "vae"):
+            models.write({"a.weight": torch.randn(3, 3)}, f"{name}/{part}")
+        index = {part: ["diffusers", "X"] for part in ("unet", "vae")} | {"_class_name": "P"}
+        (models.root / name / "model_index.json").write_text(json.dumps(index))
+
+    with pytest.raises(RecipeError, match=r"has the parts unet and vae.* name one of their"):
+        streammerge.extract(models.root / "base", models.root / "tuned", tmp_path / "o", rank=2)

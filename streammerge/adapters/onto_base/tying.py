@@ -47,7 +47,7 @@ def find_tie(base: Checkpoint) -> Tie | None:
             lack counts as tied.
     """
     found = [pair for name in base.tensors if (pair := head_pair(name)) is not None]
-    if len(found) != 1 or not _has_head(base):
+    if len(found) != 1 or not has_head(base):
         return None
     (pair,) = found
     stored = pair.outer in base.tensors
@@ -60,7 +60,7 @@ def unknown_tie(homes: Homes, base: Checkpoint) -> str | None:
     """Return an embedding that changes although what it is tied to is not known; None for none."""
     if base.config is None or find_tie(base) is not None or not has_word_embedding(base.tensors):
         return None
-    if says_apart(base.config) or not _has_head(base):
+    if says_apart(base.config) or not has_head(base):
         return None
     changed = [home.weight for home in homes.modules] + [*homes.replaced, *homes.added]
     return next((name for name in changed if _is_embedding(name)), None)
@@ -162,7 +162,7 @@ def _changed_alike(homes: Homes, tie: Tie, *, factors: bool) -> Homes:
     )
 
 
-def _has_head(base: Checkpoint) -> bool:
+def has_head(base: Checkpoint) -> bool:
     """Return whether a model has an output embedding, as far as its configuration tells."""
     architectures = (base.config or {}).get("architectures")
     names = architectures if isinstance(architectures, list) else []
