@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -97,7 +98,8 @@ def place(tmp_path: Path) -> Path:
             for tensor, shape in SHAPES.items()
         }
         path = write_model(tmp_path / "models" / name, tensors)
-        (path / "config.json").write_text('{"model_type": "llama", "tie_word_embeddings": false}')
+        config = {"model_type": "llama", "tie_word_embeddings": False, "num_hidden_layers": 4}
+        (path / "config.json").write_text(json.dumps(config))
     for seed, name in enumerate(("math", "code")):
         adapted = {tensor: SHAPES[tensor] for tensor in CHANGED}
         write_adapter(tmp_path / "adapters" / name, adapted, seed=seed)
