@@ -35,6 +35,7 @@ def identify(planned: MergePlan | CombinationPlan) -> dict[str, Any]:
                 + "".join(
                     f", {change.section}.{change.key} = {change.value}" for change in each.changes
                 )
+                + ("" if each.insertion is None else f", with {_digest_work((each.insertion,))}")
                 for each in planned.companions
             }
         ),

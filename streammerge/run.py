@@ -11,6 +11,7 @@ from typing import Any
 from streammerge.adapters.combining.planning import plan_combination
 from streammerge.adapters.combining.plans import CombinationPlan
 from streammerge.adapters.combining.recipes import is_combination, methods_for, read_adapters
+from streammerge.assignment.tokens import match_tokens
 from streammerge.checkpoint.bytesource import (
     ByteSourceKind,
     choose_byte_source,
@@ -42,7 +43,7 @@ from streammerge.plan.asking import find_method, takes_in_turn, with_base_layers
 from streammerge.plan.checking import check_runnable
 from streammerge.plan.layout import in_one_file
 from streammerge.plan.partners import settle_parts
-from streammerge.plan.planning import plan_merge
+from streammerge.plan.planning import labels_of, plan_merge
 from streammerge.plan.types import MergePlan
 from streammerge.recipe.dumping import dump_recipe
 from streammerge.recipe.parsing import native_document, recipe_from_mapping
@@ -131,9 +132,10 @@ def _plan(
     machine = describe_machine(
         memory=memory, workers=workers, devices=names, device_budget=device_budget
     )
-    planned = plan_merge(parsed, read.base, read.sources, machine)
+    tokens = match_tokens(parsed, read.models, labels_of(parsed))
+    planned = plan_merge(parsed, read.base, read.sources, machine, tokens)
     return replace(
-        accompany(planned, parsed, read.models),
+        accompany(planned, parsed, read.models, tokens),
         # As it was given: another machine has its cache elsewhere.
         recipe=dump_recipe(replace(asked, rules=parsed.rules)),
         metadata_left_out=read.metadata_left_out,

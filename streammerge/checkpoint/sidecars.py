@@ -28,7 +28,7 @@ from streammerge.checkpoint.inputs import (
 )
 from streammerge.checkpoint.outputfile import write_durably
 from streammerge.checkpoint.reading import MAX_CONFIG_BYTES
-from streammerge.checkpoint.types import Companion
+from streammerge.checkpoint.types import Companion, Insertion
 from streammerge.errors import CheckpointError, OutputError
 from streammerge.units import MIB, format_size
 
@@ -223,11 +223,39 @@ def write_sidecars(
             config = with_changes(text, companion.changes, where=str(path))
             write_durably(target, [config])
             digest = FileDigest(len(config), hashlib.sha256(config).hexdigest(), tree=False)
+        elif companion.insertion is not None:
+            digest = _write_with(companion.insertion, _iter_unchanged(path, companion), target)
         else:
             write_durably(target, _iter_unchanged(path, companion))
             digest = FileDigest(companion.nbytes, companion.digest, tree=False)
         written[companion.name] = digest
     return written
+
+
+def _write_with(insertion: Insertion, pieces: Iterable[bytes], target: Path) -> FileDigest:
+    """Write a file with a text inserted; return its digest."""
+    digest, nbytes = hashlib.sha256(), 0
+
+    def inserted() -> Iterator[bytes]:
+        place = insertion.offset
+        for piece in pieces:
+            if 0 <= place < len(piece):
+                yield piece[:place]
+                yield insertion.text.encode()
+                yield piece[place:]
+            else:
+                yield piece
+            place -= len(piece)
+
+    def counted() -> Iterator[bytes]:
+        nonlocal nbytes
+        for piece in inserted():
+            digest.update(piece)
+            nbytes += len(piece)
+            yield piece
+
+    write_durably(target, counted())
+    return FileDigest(nbytes, digest.hexdigest(), tree=False)
 
 
 def _list_directory(directory: Path) -> tuple[set[str], set[str]]:

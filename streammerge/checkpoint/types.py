@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 
+from streammerge.checkpoint.rowmap import RowMap
 from streammerge.dtypes import DType
 
 
@@ -119,6 +120,9 @@ class TensorEntry:
     """The parts in flat order, of a tensor that is not in one piece or not stored as numbers."""
     coded_as: CodedAs | None = None
     """What the file holds, of a whole weight that is stored as float8 codes; None for others."""
+    rows: RowMap | None = None
+    """Where its rows come from, of an embedding for another vocabulary than its model's; None for others.
+    File and offset are those of the first place then."""
 
     @property
     def numel(self) -> int:
@@ -216,6 +220,16 @@ class JsonChange:
 
 
 @dataclass(frozen=True, slots=True)
+class Insertion:
+    """Text that a copied file gets."""
+
+    offset: int
+    """The byte before which it stands."""
+    text: str
+    """What is inserted."""
+
+
+@dataclass(frozen=True, slots=True)
 class CompanionDifference:
     """A setting in which inputs differ beside their tensors."""
 
@@ -250,6 +264,8 @@ class Companion:
     """Where it is taken from; None for the directory of the first model."""
     changes: tuple[JsonChange, ...] = ()
     """Keys that differ in the output, if it is a JSON object."""
+    insertion: Insertion | None = None
+    """What the output's has beside; None for nothing."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,16 +1,18 @@
 """Which token each row of an embedding stands for, read from the tokenizer's files without keeping them.
 
 A token is remembered as 64 bits of its text at the place of its number, so that two vocabularies can be
-compared number by number. Files whose bytes are equal need not be read at all.
+compared number by number, or as 128 bits where rows are drawn by it. Files whose bytes are equal need not
+be read at all.
 
-Memory: 8 bytes for each token, and :data:`_STEP` bytes of text, of whatever size the file is.
+Memory: 8 or 16 bytes for each token, and :data:`_STEP` bytes of text, of whatever size the file is.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -45,6 +47,8 @@ _LEXEME = re.compile(
 _LONGEST = 1 << 20
 """A longer text is no token; without a limit an endless one would be kept whole."""
 Token = tuple[int, bytes]
+KEY = np.dtype([("high", "<u8"), ("low", "<u8")])
+"""128 bits of a token's text."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +80,23 @@ def has_vocabulary(directory: Path) -> bool:
     return any(is_there(directory / name) for name in FILES)
 
 
+def same_bytes(first: Path, second: Path) -> bool:
+    """Return whether two files are there and hold the same.
+
+    Raises:
+        CheckpointError: One of them cannot be read.
+    """
+    if not (is_there(first) and is_there(second)):
+        return False
+    with open_input(first) as (one, status), open_input(second) as (other, other_status):
+        if status.st_size != other_status.st_size:
+            return False
+        while part := one.read(_STEP):
+            if part != other.read(_STEP):
+                return False
+    return True
+
+
 def read_vocabulary(path: Path) -> Vocabulary:
     """Return the tokens in a file of a tokenizer.
 
@@ -87,19 +108,107 @@ def read_vocabulary(path: Path) -> Vocabulary:
         HeaderError: It is not what its name says.
     """
     tokens = np.zeros(1 << 15, np.uint64)
+    for number, text in iter_tokens(path):
+        if number >= len(tokens):
+            tokens = np.concatenate([tokens, np.zeros(max(len(tokens), number), np.uint64)])
+        # Python's own hash: good for one process, which is as long as it is needed.
+        tokens[number] = (hash(text) & (2**64 - 1)) | 1
+    used = np.flatnonzero(tokens)
+    return Vocabulary(tokens[: int(used[-1]) + 1 if len(used) else 0].copy())
+
+
+def read_keys(path: Path) -> NDArray[np.void]:
+    """Return what tells tokens apart in all models: 128 bits of each one's text at its number, 0 for none.
+
+    Args:
+        path: One of :data:`FILES`.
+
+    Raises:
+        CheckpointError: It cannot be read.
+        HeaderError: It is not what its name says.
+    """
+    keys, count = np.zeros(1 << 15, KEY), 0
+    for number, text in iter_tokens(path):
+        if number >= len(keys):
+            keys = np.concatenate([keys, np.zeros(max(len(keys), number), KEY)])
+        keys[number] = key_of(text)
+        count = max(count, number + 1)
+    return keys[:count].copy()
+
+
+def key_of(text: bytes) -> NDArray[np.void]:
+    """Return what tells a token apart, a scalar of :data:`KEY`."""
+    found: NDArray[np.void] = np.frombuffer(hashlib.blake2b(text, digest_size=16).digest(), KEY)[0]
+    return found
+
+
+def iter_tokens(path: Path) -> Iterator[Token]:
+    """Yield number and text of the tokens in a file of a tokenizer, in its order.
+
+    Raises:
+        CheckpointError: It cannot be read.
+        HeaderError: It is not what its name says.
+    """
     with open_input(path) as (stream, _):
         try:
             for number, text in _reader_of(path.name)(stream):
                 if not 0 <= number < MAX_TOKENS:
                     raise HeaderError(f"{path}: a token has the number {number}; copy it again")
-                if number >= len(tokens):
-                    tokens = np.concatenate([tokens, np.zeros(max(len(tokens), number), np.uint64)])
-                # Python's own hash: good for one process, which is as long as it is needed.
-                tokens[number] = (hash(text) & (2**64 - 1)) | 1
+                yield number, text
         except ValueError as error:
             raise HeaderError(f"{path}: is not a vocabulary: {error}; copy it again") from error
-    used = np.flatnonzero(tokens)
-    return Vocabulary(tokens[: int(used[-1]) + 1 if len(used) else 0].copy())
+
+
+@dataclass(frozen=True, slots=True)
+class AddedTokens:
+    """The list of added tokens in a ``tokenizer.json``."""
+
+    end: int
+    """Where its last bracket stands, from the start of the file."""
+    tokens: Mapping[bytes, Mapping[str, object]]
+    """What it says of each, by its text."""
+
+
+def read_added(path: Path) -> AddedTokens:
+    """Return the added tokens in a ``tokenizer.json``.
+
+    Raises:
+        CheckpointError: It cannot be read.
+        HeaderError: It has no such list.
+    """
+    with open_input(path) as (stream, _):
+        try:
+            begin, end = _find_added(stream)
+            stream.seek(begin)
+            listed = json.loads(stream.read(end + 1 - begin))
+        except ValueError as error:
+            raise HeaderError(f"{path}: is not a tokenizer: {error}; copy it again") from error
+    tokens = {
+        str(each["content"]).encode("utf-8", "surrogatepass"): each
+        for each in listed
+        if isinstance(each, dict) and "content" in each
+    }
+    return AddedTokens(end, tokens)
+
+
+def _find_added(stream: BinaryIO) -> tuple[int, int]:
+    """Return where the list of added tokens begins and ends; both brackets are part of it."""
+    depth, key, begin = 0, b"", None
+    for base, found in _iter_lexemes(stream):
+        lexeme = found["other"] or b""
+        if depth == 1 and lexeme.startswith(b'"'):
+            key = lexeme
+        if lexeme in (b"{", b"["):
+            if depth == 1 and key == b'"added_tokens"' and lexeme == b"[":
+                begin = base + found.end() - 1
+            depth += 1
+        elif lexeme in (b"}", b"]"):
+            depth -= 1
+            if begin is not None and depth == 1:
+                if base + found.end() - begin > _LONGEST * 64:
+                    raise ValueError("the list of added tokens is too long")
+                return begin, base + found.end() - 1
+    raise ValueError("it has no list of added tokens")
 
 
 def _reader_of(name: str) -> Callable[[BinaryIO], Iterator[Token]]:
@@ -239,7 +348,7 @@ def _iter_scalars(stream: BinaryIO) -> Iterator[_Scalar]:
     index: list[int] = []
     key = b""
     expect_key = False
-    for found in _iter_lexemes(stream):
+    for _, found in _iter_lexemes(stream):
         pair, number, comma, lexeme = found.groups()
         if lexeme is None:
             if not kinds:
@@ -284,15 +393,16 @@ def _own(key: bytes, path: tuple[bytes, ...]) -> bytes:
     return key if not path or path[-1] == b"vocab" else key.strip(b'"')
 
 
-def _iter_lexemes(stream: BinaryIO) -> Iterator[re.Match[bytes]]:
-    buffer, place, ended = b"", 0, False
+def _iter_lexemes(stream: BinaryIO) -> Iterator[tuple[int, re.Match[bytes]]]:
+    """Yield every lexeme of a JSON document, with where in the file the buffer that it is in begins."""
+    buffer, place, ended, base = b"", 0, False, 0
     while True:
         for found in _LEXEME.finditer(buffer, place):
             # What ends where the buffer ends may go on; what begins later is behind the torn end of a text.
             if found.start() != place or (found.end() == len(buffer) and not ended):
                 break
             place = found.end()
-            yield found
+            yield base, found
         if ended:
             if buffer[place:].strip():
                 raise ValueError("it ends in the middle")
@@ -301,4 +411,5 @@ def _iter_lexemes(stream: BinaryIO) -> Iterator[re.Match[bytes]]:
             raise ValueError(f"a text has more than {_LONGEST} bytes")
         part = stream.read(_STEP)
         ended = not part
+        base += place
         buffer, place = buffer[place:] + part, 0

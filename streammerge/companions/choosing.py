@@ -9,6 +9,7 @@ from pathlib import Path
 
 from streammerge.adapters.onto_base.adapted import AdaptedModel, stored_tensors
 from streammerge.assignment.layers import find_stacks
+from streammerge.assignment.tokens import Tokens
 from streammerge.assignment.types import Action
 from streammerge.checkpoint.coded import QUANTIZATION_KEY
 from streammerge.checkpoint.composite import MODULES, list_component_folders, list_parts
@@ -26,6 +27,7 @@ from streammerge.companions.fitting import fit_config
 from streammerge.companions.kinds import gather_companions, kind_of, read_object, read_template
 from streammerge.companions.stating import state_storage
 from streammerge.companions.templates import find_template
+from streammerge.companions.tokenizers import state_special, with_added_tokens
 from streammerge.dtypes import DType
 from streammerge.errors import CheckpointError, RecipeError
 from streammerge.plan.types import MergePlan
@@ -40,7 +42,10 @@ _FOLLOWED = {
 
 
 def accompany(
-    planned: MergePlan, recipe: Recipe, models: Sequence[Checkpoint | AdaptedModel]
+    planned: MergePlan,
+    recipe: Recipe,
+    models: Sequence[Checkpoint | AdaptedModel],
+    tokens: Tokens | None = None,
 ) -> MergePlan:
     """Return the plan with the files beside its tensors, and with what differs between the inputs.
 
@@ -48,6 +53,7 @@ def accompany(
         planned: A plan without companions.
         recipe: What it was made from.
         models: The inputs, the base first if there is one.
+        tokens: The vocabulary of the result, if rows of embeddings are drawn for one.
 
     Raises:
         CheckpointError: A file cannot be read, or vocabularies contradict each other.
@@ -59,6 +65,8 @@ def accompany(
         Participant(model.label, companion_directory(Path(model.path))) for model in planned.models
     ]
     taken = _choose_origins(recipe, participants)
+    if tokens is not None:
+        taken |= _with_tokenizer(recipe, tokens, taken)
     default = participants[0].directory
     wanted = recipe.output.chat_template
     companions = gather_companions(
@@ -76,6 +84,10 @@ def accompany(
         *changes.get(_CONFIG, ()),
         *_storage(planned, models[0], participants[0], taken[CompanionKind.CONFIG]),
     )
+    if tokens is not None:
+        for name, special in state_special(tokens, taken).items():
+            changes[name] = (*changes.get(name, ()), *special)
+        companions = with_added_tokens(companions, tokens)
     companions = tuple(
         replace(each, changes=(*each.changes, *changes.get(each.name, ()))) for each in companions
     )
@@ -108,6 +120,26 @@ def _choose_origins(
             known = [each for each in participants if each.directory == origin]
             chosen[kind] = known[0] if known else Participant(str(origin), origin)
     return chosen
+
+
+def _with_tokenizer(
+    recipe: Recipe, tokens: Tokens, taken: Mapping[CompanionKind, Participant]
+) -> dict[CompanionKind, Participant]:
+    """Return where a tokenizer comes from whose tokens the rows of the result stand for."""
+    given = recipe.output.companions
+    origin = Participant(tokens.label.split()[0], tokens.origin)
+    if (
+        CompanionKind.TOKENIZER in given
+        and taken[CompanionKind.TOKENIZER].directory != tokens.origin
+    ):
+        raise RecipeError(
+            f"output.companions.tokenizer: rows are drawn for the tokens of {tokens.origin}, not for those of "
+            f"{taken[CompanionKind.TOKENIZER].directory}; leave the key out, or name that vocabulary"
+        )
+    kinds = [CompanionKind.TOKENIZER]
+    if CompanionKind.CHAT_TEMPLATE not in given:
+        kinds.append(CompanionKind.CHAT_TEMPLATE)
+    return dict.fromkeys(kinds, origin)
 
 
 def _check_given(

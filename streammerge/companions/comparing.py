@@ -14,17 +14,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from streammerge.checkpoint.inputs import is_there, open_input
 from streammerge.checkpoint.types import CompanionDifference
-from streammerge.companions.kinds import TOKENIZER_CONFIG, read_object, read_template
-from streammerge.companions.vocabularies import (
+from streammerge.checkpoint.vocabularies import (
     Vocabulary,
     find_common,
     has_vocabulary,
     read_vocabulary,
+    same_bytes,
 )
+from streammerge.companions.kinds import TOKENIZER_CONFIG, read_object, read_template
 from streammerge.errors import CheckpointError
-from streammerge.recipe.types import CompanionKind, VocabularyPolicy
+from streammerge.recipe.types import CompanionKind, DrawnVocabulary, VocabularyPolicy
 
 # Where a file was, who wrote it, and what does not change what a model computes.
 _UNIMPORTANT = frozenset(
@@ -69,14 +69,14 @@ def compare_companions(
     models: Sequence[Participant],
     taken: Mapping[CompanionKind, Participant],
     *,
-    vocabulary: VocabularyPolicy,
+    vocabulary: VocabularyPolicy | DrawnVocabulary,
 ) -> tuple[CompanionDifference, ...]:
     """Return what differs between the inputs, the most decisive first.
 
     Args:
         models: The inputs that are full models.
         taken: Whose files go to the output, by kind.
-        vocabulary: Whether two tokens of one number are refused.
+        vocabulary: Whether two tokens of one number are refused; where rows are drawn by token, there are none.
 
     Raises:
         CheckpointError: A file cannot be read, or one number stands for two tokens.
@@ -91,7 +91,7 @@ def compare_companions(
     found: list[CompanionDifference] = []
     for kind, read_settings in read.items():
         found += _compare(kind, models, taken[kind], read_settings)
-        if kind is CompanionKind.TOKENIZER:
+        if kind is CompanionKind.TOKENIZER and isinstance(vocabulary, VocabularyPolicy):
             found += _compare_vocabularies(models, taken[kind], vocabulary)
     return tuple(found)
 
@@ -218,7 +218,7 @@ def _compare_vocabularies(
             yield _vocabulary_difference(taken, "in another file", each, "cannot be compared")
             continue
         mine, theirs = taken.directory / name, each.directory / name
-        if _same_bytes(mine, theirs):
+        if same_bytes(mine, theirs):
             continue
         if name not in read:
             read[name] = read_vocabulary(mine)
@@ -230,8 +230,8 @@ def _compare_vocabularies(
             if policy is not VocabularyPolicy.IGNORE:
                 raise CheckpointError(
                     f"{theirs}: {said} in {mine} ({each.label} and {taken.label}); equal rows of "
-                    "their embeddings would mean different tokens; to merge them all the same, add "
-                    "`vocabulary: ignore` to the recipe"
+                    "their embeddings would mean different tokens; draw rows by token with `vocabulary: "
+                    "base` or `union`, or, to merge them all the same, add `vocabulary: ignore`"
                 )
             yield _vocabulary_difference(taken, f"{read[name].count} tokens", each, said)
         elif vocabulary.count != read[name].count:
@@ -248,8 +248,8 @@ def _refuse_other(
     """Raise about a vocabulary that is another one, where the recipe asks for the same."""
     if policy is VocabularyPolicy.SAME:
         raise CheckpointError(
-            f"{other.directory}: {said}, of {taken.label} ({taken.directory}); vocabularies that differ "
-            "cannot be united, so choose models that share one"
+            f"{other.directory}: {said}, of {taken.label} ({taken.directory}); choose models that share one, "
+            "or draw rows by token with `vocabulary: union`"
         )
 
 
@@ -262,15 +262,3 @@ def _vocabulary_difference(
         taken.label,
         ((taken.label, mine), (other.label, theirs)),
     )
-
-
-def _same_bytes(first: Path, second: Path) -> bool:
-    if not (is_there(first) and is_there(second)):
-        return False
-    with open_input(first) as (one, status), open_input(second) as (other, other_status):
-        if status.st_size != other_status.st_size:
-            return False
-        while part := one.read(_STEP):
-            if part != other.read(_STEP):
-                return False
-    return True

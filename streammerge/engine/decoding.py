@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from streammerge.checkpoint.bytesource import ByteSource
 from streammerge.checkpoint.types import Coding
 from streammerge.dtypes import DType
+from streammerge.engine.drawing import draw_rows
 from streammerge.plan.chunking import DECODING_BYTES, ReadSpan
 
 _STEP = 2**15
@@ -31,6 +32,9 @@ ReadScales = Callable[[int, int, memoryview], None]
 
 def read_span(span: ReadSpan, sources: Sequence[ByteSource], memory: NDArray[np.uint8]) -> None:
     """Read a span to its place in a slot; of codes, the numbers that they stand for."""
+    if span.rows is not None:
+        draw_rows(span, span.rows, sources, memory)
+        return
     source = sources[span.file]
     if span.coding is None:
         source.read_into(

@@ -144,6 +144,6 @@ class Loader:
             if self._monitor.failure is not None:
                 return
             read_span(span, self._sources, memory)
-            if last_use and not (span.coding and span.coding.transposed_rows):
+            if last_use and not span.is_scattered:
                 self._sources[span.file].drop(span.offset, span.nbytes)
             self._progress.count(Stage.READ, span.nbytes)

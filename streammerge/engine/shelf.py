@@ -189,7 +189,7 @@ class FactorShelf:
 
     def _read_range(self, task: TensorTask, stored: TensorInput, start: int, numel: int) -> Tensor:
         """Return a flat range of a tensor that is merged, in the compute dtype."""
-        if not stored.parts:
+        if not stored.parts and stored.rows is None:
             offset = stored.offset + start * stored.dtype.itemsize
             return self._read(TensorEntry(task.name, stored.dtype, (numel,), stored.file, offset))
         memory = allocate(numel * stored.dtype.itemsize)

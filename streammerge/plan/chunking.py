@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from streammerge.assignment.types import Action
+from streammerge.checkpoint.rowmap import RowMap
 from streammerge.checkpoint.types import Coding
 from streammerge.checkpoint.views import iter_range
 from streammerge.plan.factors import factors_nbytes
@@ -24,7 +25,8 @@ element size."""
 
 
 DECODING_BYTES = 2**20
-"""Scratch memory of a reader that makes numbers of codes: codes, indices, scales of one step."""
+"""Scratch memory of a reader that makes numbers of codes: codes, indices, scales of one step. One that
+draws rows takes no more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +91,16 @@ class ReadSpan:
     """Where in the slot the first value goes; its codes land in the end of the room of the values."""
     numel: int = 0
     """Values, where they are coded."""
+    rows: RowMap | None = None
+    """Where the rows of a matrix come from, of which this is the part from :attr:`first` on."""
+    first: int = 0
+    """Flat index in that matrix of the first element."""
+
+    @property
+    def is_scattered(self) -> bool:
+        """Whether its bytes lie all over the file."""
+        transposed = self.coding is not None and self.coding.transposed_rows > 0
+        return transposed or self.rows is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +154,7 @@ def plan_reads(plan: MergePlan, chunk: Chunk) -> tuple[ModelRead, ...]:
 
 def plan_range(entry: TensorInput, start: int, numel: int) -> tuple[ReadSpan, ...]:
     """Return what to read for a flat range of one input, whose values begin at the slot's start."""
-    if entry.parts:
+    if entry.parts or entry.rows is not None:
         return tuple(_part_spans(entry, start, numel, 0))
     itemsize = entry.dtype.itemsize
     return (ReadSpan(entry.file, entry.offset + start * itemsize, numel * itemsize, 0),)
@@ -286,7 +298,7 @@ def _plan_model_read(plan: MergePlan, chunk: Chunk, model: int) -> ModelRead:
         if nbytes == 0:
             placements.append(cursor)
             continue
-        if entry.parts:
+        if entry.parts or entry.rows is not None:
             if end > begin:
                 spans.append(ReadSpan(file, begin, end - begin, slot_offset))
             file, begin, end = -1, 0, 0
@@ -310,8 +322,12 @@ def _plan_model_read(plan: MergePlan, chunk: Chunk, model: int) -> ModelRead:
 
 
 def _part_spans(entry: TensorInput, start: int, numel: int, place: int) -> Iterator[ReadSpan]:
-    """Yield what to read of a tensor in parts, for a flat range whose values go to ``place``."""
+    """Yield what to read of a tensor in parts or of drawn rows, for a flat range whose values go to ``place``."""
     itemsize = entry.dtype.itemsize
+    if entry.rows is not None:
+        nbytes = numel * itemsize
+        yield ReadSpan(entry.file, entry.offset, nbytes, place, rows=entry.rows, first=start)
+        return
     for part in iter_range(entry.parts, start, numel, itemsize):
         room = part.numel * itemsize
         if part.coding is None:

@@ -78,7 +78,7 @@ def measure_demand(
         input_nbytes=sum(_input_nbytes(task) for task in tasks) + stored_nbytes(changed),
         tensors=len(tasks),
         blocks=sum(count_blocks(task.numel) for task in tasks),
-        reader_bytes=DECODING_BYTES if any(map(_is_coded, tasks)) else 0,
+        reader_bytes=DECODING_BYTES if any(map(_is_made, tasks)) else 0,
         encoding_bytes=_encoding_bytes(encoded) if encoded else 0,
         scales_nbytes=max((_scales_nbytes(task) for task in encoded), default=0),
         factors_largest=max((factors_nbytes(task, itemsize) for task in changed), default=0),
@@ -168,8 +168,10 @@ def _models_read(tasks: Sequence[TensorTask]) -> set[int]:
     return {model for task in tasks for model, entry in enumerate(task.inputs) if entry is not None}
 
 
-def _is_coded(task: TensorTask) -> bool:
-    return any(entry is not None and coded_bits(entry.parts) for entry in task.inputs)
+def _is_made(task: TensorTask) -> bool:
+    """Return whether a reader makes what it reads: numbers of codes, or rows of other rows."""
+    given = [entry for entry in task.inputs if entry is not None]
+    return any(coded_bits(entry.parts) or entry.rows is not None for entry in given)
 
 
 def _input_nbytes(task: TensorTask) -> int:

@@ -15,7 +15,9 @@ from streammerge.assignment.aligning import align_tensors
 from streammerge.assignment.layers import arrange_layers
 from streammerge.assignment.naming import match_names
 from streammerge.assignment.ties import settle_ties
+from streammerge.assignment.tokens import Tokens
 from streammerge.assignment.types import Action, AssignedTensor, Model, Twins
+from streammerge.assignment.vocabularies import Drawn, draw_rows
 from streammerge.checkpoint.coded import QUANTIZATION_KEY
 from streammerge.checkpoint.hub import hub_revision
 from streammerge.checkpoint.ties import TIE_KEY
@@ -88,7 +90,11 @@ class Machine:
 
 
 def plan_merge(
-    recipe: Recipe, base: Checkpoint | None, sources: Sequence[Model], machine: Machine
+    recipe: Recipe,
+    base: Checkpoint | None,
+    sources: Sequence[Model],
+    machine: Machine,
+    tokens: Tokens | None = None,
 ) -> MergePlan:
     """Decide everything about a merge.
 
@@ -97,6 +103,7 @@ def plan_merge(
         base: The base's headers; None without one.
         sources: The sources' headers, in recipe order; adapters as they change this base.
         machine: What may be used.
+        tokens: The vocabulary of the result, if rows of embeddings are drawn for one.
 
     Raises:
         RecipeError: The method cannot do what the recipe asks.
@@ -114,13 +121,16 @@ def plan_merge(
             "tuned from; add `base: PATH`"
         )
     models = _models(recipe)
-    labels = [f"{model.label} ({model.path})" for model in models]
+    labels = labels_of(recipe)
     given = [*([base] if base is not None else []), *sources]
     matched, renamings, renamed = match_names(given, labels, recipe)
     arranged = arrange_layers(matched, labels, recipe)
     resolve = build_resolver(recipe, method.parameters, arranged.position_of)
     ties = settle_ties(arranged.models, labels, resolve)
-    checkpoints = ties.models
+    drawn = Drawn(ties.models)
+    if tokens is not None:
+        drawn = draw_rows(recipe, tokens, ties.models, labels)
+    checkpoints = drawn.models
     assignment = align_tensors(
         recipe,
         labels,
@@ -200,6 +210,7 @@ def plan_merge(
             *renamings,
             *arranged.notes,
             *ties.notes,
+            *drawn.notes,
             *assignment.notes,
         ),
         twins=_twins(ties.twins, labels, file_index),
@@ -229,6 +240,11 @@ def _first(checkpoints: Sequence[Model]) -> Checkpoint:
     first = checkpoints[0]
     assert isinstance(first, Checkpoint)  # noqa: S101 - sources that are all adapters make an adapter
     return first
+
+
+def labels_of(recipe: Recipe) -> list[str]:
+    """Return how messages name the base, if any, and the sources."""
+    return [f"{model.label} ({model.path})" for model in _models(recipe)]
 
 
 def _models(recipe: Recipe) -> tuple[InputModel, ...]:
@@ -336,7 +352,9 @@ def _tasks(
     tasks = []
     for tensor, (shard, offset) in zip(tensors, places, strict=True):
         inputs = tuple(
-            None if entry is None else _input(entry, file_index[model or tensor.base_owner])
+            None
+            if entry is None
+            else _input(entry, file_index[model or tensor.base_owner], file_index)
             for model, entry in enumerate(tensor.entries)
         )
         present = next((entry for entry in tensor.entries if entry is not None), None)
@@ -372,8 +390,16 @@ def _with_locality(task: TensorTask, programs: Sequence[Programs]) -> TensorTask
     return replace(task, row=task.shape[-1] if task.shape else 1)
 
 
-def _input(entry: TensorEntry, files: Sequence[int]) -> TensorInput:
+def _input(
+    entry: TensorEntry, files: Sequence[int], file_index: Sequence[Sequence[int]]
+) -> TensorInput:
     """Return an input that refers to the plan's files."""
+    if entry.rows is not None:
+        places = tuple(
+            replace(place, file=file_index[place.model][place.file]) for place in entry.rows.places
+        )
+        rows = replace(entry.rows, places=places)
+        return TensorInput(places[0].file, places[0].offset, entry.dtype, rows=rows)
     if not entry.parts:
         return TensorInput(files[entry.file], entry.offset, entry.dtype)
     parts = tuple(

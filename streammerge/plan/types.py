@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from streammerge.adapters.onto_base.changes import Change
 from streammerge.assignment.types import Action, Region, Setting
+from streammerge.checkpoint.rowmap import RowMap
 from streammerge.checkpoint.runs import Runs
 from streammerge.checkpoint.types import (
     Companion,
@@ -50,6 +51,8 @@ class TensorInput:
     parts: tuple[StoredPart, ...] = ()
     """The parts in flat order, where it is not one piece or not stored as numbers; their files are
     indices into :attr:`MergePlan.files` too."""
+    rows: RowMap | None = None
+    """Where its rows come from, of an embedding for another vocabulary than its model's; None for others."""
 
     def stored_nbytes(self, numel: int) -> int:
         """Return the bytes that some of its elements take in the file."""

@@ -18,6 +18,7 @@ from streammerge.recipe.types import (
     Rule,
 )
 from streammerge.recipe.varying import plain_varying
+from streammerge.recipe.vocabulary import plain_vocabulary
 
 _UNSAID: Mapping[str, object] = {
     "parameters": {},
@@ -68,7 +69,7 @@ def _document(recipe: Recipe) -> dict[str, object]:
     document["missing"] = recipe.missing.value
     document["mismatch"] = recipe.mismatch.value
     document["non_finite"] = recipe.non_finite.value
-    document["vocabulary"] = recipe.vocabulary.value
+    document["vocabulary"] = plain_vocabulary(recipe.vocabulary)
     document["compute_dtype"] = recipe.compute_dtype.value
     output: dict[str, object] = {}
     if recipe.output.max_shard_bytes is not None:

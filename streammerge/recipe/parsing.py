@@ -37,6 +37,7 @@ from streammerge.recipe.types import (
     with_keys,
 )
 from streammerge.recipe.varying import build_varying
+from streammerge.recipe.vocabulary import iter_vocabulary_problems
 
 MAX_PROBLEMS = 100
 """Lines in one error message."""
@@ -203,6 +204,7 @@ def _rule_problems(document: dict[Any, Any], parameter_names: list[str]) -> Iter
             )
     yield from _layer_problems(document, n_sources)
     yield from _origin_problems(document, n_sources)
+    yield from iter_vocabulary_problems(document, n_sources)
     if document.get("missing") == "base" and document.get("base") is None:
         yield 'missing: the recipe has no base to take tensors from; add the key "base"'
 

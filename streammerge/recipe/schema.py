@@ -16,6 +16,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    PlainValidator,
     ValidationError,
     WithJsonSchema,
 )
@@ -35,6 +36,7 @@ from streammerge.recipe.types import (
     BASE,
     CompanionKind,
     ComputeDType,
+    DrawnVocabulary,
     MismatchPolicy,
     MissingPolicy,
     NonFinitePolicy,
@@ -43,6 +45,7 @@ from streammerge.recipe.types import (
     Semantics,
     VocabularyPolicy,
 )
+from streammerge.recipe.vocabulary import SCHEMA, VocabularyError, parse_vocabulary
 from streammerge.units import parse_size
 
 _Word = TypeVar("_Word", bound=StrEnum)
@@ -125,6 +128,13 @@ def _parse_template(value: object) -> str | None:
         return value
     said = f"expected {', '.join(CHAT_TEMPLATES)} or a text in Jinja, got {shown(value)}"
     raise PydanticCustomError("said", "{said}", {"said": said})
+
+
+def _parse_vocabulary(value: object) -> VocabularyPolicy | DrawnVocabulary:
+    try:
+        return parse_vocabulary(value)
+    except VocabularyError as error:
+        raise PydanticCustomError("said", "{said}", {"said": str(error)}) from None
 
 
 def _parse_range(value: object) -> list[int]:
@@ -395,10 +405,15 @@ class RecipeDocument(_Document):
         default=NonFinitePolicy.ERROR,
         description="NaN or infinity in an input: refuse it, or keep it.",
     )
-    vocabulary: Annotated[VocabularyPolicy, BeforeValidator(_word_of(VocabularyPolicy))] = Field(
+    vocabulary: Annotated[
+        VocabularyPolicy | DrawnVocabulary,
+        PlainValidator(_parse_vocabulary),
+        WithJsonSchema(SCHEMA),
+    ] = Field(
         default=VocabularyPolicy.ERROR,
         description="Tokenizers in which one number stands for two tokens: refuse them, or ignore it and "
-        "merge; same refuses all that differ.",
+        "merge; same refuses all that differ. union, base, the index of a source counted from 0, or a "
+        "mapping with the key source: draw the rows of all embeddings for that vocabulary.",
     )
     compute_dtype: Annotated[ComputeDType, BeforeValidator(_word_of(ComputeDType))] = Field(
         default=ComputeDType.FLOAT32, description="The type that merges are computed in."

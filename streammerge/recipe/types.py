@@ -143,6 +143,36 @@ class VocabularyPolicy(StrEnum):
     IGNORE = "ignore"
 
 
+@dataclass(frozen=True, slots=True)
+class TokenOrigin:
+    """Which row stands for a token in models that lack it."""
+
+    source: int | None
+    """Index of the source that has it, or BASE; None for zeros."""
+    token: str | int | None = None
+    """The token there, or its number; None for the same token."""
+    force: bool = False
+    """Whether it also takes the place of the rows of models that have the token."""
+
+
+@dataclass(frozen=True, slots=True)
+class DrawnVocabulary:
+    """The vocabulary of the result: rows of every model's embeddings are drawn for it, token by token."""
+
+    source: int | Path | None
+    """Whose it is: a source's index, BASE, or a directory with a tokenizer; None unites those of all
+    models, the first model's tokens first."""
+    tokens: Mapping[str, TokenOrigin] = field(default_factory=dict)
+    """Tokens whose rows come from elsewhere."""
+    fill: int | None = None
+    """Whose row stands for a token that a model lacks: a source's index, or BASE. None for the base, or
+    without one for :attr:`means`."""
+    means: bool = False
+    """Whether that is the mean of the rows of all models that have it, also where there is a base."""
+    multiple: int | None = None
+    """What the number of rows is made a multiple of; None keeps the padding that its model has."""
+
+
 class QuantizationPolicy(StrEnum):
     """How weights are stored that the base stores as codes with scales."""
 
@@ -292,8 +322,8 @@ class Recipe:
     """How the result is stored."""
     mismatch: MismatchPolicy = MismatchPolicy.ERROR
     """What to do with a tensor that has several shapes."""
-    vocabulary: VocabularyPolicy = VocabularyPolicy.ERROR
-    """What to do with tokenizers that differ."""
+    vocabulary: VocabularyPolicy | DrawnVocabulary = VocabularyPolicy.ERROR
+    """What to do with tokenizers that differ, or the vocabulary that rows are drawn for."""
     layers: tuple[LayerSlice, ...] = ()
     """The layers of the result, slice by slice; empty for those of the inputs, each with its like."""
     remarks: tuple[str, ...] = field(default=(), compare=False)

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from streammerge.companions import vocabularies
-from streammerge.companions.vocabularies import Vocabulary, find_common, read_vocabulary
+from streammerge.checkpoint import vocabularies
+from streammerge.checkpoint.vocabularies import Vocabulary, find_common, read_vocabulary
 from streammerge.errors import HeaderError
 
 TOKENS = ["<s>", 'a"b', "Ġthe", "é\\", "{", "}", ",", "\n", "🙂", "id", "content", "vocab"]

@@ -12,7 +12,15 @@ import streammerge
 from streammerge.errors import RecipeError
 from streammerge.methods import discover_methods
 from streammerge.recipe.parsing import parse_recipe
-from streammerge.recipe.types import Case, Cases, Gradient, Recipe, VocabularyPolicy
+from streammerge.recipe.types import (
+    BASE,
+    Case,
+    Cases,
+    DrawnVocabulary,
+    Gradient,
+    Recipe,
+    TokenOrigin,
+)
 
 METHODS = {name: each.parameters for name, each in discover_methods().items()}
 
@@ -154,11 +162,8 @@ TIES = "merge_method: ties\nbase_model: a\nmodels: [{model: b, parameters: {weig
             "models[1].model: a is listed twice",
         ),
         (
-            LINEAR + "tokenizer: {source: base, pad_to_multiple_of: 64}",
-            (
-                "tokenizer.pad_to_multiple_of: rows of embeddings are merged as they stand, none is added or "
-                "replaced; remove the key"
-            ),
+            LINEAR + "tokenizer: {sources: base, tokens: {<x>: {source: elsewhere}}}",
+            'tokenizer.tokens."<x>".source: "elsewhere" is none of the models; name one that is merged',
         ),
         (
             LINEAR + "chat_template: chatxml",
@@ -241,16 +246,51 @@ def test_files_beside_the_tensors_are_those_of_the_base(
     assert set(recipe.output.companions.values()) == ({expected} if expected is not None else set())
 
 
-def test_a_tokenizer_is_taken_from_the_model_that_is_named() -> None:
-    recipe = parsed(TIES + "tokenizer_source: b")
+@pytest.mark.parametrize(
+    ("keys", "expected"),
+    [
+        ("tokenizer_source: b", DrawnVocabulary(0)),
+        ("tokenizer_source: base", DrawnVocabulary(BASE)),
+        ("tokenizer_source: union", DrawnVocabulary(None)),
+        ("tokenizer_source: elsewhere", DrawnVocabulary(Path("elsewhere"))),
+        ("tokenizer: {source: union}", DrawnVocabulary(None)),
+        (
+            "tokenizer: {source: base, pad_to_multiple_of: 64}",
+            DrawnVocabulary(BASE, multiple=64),
+        ),
+        (
+            (
+                "tokenizer: {tokens: {<x>: {source: b}, <y>: {source: {kind: zero}, force: true}, "
+                "<z>: {source: {kind: model_token, model: a, token_id: 7}}}}"
+            ),
+            DrawnVocabulary(
+                None,
+                {
+                    "<x>": TokenOrigin(0),
+                    "<y>": TokenOrigin(None, None, force=True),
+                    "<z>": TokenOrigin(BASE, 7),
+                },
+            ),
+        ),
+    ],
+)
+def test_rows_are_drawn_for_the_tokenizer_that_is_named(
+    keys: str, expected: DrawnVocabulary
+) -> None:
+    recipe = parsed(TIES + keys)
+    assert recipe.vocabulary == expected
+    assert not recipe.output.companions
+
+
+def test_a_base_among_the_models_gives_rows_and_a_configuration() -> None:
+    recipe = parsed(
+        LINEAR + "- {model: c, parameters: {weight: 1}}\nbase_model: c\ntokenizer_source: union"
+    )
+    assert recipe.vocabulary == DrawnVocabulary(None, fill=1)
     assert {kind.value: origin for kind, origin in recipe.output.companions.items()} == {
-        "tokenizer": 0
+        "config": 1,
+        "generation_config": 1,
     }
-
-
-def test_a_union_of_vocabularies_is_one_that_all_share() -> None:
-    assert parsed(TIES + "tokenizer_source: union").vocabulary is VocabularyPolicy.SAME
-    assert parsed(TIES + "tokenizer: {source: union}").vocabulary is VocabularyPolicy.SAME
 
 
 def test_models_are_named_with_revisions_and_adapters() -> None:

@@ -17,6 +17,7 @@ from streammerge.errors import RecipeError, suggestion
 from streammerge.recipe.dialects.methods import METHODS, PARAMETERS, BaseRole, Foreign
 from streammerge.recipe.dialects.parameters import Findings, check_idle, translate_parameters
 from streammerge.recipe.dialects.references import Reference, parse_reference
+from streammerge.recipe.dialects.tokenizers import Vocabulary
 from streammerge.recipe.dialects.values import with_default
 from streammerge.recipe.refusing import refuse_choice, shown, unknown_key
 from streammerge.recipe.types import ParameterSpec
@@ -399,48 +400,22 @@ class _Translation:
             made["output"]["companions"] = base.native if index is None else index
 
     def _tokenizer(self, made: dict[str, Any]) -> None:
-        """Say where the tokenizer comes from."""
+        """Say whose vocabulary the result has."""
         source, table = self.document.get("tokenizer_source"), self._table("tokenizer")
-        path = "tokenizer_source"
         if source is not None and table:
             self.found.say("tokenizer", "tokenizer_source says the same; keep one of them")
-        if table:
-            keys = ("source", "tokens", "pad_to_multiple_of")
-            for key in table:
-                if key not in keys:
-                    self.found.say(f"tokenizer.{key}", unknown_key(key, keys))
-            for key in keys[1:]:
-                if table.get(key) is not None:
-                    self.found.say(
-                        f"tokenizer.{key}",
-                        "rows of embeddings are merged as they stand, none is added or replaced; remove "
-                        "the key",
-                    )
-            source, path = table.get("source", "union"), "tokenizer.source"
-        if source == "union":
-            made["vocabulary"] = "same"
-        elif source is not None and not self.found.problems:
-            made.setdefault("output", {})
-            self._take_tokenizer(made, path, source)
+        if not self.found.problems and (source is not None or table):
+            vocabulary = Vocabulary(self.found, self._reference, self.sources, made.get("base"))
+            made["vocabulary"] = vocabulary.translate(
+                source, table, base=self.document.get("base_model")
+            )
+            output = made.setdefault("output", {})
+            if "companions" in output:
+                kinds = ("config", "generation_config")
+                output["companions"] = dict.fromkeys(kinds, output["companions"])
         template = self.document.get("chat_template")
         if template is not None:
             made.setdefault("output", {})["chat_template"] = template
-
-    def _take_tokenizer(self, made: dict[str, Any], path: str, source: object) -> None:
-        reference = self._reference(
-            path, self.document.get("base_model") if source == "base" else source
-        )
-        if reference is None:
-            # Without a base it is the first model's, as everything beside the tensors is.
-            return
-        origin: object = reference.native
-        if made.get("base") == reference.native:
-            origin = "base"
-        elif reference in self.sources:
-            origin = self.sources.index(reference)
-        given = made["output"].get("companions")
-        companions = {} if given is None else dict.fromkeys(("config", "generation_config"), given)
-        made["output"]["companions"] = companions | {"tokenizer": origin}
 
 
 def _is_range(value: object) -> bool:
