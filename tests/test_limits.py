@@ -156,7 +156,7 @@ def test_whatever_too_little_address_space_refuses_is_named(mib: int, recipe: Pa
     """Imports, buffers and stacks of threads, at whatever place it runs out."""
     done = run(recipe, preexec=limit(resource.RLIMIT_AS, mib * MIB))
 
-    assert (done.returncode, done.stdout) == (DOES_NOT_FIT, "")
+    assert (done.returncode, done.stdout) == (DOES_NOT_FIT, ""), done.stderr
     assert done.stderr.startswith(("OutOfMemoryError: ", "SystemLimitError: ")), done.stderr
     assert "Traceback" not in done.stderr
     assert "ulimit -v" in done.stderr
