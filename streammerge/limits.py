@@ -27,7 +27,7 @@ _NO_THREAD = "can't start new thread"
 _NO_MEMORY = (
     "failed to map segment",  # the dynamic linker, in an ImportError or OSError
     "annot allocate memory",  # the system
-    "can't allocate memory",  # torch's allocator, in a RuntimeError
+    "can't allocate",  # torch's allocator, memory; the interpreter, a lock; in a RuntimeError
 )
 _CGROUP_LIST = Path("/proc/self/cgroup")
 _CGROUP_ROOT = Path("/sys/fs/cgroup")

@@ -163,6 +163,14 @@ def test_whatever_too_little_address_space_refuses_is_named(mib: int, recipe: Pa
     assert f"{mib}.0 MiB" in done.stderr
 
 
+@pytest.mark.parametrize(
+    "said", ["can't allocate lock", "DefaultCPUAllocator: can't allocate memory: 64 bytes"]
+)
+def test_memory_that_is_refused_by_words_alone_is_named(said: str) -> None:
+    with pytest.raises(OutOfMemoryError, match="the system refused memory"), limits.naming_limits():
+        raise RuntimeError(said)
+
+
 def test_torch_that_does_not_fit_the_address_space_is_named() -> None:
     code = "from streammerge.cli import main; from streammerge.lazily import load_torch\n"
     code += "import streammerge.cli as cli; cli.commands.run_methods = lambda _: load_torch()\n"
