@@ -24,7 +24,7 @@ import streammerge
 from streammerge import limits
 from streammerge.cli import main
 from streammerge.engine import memory
-from streammerge.errors import CheckpointError, OutputError, SystemLimitError
+from streammerge.errors import CheckpointError, OutOfMemoryError, OutputError, SystemLimitError
 from streammerge.limits import LEAST_ADDRESS_SPACE, allow_open_files
 from streammerge.units import MIB
 
