@@ -10,6 +10,7 @@ Fixtures: ``models`` makes checkpoints below ``tmp_path`` and merges them (see `
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,12 @@ def _one_torch_thread() -> None:
     depend on it has a test of its own.
     """
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _interruptible() -> None:
+    """Hear interrupts, which a shell has the commands ignore that it runs in the background."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture
