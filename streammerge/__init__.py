@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from streammerge.plan.types import MergePlan
     from streammerge.recipe.types import Recipe
     from streammerge.run import load_recipe, merge, plan, verify_against
+    from streammerge.together import merge_together, plan_together
 
 __version__ = VERSION
 
@@ -41,7 +42,9 @@ __all__ = [
     "functional",
     "load_recipe",
     "merge",
+    "merge_together",
     "plan",
+    "plan_together",
     "read_checkpoint",
     "verify_against",
     "verify_files",
@@ -58,7 +61,9 @@ _HOMES = {
     "extract": "streammerge.extracting.extraction",
     "load_recipe": "streammerge.run",
     "merge": "streammerge.run",
+    "merge_together": "streammerge.together",
     "plan": "streammerge.run",
+    "plan_together": "streammerge.together",
     "read_checkpoint": "streammerge.checkpoint.reading",
     "verify_against": "streammerge.run",
     "verify_files": "streammerge.checkpoint.verifying",

@@ -25,7 +25,6 @@ from streammerge.checkpoint.types import Note, ShardFile
 from streammerge.engine.progress import OnProgress
 from streammerge.errors import (
     CheckpointError,
-    DiskSpaceError,
     OutputError,
     OutputExistsError,
     RecipeError,
@@ -34,11 +33,12 @@ from streammerge.errors import (
 from streammerge.finishing import copy_companions
 from streammerge.plan.layout import render_header, render_indexes
 from streammerge.plan.types import MergePlan
+from streammerge.recipe.grid import expand_grid
 from streammerge.recipe.refusing import shown
 from streammerge.recipe.text import load_documents
 from streammerge.recipe.types import Recipe
 from streammerge.run import merge, parse_document, plan, read_recipe_text
-from streammerge.units import format_size
+from streammerge.together import Grid, check_room
 
 _NAME = re.compile(r"[\w-]{1,100}")
 """What a stage may be called: it becomes a directory, and must not look like a file."""
@@ -70,8 +70,8 @@ class Chain:
     """At least two."""
 
 
-def read_recipes(path: Path, *, download: bool) -> Recipe | Chain:
-    """Return the recipe of a file, or all of them if there are several.
+def read_recipes(path: Path, *, download: bool) -> Recipe | Chain | Grid:
+    """Return the recipe of a file, or all of them if there are several, or it has a grid.
 
     The file is read once: it may be a pipe.
 
@@ -89,6 +89,14 @@ def read_recipes(path: Path, *, download: bool) -> Recipe | Chain:
         documents.pop()
     if len(documents) < 2:
         document = documents[0] if documents else None
+        expanded = expand_grid(document, origin=str(path))
+        if expanded is not None:
+            return Grid(
+                tuple(
+                    (name, parse_document(each, f"{path}: {name}", download=download))
+                    for name, each in expanded
+                )
+            )
         return parse_document(document, str(path), download=download)
     return Chain(path, text, tuple(_stages(path, documents, download=download)))
 
@@ -265,8 +273,11 @@ def merge_chain(
     check_place(out, _places(plans, inputs), overwrite=overwrite)
     check_place(between, _places(plans, inputs), overwrite=True, look=False)
     _open_stages(chain, between, resume=resume, overwrite=overwrite)
-    _check_room(plans, out, between)
     folders = {stage.name: between / stage.name for stage in chain.stages[:-1]}
+    results = [*folders.values(), out]
+    # A result in between that is there is complete.
+    missing = [index for index, each in enumerate(results) if each is out or not each.is_dir()]
+    check_room([plans[index] for index in missing], [results[index] for index in missing])
     for stage in chain.stages:
         last = stage is chain.stages[-1]
         with _naming(stage):
@@ -375,15 +386,3 @@ def _clear(between: Path) -> None:
             entry.unlink()
     (between / _MARK).unlink(missing_ok=True)
     between.rmdir()
-
-
-def _check_room(plans: Sequence[MergePlan], out: Path, between: Path) -> None:
-    """Raise unless there is room for all results at once."""
-    done = sum(path.stat().st_size for path in between.rglob("*") if path.is_file())
-    needed = sum(planned.bytes_to_write for planned in plans)
-    free = shutil.disk_usage(between).free + done
-    if free < needed:
-        raise DiskSpaceError(
-            f"{out}: {len(plans)} results need {format_size(needed)} together, of which "
-            f"{format_size(free)} are free; free some, or merge stage by stage"
-        )

@@ -91,7 +91,17 @@ def _add_merge(added: Any) -> None:
         "recipe", metavar="RECIPE", help="a recipe in YAML or JSON, or mergekit's YAML"
     )
     merge.add_argument(
-        "out", metavar="OUT", help="directory to make, or one file if it ends with .safetensors"
+        "out",
+        metavar="OUT",
+        help="directory to make, or one file if it ends with .safetensors; of a recipe with a grid, the "
+        "directory of all its outputs",
+    )
+    merge.add_argument(
+        "--also",
+        nargs=2,
+        action="append",
+        metavar=("RECIPE", "OUT"),
+        help="merge another recipe from the same read of the inputs (may be repeated)",
     )
     _add_resources(merge)
     anew = merge.add_mutually_exclusive_group()
@@ -118,6 +128,12 @@ def _add_plan(added: Any) -> None:
     plan = added.add_parser("plan", help="show what a merge would do, reading headers only")
     plan.add_argument(
         "recipe", metavar="RECIPE", help="a recipe in YAML or JSON, or mergekit's YAML"
+    )
+    plan.add_argument(
+        "--also",
+        action="append",
+        metavar="RECIPE",
+        help="show another recipe, merged from the same read (may be repeated)",
     )
     _add_resources(plan)
     plan.add_argument("--json", action="store_true", help="the whole plan as JSON")

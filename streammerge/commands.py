@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import sys
 from dataclasses import asdict
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from streammerge.checkpoint.manifest import Manifest
     from streammerge.extracting.plans import ExtractionPlan
     from streammerge.recipe.types import Recipe
+    from streammerge.together import Grid
 
 
 def run_merge(options: argparse.Namespace) -> int:
@@ -28,8 +30,11 @@ def run_merge(options: argparse.Namespace) -> int:
     from streammerge.display import show_progress
     from streammerge.recipe.types import Recipe
     from streammerge.run import find_complete, merge, plan
+    from streammerge.together import Grid
 
     recipe = _recipes_of(options)
+    if options.also or isinstance(recipe, Grid):
+        return _merge_together(options, recipe)
     if not isinstance(recipe, Recipe):
         return _merge_chain(options, recipe)
     planned = plan(recipe, **_resources_of(options))
@@ -75,10 +80,54 @@ def _merge_chain(options: argparse.Namespace, chain: Chain) -> int:
     return 0
 
 
-def _recipes_of(options: argparse.Namespace) -> Recipe | Chain:
+def _merge_together(options: argparse.Namespace, first: Recipe | Chain | Grid) -> int:
+    """Merge several recipes, or all of a grid, from one read."""
+    from streammerge.display import show_progress
+    from streammerge.together import merge_together
+
+    merges = _named(first, options.recipe, options.out)
+    for recipe, out in options.also or ():
+        merges += _named(_read_recipes(recipe, options), recipe, out)
+    with (
+        stopping_signals(),
+        show_progress(quiet=options.quiet, as_json=options.json) as on_progress,
+    ):
+        manifests = merge_together(
+            [(recipe, out) for out, recipe in merges],
+            overwrite=options.overwrite,
+            resume=options.resume,
+            byte_source=options.byte_source,
+            on_progress=on_progress,
+            **_resources_of(options),
+        )
+    for (out, _), manifest in zip(merges, manifests, strict=True):
+        _say_done(options, manifest, out)
+    return 0
+
+
+def _named(found: Recipe | Chain | Grid, origin: str, out: str) -> list[tuple[str, Recipe]]:
+    """Return the outputs that a file's recipes make, and the recipe of each."""
+    from streammerge.chaining import Chain
+    from streammerge.together import Grid
+
+    if isinstance(found, Chain):
+        raise RecipeError(
+            f"{origin}: has {len(found.stages)} recipes, of which later ones merge results of earlier "
+            "ones; they are merged one after the other, by a command of their own"
+        )
+    if isinstance(found, Grid):
+        return [(os.path.join(out, name), recipe) for name, recipe in found.recipes]  # noqa: PTH118
+    return [(out, found)]
+
+
+def _recipes_of(options: argparse.Namespace) -> Recipe | Chain | Grid:
+    return _read_recipes(options.recipe, options)
+
+
+def _read_recipes(path: str, options: argparse.Namespace) -> Recipe | Chain | Grid:
     from streammerge.chaining import read_recipes
 
-    return read_recipes(Path(options.recipe), download=options.download)
+    return read_recipes(Path(path), download=options.download)
 
 
 def _say_complete(options: argparse.Namespace, manifest: Manifest) -> None:
@@ -94,15 +143,16 @@ def _say_complete(options: argparse.Namespace, manifest: Manifest) -> None:
         )
 
 
-def _say_done(options: argparse.Namespace, manifest: Manifest) -> None:
+def _say_done(options: argparse.Namespace, manifest: Manifest, place: str | None = None) -> None:
     """Tell what the merge took."""
     run = manifest.run
+    out = options.out if place is None else place
     if options.json:
         print(
             json.dumps(
                 {
                     "event": "done",
-                    "out": str(options.out),
+                    "out": str(out),
                     "tensors": len(manifest.tensors),
                     "seconds": run.seconds,
                     "seconds_by_stage": run.seconds_by_stage,
@@ -118,12 +168,12 @@ def _say_done(options: argparse.Namespace, manifest: Manifest) -> None:
     elif not options.quiet:
         if run.damaged:
             print(
-                f"{printable(options.out)}: {run.damaged} piece(s) of the unfinished merge had "
+                f"{printable(out)}: {run.damaged} piece(s) of the unfinished merge had "
                 "changed since, and were made again",
                 file=sys.stderr,
             )
         print(
-            f"{printable(options.out)}: {len(manifest.tensors)} tensors in {run.seconds:.1f} s, read "
+            f"{printable(out)}: {len(manifest.tensors)} tensors in {run.seconds:.1f} s, read "
             f"{format_size(run.bytes_by_stage['read'])}, wrote "
             f"{format_size(run.bytes_by_stage['write'])}, peak memory "
             f"{format_size(run.measured_memory)} of {format_size(run.memory_budget)}",
@@ -144,8 +194,11 @@ def run_plan(options: argparse.Namespace) -> int:
     from streammerge.plan.types import MergePlan
     from streammerge.recipe.types import Recipe
     from streammerge.run import plan
+    from streammerge.together import Grid
 
     recipe = _recipes_of(options)
+    if options.also or isinstance(recipe, Grid):
+        return _plan_together(options, recipe)
     if not isinstance(recipe, Recipe):
         return _plan_chain(options, recipe)
     planned = plan(recipe, **_resources_of(options))
@@ -177,6 +230,36 @@ def _plan_chain(options: argparse.Namespace, chain: Chain) -> int:
     ]
     free = format_size(shutil.disk_usage(".").free)
     print_result("\n\n".join([*parts, f"free disk    {free} here, {needed} needed for all"]))
+    return 0
+
+
+def _plan_together(options: argparse.Namespace, first: Recipe | Chain | Grid) -> int:
+    """Show what several recipes, or all of a grid, would do."""
+    from streammerge.plan.codec import dump_plan
+    from streammerge.plan.types import MergePlan
+    from streammerge.together import plan_together
+
+    recipes = _named(first, options.recipe, "")
+    for path in options.also or ():
+        recipes += _named(_read_recipes(path, options), path, "")
+    groups = plan_together([recipe for _, recipe in recipes], **_resources_of(options))
+    plans = [planned for group in groups for planned in group.plans]
+    if options.json:
+        texts = [
+            dump_plan(each) if isinstance(each, MergePlan) else json.dumps(each.as_json())
+            for each in plans
+        ]
+        print_result("\n".join(texts))
+        return 0
+    needed = format_size(sum(planned.bytes_to_write for planned in plans))
+    names = [name or recipe.method for name, recipe in recipes]
+    parts = [
+        f"== {index} of {len(plans)}: {printable(name)} ==\n{planned}"
+        for index, (name, planned) in enumerate(zip(names, plans, strict=True), 1)
+    ]
+    how = f"{len(plans)} outputs, up to {len(groups[0].plans)} at once; reads of the inputs: {len(groups)}"
+    free = format_size(shutil.disk_usage(".").free)
+    print_result("\n\n".join([*parts, f"{how}\nfree disk    {free} here, {needed} needed for all"]))
     return 0
 
 
@@ -245,8 +328,14 @@ def run_convert(options: argparse.Namespace) -> int:
     from streammerge.chaining import read_recipes
     from streammerge.recipe.dumping import write_out
     from streammerge.recipe.types import Recipe
+    from streammerge.together import Grid
 
     found = read_recipes(Path(options.recipe), download=False)
+    if isinstance(found, Grid):
+        raise RecipeError(
+            f"{options.recipe}: grid: makes {len(found.recipes)} outputs; convert the recipe without it, "
+            "and give the result a grid"
+        )
     stages = (
         [(None, found)] if isinstance(found, Recipe) else [(s.name, s.recipe) for s in found.stages]
     )

@@ -45,6 +45,7 @@ def describe_machine(
     workers: int | None,
     devices: Sequence[str],
     device_budget: int | None,
+    at_once: int = 1,
 ) -> Machine:
     """Return what a plan may use.
 
@@ -53,6 +54,7 @@ def describe_machine(
         workers: Compute threads; None for one per core, or some per device.
         devices: Names of accelerators.
         device_budget: What :func:`choose_device_budget` returned.
+        at_once: Merges that share all of it.
 
     Raises:
         DeviceError: A device is not there.
@@ -64,12 +66,13 @@ def describe_machine(
     return Machine(
         budget=choose_budget(memory),
         baseline=measure_baseline,
-        workers=_choose_workers(workers, devices=len(devices)),
-        readers=_READERS,
-        writers=_WRITERS,
+        workers=max(1, _choose_workers(workers, devices=len(devices)) // at_once),
+        readers=max(1, _READERS // at_once),
+        writers=max(1, _WRITERS // at_once),
         devices=tuple(devices),
         device_free=free,
         device_budget=device_budget,
+        at_once=at_once,
     )
 
 

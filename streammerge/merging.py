@@ -25,6 +25,7 @@ from streammerge.checkpoint.sidecars import make_folder
 from streammerge.checkpoint.snapshot import SNAPSHOT_NAME
 from streammerge.comparing import ComparedFile, Comparison, Sample, compare_results
 from streammerge.engine.memory import resident_memory
+from streammerge.engine.pacing import Pace
 from streammerge.engine.pipeline import RunReport, run_pipeline
 from streammerge.engine.progress import OnProgress, ProgressEvent
 from streammerge.engine.rechecking import check_entries, keep_sound
@@ -62,6 +63,16 @@ class MergeJob:
     """Opens an input file."""
     open_files: int
     """Files that the process has open for each input."""
+    pace: Pace | None = None
+    """Keeps to that of other merges over the same files; None without any."""
+
+    @property
+    def files_at_once(self) -> int:
+        """Input and output files that are open together."""
+        outputs = (
+            1 if isinstance(self.planned, CombinationPlan) else len(self.planned.layout.shards)
+        )
+        return len(self.planned.files) * self.open_files + outputs
 
     def run(self, on_progress: OnProgress) -> Manifest:
         """Do it; ``out`` exists when this returns and not before.
@@ -69,10 +80,7 @@ class MergeJob:
         Raises:
             StreamMergeError: ``out`` is then as it was before.
         """
-        outputs = (
-            1 if isinstance(self.planned, CombinationPlan) else len(self.planned.layout.shards)
-        )
-        allow_open_files(len(self.planned.files) * self.open_files + outputs)
+        allow_open_files(self.files_at_once)
         if isinstance(self.planned, CombinationPlan):
             return self._combine(self.planned, on_progress)
         return self._merge(self.planned, on_progress)
@@ -115,7 +123,7 @@ class MergeJob:
             stack.enter_context(_naming_errors(output.partial))
             # At once, so that what happens to them while the tensors are merged is of no matter.
             copied = copy_companions(planned, output.partial)
-            report, damaged = _write_shards(planned, output, sources, on_progress)
+            report, damaged = _write_shards(planned, output, sources, on_progress, pace=self.pace)
             try:
                 check_unchanged(planned.files, sources)
             except CheckpointError:
@@ -208,6 +216,8 @@ def _write_shards(
     output: OutputDirectory,
     sources: Sequence[ByteSource],
     on_progress: OnProgress,
+    *,
+    pace: Pace | None,
 ) -> tuple[RunReport, int]:
     """Do what is left to do of the shards; also return how many pieces were damaged meanwhile."""
     shards: list[OutputFile] = []
@@ -234,6 +244,7 @@ def _write_shards(
             snapshot=output.partial / SNAPSHOT_NAME,
             keep_cached=fits_page_cache(planned),
             on_progress=on_progress,
+            pace=pace,
         )
         while shards:
             shards.pop(0).close()

@@ -46,6 +46,7 @@ from streammerge.plan.partners import settle_parts
 from streammerge.plan.planning import labels_of, plan_merge
 from streammerge.plan.types import MergePlan
 from streammerge.recipe.dumping import dump_recipe
+from streammerge.recipe.grid import GRID_KEY
 from streammerge.recipe.parsing import native_document, recipe_from_mapping
 from streammerge.recipe.resolving import build_resolver
 from streammerge.recipe.text import MAX_TEXT_BYTES, load_document
@@ -65,6 +66,7 @@ def plan(
     device: str = "auto",
     device_memory: int | str | None = None,
     download: bool = False,
+    at_once: int = 1,
 ) -> MergePlan | CombinationPlan:
     """Return what a merge would do, having read headers only.
 
@@ -80,6 +82,7 @@ def plan(
         device_memory: Most memory of each accelerator; None takes what is useful and free.
         download: Whether models that the recipe names as ``org/model[@revision]`` are fetched from
             the Hugging Face hub, where its cache on this machine has them not.
+        at_once: Merges that share memory and workers, as in :mod:`streammerge.together`.
 
     Raises:
         RecipeError: The recipe asks for something that cannot be.
@@ -91,7 +94,15 @@ def plan(
     device_budget = choose_device_budget(names, device_memory)
     asked = load_recipe(recipe, download=download)
     try:
-        return _plan(asked, names, device_budget, memory=memory, workers=workers, download=download)
+        return _plan(
+            asked,
+            names,
+            device_budget,
+            memory=memory,
+            workers=workers,
+            download=download,
+            at_once=at_once,
+        )
     except RecipeError as error:
         # Messages are about this tool's keys; those of another tool's recipe are called otherwise.
         error.args = ("\n".join(map(asked.in_its_words, str(error).split("\n"))),)
@@ -106,6 +117,7 @@ def _plan(
     memory: int | str | None,
     workers: int | None,
     download: bool,
+    at_once: int,
 ) -> MergePlan | CombinationPlan:
     parsed = locate_models(asked, download=download)
     _check_planning_room(parsed, memory)
@@ -130,7 +142,11 @@ def _plan(
         parsed = settle_parts(parsed, read.first, full, build_resolver(parsed, specs))
     parsed = with_base_layers(parsed, find_method(parsed.method))
     machine = describe_machine(
-        memory=memory, workers=workers, devices=names, device_budget=device_budget
+        memory=memory,
+        workers=workers,
+        devices=names,
+        device_budget=device_budget,
+        at_once=at_once,
     )
     tokens = match_tokens(parsed, read.models, labels_of(parsed))
     planned = plan_merge(parsed, read.base, read.sources, machine, tokens)
@@ -206,7 +222,7 @@ def merge(
         check_runnable(planned)
     if overwrite and resume:
         raise ValueError("resume continues an unfinished merge, overwrite discards it; choose one")
-    planned = _as_output(planned, out)
+    planned = as_output(planned, out)
     finished = find_complete(planned, out) if resume else None
     if finished is not None:
         return finished
@@ -221,8 +237,12 @@ def merge(
     return run_sheltered(job.run, on_progress or (lambda _: None))
 
 
-def _as_output(planned: MergePlan | CombinationPlan, out: Path) -> MergePlan | CombinationPlan:
-    """Return the plan with the files that ``out`` asks for: its own, or one file of that name."""
+def as_output(planned: MergePlan | CombinationPlan, out: Path) -> MergePlan | CombinationPlan:
+    """Return the plan with the files that ``out`` asks for: its own, or one file of that name.
+
+    Raises:
+        RecipeError: The recipe asks for more than one file holds.
+    """
     name = form_of(out).file
     if name is None:
         return planned
@@ -260,7 +280,7 @@ def find_complete(
     form = form_of(Path(out))
     if not os.path.isfile(form.manifest_path):  # noqa: PTH113 - odd names are no files
         return None
-    planned = _as_output(planned, form.out)
+    planned = as_output(planned, form.out)
     if isinstance(planned, CombinationPlan):
         shards = {planned.file_name: planned.bytes_to_write}
     else:
@@ -306,7 +326,7 @@ def verify_against(
     directory = parse_path(out, "out")
     check_sample(fraction=fraction, seed=seed)
     planned = plan(recipe, memory=memory, device=device, download=download)
-    planned = _as_output(planned, directory)
+    planned = as_output(planned, directory)
     if isinstance(planned, CombinationPlan):
         raise RecipeError(
             "the recipe combines adapters, which takes seconds; combine them again into another "
@@ -377,6 +397,12 @@ def parse_document(
     Raises:
         RecipeError: It is no recipe, or asks for something that cannot be.
     """
+    if isinstance(document, Mapping) and GRID_KEY in document:
+        raise RecipeError(
+            f"{origin}: {GRID_KEY}: makes several outputs; `streammerge merge RECIPE OUT` makes all of "
+            "them, each in a directory of its own inside OUT; here a recipe of one output is needed, as "
+            "lies in each of them"
+        )
     models = {name: method.parameters for name, method in discover_methods().items()}
     native = native_document(document, origin=origin, methods=models)
     if download:

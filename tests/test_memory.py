@@ -279,6 +279,33 @@ def test_layers_of_three_models_merge_in_a_cgroup_of_400_mib(models, tmp_path, l
     assert filecmp.cmp(small, large, shallow=False)
 
 
+@pytest.mark.cgroup
+def test_a_grid_of_nine_outputs_is_merged_in_a_cgroup_of_512_mib(models, tmp_path, limited_group):
+    recipe = write_recipe(models, tmp_path / "recipe.yaml", "ties", {"density": 0.5, "lambda": 1.5})
+    grid = yaml.safe_load(recipe.read_text())
+    grid["grid"] = {"parameters.density": [0.2, 0.5, 0.8], "parameters.lambda": [0.5, 1.0, 1.5]}
+    (tmp_path / "grid.yaml").write_text(yaml.safe_dump(grid))
+    command = [sys.executable, "-m", "streammerge", "merge", tmp_path / "grid.yaml"]
+
+    done = subprocess.run(
+        [*command, tmp_path / "made", "--memory", "512MiB", "--json"],
+        preexec_fn=limited_group(512 * MIB),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    run_merge(recipe, tmp_path / "alone", "4GiB")
+
+    events = [each for each in map(json.loads, done.stdout.splitlines()) if each["event"] == "done"]
+    assert len(events) == 9
+    assert max(each["measured_memory"] for each in events) <= 512 * MIB
+    one, alone = (
+        next((tmp_path / name).glob("*.safetensors"))
+        for name in ("made/density=0.5,lambda=1.5", "alone")
+    )
+    assert filecmp.cmp(one, alone, shallow=False)
+
+
 @pytest.fixture(scope="module")
 def sixteen(tmp_path_factory) -> Path:
     """A base and sixteen fine-tunes with one giant tensor."""

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 
 import pytest
@@ -147,9 +148,11 @@ def test_the_commands_of_a_block_work_one_after_the_other(block: Block, place: P
     for command, text in said.items():
         _, verb, *rest = shlex.split(command)
         if verb == "merge":
-            manifest = place / rest[1] / MANIFEST_NAME
+            manifests = [each.read_text() for each in (place / rest[1]).rglob(MANIFEST_NAME)]
             recipe = yaml.safe_load(block.recipe)
-            assert recipe.get("method", recipe.get("merge_method")) in manifest.read_text()
+            method = recipe.get("method", recipe.get("merge_method"))
+            assert manifests
+            assert all(method in each for each in manifests)
         elif verb == "extract":
             assert (place / rest[2] / MANIFEST_NAME).exists()
         elif verb == "verify":
@@ -177,9 +180,12 @@ def test_a_recipe_merges(block: Block, place: Path) -> None:
     recipe = yaml.safe_load(block.text)
     makes_a_model = not {"base", "layers", "merge_method"}.isdisjoint(recipe)
     name = "model.safetensors" if makes_a_model else "adapter_model.safetensors"
-    merged = streammerge.read_checkpoint(place / "merged" / name)
-    assert (_kinds(merged.tensors) == _kinds(SHAPES)) == makes_a_model
-    assert streammerge.verify_files(place / "merged").damages == ()
+    made = [each.parent for each in (place / "merged").rglob(MANIFEST_NAME)]
+    assert len(made) == prod(map(len, recipe.get("grid", {}).values()))
+    for each in made:
+        merged = streammerge.read_checkpoint(each / name)
+        assert (_kinds(merged.tensors) == _kinds(SHAPES)) == makes_a_model
+        assert streammerge.verify_files(each).damages == ()
 
 
 def _kinds(names: Iterable[str]) -> set[str]:

@@ -42,6 +42,10 @@ DROP_BYTES = 32 * MIB
 """Bytes of a file that are read before the system is told to forget them."""
 
 
+Range = tuple[int, int]
+"""The first byte, and the one behind the last."""
+
+
 class ByteSourceKind(StrEnum):
     """Which implementation reads."""
 
@@ -65,8 +69,9 @@ class ByteSource(ABC):
     def __init__(self, path: Path) -> None:
         self._path = path
         self._dropping = threading.Lock()
-        self._read_out: list[tuple[int, int]] = []
+        self._read_out: list[Range] = []
         self._read_out_nbytes = 0
+        self._free_for_all: Callable[[list[Range]], list[Range]] | None = None
         try:
             self._fd = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
         except OSError as error:
@@ -139,9 +144,19 @@ class ByteSource(ABC):
             ranges, self._read_out, self._read_out_nbytes = self._read_out, [], 0
         self._forget_cached(ranges)
 
-    def _forget_cached(self, ranges: list[tuple[int, int]]) -> None:
+    def share(self, free_for_all: Callable[[list[Range]], list[Range]]) -> None:
+        """Let others read the file from the page cache too.
+
+        Args:
+            free_for_all: Told what this one will not read again; returns what no other will either.
+        """
+        self._free_for_all = free_for_all
+
+    def _forget_cached(self, ranges: list[Range]) -> None:
         if not hasattr(os, "posix_fadvise"):
             return
+        if self._free_for_all is not None:
+            ranges = self._free_for_all(_joined(ranges))
         # It is advice: a system that cannot take it loses nothing.
         with contextlib.suppress(OSError):
             for begin, end in _joined(ranges):
@@ -271,9 +286,9 @@ def check_unchanged(files: Sequence[ShardFile], sources: Sequence[ByteSource]) -
             )
 
 
-def _joined(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
+def _joined(ranges: list[Range]) -> list[Range]:
     """Return ranges of bytes in order, neighbours made one."""
-    joined: list[tuple[int, int]] = []
+    joined: list[Range] = []
     for begin, end in sorted(ranges):
         if joined and begin <= joined[-1][1]:
             joined[-1] = (joined[-1][0], max(end, joined[-1][1]))

@@ -20,6 +20,7 @@ from streammerge.checkpoint.bytesource import ByteSource
 from streammerge.engine.buffers import Slot, SlotPool
 from streammerge.engine.decoding import read_span
 from streammerge.engine.monitor import Monitor
+from streammerge.engine.pacing import Pace
 from streammerge.engine.pieces import view_pieces
 from streammerge.engine.progress import Progress, Stage
 from streammerge.engine.shelf import FactorShelf, HeldFactors
@@ -93,6 +94,7 @@ class Loader:
         *,
         monitor: Monitor,
         progress: Progress,
+        pace: Pace | None = None,
     ) -> None:
         """Prepare to load.
 
@@ -104,6 +106,7 @@ class Loader:
             loads: What to load; taken from under a lock, so it may wait for earlier work.
             monitor: Ends waiting.
             progress: Counts bytes and seconds.
+            pace: Keeps to that of other merges; None without any.
         """
         self._plan = plan
         self._sources = sources
@@ -112,6 +115,7 @@ class Loader:
         self._loads = loads
         self._monitor = monitor
         self._progress = progress
+        self._pace = pace
         self._turn = threading.Lock()
 
     def run(self) -> None:
@@ -119,6 +123,8 @@ class Loader:
         while True:
             with self._progress.spending(Stage.READER_IDLE), self._turn:
                 load = next(self._loads, None)
+                if self._pace is not None:
+                    self._keep_pace(self._pace, load)
                 if load is None:
                     return
                 factors = self._shelf.take(piece.task for piece in load.chunk.pieces)
@@ -138,6 +144,12 @@ class Loader:
                 joined=load.joined,
             )
             load.then(loaded)
+
+    def _keep_pace(self, pace: Pace, load: Load | None) -> None:
+        if load is None:
+            pace.leave()
+        else:
+            pace.reach(load.chunk, lambda: self._monitor.failure is not None)
 
     def _read(self, read: ModelRead, memory: NDArray[np.uint8], *, last_use: bool) -> None:
         for span in read.spans:

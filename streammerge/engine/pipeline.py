@@ -26,6 +26,7 @@ from streammerge.engine.loading import Loader
 from streammerge.engine.memory import PeakMemory
 from streammerge.engine.merging import ChunkMerger
 from streammerge.engine.monitor import Monitor, StoppedError
+from streammerge.engine.pacing import Pace
 from streammerge.engine.progress import OnProgress, Progress, Stage
 from streammerge.engine.queues import Outstanding, WorkQueue
 from streammerge.engine.results import Results, TensorResult
@@ -76,6 +77,7 @@ def run_pipeline(
     snapshot: Path | None,
     keep_cached: bool,
     on_progress: OnProgress,
+    pace: Pace | None = None,
 ) -> RunReport:
     """Merge everything in the plan, but for what was recovered, into the output files.
 
@@ -89,6 +91,7 @@ def run_pipeline(
         snapshot: Where to save the state of a sweep over the model; None for nowhere.
         keep_cached: Whether the page cache holds all inputs, so that a first sweep leaves them.
         on_progress: Told how far the work is, on the calling thread.
+        pace: Keeps to that of other merges over the same files; None without any.
 
     Raises:
         StreamMergeError: Whatever ended the first stage that failed; later errors are its notes.
@@ -103,6 +106,7 @@ def run_pipeline(
         on_scope=on_scope,
         snapshot=snapshot,
         keep_cached=keep_cached,
+        pace=pace,
     )
     if not takes_torch(plan):
         return running.run(on_progress)
@@ -128,6 +132,7 @@ class _Running:
         on_scope: OnScope,
         snapshot: Path | None,
         keep_cached: bool,
+        pace: Pace | None,
     ) -> None:
         resources = plan.resources
         self._takes_torch = takes_torch(plan)
@@ -193,6 +198,7 @@ class _Running:
             Schedule(shop).iter_loads(),
             monitor=self._monitor,
             progress=self._progress,
+            pace=pace,
         )
 
     def run(self, on_progress: OnProgress) -> RunReport:

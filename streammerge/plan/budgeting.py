@@ -10,6 +10,7 @@ The parts, in bytes, for ``n`` inputs, ``w`` workers and slots of ``s`` bytes:
     factors     adapters' tensors, in the compute dtype, of the tensors in flight
     growth      thread stacks, allocator slack, small objects, what is known of finished tensors
     baseline    the process as it stands: interpreter, headers, this plan, torch where it is needed
+    beside      equal shares of what is left, for merges that run at the same time
 """
 
 from __future__ import annotations
@@ -106,7 +107,14 @@ class Demand:
 
 
 def choose_resources(
-    demand: Demand, *, budget: int, baseline: int, workers: int, readers: int, writers: int
+    demand: Demand,
+    *,
+    budget: int,
+    baseline: int,
+    workers: int,
+    readers: int,
+    writers: int,
+    at_once: int = 1,
 ) -> tuple[Resources, MemoryProjection]:
     """Cut the job as coarsely as is useful within the budget.
 
@@ -117,14 +125,17 @@ def choose_resources(
         workers: Compute threads.
         readers: Reading threads.
         writers: Writing threads.
+        at_once: Merges that share the budget, each with so many threads.
 
     Raises:
         MemoryBudgetError: Not even the smallest cut fits; names the smallest budget that does.
     """
     smallest_slot = _smallest_slot(demand)
     scratch = workers * _worker_bytes(demand) + readers * demand.reader_bytes
-    growth = GROWTH_BYTES + records_bytes(demand.tensors, demand.blocks) + demand.device_growth
-    fixed = baseline + growth + scratch + demand.factors_largest
+    growth = GROWTH_BYTES // at_once + records_bytes(demand.tensors, demand.blocks)
+    growth += demand.device_growth
+    beside = max(0, budget - baseline) // at_once * (at_once - 1)
+    fixed = baseline + beside + growth + scratch + demand.factors_largest
     least = demand.inputs * smallest_slot + 2 * _output_bytes(demand, smallest_slot)
     floor = _statistics_floor(demand)
     if fixed + floor + least > budget:
@@ -172,6 +183,7 @@ def choose_resources(
         statistics=statistics,
         budget=budget,
         factors=factors,
+        beside=beside,
     )
     return resources, projection
 

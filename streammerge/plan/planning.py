@@ -87,6 +87,8 @@ class Machine:
     """Free memory of the fullest of them, in bytes."""
     device_budget: int | None = None
     """Most memory that each of them gives, in bytes; None for what is useful."""
+    at_once: int = 1
+    """Merges that share the budget, each with so many threads."""
 
 
 def plan_merge(
@@ -179,6 +181,7 @@ def plan_merge(
         workers=machine.workers,
         readers=machine.readers,
         writers=machine.writers,
+        at_once=machine.at_once,
     )
     # The order of work is that of the files, the order of the layout that of the names.
     order = _work_order(tasks)

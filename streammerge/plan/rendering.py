@@ -92,6 +92,7 @@ def render_plan(plan: MergePlan) -> str:
         "scratch": memory.scratch,
         "statistics": memory.statistics,
         "adapters": memory.factors,
+        "other merges": memory.beside,
     }
     rows.append(
         (

@@ -259,6 +259,8 @@ class MemoryProjection:
     """What the user allows in all."""
     factors: int = 0
     """Tensors of adapters, for the tensors in flight."""
+    beside: int = 0
+    """The share of the merges that run in the same process at the same time."""
 
     @property
     def peak(self) -> int:
@@ -271,6 +273,7 @@ class MemoryProjection:
             + self.scratch
             + self.statistics
             + self.factors
+            + self.beside
         )
 
 

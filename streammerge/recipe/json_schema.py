@@ -17,12 +17,22 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
+from streammerge.recipe.grid import GRID_KEY
 from streammerge.recipe.resolving import Place, may_stand
 from streammerge.recipe.schema import RecipeDocument
 from streammerge.recipe.types import CompanionKind, ParameterKind, ParameterSpec, Semantics
 
 JsonSchema = dict[str, Any]
 """A schema, or a part of one, as plain JSON values."""
+
+_GRID: JsonSchema = {
+    "type": "object",
+    "description": "Makes one output per combination of values, from one read of the inputs. A key is "
+    "the way to a value, such as parameters.density or sources.0.weight.",
+    "minProperties": 1,
+    "propertyNames": {"pattern": r"^[^.]+(\.[^.]+)*$"},
+    "additionalProperties": {"type": "array", "minItems": 1},
+}
 
 
 def recipe_json_schema(
@@ -46,6 +56,7 @@ def recipe_json_schema(
     properties["sources"]["items"] = {"type": "object"}
     properties["rules"]["items"] = {"type": "object"}
     properties["layers"]["items"] = {"type": "object"}
+    properties[GRID_KEY] = _GRID
     for name, specs in methods.items():
         shapes[f"{name}.parameters"] = _parameters(specs, semantics.get(name, ()))
         shapes[f"{name}.source"] = _with_parameters(source, specs, Place.SOURCE)
@@ -101,10 +112,11 @@ def _given(spec: ParameterSpec) -> JsonSchema:
         "properties": {"parameters": {"required": [spec.name]}},
         "required": ["parameters"],
     }
+    by_grid = {"required": [GRID_KEY]}
     if not spec.per_source:
-        return for_all
+        return {"anyOf": [for_all, by_grid]}
     for_each = {"properties": {"sources": {"items": {"required": [spec.name]}}}}
-    return {"anyOf": [for_all, for_each]}
+    return {"anyOf": [for_all, for_each, by_grid]}
 
 
 def _parameters(specs: tuple[ParameterSpec, ...], semantics: Sequence[Semantics]) -> JsonSchema:
