@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from streammerge.methods import discover_methods
 from streammerge.methods.base import Locality
@@ -277,6 +277,41 @@ def test_layers_of_three_models_merge_in_a_cgroup_of_400_mib(models, tmp_path, l
     assert measured["peak"] <= measured["planned"] <= 400 * MIB
     small, large = (next((tmp_path / name).glob("*.safetensors")) for name in ("small", "large"))
     assert filecmp.cmp(small, large, shallow=False)
+
+
+@pytest.mark.cgroup
+def test_a_union_of_256_000_rows_is_merged_in_a_cgroup_of_512_mib(tmp_path, limited_group):
+    rows, own = 256_000, 20_000
+    for index, name in enumerate(("base", "one", "other")):
+        words = [f"token{number:06}" for number in range(rows - own)]
+        words += [f"own{index}x{number:05}" for number in range(own)]
+        # In another order in each.
+        vocabulary = {word: (number + index * 999) % rows for number, word in enumerate(words)}
+        special = {"id": index * 999, "content": words[0], "special": True}
+        tokenizer = {"added_tokens": [special], "model": {"type": "WordLevel", "vocab": vocabulary}}
+        tensors = {
+            "model.embed_tokens.weight": torch.randn(rows, 64).bfloat16(),
+            "lm_head.weight": torch.randn(rows, 64).bfloat16(),
+        }
+        (tmp_path / name).mkdir()
+        save_file(tensors, tmp_path / name / "model.safetensors")
+        (tmp_path / name / "tokenizer.json").write_text(json.dumps(tokenizer))
+        (tmp_path / name / "config.json").write_text(json.dumps({"vocab_size": rows}))
+    document = {
+        "method": "ties",
+        "base": str(tmp_path / "base"),
+        "sources": [{"path": str(tmp_path / name)} for name in ("one", "other")],
+        "parameters": {"density": 0.3},
+        "vocabulary": "union",
+    }
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(document))
+
+    measured = run_merge(recipe, tmp_path / "out", "512MiB", preexec=limited_group(512 * MIB))
+
+    assert measured["peak"] <= measured["planned"] <= 512 * MIB
+    merged = load_file(tmp_path / "out" / "model.safetensors")
+    assert {len(tensor) for tensor in merged.values()} == {rows + 2 * own}
 
 
 @pytest.mark.cgroup

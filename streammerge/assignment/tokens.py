@@ -143,9 +143,8 @@ class _Matching:
     def _matched(self, files: Sequence[Path | None]) -> Tokens:
         self._files = files
         path = _tokenizer_of(self._directory, self._label)
-        own = read_keys(path)
-        keys = {file: read_keys(file) for file in dict.fromkeys(files) if file is not None}
-        keys[path] = own
+        keys = {file: read_keys(file) for file in dict.fromkeys((path, *files)) if file is not None}
+        own = keys[path]
         result, added = self._united(own, keys) if self._wanted.source is None else (own, {})
         numbers = {file: _numbers_in(each, result) for file, each in keys.items()}
         return Tokens(
@@ -210,6 +209,8 @@ class _Matching:
             if len(texts) == len(result) - count:
                 break
             places = _numbers_in(result[count:], keys[file])
+            if not np.any(places >= 0):
+                continue
             said = read_added(file)
             for number, text in iter_tokens(file):
                 place = int(places[number])
