@@ -108,6 +108,7 @@ def _merge_together(options: argparse.Namespace, first: Recipe | Chain | Grid) -
 def _named(found: Recipe | Chain | Grid, origin: str, out: str) -> list[tuple[str, Recipe]]:
     """Return the outputs that a file's recipes make, and the recipe of each."""
     from streammerge.chaining import Chain
+    from streammerge.checkpoint.outputform import form_of
     from streammerge.together import Grid
 
     if isinstance(found, Chain):
@@ -116,6 +117,11 @@ def _named(found: Recipe | Chain | Grid, origin: str, out: str) -> list[tuple[st
             "ones; they are merged one after the other, by a command of their own"
         )
     if isinstance(found, Grid):
+        if form_of(Path(out)).file is not None:
+            raise RecipeError(
+                f"{out}: {origin} makes {len(found.recipes)} outputs, each in a directory of its own inside "
+                "OUT, and this is called like one file; name a directory"
+            )
         return [(os.path.join(out, name), recipe) for name, recipe in found.recipes]  # noqa: PTH118
     return [(out, found)]
 

@@ -172,6 +172,18 @@ def test_a_grid_is_a_directory_of_its_outputs(
         assert main(["verify", str(made), "--against", str(own), "--quiet"]) == 0
 
 
+def test_a_grid_is_not_one_file(
+    paths: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    grid = recipes_over(paths)[0] | {"grid": {"parameters.density": [0.2, 0.7]}}
+    (tmp_path / "grid.yaml").write_text(yaml.safe_dump(grid))
+
+    assert main(["merge", str(tmp_path / "grid.yaml"), str(tmp_path / "x.safetensors")]) == 2
+
+    assert "makes 2 outputs, each in a directory of its own" in capsys.readouterr().err
+    assert not (tmp_path / "x.safetensors").exists()
+
+
 def test_mergekits_recipes_may_have_a_grid(paths: list[Path], tmp_path: Path) -> None:
     document = {
         "merge_method": "linear",
