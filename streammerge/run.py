@@ -26,7 +26,7 @@ from streammerge.comparing import Comparison, Sample, check_sample
 from streammerge.engine.accelerator.opening import choose_devices
 from streammerge.engine.progress import OnProgress
 from streammerge.engine.shelter import run_sheltered
-from streammerge.errors import DeviceError, RecipeError
+from streammerge.errors import CheckpointError, DeviceError, RecipeError
 from streammerge.finishing import recipe_of
 from streammerge.identity import identify
 from streammerge.limits import naming_limits
@@ -103,7 +103,7 @@ def plan(
             download=download,
             at_once=at_once,
         )
-    except RecipeError as error:
+    except (RecipeError, CheckpointError) as error:
         # Messages are about this tool's keys; those of another tool's recipe are called otherwise.
         error.args = ("\n".join(map(asked.in_its_words, str(error).split("\n"))),)
         raise

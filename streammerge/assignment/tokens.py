@@ -267,7 +267,7 @@ def _tokenizer_of(directory: Path, label: str) -> Path:
     if not is_there(path):
         raise CheckpointError(
             f"{label}: {directory} has no {TOKENIZER}, by which rows are drawn; write it there, as "
-            "save_pretrained of transformers' AutoTokenizer does, or leave `vocabulary` out"
+            "save_pretrained of transformers' AutoTokenizer does, or leave the key out"
         )
     return path
 

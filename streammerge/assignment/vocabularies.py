@@ -130,7 +130,7 @@ class _Drawing:
         if not inner:
             raise CheckpointError(
                 f"{label}: has no embedding of tokens that is known here, such as "
-                "model.embed_tokens.weight, whose rows could be drawn; leave `vocabulary` out"
+                "model.embed_tokens.weight, whose rows could be drawn; leave out the key that names a vocabulary"
             )
         rows = max(tensors[name].shape[0] for name in inner)
         outer = [

@@ -452,3 +452,19 @@ def test_what_cannot_be_drawn_is_refused(models: Models, tmp_path: Path) -> None
     torn.write_text(torn.read_text()[:-200])
     said = refused(recipe_of("linear", None, paths, vocabulary="union"), CheckpointError)
     assert str(torn) in said
+
+
+def test_refusals_speak_of_mergekits_keys(models: Models, tmp_path: Path) -> None:
+    paths, _ = three(models)
+    recipe = {
+        "merge_method": "linear",
+        "models": [{"model": str(path), "parameters": {"weight": 1}} for path in paths],
+    }
+    origin = {"kind": "model_token", "model": str(paths[0]), "token": "absent"}
+    tokens = {"x": {"source": origin}}
+
+    said = refused(recipe | {"tokenizer": {"source": "union", "tokens": tokens}})
+    assert said.startswith("tokenizer.tokens: sources[0]")
+    said = refused(recipe | {"tokenizer_source": str(tmp_path)}, CheckpointError)
+    assert said.startswith(f"tokenizer_source: {tmp_path} has no tokenizer.json")
+    assert "vocabulary" not in said

@@ -409,6 +409,9 @@ class _Translation:
             made["vocabulary"] = vocabulary.translate(
                 source, table, base=self.document.get("base_model")
             )
+            self.paths["vocabulary"] = "tokenizer" if table else "tokenizer_source"
+            if not table:
+                self.paths["vocabulary.source"] = "tokenizer_source"
             output = made.setdefault("output", {})
             if "companions" in output:
                 kinds = ("config", "generation_config")
