@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from streammerge.adapters.combining.combinations import COMBINATIONS, SVD_CLAMP
 from streammerge.adapters.files.types import Adapter, AdapterKind, LayerKind
 from streammerge.errors import RecipeError, UnsupportedAdapterError
 from streammerge.recipe.resolving import has_gradients
-from streammerge.recipe.types import NonFinitePolicy, ParameterValue, Recipe
+from streammerge.recipe.types import (
+    DrawnVocabulary,
+    MismatchPolicy,
+    NonFinitePolicy,
+    ParameterValue,
+    Recipe,
+    Semantics,
+    VocabularyPolicy,
+)
 
 _BAKE = 'give the recipe the "base" that they were trained on'
 
@@ -62,11 +70,36 @@ def _check_models(recipe: Recipe) -> None:
                 f"sources[{index}].adapter: {source.path} is an adapter itself; give each adapter a source "
                 "of its own"
             )
+        if source.rename:
+            raise RecipeError(
+                f"sources[{index}].rename: modules of adapters are matched by their own names; leave the "
+                "key out"
+            )
     if recipe.output.promotes:
         raise RecipeError(
             "output.dtype: promoted is for models; name a type, or leave the key out for that of the first "
             "adapter"
         )
+    for key, asked in _without_effect(recipe):
+        if asked:
+            raise RecipeError(
+                f"{key}: is about models, and without a base the result is an adapter, of factors and their "
+                "configuration alone; leave the key out"
+            )
+
+
+def _without_effect(recipe: Recipe) -> Iterator[tuple[str, bool]]:
+    """Yield keys that say something about models alone, and whether the recipe has them."""
+    drawn = isinstance(recipe.vocabulary, DrawnVocabulary)
+    yield "vocabulary", drawn or recipe.vocabulary is VocabularyPolicy.SAME
+    yield "mismatch", recipe.mismatch is not MismatchPolicy.ERROR
+    yield "semantics", recipe.semantics not in (None, Semantics.PEFT)
+    yield "output.chat_template", recipe.output.chat_template is not None
+    yield "output.companions", bool(recipe.output.companions)
+    yield "output.max_shard_size", recipe.output.max_shard_bytes is not None
+    for index, rule in enumerate(recipe.rules):
+        yield f"rules[{index}].dtype", rule.dtype is not None
+        yield f"rules[{index}].mismatch", rule.mismatch is not None
 
 
 def check_clamp(value: ParameterValue | None) -> None:

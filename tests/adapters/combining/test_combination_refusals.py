@@ -327,7 +327,23 @@ def test_the_budget_that_a_combination_names_is_accepted_by_a_fresh_process(tmp_
         ({"layers": [{"sources": [{"source": 0, "layers": [0, 1]}]}]}, "layers: adapters are"),
         ({"parameters": {"weight": {"gradient": [0, 1]}}}, "a gradient runs over the layers"),
         ({"output": {"dtype": "promoted"}}, "output.dtype: promoted is for models"),
+        ({"vocabulary": "union"}, "vocabulary: is about models"),
+        ({"vocabulary": "same"}, "vocabulary: is about models"),
+        ({"mismatch": "common"}, "mismatch: is about models"),
+        ({"semantics": "mergekit"}, "semantics: is about models"),
+        ({"output": {"chat_template": "chatml"}}, "output.chat_template: is about models"),
+        ({"output": {"companions": 0}}, "output.companions: is about models"),
+        ({"output": {"max_shard_size": "1GB"}}, "output.max_shard_size: is about models"),
+        ({"rules": [{"tensors": "*", "dtype": "keep"}]}, "rules[0].dtype: is about models"),
+        ({"rules": [{"tensors": "*", "mismatch": "common"}]}, "rules[0].mismatch: is about models"),
     ],
 )
 def test_what_only_models_have_is_refused(document, words, refuse, lora: Path):
     refuse(RecipeError, recipe_for("linear", [lora, lora], **document), words)
+
+
+def test_names_of_modules_are_never_changed(refuse, lora: Path):
+    recipe = recipe_for("linear", [lora, lora])
+    recipe["sources"][1]["rename"] = [{"from": "model.", "to": "net."}]
+
+    refuse(RecipeError, recipe, "sources[1].rename: modules of adapters")
