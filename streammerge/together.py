@@ -23,6 +23,7 @@ from typing import Any
 
 from streammerge.adapters.combining.plans import CombinationPlan
 from streammerge.checkpoint.bytesource import ByteSourceKind, choose_byte_source
+from streammerge.checkpoint.inputs import parse_path
 from streammerge.checkpoint.manifest import Manifest
 from streammerge.checkpoint.outputdir import check_place
 from streammerge.checkpoint.outputform import form_of
@@ -134,7 +135,8 @@ def merge_together(
     if overwrite and resume:
         raise ValueError("resume continues unfinished merges, overwrite discards them; choose one")
     # Neither links nor dots: they are compared with each other.
-    outs = [Path(os.path.abspath(out)) for _, out in merges]  # noqa: PTH100 - resolve() follows links
+    places = [parse_path(out, "out") for _, out in merges]
+    outs = [Path(os.path.abspath(place)) for place in places]  # noqa: PTH100 - resolve() follows links
     _check_apart(outs)
     # Pipes are read once.
     recipes = [load_recipe(recipe, download=options.get("download", False)) for recipe, _ in merges]

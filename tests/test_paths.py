@@ -54,6 +54,17 @@ def merge(root: Path, convert: Convert) -> object:
     return streammerge.merge(recipe, new, memory=MEMORY, overwrite=True).method
 
 
+def merge_together(root: Path, convert: Convert) -> object:
+    merges = [(convert(root / "recipe.yaml"), convert(root / name)) for name in ("new", "newer")]
+    return [each.method for each in streammerge.merge_together(merges, memory=MEMORY)]
+
+
+def plan_together(root: Path, convert: Convert) -> object:
+    recipes = [convert(root / "recipe.yaml")] * 2
+    groups = streammerge.plan_together(recipes, memory=MEMORY)
+    return [planned.method for group in groups for planned in group.plans]
+
+
 def verify_against(root: Path, convert: Convert) -> object:
     recipe, merged = convert(root / "recipe.yaml"), convert(root / "merged")
     return streammerge.verify_against(recipe, merged, memory=MEMORY, fraction=1.0).differing
@@ -73,6 +84,8 @@ CALLS: dict[str, tuple[Callable[[Path, Convert], object], object]] = {
         "linear",
     ),
     "merge": (merge, "linear"),
+    "merge_together": (merge_together, ["linear", "linear"]),
+    "plan_together": (plan_together, ["linear", "linear"]),
     "plan": (
         lambda root, convert: streammerge.plan(convert(root / "recipe.yaml"), memory=MEMORY).method,
         "linear",

@@ -91,14 +91,14 @@ def alone(paths: list[Path], tmp_path: Path) -> list[dict[str, bytes]]:
 # -- the same bytes
 
 
-@pytest.mark.parametrize("memory", [None, "600MiB"])
+@pytest.mark.parametrize("options", [{}, {"memory": "8GiB", "workers": 1}])
 def test_outputs_are_what_each_is_alone(
-    memory: str | None, paths: list[Path], alone: list[dict[str, bytes]], tmp_path: Path
+    options: dict[str, Any], paths: list[Path], alone: list[dict[str, bytes]], tmp_path: Path
 ) -> None:
     recipes = recipes_over(paths)
     outs = [tmp_path / f"out-{index}" for index in range(len(recipes))]
 
-    manifests = merge_together(list(zip(recipes, outs, strict=True)), memory=memory)
+    manifests = merge_together(list(zip(recipes, outs, strict=True)), **options)
 
     assert [content(out) for out in outs] == alone
     assert [each.method for each in manifests] == [each["method"] for each in recipes]
@@ -128,13 +128,13 @@ def test_what_does_not_fit_at_once_is_merged_in_groups(
 
 
 def test_plans_of_a_group_fit_the_budget_together(paths: list[Path]) -> None:
-    (group,) = plan_together(recipes_over(paths)[:3], memory="2GiB")
+    (group,) = plan_together(recipes_over(paths)[:3], memory="8GiB")
     plans = [each for each in group.plans if isinstance(each, MergePlan)]
 
     assert len(plans) == 3
     own = [each.memory.peak - each.memory.beside - each.memory.baseline for each in plans]
-    assert max(each.memory.baseline for each in plans) + sum(own) <= 2048 * MIB
-    assert all(each.memory.peak <= each.memory.budget == 2048 * MIB for each in plans)
+    assert max(each.memory.baseline for each in plans) + sum(own) <= 8192 * MIB
+    assert all(each.memory.peak <= each.memory.budget == 8192 * MIB for each in plans)
 
 
 # -- the command line
