@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 
 from streammerge.errors import RecipeError
+from streammerge.recipe.grid import expand_grid
 from streammerge.recipe.json_schema import recipe_json_schema
 from streammerge.recipe.parsing import recipe_from_mapping
 from streammerge.recipe.types import ParameterKind, ParameterSpec, Semantics
@@ -310,3 +311,26 @@ def test_what_the_parser_refuses_the_schema_refuses_but_for_indices(document):
     companions = document.get("output", {}).get("companions")
     if companions != 1 and all(rule.get("copy") != 1 for rule in document.get("rules", [])):
         assert VALIDATOR.is_valid(document) == parses(document)
+
+
+@pytest.mark.parametrize(
+    ("grid", "fits"),
+    [
+        ({"parameters.density": [0.2, 0.5]}, True),
+        ({"sources.0.weight": [1], "seed": [1, 2]}, True),
+        ({}, False),
+        ({"parameters.density": 0.2}, False),
+        ({"parameters.density": []}, False),
+        ({"parameters..density": [0.2]}, False),
+    ],
+    ids=str,
+)
+def test_a_grid_is_accepted_as_it_is_expanded(grid, fits):
+    document = {"method": "ties", "base": "b", "sources": [{"path": "a"}, {"path": "c"}]}
+    document |= {"parameters": {}, "grid": grid}
+    try:
+        expanded = expand_grid(document, origin="recipe")
+    except RecipeError:
+        expanded = None
+
+    assert VALIDATOR.is_valid(document) == (expanded is not None) == fits
