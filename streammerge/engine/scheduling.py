@@ -34,7 +34,7 @@ from streammerge.engine.rows import memory_of
 from streammerge.engine.scopes import ScopeStatistics
 from streammerge.engine.shop import Shop
 from streammerge.methods.programs import Programs
-from streammerge.plan.budgeting import scattered_bytes, values_limit
+from streammerge.plan.budgeting import private_limit, scattered_bytes
 from streammerge.plan.chunking import Chunk, Piece, Residence, Unit, iter_units
 from streammerge.plan.demanding import rows_to_remember
 from streammerge.plan.sweeps import (
@@ -119,7 +119,7 @@ class Schedule:
         if task.numel <= BLOCK:
             return stage.settle(piece)
         # Small enough for the room that a worker keeps for itself: nothing is reserved.
-        limit, rows = values_limit(task.numel), memory_of(need, task)
+        limit, rows = private_limit(need.counts, task.numel), memory_of(need, task)
         statistics = _tensor_statistics(self._shop.plan, need, task, limit=limit, rows=rows)
         assert isinstance(statistics, ScopeStatistics)  # noqa: S101 - others have units of their own
         while statistics.found is None:

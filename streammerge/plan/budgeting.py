@@ -50,6 +50,11 @@ _BYTES_PER_BLOCK = 24
 """Counts of up to four crowded values, and of the ties of the threshold."""
 _DIRECT_NUMEL = 2 * BLOCK
 """Up to here a search simply collects every magnitude."""
+_FEW_RANKED = 8
+"""Up to so many values at once each may collect that many. More, as of 16 sources with two each, collect
+as much together as these: a band that a sample suggests rarely needs it."""
+_LEAST_COLLECTED = 1 << 16
+"""What each of them collects in any case: as many as are sampled."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,6 +225,22 @@ def values_limit(numel: int) -> int:
     return min(numel, max(_DIRECT_NUMEL, numel // 40))
 
 
+def private_limit(counts: Counts, numel: int) -> int:
+    """Return how many magnitudes each search of a worker collects of a tensor that is all in memory.
+
+    Args:
+        counts: Values that are ranked at once, and totals per block.
+        numel: Elements of the tensor.
+    """
+    return min(numel, max(_direct_limit(counts), numel // 40))
+
+
+def _direct_limit(counts: Counts) -> int:
+    if counts.ranked <= _FEW_RANKED:
+        return _DIRECT_NUMEL
+    return max(_LEAST_COLLECTED, _DIRECT_NUMEL * _FEW_RANKED // counts.ranked)
+
+
 def search_bytes(counts: Counts, numel: int, itemsize: int, limit: int) -> int:
     """Return the memory of the searches and totals of a scope, and of a spare room to conclude one.
 
@@ -267,7 +288,7 @@ def _statistics_floor(demand: Demand) -> int:
     whole = _demanded_whole(demand, demand.whole_numel)
     if not _has_statistics(demand):
         return max(demand.scales_nbytes, whole)
-    limit = min(demand.statistic_numel, _DIRECT_NUMEL)
+    limit = min(demand.statistic_numel, _direct_limit(demand.statistics))
     search = search_bytes(demand.statistics, demand.statistic_numel, demand.compute_itemsize, limit)
     search += demand.scattered_nbytes
     return max(search, demand.scales_nbytes)
@@ -292,9 +313,8 @@ def _worker_bytes(demand: Demand) -> int:
     if not _has_statistics(demand):
         return blocks
     numel = min(demand.statistic_numel, LARGEST_SLOT // demand.input_itemsize)
-    return blocks + search_bytes(
-        demand.statistics, numel, demand.compute_itemsize, values_limit(numel)
-    )
+    limit = private_limit(demand.statistics, numel)
+    return blocks + search_bytes(demand.statistics, numel, demand.compute_itemsize, limit)
 
 
 def _output_bytes(demand: Demand, slot_bytes: int) -> int:

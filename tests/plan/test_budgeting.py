@@ -18,6 +18,7 @@ from streammerge.plan.budgeting import (
     affordable_limit,
     choose_resources,
     records_bytes,
+    private_limit,
     search_bytes,
     values_limit,
 )
@@ -251,6 +252,21 @@ def test_the_searches_of_the_smallest_job_are_counted() -> None:
     # Each worker may run a search over a small tensor by itself.
     own = search_bytes(Counts(2, 0), 2 * MIB, 4, values_limit(2 * MIB))
     assert memory.scratch == 7 * (5 * BLOCK * 4 + 40 * BLOCK + own)
+
+
+def test_many_searches_collect_about_as_much_together_as_eight() -> None:
+    def bytes_of(ranked: int) -> int:
+        counts = Counts(ranked, 0)
+        return search_bytes(counts, 2 * MIB, 4, private_limit(counts, 2 * MIB))
+
+    sizes = [bytes_of(ranked) for ranked in range(1, 65)]
+    assert sizes == sorted(sizes)
+    # Beyond that each adds its counters of one MiB.
+    assert sizes[31] - sizes[7] < 24 * 1.1 * MIB
+    assert private_limit(Counts(8, 0), 2 * MIB) == values_limit(2 * MIB)
+    # What is small is collected whole, and what is not leaves room for a sample.
+    assert private_limit(Counts(64, 0), 1000) == 1000
+    assert private_limit(Counts(999, 0), 2 * MIB) == 1 << 16
 
 
 @pytest.mark.parametrize(
