@@ -17,8 +17,8 @@ from streammerge.plan.budgeting import (
     Demand,
     affordable_limit,
     choose_resources,
-    records_bytes,
     private_limit,
+    records_bytes,
     search_bytes,
     values_limit,
 )
