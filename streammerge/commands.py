@@ -88,6 +88,7 @@ def _merge_together(options: argparse.Namespace, first: Recipe | Chain | Grid) -
     merges = _named(first, options.recipe, options.out)
     for recipe, out in options.also or ():
         merges += _named(_read_recipes(recipe, options), recipe, out)
+    before = [_time_of(out) for out, _ in merges]
     with (
         stopping_signals(),
         show_progress(quiet=options.quiet, as_json=options.json) as on_progress,
@@ -100,9 +101,21 @@ def _merge_together(options: argparse.Namespace, first: Recipe | Chain | Grid) -
             on_progress=on_progress,
             **_resources_of(options),
         )
-    for (out, _), manifest in zip(merges, manifests, strict=True):
-        _say_done(options, manifest, out)
+    for (out, _), manifest, time in zip(merges, manifests, before, strict=True):
+        # A resume leaves those alone that are complete.
+        say = _say_complete if time is not None and time == _time_of(out) else _say_done
+        say(options, manifest, out)
     return 0
+
+
+def _time_of(out: str) -> int | None:
+    """Return when the manifest of an output was written; None if there is none."""
+    from streammerge.checkpoint.outputform import form_of
+
+    try:
+        return form_of(Path(out)).manifest_path.stat().st_mtime_ns
+    except (OSError, ValueError):
+        return None
 
 
 def _named(found: Recipe | Chain | Grid, origin: str, out: str) -> list[tuple[str, Recipe]]:
@@ -136,15 +149,18 @@ def _read_recipes(path: str, options: argparse.Namespace) -> Recipe | Chain | Gr
     return read_recipes(Path(path), download=options.download)
 
 
-def _say_complete(options: argparse.Namespace, manifest: Manifest) -> None:
+def _say_complete(
+    options: argparse.Namespace, manifest: Manifest, place: str | None = None
+) -> None:
     """Tell that nothing was left to do."""
     tensors = len(manifest.tensors)
+    out = options.out if place is None else place
     if options.json:
-        event = {"event": "complete", "out": str(options.out), "tensors": tensors}
+        event = {"event": "complete", "out": str(out), "tensors": tensors}
         print(json.dumps(event), file=as_courtesy(sys.stdout), flush=True)
     elif not options.quiet:
         print(
-            f"{printable(options.out)}: is complete already, with {tensors} tensors",
+            f"{printable(out)}: is complete already, with {tensors} tensors",
             file=sys.stderr,
         )
 

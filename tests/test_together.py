@@ -158,6 +158,8 @@ def test_a_grid_is_a_directory_of_its_outputs(
     ]
     assert main(["merge", str(tmp_path / "grid.yaml"), str(tmp_path / "made")]) == 0
     assert f"{tmp_path}/made/density=0.7: 13 tensors" in capsys.readouterr().err
+    assert main(["merge", str(tmp_path / "grid.yaml"), str(tmp_path / "made"), "--resume"]) == 0
+    assert capsys.readouterr().err.count("is complete already, with 13 tensors") == 2
 
     assert sorted(each.name for each in (tmp_path / "made").iterdir()) == [
         "density=0.2",
