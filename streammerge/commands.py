@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,9 +18,11 @@ from streammerge.streams import as_courtesy, print_result
 from streammerge.units import format_size
 
 if TYPE_CHECKING:
+    from streammerge.adapters.combining.plans import CombinationPlan
     from streammerge.chaining import Chain
     from streammerge.checkpoint.manifest import Manifest
     from streammerge.extracting.plans import ExtractionPlan
+    from streammerge.plan.types import MergePlan
     from streammerge.recipe.types import Recipe
     from streammerge.together import Grid
 
@@ -212,8 +215,6 @@ def _resources_of(options: argparse.Namespace) -> dict[str, Any]:
 
 def run_plan(options: argparse.Namespace) -> int:
     """Show what a merge would do."""
-    from streammerge.plan.codec import dump_plan
-    from streammerge.plan.types import MergePlan
     from streammerge.recipe.types import Recipe
     from streammerge.run import plan
     from streammerge.together import Grid
@@ -229,36 +230,21 @@ def run_plan(options: argparse.Namespace) -> int:
         free = format_size(shutil.disk_usage(".").free)
         needed = format_size(planned.bytes_to_write)
         print_result(f"{planned}\nfree disk    {free} here, {needed} needed")
-    elif isinstance(planned, MergePlan):
-        print_result(dump_plan(planned))
     else:
-        print_result(json.dumps(planned.as_json()))
+        print_result(_as_json(planned))
     return 0
 
 
 def _plan_chain(options: argparse.Namespace, chain: Chain) -> int:
     """Show what several recipes of one file would do."""
     from streammerge.chaining import plan_chain
-    from streammerge.plan.codec import dump_plan
 
     plans = plan_chain(chain, **_resources_of(options))
-    if options.json:
-        print_result("\n".join(map(dump_plan, plans)))
-        return 0
-    needed = format_size(sum(planned.bytes_to_write for planned in plans))
-    parts = [
-        f"== {printable(stage.name)} ==\n{planned}"
-        for stage, planned in zip(chain.stages, plans, strict=True)
-    ]
-    free = format_size(shutil.disk_usage(".").free)
-    print_result("\n\n".join([*parts, f"free disk    {free} here, {needed} needed for all"]))
-    return 0
+    return _print_plans(options, [stage.name for stage in chain.stages], plans)
 
 
 def _plan_together(options: argparse.Namespace, first: Recipe | Chain | Grid) -> int:
     """Show what several recipes, or all of a grid, would do."""
-    from streammerge.plan.codec import dump_plan
-    from streammerge.plan.types import MergePlan
     from streammerge.together import plan_together
 
     recipes = _named(first, options.recipe, "")
@@ -266,23 +252,37 @@ def _plan_together(options: argparse.Namespace, first: Recipe | Chain | Grid) ->
         recipes += _named(_read_recipes(path, options), path, "")
     groups = plan_together([recipe for _, recipe in recipes], **_resources_of(options))
     plans = [planned for group in groups for planned in group.plans]
+    names = [name or recipe.method for name, recipe in recipes]
+    heads = [f"{index} of {len(plans)}: {name}" for index, name in enumerate(names, 1)]
+    how = f"{len(plans)} outputs, up to {len(groups[0].plans)} at once; reads of the inputs: {len(groups)}"
+    return _print_plans(options, heads, plans, how)
+
+
+def _print_plans(
+    options: argparse.Namespace,
+    heads: Sequence[str],
+    plans: Sequence[MergePlan | CombinationPlan],
+    *more: str,
+) -> int:
+    """Print several plans, and what holds for all of them."""
     if options.json:
-        texts = [
-            dump_plan(each) if isinstance(each, MergePlan) else json.dumps(each.as_json())
-            for each in plans
-        ]
-        print_result("\n".join(texts))
+        print_result("\n".join(map(_as_json, plans)))
         return 0
     needed = format_size(sum(planned.bytes_to_write for planned in plans))
-    names = [name or recipe.method for name, recipe in recipes]
-    parts = [
-        f"== {index} of {len(plans)}: {printable(name)} ==\n{planned}"
-        for index, (name, planned) in enumerate(zip(names, plans, strict=True), 1)
-    ]
-    how = f"{len(plans)} outputs, up to {len(groups[0].plans)} at once; reads of the inputs: {len(groups)}"
     free = format_size(shutil.disk_usage(".").free)
-    print_result("\n\n".join([*parts, f"{how}\nfree disk    {free} here, {needed} needed for all"]))
+    last = "\n".join([*more, f"free disk    {free} here, {needed} needed for all"])
+    parts = (
+        f"== {printable(head)} ==\n{planned}" for head, planned in zip(heads, plans, strict=True)
+    )
+    print_result("\n\n".join([*parts, last]))
     return 0
+
+
+def _as_json(planned: MergePlan | CombinationPlan) -> str:
+    from streammerge.plan.codec import dump_plan
+    from streammerge.plan.types import MergePlan
+
+    return dump_plan(planned) if isinstance(planned, MergePlan) else json.dumps(planned.as_json())
 
 
 def run_verify(options: argparse.Namespace) -> int:

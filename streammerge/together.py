@@ -22,10 +22,11 @@ from queue import Empty, SimpleQueue
 from typing import Any
 
 from streammerge.adapters.combining.plans import CombinationPlan
+from streammerge.adapters.combining.recipes import is_combination
 from streammerge.checkpoint.bytesource import ByteSourceKind, choose_byte_source
 from streammerge.checkpoint.inputs import parse_path
 from streammerge.checkpoint.manifest import Manifest
-from streammerge.checkpoint.outputdir import check_place
+from streammerge.checkpoint.outputdir import allocated, check_place
 from streammerge.checkpoint.outputform import form_of
 from streammerge.checkpoint.sharing import SharedFiles
 from streammerge.engine.accelerator.opening import choose_devices
@@ -38,6 +39,7 @@ from streammerge.merging import MergeJob
 from streammerge.plan.types import MergePlan
 from streammerge.recipe.types import Recipe
 from streammerge.run import RecipeLike, as_output, find_complete, load_recipe, merge, plan
+from streammerge.sources import locate_models
 from streammerge.units import format_size
 
 AnyPlan = MergePlan | CombinationPlan
@@ -71,20 +73,21 @@ def plan_together(recipes: Sequence[RecipeLike], **options: Any) -> list[Group]:
     Raises:
         StreamMergeError: As for :func:`streammerge.run.plan`, for the first that is refused.
     """
-    loaded = [load_recipe(each, download=options.get("download", False)) for each in recipes]
-    alone = bool(choose_devices(options.get("device", "auto")))
+    download = options.get("download", False)
+    loaded = [load_recipe(each, download=download) for each in recipes]
+    alone = bool(choose_devices(options.get("device", "auto"))) or any(
+        is_combination(locate_models(each, download=download)) for each in loaded
+    )
     for size in _sizes(1 if alone else len(loaded)):
         try:
             plans = [plan(each, at_once=size, **options) for each in loaded]
-            if size > 1 and all(isinstance(each, MergePlan) for each in plans):
+            if size > 1:
                 # Once more, because what is known of all of them, and torch, is in memory now.
                 for index, each in enumerate(loaded):
                     plans[index] = plan(each, at_once=size, **options)
         except MemoryBudgetError:
             if size == 1:
                 raise
-            continue
-        if size > 1 and not all(isinstance(each, MergePlan) for each in plans):
             continue
         return [Group(tuple(plans[at : at + size])) for at in range(0, len(plans), size)]
     raise AssertionError  # A size of 1 returns or raises.
@@ -240,8 +243,7 @@ def check_room(plans: Sequence[AnyPlan], outs: Sequence[Path]) -> None:
         folder = form_of(out).folder
         while not folder.is_dir():
             folder = folder.parent
-        there = out.with_name(f"{out.name}.partial")
-        has = sum(path.stat().st_size for path in there.rglob("*") if path.is_file())
+        has = allocated(out.with_name(f"{out.name}.partial"))
         needed[folder] = needed.get(folder, 0) + max(0, planned.bytes_to_write - has)
     for folder, nbytes in needed.items():
         free = shutil.disk_usage(folder).free

@@ -107,10 +107,9 @@ class _Matching:
 
     def match(self) -> Tokens:
         """Return the tokens of the result."""
-        if not all(map(self._is_like_owner, self._models)):
-            return self._matched([self._file_of(index) for index in range(len(self._models))])
-        if self._wanted.tokens or self._wanted.multiple is not None:
-            return self._matched([self._file_of(index) for index in range(len(self._models))])
+        speaks = bool(self._wanted.tokens) or self._wanted.multiple is not None
+        if speaks or not all(map(self._is_like_owner, self._models)):
+            return self._matched()
         # Whatever kind of file they are in: all have the same, and rows stay where they are.
         none = np.zeros(0, np.int32)
         numbers = tuple(none if isinstance(each, Checkpoint) else None for each in self._models)
@@ -140,10 +139,14 @@ class _Matching:
             return _tokenizer_of(self._directory, self._label)
         return _tokenizer_of(model.directory, self._labels[index])
 
-    def _matched(self, files: Sequence[Path | None]) -> Tokens:
-        self._files = files
+    def _matched(self) -> Tokens:
+        self._files = [self._file_of(index) for index in range(len(self._models))]
         path = _tokenizer_of(self._directory, self._label)
-        keys = {file: read_keys(file) for file in dict.fromkeys((path, *files)) if file is not None}
+        keys = {
+            file: read_keys(file)
+            for file in dict.fromkeys((path, *self._files))
+            if file is not None
+        }
         own = keys[path]
         result, added = self._united(own, keys) if self._wanted.source is None else (own, {})
         numbers = {file: _numbers_in(each, result) for file, each in keys.items()}
@@ -152,7 +155,7 @@ class _Matching:
             self._label,
             self._owner,
             len(result),
-            tuple(None if file is None else numbers[file] for file in files),
+            tuple(None if file is None else numbers[file] for file in self._files),
             result != _NONE,
             dict(self._chosen(result, keys)),
             added,

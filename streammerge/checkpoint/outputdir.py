@@ -113,7 +113,7 @@ class OutputDirectory:
         if not (self._place.is_half_moved() and (resume or overwrite)):
             _check_existing(self._place, overwrite=self._overwrite)
             self._check_replaced()
-        _check_room(self.partial.parent, nbytes, nbytes_beside, _allocated(self.partial))
+        _check_room(self.partial.parent, nbytes, nbytes_beside, allocated(self.partial))
 
     def _find_unfinished(self, *, overwrite: bool, resume: bool) -> Found | None:
         """Return the unfinished merge that is to be continued, if there is one."""
@@ -328,7 +328,7 @@ def _clear(directory: Path) -> None:
             path.unlink()
 
 
-def _allocated(directory: Path) -> int:
+def allocated(directory: Path) -> int:
     """Return the bytes of disk that the files of an unfinished merge have."""
     try:
         return sum(getattr(path.stat(), "st_blocks", 0) * 512 for path in directory.rglob("*"))

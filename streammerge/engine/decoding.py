@@ -18,6 +18,7 @@ from streammerge.checkpoint.bytesource import ByteSource
 from streammerge.checkpoint.types import Coding
 from streammerge.dtypes import DType
 from streammerge.engine.drawing import draw_rows
+from streammerge.engine.floats import widen
 from streammerge.plan.chunking import DECODING_BYTES, ReadSpan
 
 _STEP = 2**15
@@ -198,12 +199,7 @@ def widen_scales(raw: NDArray[np.uint8], dtype: DType) -> NDArray[np.float32]:
     if dtype in (DType.F8_E8M0, DType.U8):
         powers: NDArray[np.float32] = code_table(DType.F8_E8M0)[raw]
         return powers
-    if dtype is DType.BF16:
-        # The upper half of a float32.
-        upper: NDArray[np.float32] = (raw.view("<u2").astype(np.uint32) << 16).view(np.float32)
-        return upper
-    stored = {DType.F16: "<f2", DType.F32: "<f4", DType.F64: "<f8"}[dtype]
-    return raw.view(stored).astype(np.float32)
+    return widen(raw, dtype).astype(np.float32)
 
 
 @cache

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from streammerge.checkpoint.bytesource import ByteSource
 from streammerge.checkpoint.rowmap import RowMap
-from streammerge.dtypes import DType
+from streammerge.engine.floats import narrow, widen
 from streammerge.plan.chunking import ReadSpan
 
 _ROWS = 2048
@@ -100,7 +100,7 @@ class _Drawing:
                 total += self._read(at, row * self._rows.columns + cut + step, some)
             if end - begin > 1:
                 total /= end - begin
-            raw = _narrowed(total, self._rows.dtype).view(np.uint8)
+            raw = narrow(total, self._rows.dtype)
             out[step * itemsize : (step + some) * itemsize] = raw
         self._known, self._known_at = (begin, end, cut, count), target
 
@@ -109,7 +109,7 @@ class _Drawing:
         place = self._rows.places[at]
         raw = np.empty(count * place.dtype.itemsize, np.uint8)
         self._sources[place.file].read_into(place.offset + first * place.dtype.itemsize, raw.data)
-        return _widened(raw, place.dtype)
+        return widen(raw, place.dtype)
 
 
 def _joined(
@@ -138,31 +138,3 @@ def _joined(
         lengths[order].tolist(),
         strict=True,
     )
-
-
-def _widened(raw: NDArray[np.uint8], dtype: DType) -> NDArray[np.float64]:
-    """Return stored floats as float64, which is exact."""
-    if dtype is DType.BF16:
-        bits = raw.view("<u2").astype(np.uint32) << 16
-        return bits.view(np.float32).astype(np.float64)
-    kinds = {DType.F64: "<f8", DType.F32: "<f4", DType.F16: "<f2"}
-    return raw.view(kinds[dtype]).astype(np.float64)
-
-
-def _narrowed(values: NDArray[np.float64], dtype: DType) -> NDArray[np.generic]:
-    """Return float64 in a stored type, each rounded once, to the nearest, ties to even."""
-    kinds = {DType.F64: "<f8", DType.F32: "<f4", DType.F16: "<f2"}
-    with np.errstate(over="ignore"):
-        if dtype is not DType.BF16:
-            return values.astype(kinds[dtype])
-        single = values.astype(np.float32)
-    bits = single.view(np.uint32)
-    # To float32 rounded to odd: whatever is not exact there stays off the ties of bfloat16.
-    inexact = (single.astype(np.float64) != values) & np.isfinite(values) & np.isfinite(single)
-    away = np.abs(single.astype(np.float64)) > np.abs(values)
-    truncated = np.where(inexact & away, bits - np.uint32(1), bits)
-    odd = np.where(inexact, truncated | np.uint32(1), truncated)
-    rounded = odd + np.uint32(0x7FFF) + ((odd >> np.uint32(16)) & np.uint32(1))
-    # NaN must not become infinity.
-    kept = np.where(np.isnan(single), odd | np.uint32(0x400000), rounded)
-    return (kept >> np.uint32(16)).astype("<u2")

@@ -28,6 +28,7 @@ from streammerge.checkpoint.types import Encoding
 from streammerge.dtypes import DType
 from streammerge.engine.decoding import widen_scales
 from streammerge.engine.finite import LARGEST
+from streammerge.engine.floats import narrow
 from streammerge.errors import NonFiniteError, printable
 from streammerge.plan.demanding import ENCODING_BYTES
 from streammerge.plan.types import TensorTask
@@ -127,13 +128,7 @@ def find_scales(largest: NDArray[np.float32], *, codes: DType, dtype: DType) -> 
         return powers
     least = np.float32(_LEAST.get(dtype, 2.0**_LEAST_EXPONENT))
     scales = np.maximum(largest / np.float32(LARGEST[codes]), least)
-    if dtype is DType.BF16:
-        bits = scales.view("<u4")
-        upper: NDArray[np.uint16] = ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype("<u2")
-        return upper.view(np.uint8)
-    stored = {DType.F16: "<f2", DType.F32: "<f4", DType.F64: "<f8"}[dtype]
-    rounded: NDArray[np.float32] = scales.astype(stored)
-    return rounded.view(np.uint8)
+    return narrow(scales.astype(np.float64), dtype)
 
 
 def encode_values(values: NDArray[np.float32], dtype: DType) -> NDArray[np.uint8]:

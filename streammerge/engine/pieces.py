@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from streammerge.adapters.onto_base.deltas import Delta
 from streammerge.assignment.types import Action
 from streammerge.dtypes import DType
+from streammerge.engine.floats import KINDS, widen
 from streammerge.lazily import torch
 from streammerge.plan.chunking import Chunk, ModelRead
 from streammerge.plan.types import MergePlan, TensorTask
@@ -55,18 +56,10 @@ class Stored:
         """Return some of the values, which are floats, in float64."""
         size = self.dtype.itemsize
         raw = self.memory[begin * size : end * size]
-        with np.errstate(all="ignore"):
-            if self.dtype is DType.BF16:
-                # The upper half of a float32.
-                return (raw.view("<u2").astype("<u4") << 16).view("<f4").astype(np.float64)
-            if self.dtype in _NUMPY:
-                return raw.view(_NUMPY[self.dtype]).astype(np.float64)
+        if self.dtype is DType.BF16 or self.dtype in KINDS:
+            return widen(raw, self.dtype)
         wide: NDArray[np.float64] = self.tensor()[begin:end].to(torch.float64).numpy()
         return wide
-
-
-_NUMPY = {DType.F16: "<f2", DType.F32: "<f4", DType.F64: "<f8"}
-"""The float types that numpy has."""
 
 
 @dataclass(frozen=True, slots=True)

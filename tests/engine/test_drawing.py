@@ -17,7 +17,7 @@ from streammerge.checkpoint.bytesource import ByteSourceKind, choose_byte_source
 from streammerge.checkpoint.rowmap import RowMap, RowPlace, pack
 from streammerge.dtypes import DType
 from streammerge.engine.decoding import read_span
-from streammerge.engine.drawing import _narrowed
+from streammerge.engine.floats import narrow
 from streammerge.plan.chunking import plan_range
 from streammerge.plan.types import TensorInput
 
@@ -116,12 +116,12 @@ def test_bfloat16_is_rounded_once() -> None:
     tie = 1 + 2**-8
     values = np.array([tie - 2**-40, tie, tie + 2**-40, -tie - 2**-40, np.inf, -np.inf, 1e300, 0.0])
 
-    got = torch.from_numpy(_narrowed(values, DType.BF16).astype(np.int16)).view(torch.bfloat16)
+    got = torch.from_numpy(narrow(values, DType.BF16).view(np.int16)).view(torch.bfloat16)
 
     step = 2**-7
     expected = [1.0, 1.0, 1 + step, -1 - step, float("inf"), float("-inf"), float("inf"), 0.0]
     assert got.tolist() == expected
-    nan = torch.from_numpy(_narrowed(np.array([np.nan]), DType.BF16).astype(np.int16))
+    nan = torch.from_numpy(narrow(np.array([np.nan]), DType.BF16).view(np.int16))
     assert nan.view(torch.bfloat16).isnan().all()
 
 
