@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from models import Models, recipe_of
+from models import Models, recipe_of, write_adapter
 
 import streammerge
 from streammerge import together
@@ -184,6 +184,28 @@ def test_a_grid_is_not_one_file(
 
     assert "makes 2 outputs, each in a directory of its own" in capsys.readouterr().err
     assert not (tmp_path / "x.safetensors").exists()
+
+
+def test_adapters_are_combined_one_by_one(tmp_path: Path) -> None:
+    paths = [
+        write_adapter(tmp_path / name, {"layers.0.q": (16, 12)}, seed=seed)
+        for seed, name in enumerate(("a", "b"))
+    ]
+    grid = recipe_of("linear", None, paths) | {"grid": {"parameters.weight": [[0.5, 0.5], [1, 2]]}}
+    (tmp_path / "grid.yaml").write_text(yaml.safe_dump(grid))
+
+    assert main(["merge", str(tmp_path / "grid.yaml"), str(tmp_path / "made"), "--quiet"]) == 0
+
+    for name, weight in (("weight=0.5+0.5", [0.5, 0.5]), ("weight=1+2", [1, 2])):
+        alone = recipe_of("linear", None, paths, parameters={"weight": weight})
+        streammerge.merge(alone, tmp_path / name)
+        made, expected = (
+            (directory / name / "adapter_model.safetensors").read_bytes()
+            for directory in (tmp_path / "made", tmp_path)
+        )
+        assert made == expected
+    groups = plan_together([alone, alone])
+    assert [len(group.plans) for group in groups] == [1, 1]
 
 
 def test_mergekits_recipes_may_have_a_grid(paths: list[Path], tmp_path: Path) -> None:
