@@ -1,4 +1,7 @@
-/* Exponential and logarithm: the operations of streammerge/tiles/functions.py, in its order. */
+/* Exponential and logarithm: the operations of streammerge/tiles/functions.py for float32, in its order.
+ *
+ * Powers of two are one factor here, as what lies beyond e**200 is infinite in float32: a product with
+ * two of them has the same bits. */
 #ifndef STREAMMERGE_FUNCTIONS_H
 #define STREAMMERGE_FUNCTIONS_H
 
@@ -23,6 +26,8 @@ ALWAYS_INLINE double double_of(int64_t bits) {
 #define LN2_HIGH 0.693147180369123816490
 #define LN2_LOW 1.90821492927058770002e-10
 #define LOG2_E 1.44269504088896338700
+/* e to a power beyond it is 0 or infinite in float32. */
+#define FARTHEST 200.0
 #define SQRT_HALF 0.70710678118654752440
 
 /* A value is `power * ln 2 + rest`. */
@@ -32,8 +37,8 @@ typedef struct {
 } reduced;
 
 ALWAYS_INLINE reduced reduce(double value) {
-    value = value < -745.2 ? -745.2 : value;
-    value = value > 709.7 ? 709.7 : value;
+    value = value < -FARTHEST ? -FARTHEST : value;
+    value = value > FARTHEST ? FARTHEST : value;
     double shifted = value * LOG2_E + WHOLE;
     double powers = shifted - WHOLE;
     return (reduced){
@@ -45,19 +50,13 @@ ALWAYS_INLINE reduced reduce(double value) {
 /* (e**rest - 1) / rest, of what is left of a value. */
 ALWAYS_INLINE double exponential_series(double rest) {
     static const double terms[] = {
-        1.0 / 6227020800.0, 1.0 / 479001600.0, 1.0 / 39916800.0, 1.0 / 3628800.0, 1.0 / 362880.0,
-        1.0 / 40320.0,      1.0 / 5040.0,      1.0 / 720.0,      1.0 / 120.0,     1.0 / 24.0,
-        1.0 / 6.0,          1.0 / 2.0,         1.0,
+        1.0 / 362880.0, 1.0 / 40320.0, 1.0 / 5040.0, 1.0 / 720.0, 1.0 / 120.0,
+        1.0 / 24.0,     1.0 / 6.0,     1.0 / 2.0,    1.0,
     };
     double series = terms[0];
-#pragma GCC unroll 12
-    for (int term = 1; term < 13; term++) series = series * rest + terms[term];
+#pragma GCC unroll 8
+    for (int term = 1; term < 9; term++) series = series * rest + terms[term];
     return series;
-}
-
-/* Shifted as what is not negative: few instruction sets shift signed vectors of 64 bits. */
-ALWAYS_INLINE int64_t half_of_power(int64_t power) {
-    return (int64_t)((uint64_t)(power + 2048) >> 1) - 1024;
 }
 
 ALWAYS_INLINE double power_of_two(int64_t power) { return double_of((power + 1023) << 52); }
@@ -65,23 +64,20 @@ ALWAYS_INLINE double power_of_two(int64_t power) { return double_of((power + 102
 ALWAYS_INLINE double exponential(double value) {
     reduced of = reduce(value);
     double series = exponential_series(of.rest) * of.rest + 1.0;
-    int64_t half = half_of_power(of.power);
-    return series * power_of_two(half) * power_of_two(of.power - half);
+    return series * power_of_two(of.power);
 }
 
 ALWAYS_INLINE double exponential_less_one(double value) {
     reduced of = reduce(value);
     double series = of.rest * exponential_series(of.rest);
-    int64_t half = half_of_power(of.power), other = of.power - half;
-    double scale = power_of_two(half);
-    return (series * scale + (scale - power_of_two(-other))) * power_of_two(other);
+    double scale = power_of_two(of.power);
+    return series * scale + (scale - 1.0);
 }
 
 /* The logarithm of `value`, which is 1 + `more`: near 1 `more` tells what rounding has left of it. */
 ALWAYS_INLINE double logarithm_of(double value, double more, int knows_more) {
     static const double terms[] = {
-        1.0 / 21, 1.0 / 19, 1.0 / 17, 1.0 / 15, 1.0 / 13, 1.0 / 11,
-        1.0 / 9,  1.0 / 7,  1.0 / 5,  1.0 / 3,  1.0,
+        1.0 / 13, 1.0 / 11, 1.0 / 9, 1.0 / 7, 1.0 / 5, 1.0 / 3, 1.0,
     };
     int64_t bits = bits_of_double(value);
     /* With the sign's bit, as a shift of signed numbers leaves it. */
@@ -96,8 +92,8 @@ ALWAYS_INLINE double logarithm_of(double value, double more, int knows_more) {
     double ratio = above / (above + 2.0);
     double square = ratio * ratio;
     double series = terms[0];
-#pragma GCC unroll 10
-    for (int term = 1; term < 11; term++) series = series * square + terms[term];
+#pragma GCC unroll 6
+    for (int term = 1; term < 7; term++) series = series * square + terms[term];
     return exponents * LN2_HIGH + (exponents * LN2_LOW + (ratio + ratio) * series);
 }
 

@@ -6,7 +6,8 @@ the compute dtype at the end. The compiled machine does the same operations in t
 
 Source: range reduction after Cody and Waite 1980, "Software Manual for the Elementary Functions",
 chapters 5 and 6; the series of e**r for ``|r| <= ln(2) / 2``, and of the area tangent for
-``|s| <= 0.1716``, to where the next term is below half a unit in the last place of float64.
+``|s| <= 0.1716``, to where the next term is below half a unit in the last place of float64; of what
+is rounded to float32 afterwards four terms less, which leaves 2e-11 of a value.
 With ``n`` and ``r`` of the reduction ``e**x - 1`` is ``2**n (e**r - 1) + (2**n - 1)``, which cancels
 nothing near 0; and where ``1 + x`` lies around 1 the area tangent is that of ``x / (2 + x)``.
 
@@ -34,16 +35,23 @@ EXPONENTIAL_TERMS = tuple(1.0 / factorial for factorial in (
 """1 / 13! to 1 / 1!, the order of Horner's rule: of ``(e**r - 1) / r``."""
 LOGARITHM_TERMS = tuple(1.0 / odd for odd in range(21, 0, -2))
 """1 / 21, 1 / 19, to 1, likewise."""
+NOT_FOR_SINGLE = 4
+"""Terms, the first of either series, that float32 does without."""
 LOWEST, HIGHEST = -745.2, 709.7
 """Powers that float64 can hold; what lies beyond is cut off there."""
 _SQRT_HALF = 0.70710678118654752440
 """Mantissas below it are doubled, so that they lie around 1."""
 
 
-def exponential(values: Floats) -> Floats:
-    """Return e to the power of each value, ``[m]``."""
+def exponential(values: Floats, *, single: bool = False) -> Floats:
+    """Return e to the power of each value, ``[m]``.
+
+    Args:
+        values: ``[m]``.
+        single: Whether the result will be rounded to float32: here and in the functions below.
+    """
     powers, rest = _reduce(values)
-    series = _sum_series(EXPONENTIAL_TERMS, rest)
+    series = _sum_series(EXPONENTIAL_TERMS, rest, single=single)
     series *= rest
     series += 1.0
     # In two factors: the smallest results are beyond what one factor can be.
@@ -53,10 +61,10 @@ def exponential(values: Floats) -> Floats:
     return series
 
 
-def exponential_less_one(values: Floats) -> Floats:
+def exponential_less_one(values: Floats, *, single: bool = False) -> Floats:
     """Return e to the power of each value, minus one, ``[m]``: ``2**n (e**r - 1) + (2**n - 1)``."""
     powers, rest = _reduce(values)
-    series = _sum_series(EXPONENTIAL_TERMS, rest)
+    series = _sum_series(EXPONENTIAL_TERMS, rest, single=single)
     series *= rest
     half = np.floor(powers * 0.5)
     other = powers - half
@@ -67,20 +75,22 @@ def exponential_less_one(values: Floats) -> Floats:
     return series
 
 
-def logarithm(values: Floats) -> Floats:
+def logarithm(values: Floats, *, single: bool = False) -> Floats:
     """Return the natural logarithm of each normal positive value, ``[m]``; NaN of what is not finite."""
     exponents, above = _split(values)
-    return _logarithm_of(exponents, above, values)
+    return _logarithm_of(exponents, above, values, single=single)
 
 
-def logarithm_of_one_more(values: Floats) -> Floats:
+def logarithm_of_one_more(values: Floats, *, single: bool = False) -> Floats:
     """Return the natural logarithm of one plus each value above -1, ``[m]``; likewise."""
     exponents, above = _split(1.0 + values)
     # Near 1 the sum has lost what the value still tells.
-    return _logarithm_of(exponents, np.where(exponents == 0.0, values, above), values)
+    return _logarithm_of(
+        exponents, np.where(exponents == 0.0, values, above), values, single=single
+    )
 
 
-def square_root(values: Floats) -> Floats:
+def square_root(values: Floats, *, single: bool = False) -> Floats:  # noqa: ARG001 - the same for both
     """Return the square root of each value, ``[m]``, rounded once.
 
     Of float32 numbers it may be rounded once more, to float32: the result is the nearest one.
@@ -106,10 +116,10 @@ def _split(values: Floats) -> tuple[Floats, Floats]:
     return np.where(small, exponents - 1.0, exponents), mantissas - 1.0
 
 
-def _logarithm_of(exponents: Floats, above: Floats, values: Floats) -> Floats:
+def _logarithm_of(exponents: Floats, above: Floats, values: Floats, *, single: bool) -> Floats:
     """Return the logarithm of ``2**exponents (1 + above)``; NaN where values are not finite."""
     ratio = above / (above + 2.0)
-    series = _sum_series(LOGARITHM_TERMS, ratio * ratio)
+    series = _sum_series(LOGARITHM_TERMS, ratio * ratio, single=single)
     series *= ratio + ratio
     series += exponents * LN2_LOW
     series += exponents * LN2_HIGH
@@ -119,8 +129,10 @@ def _logarithm_of(exponents: Floats, above: Floats, values: Floats) -> Floats:
     return series
 
 
-def _sum_series(terms: Sequence[float], variable: Floats) -> Floats:
+def _sum_series(terms: Sequence[float], variable: Floats, *, single: bool) -> Floats:
     """Return a polynomial, whose highest term comes first, by Horner's rule."""
+    if single:
+        terms = terms[NOT_FOR_SINGLE:]
     series = np.full_like(variable, terms[0])
     for term in terms[1:]:
         series *= variable

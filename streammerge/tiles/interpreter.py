@@ -311,14 +311,15 @@ _BINARY: Mapping[Op, _Binary] = {
 
 
 def _through_numpy(
-    function: Callable[[NDArray[np.float64]], NDArray[np.float64]],
+    function: Callable[..., NDArray[np.float64]],
 ) -> Callable[[Tensor, Tensor], object]:
     """Return a function of rows that computes slice by slice in float64."""
 
     def compute(a: Tensor, out: Tensor) -> None:
+        single = out.dtype == torch.float32
         for begin in range(0, a.numel(), _SLICE):
             values = a[begin : begin + _SLICE].cpu().numpy().astype(np.float64)
-            out[begin : begin + _SLICE].copy_(torch.from_numpy(function(values)))
+            out[begin : begin + _SLICE].copy_(torch.from_numpy(function(values, single=single)))
 
     return compute
 

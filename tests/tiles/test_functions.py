@@ -76,6 +76,28 @@ def test_logarithm_of_one_more_agrees_with_the_library_to_1e_15(high: float) -> 
     assert np.max(np.abs(logarithm_of_one_more(values) - exact) / np.abs(exact)) < 1e-15
 
 
+@pytest.mark.parametrize("name", ["exp", "expm1", "log", "log1p"])
+def test_functions_for_float32_are_rounded_to_the_nearest_but_for_one_in_a_thousand(
+    name: str,
+) -> None:
+    function = {
+        "exp": exponential,
+        "expm1": exponential_less_one,
+        "log": logarithm,
+        "log1p": logarithm_of_one_more,
+    }[name]
+    values = values_of_every_size(-80, 80).astype(np.float32)
+    values = values[np.abs(values) > 1e-37]
+    if "log" in name:
+        values = np.abs(values)
+
+    exact = getattr(np, name)(values.astype(np.float64))
+    found = function(values.astype(np.float64), single=True)
+
+    assert np.max(np.abs(found - exact) / np.abs(exact)) < 5e-11
+    assert np.mean(found.astype(np.float32) != exact.astype(np.float32)) < 1e-3
+
+
 def test_logarithm_of_one_more_is_no_number_where_the_value_is_not_finite() -> None:
     assert np.isnan(logarithm_of_one_more(np.array([np.inf, np.nan]))).all()
     assert logarithm_of_one_more(np.array([0.0]))[0] == 0

@@ -314,12 +314,17 @@ OPERATIONS: dict[Op, Callable[..., Any]] = {
     Op.ABSOLUTE: np.abs,
     Op.SIGN: np.sign,
     Op.SQUARE_ROOT: np.sqrt,
-    Op.EXPONENTIAL: lambda a: functions.exponential(a.astype(np.float64)),
-    Op.LOGARITHM: lambda a: functions.logarithm(a.astype(np.float64)),
-    Op.EXPONENTIAL_LESS_ONE: lambda a: functions.exponential_less_one(a.astype(np.float64)),
-    Op.LOGARITHM_OF_ONE_MORE: lambda a: functions.logarithm_of_one_more(a.astype(np.float64)),
+    Op.EXPONENTIAL: lambda a: in_float64(functions.exponential, a),
+    Op.LOGARITHM: lambda a: in_float64(functions.logarithm, a),
+    Op.EXPONENTIAL_LESS_ONE: lambda a: in_float64(functions.exponential_less_one, a),
+    Op.LOGARITHM_OF_ONE_MORE: lambda a: in_float64(functions.logarithm_of_one_more, a),
     Op.SELECT: lambda a, b, c: np.where(c != 0, a, b),
 }
+
+
+def in_float64(function: Callable[..., np.ndarray], values: np.ndarray) -> np.ndarray:
+    """Return a function of values, computed in float64 for their own type."""
+    return function(values.astype(np.float64), single=values.dtype == np.float32)
 
 
 def majority_by_definition(
