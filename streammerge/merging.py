@@ -14,6 +14,7 @@ from streammerge.adapters.combining.plans import CombinationPlan
 from streammerge.adapters.combining.writing import write_adapter
 from streammerge.checkpoint.bytesource import (
     ByteSource,
+    MemorySource,
     OpenByteSource,
     check_unchanged,
 )
@@ -24,6 +25,7 @@ from streammerge.checkpoint.outputform import form_of
 from streammerge.checkpoint.sidecars import make_folder
 from streammerge.checkpoint.snapshot import SNAPSHOT_NAME
 from streammerge.comparing import ComparedFile, Comparison, Sample, compare_results
+from streammerge.engine.making import make_numbers
 from streammerge.engine.memory import resident_memory
 from streammerge.engine.pacing import Pace
 from streammerge.engine.pipeline import RunReport, run_pipeline
@@ -206,7 +208,14 @@ def _report_bytes(
 
 def _open_sources(planned: MergePlan, opener: OpenByteSource, stack: ExitStack) -> list[ByteSource]:
     """Open every input file, and check that it is still what was planned."""
-    sources = [stack.enter_context(opener(file.path)) for file in planned.files]
+    sources = [
+        stack.enter_context(
+            opener(file.path)
+            if file.made is None
+            else MemorySource(file.path, make_numbers(file.made))
+        )
+        for file in planned.files
+    ]
     check_unchanged(planned.files, sources)
     return sources
 

@@ -11,6 +11,7 @@ from typing import Any
 from streammerge.adapters.combining.planning import plan_combination
 from streammerge.adapters.combining.plans import CombinationPlan
 from streammerge.adapters.combining.recipes import is_combination, methods_for, read_adapters
+from streammerge.assignment.mixtures import settle_mixture
 from streammerge.assignment.tokens import match_tokens
 from streammerge.checkpoint.bytesource import (
     ByteSourceKind,
@@ -141,6 +142,7 @@ def _plan(
         specs = find_method(parsed.method).parameters
         parsed = settle_parts(parsed, read.first, full, build_resolver(parsed, specs))
     parsed = with_base_layers(parsed, find_method(parsed.method))
+    parsed = settle_mixture(parsed, read.base)
     machine = describe_machine(
         memory=memory,
         workers=workers,
@@ -153,7 +155,7 @@ def _plan(
     return replace(
         accompany(planned, parsed, read.models, tokens),
         # As it was given: another machine has its cache elsewhere.
-        recipe=dump_recipe(replace(asked, rules=parsed.rules)),
+        recipe=dump_recipe(replace(asked, rules=parsed.rules, mixture=parsed.mixture)),
         metadata_left_out=read.metadata_left_out,
     )
 

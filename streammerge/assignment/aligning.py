@@ -189,6 +189,8 @@ class _Aligner:
         if resolved.copy is not None:
             return self._copy_by_rule(name, entries, resolved.copy)
         involved = self._models_of(name)
+        if self._recipe.mixture is not None and involved == (0,):
+            return self._taken(name, entries, 0)
         entries = [each if index in involved else None for index, each in enumerate(entries)]
         if not any(entries) and not any(name in each.changes for each in self._adapted.values()):
             self._uninvolved.append(name)

@@ -166,7 +166,7 @@ class _Arranging:
         return 0 if each.source == BASE else each.source + self._has_base
 
     def _count(self, model: Model) -> int:
-        layers = (self._stack.split(name) for name in _all_names(model))
+        layers = (self._stack.split(name) for name in all_names(model))
         return max((layer + 1 for layer, _ in filter(None, layers)), default=0)
 
     def _check(self, where: str, each: LayerRange, part: LayerSlice) -> None:
@@ -194,9 +194,9 @@ class _Arranging:
         arranged: list[Model] = []
         for index, model in enumerate(self._models):
             names = self._new_names(index, model)
-            tensors = _renamed(model.tensors, names)
+            tensors = renamed(model.tensors, names)
             if isinstance(model, AdaptedModel | TunedModel):
-                changes = _by_new_names(model.changes, names)
+                changes = by_new_names(model.changes, names)
                 arranged.append(replace(model, tensors=tensors, changes=changes))
             else:
                 arranged.append(replace(model, tensors=tensors))
@@ -206,7 +206,7 @@ class _Arranging:
     def _new_names(self, index: int, model: Model) -> dict[str, list[str]]:
         """Return the names in the result of each of a model's tensors."""
         names: dict[str, list[str]] = {}
-        for name in _all_names(model):
+        for name in all_names(model):
             found = self._stack.split(name)
             if found is None:
                 # Whoever gives it to the result: what is tied is known only where both are there.
@@ -269,7 +269,7 @@ class _Arranging:
         """State where what lies outside of the layers comes from, if not all from the same models."""
         if len({part.sources for part in (self._parts[0], self._parts[-1])}) == 1:
             return
-        names = dict.fromkeys(name for model in self._models for name in _all_names(model))
+        names = dict.fromkeys(name for model in self._models for name in all_names(model))
         outside = [name for name in names if self._stack.split(name) is None]
         for last, where in ((False, "before"), (True, "behind")):
             some = [printable(name) for name in outside if self._is_last(name) is last]
@@ -297,15 +297,17 @@ def _the_stack(stacks: Sequence[Stack], first: Model) -> Stack:
     )
 
 
-def _all_names(model: Model) -> Iterable[str]:
+def all_names(model: Model) -> Iterable[str]:
+    """Return the names of all tensors that a model has or changes."""
     if isinstance(model, Checkpoint):
         return model.tensors
     return dict.fromkeys([*model.tensors, *model.changes])
 
 
-def _renamed(
+def renamed(
     tensors: Mapping[str, TensorEntry], names: Mapping[str, Sequence[str]]
 ) -> dict[str, TensorEntry]:
+    """Return tensors by their new names, of which one may have any number."""
     return {
         new: entry if new == name else replace(entry, name=new)
         for name, entry in tensors.items()
@@ -313,7 +315,8 @@ def _renamed(
     }
 
 
-def _by_new_names(
+def by_new_names(
     changes: Mapping[str, tuple[Change, ...]], names: Mapping[str, Sequence[str]]
 ) -> dict[str, tuple[Change, ...]]:
+    """Return changes by the new names of their tensors."""
     return {new: each for name, each in changes.items() for new in names[name]}

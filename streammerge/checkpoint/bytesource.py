@@ -261,6 +261,34 @@ class MmapSource(ByteSource):
         self._held.close()
 
 
+class MemorySource(ByteSource):
+    """A file that is nowhere but in memory."""
+
+    def __init__(self, path: Path, content: bytes) -> None:
+        """Take what it holds."""
+        self._path = path
+        self._content = memoryview(content)
+
+    def fingerprint(self) -> tuple[int, int]:
+        """Return the size; there was no modification."""
+        return len(self._content), 0
+
+    def was_rewritten(self) -> bool:
+        """Nobody can."""
+        return False
+
+    def _read_some(self, offset: int, buffer: memoryview) -> int:
+        part = self._content[offset : offset + len(buffer)]
+        buffer[: len(part)] = part
+        return len(part)
+
+    def drop(self, offset: int, nbytes: int) -> None:
+        """Keep it: there is no other place to read it from."""
+
+    def close(self) -> None:
+        """Do nothing."""
+
+
 def check_unchanged(files: Sequence[ShardFile], sources: Sequence[ByteSource]) -> None:
     """Return if every open file is still what it was when its header was read.
 

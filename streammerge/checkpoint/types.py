@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from enum import StrEnum
 from math import prod
 from pathlib import Path
 
@@ -152,6 +153,46 @@ def coded_bits(parts: tuple[StoredPart, ...]) -> int:
     return parts[0].coding.bits if parts and parts[0].coding is not None else 0
 
 
+class MadeKind(StrEnum):
+    """Where numbers come from that no file has."""
+
+    NORMAL = "normal"
+    """Drawn, of mean 0 and variance 1."""
+    UNIFORM = "uniform"
+    """Drawn evenly between plus and minus one over the root of the number of columns."""
+    GIVEN = "given"
+    """Written down in the plan."""
+
+
+@dataclass(frozen=True, slots=True)
+class MadeFile:
+    """Matrices of one shape that are made when they are read, one after the other."""
+
+    kind: MadeKind
+    """How."""
+    shape: tuple[int, int]
+    """Rows and columns of each."""
+    dtype: DType
+    """Element type: bfloat16, float16, float32 or float64."""
+    names: tuple[str, ...]
+    """The tensors, after which their numbers are drawn; given ones share one matrix."""
+    seed: int = 0
+    """Seed of what is drawn."""
+    given: str = ""
+    """The given matrix in float32, little-endian, as hexadecimal digits."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all matrices."""
+        count = 1 if self.kind is MadeKind.GIVEN else len(self.names)
+        return count * self.dtype.nbytes(prod(self.shape))
+
+    @property
+    def peak_nbytes(self) -> int:
+        """Most memory that making them takes: all of them, and twice, and one in float64 with its draws."""
+        return 2 * self.nbytes + 5 * 8 * prod(self.shape)
+
+
 @dataclass(frozen=True, slots=True)
 class ShardFile:
     """One file of a checkpoint, as it was when its header was read."""
@@ -166,6 +207,8 @@ class ShardFile:
     """BLAKE2b-128 of the header (safetensors) or of the pickle record (.bin), in hex."""
     left_out: tuple[str, ...] = ()
     """What the file holds beside the tensors that are read, a phrase for each."""
+    made: MadeFile | None = None
+    """What it would hold, of a file that is nowhere; None for one on disk."""
 
 
 @dataclass(frozen=True, slots=True)

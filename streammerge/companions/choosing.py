@@ -25,13 +25,14 @@ from streammerge.companions.depth import ArrangedLayers, LayerOrigin
 from streammerge.companions.described import Described
 from streammerge.companions.fitting import fit_config
 from streammerge.companions.kinds import gather_companions, kind_of, read_object, read_template
+from streammerge.companions.mixing import fit_mixture
 from streammerge.companions.stating import state_storage
 from streammerge.companions.templates import find_template
 from streammerge.companions.tokenizers import state_special, with_added_tokens
 from streammerge.dtypes import DType
 from streammerge.errors import CheckpointError, RecipeError
 from streammerge.plan.types import MergePlan
-from streammerge.recipe.types import BASE, CompanionKind, Recipe
+from streammerge.recipe.types import BASE, CompanionKind, Mixture, Recipe
 
 _CONFIG = "config.json"
 _FOLLOWED = {
@@ -79,7 +80,7 @@ def accompany(
         _check_given(recipe, taken, companions, own)
     _check_modules(taken[CompanionKind.CONFIG].directory, models[0], companions)
     arranged = _arranged_layers(planned, recipe, models[0])
-    changes = _fit(planned, models, taken[CompanionKind.CONFIG], arranged)
+    changes = _fit(planned, models, taken[CompanionKind.CONFIG], arranged, recipe.mixture)
     changes[_CONFIG] = (
         *changes.get(_CONFIG, ()),
         *_storage(planned, models[0], participants[0], taken[CompanionKind.CONFIG]),
@@ -245,6 +246,7 @@ def _fit(
     models: Sequence[Checkpoint | AdaptedModel],
     origin: Participant,
     arranged: ArrangedLayers | None,
+    mixture: Mixture | None,
 ) -> dict[str, tuple[JsonChange, ...]]:
     """Return what the chosen configurations have to say of the planned tensors, by their file's name."""
     named = [
@@ -285,8 +287,19 @@ def _fit(
         others = [each for _, each in described if each is not own]
         is_first = own.label == planned.models[0].label
         judged = copied.get(folder, {}) if is_first else dict.fromkeys(result, "the result")
-        found = fit_config(
-            own, others, result, judged, is_first=is_first, arranged=None if folder else arranged
+        found = (
+            fit_config(
+                own,
+                others,
+                result,
+                judged,
+                is_first=is_first,
+                arranged=None if folder else arranged,
+            )
+            if mixture is None
+            else tuple(
+                fit_mixture(own, mixture, len(planned.models) - 1, result, is_first=is_first)
+            )
         )
         if folder:
             found += tuple(_dtype_changes(merged.get(folder, set()), own.config))

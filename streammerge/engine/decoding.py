@@ -18,7 +18,7 @@ from streammerge.checkpoint.bytesource import ByteSource
 from streammerge.checkpoint.types import Coding
 from streammerge.dtypes import DType
 from streammerge.engine.drawing import draw_rows
-from streammerge.engine.floats import widen
+from streammerge.floats import widen
 from streammerge.plan.chunking import DECODING_BYTES, ReadSpan
 
 _STEP = 2**15

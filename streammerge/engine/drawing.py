@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from streammerge.checkpoint.bytesource import ByteSource
 from streammerge.checkpoint.rowmap import RowMap
-from streammerge.engine.floats import narrow, widen
+from streammerge.floats import narrow, widen
 from streammerge.plan.chunking import ReadSpan
 
 _ROWS = 2048

@@ -28,8 +28,8 @@ from streammerge.checkpoint.types import Encoding
 from streammerge.dtypes import DType
 from streammerge.engine.decoding import widen_scales
 from streammerge.engine.finite import LARGEST
-from streammerge.engine.floats import narrow
 from streammerge.errors import NonFiniteError, printable
+from streammerge.floats import narrow
 from streammerge.plan.demanding import ENCODING_BYTES
 from streammerge.plan.types import TensorTask
 

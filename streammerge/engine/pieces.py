@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from streammerge.adapters.onto_base.deltas import Delta
 from streammerge.assignment.types import Action
 from streammerge.dtypes import DType
-from streammerge.engine.floats import KINDS, widen
+from streammerge.floats import KINDS, widen
 from streammerge.lazily import torch
 from streammerge.plan.chunking import Chunk, ModelRead
 from streammerge.plan.types import MergePlan, TensorTask

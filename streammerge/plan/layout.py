@@ -33,7 +33,7 @@ USUAL_SHARD_BYTES = 5 * 10**9
 
 
 def plan_layout_like(
-    tensors: Sequence[_Stored], first: Checkpoint, output: OutputSpec
+    tensors: Sequence[_Stored], first: Checkpoint, output: OutputSpec, *, grows: bool = False
 ) -> tuple[OutputLayout, list[tuple[int, int]]]:
     """Assign every tensor a place in files like those of the first model.
 
@@ -44,6 +44,7 @@ def plan_layout_like(
         tensors: Output tensors, in any order.
         first: The base, or the first source.
         output: What the recipe says about the output.
+        grows: Whether it is several times the first model, and becomes several files of the usual size.
 
     Returns:
         As :func:`plan_layout`.
@@ -51,7 +52,7 @@ def plan_layout_like(
     if first.parts:
         return _plan_parts(tensors, first, output)
     limit = output.max_shard_bytes
-    if limit is None and len(first.files) > 1:
+    if limit is None and (grows or len(first.files) > 1):
         limit = USUAL_SHARD_BYTES
     return plan_layout(
         tensors, limit, names=name_weights(first), metadata=first.metadata or (FORMAT,)

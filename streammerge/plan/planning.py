@@ -13,6 +13,7 @@ from streammerge.adapters.onto_base.adapted import TunedModel, stored_tensors
 from streammerge.adapters.onto_base.changes import Change
 from streammerge.assignment.aligning import align_tensors
 from streammerge.assignment.layers import arrange_layers
+from streammerge.assignment.mixtures import arrange_mixture
 from streammerge.assignment.naming import match_names
 from streammerge.assignment.ties import settle_ties
 from streammerge.assignment.tokens import Tokens
@@ -126,7 +127,11 @@ def plan_merge(
     labels = labels_of(recipe)
     given = [*([base] if base is not None else []), *sources]
     matched, renamings, renamed = match_names(given, labels, recipe)
-    arranged = arrange_layers(matched, labels, recipe)
+    arranged = (
+        arrange_layers(matched, labels, recipe)
+        if recipe.mixture is None
+        else arrange_mixture(matched, labels, recipe)
+    )
     resolve = build_resolver(recipe, method.parameters, arranged.position_of)
     ties = settle_ties(arranged.models, labels, resolve)
     drawn = Drawn(ties.models)
@@ -150,7 +155,12 @@ def plan_merge(
         check_in_turn(recipe, assignment, sources)
     layout, places = place_parts(
         assignment.tensors,
-        lambda tensors: plan_layout_like(tensors, _first(checkpoints), recipe.output),
+        lambda tensors: plan_layout_like(
+            tensors,
+            _first(checkpoints if recipe.mixture is None else given),
+            recipe.output,
+            grows=recipe.mixture is not None,
+        ),
     )
     files, file_index = _files(checkpoints)
     tasks = _tasks(assignment.tensors, places, file_index, model_scope=model_scope)
@@ -177,7 +187,8 @@ def plan_merge(
     resources, memory = choose_resources(
         demand,
         budget=machine.budget,
-        baseline=machine.baseline(torch=torch),
+        baseline=machine.baseline(torch=torch)
+        + sum(file.made.peak_nbytes for file in files if file.made is not None),
         workers=machine.workers,
         readers=machine.readers,
         writers=machine.writers,

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from streammerge.errors import printable
+from streammerge.recipe.mixture import plain_mixture
 from streammerge.recipe.schema import PROMOTED
 from streammerge.recipe.text import dump_document
 from streammerge.recipe.types import (
@@ -63,6 +64,8 @@ def _document(recipe: Recipe) -> dict[str, object]:
     document["rules"] = [_plain_rule(rule) for rule in recipe.rules]
     if recipe.layers:
         document["layers"] = list(map(_plain_slice, recipe.layers))
+    if recipe.mixture is not None:
+        document["mixture"] = plain_mixture(recipe.mixture)
     if recipe.semantics is not None:
         document["semantics"] = recipe.semantics.value
     document["seed"] = recipe.seed

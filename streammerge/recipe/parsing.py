@@ -17,6 +17,7 @@ from typing import Any
 from streammerge.errors import RecipeError, suggestion
 from streammerge.recipe.dialects.mergekit import is_mergekit
 from streammerge.recipe.dialects.mergekit import translate as translate_mergekit
+from streammerge.recipe.mixture import iter_mixture_problems
 from streammerge.recipe.refusing import key_path, shown
 from streammerge.recipe.resolving import Place, iter_parameter_problems, tables_of
 from streammerge.recipe.schema import PROMOTED, LayerSliceDocument, RecipeDocument, check_frame
@@ -205,6 +206,7 @@ def _rule_problems(document: dict[Any, Any], parameter_names: list[str]) -> Iter
     yield from _layer_problems(document, n_sources)
     yield from _origin_problems(document, n_sources)
     yield from iter_vocabulary_problems(document, n_sources)
+    yield from iter_mixture_problems(document, n_sources)
     if document.get("missing") == "base" and document.get("base") is None:
         yield 'missing: the recipe has no base to take tensors from; add the key "base"'
 
@@ -320,6 +322,7 @@ def _build(
             _build_slice(shape, table, specs)
             for shape, table in zip(frame.layers, document.get("layers") or [], strict=True)
         ),
+        mixture=frame.mixture,
     )
 
 

@@ -19,9 +19,9 @@ MERGEKIT_KEYS = {
     "base_model": 'the native key is "base"',
     "dtype": 'the native keys are "compute_dtype" and "output.dtype"',
     "out_dtype": 'the native key is "output.dtype"',
-    "tokenizer": "there is no native key",
-    "tokenizer_source": "there is no native key",
-    "chat_template": "there is no native key",
+    "tokenizer": 'the native key is "vocabulary"',
+    "tokenizer_source": 'the native key is "vocabulary"',
+    "chat_template": 'the native key is "output.chat_template"',
     "model": 'the native key is "path"',
 }
 """Keys of mergekit's recipes, with what streammerge's own recipes say instead."""

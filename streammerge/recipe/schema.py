@@ -24,6 +24,8 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 
 from streammerge.dtypes import DTYPES_BY_TORCH_NAME, DType
 from streammerge.errors import RecipeError
+from streammerge.recipe.mixture import SCHEMA as MIXTURE_SCHEMA
+from streammerge.recipe.mixture import MixtureError, parse_mixture
 from streammerge.recipe.refusing import (
     MAX_SHOWN_CHARACTERS,
     MERGEKIT_KEYS,
@@ -39,6 +41,7 @@ from streammerge.recipe.types import (
     DrawnVocabulary,
     MismatchPolicy,
     MissingPolicy,
+    Mixture,
     NonFinitePolicy,
     QuantizationPolicy,
     RuleDType,
@@ -134,6 +137,13 @@ def _parse_vocabulary(value: object) -> VocabularyPolicy | DrawnVocabulary:
     try:
         return parse_vocabulary(value)
     except VocabularyError as error:
+        raise PydanticCustomError("said", "{said}", {"said": str(error)}) from None
+
+
+def _parse_mixture(value: object) -> Mixture | None:
+    try:
+        return parse_mixture(value)
+    except MixtureError as error:
         raise PydanticCustomError("said", "{said}", {"said": str(error)}) from None
 
 
@@ -387,6 +397,13 @@ class RecipeDocument(_Document):
     layers: list[LayerSliceDocument] = Field(
         default_factory=list,
         description="The layers of the result, slice by slice, where they are not those of the inputs.",
+    )
+    mixture: Annotated[
+        Mixture | None, PlainValidator(_parse_mixture), WithJsonSchema(MIXTURE_SCHEMA)
+    ] = Field(
+        default=None,
+        description="Make the sources the experts of a mixture, of which the base gives all else: form, "
+        "experts_per_token, gates (random, uniform, embeddings or a file), shared, prompts.",
     )
     semantics: Annotated[Semantics | None, BeforeValidator(_word_of(Semantics))] = Field(
         default=None, description="Whose definition of the method is meant, where they differ."

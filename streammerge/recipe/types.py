@@ -294,6 +294,52 @@ class LayerSlice:
         return tuple(each.source for each in self.ranges if each.source != BASE)
 
 
+class MixtureForm(StrEnum):
+    """Whose tensors and configuration a mixture of experts has."""
+
+    MIXTRAL = "mixtral"
+    QWEN2_MOE = "qwen2_moe"
+    QWEN3_MOE = "qwen3_moe"
+    DEEPSEEK = "deepseek"
+
+
+class GateKind(StrEnum):
+    """Where gate vectors come from that no file has."""
+
+    RANDOM = "random"
+    """Drawn from the normal distribution of mean 0 and variance 1."""
+    UNIFORM = "uniform"
+    """Drawn evenly between plus and minus one over the root of the hidden size, as layers begin."""
+    EMBEDDINGS = "embeddings"
+    """The direction of the sum of the base's embeddings of an expert's prompts."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prompts:
+    """Texts that an expert is for, and that it is not for."""
+
+    positive: tuple[str, ...]
+    """At least one."""
+    negative: tuple[str, ...] = ()
+    """Their embeddings are subtracted."""
+
+
+@dataclass(frozen=True, slots=True)
+class Mixture:
+    """A mixture of experts: the sources' feed-forward layers side by side, all else from the base."""
+
+    experts_per_token: int
+    """Experts that a token is given to; at least 1."""
+    gates: GateKind | Path
+    """Where the vectors come from that say which: a kind, or a file of them."""
+    form: MixtureForm | None = None
+    """None for the first one that can be made of the base."""
+    shared: int | None = None
+    """The source that is the expert of every token; None for none."""
+    prompts: tuple[Prompts, ...] = ()
+    """One per source, for gates from embeddings."""
+
+
 @dataclass(frozen=True, slots=True)
 class Recipe:
     """A merge, as the user asked for it."""
@@ -326,6 +372,8 @@ class Recipe:
     """What to do with tokenizers that differ, or the vocabulary that rows are drawn for."""
     layers: tuple[LayerSlice, ...] = ()
     """The layers of the result, slice by slice; empty for those of the inputs, each with its like."""
+    mixture: Mixture | None = None
+    """How the sources become experts; None where they are merged."""
     remarks: tuple[str, ...] = field(default=(), compare=False)
     """What a recipe of another tool says without effect, or means otherwise."""
     keys: Mapping[str, str] = field(default_factory=dict, compare=False)

@@ -17,7 +17,7 @@ from streammerge.checkpoint.bytesource import ByteSourceKind, choose_byte_source
 from streammerge.checkpoint.rowmap import RowMap, RowPlace, pack
 from streammerge.dtypes import DType
 from streammerge.engine.decoding import read_span
-from streammerge.engine.floats import narrow
+from streammerge.floats import narrow
 from streammerge.plan.chunking import plan_range
 from streammerge.plan.types import TensorInput
 

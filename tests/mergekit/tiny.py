@@ -100,11 +100,15 @@ def make_model(config: PretrainedConfig) -> PreTrainedModel:
 
 
 def write_models(directory: Path, architecture: str) -> dict[str, Path]:
+    """Write the models of an architecture."""
+    return write_models_of(directory, ARCHITECTURES[architecture])
+
+
+def write_models_of(directory: Path, make: Callable[..., PretrainedConfig]) -> dict[str, Path]:
     """Write a base ``a``, fine-tunes ``b`` and ``c`` of it, and ``deep``, with two layers more.
 
     What is tuned is a quarter as large as the base, and one tensor stays as it was.
     """
-    make = ARCHITECTURES[architecture]
     torch.manual_seed(1)
     base = make_model(make())
     paths = {"a": directory / "a"}

@@ -245,7 +245,7 @@ def test_anchors_and_merge_keys_are_allowed():
         (linear("rules: [{tensor: a, tensors: b, drop: true}]"), 'rules[0].tensor: unknown key; did you mean "tensors"?'),
         (linear("rules: [{tensors: b, normalise: true}]"), 'rules[0].normalise: unknown key; did you mean "normalize"?'),
         (linear("output: {dtyp: BF16}"), 'output.dtyp: unknown key; did you mean "dtype"?'),
-        (linear("'two words': 1"), '"two words": unknown key; known: base, compute_dtype, layers, method, mismatch, missing, non_finite, output, parameters, rules, seed, semantics, sources, vocabulary'),
+        (linear("'two words': 1"), '"two words": unknown key; known: base, compute_dtype, layers, method, mismatch, missing, mixture, non_finite, output, parameters, rules, seed, semantics, sources, vocabulary'),
         (linear("parameters: {3: 1}"), "parameters[3]: unknown key; known: normalize, weight"),
         # Known keys in the wrong place.
         (linear("normalize: true"), 'normalize: a parameter of the method; move it under "parameters": parameters.normalize'),

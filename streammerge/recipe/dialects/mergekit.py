@@ -15,6 +15,7 @@ from typing import Any
 
 from streammerge.errors import RecipeError, suggestion
 from streammerge.recipe.dialects.methods import METHODS, PARAMETERS, BaseRole, Foreign
+from streammerge.recipe.dialects.mixtures import MixtureTranslation, is_mixture
 from streammerge.recipe.dialects.parameters import Findings, check_idle, translate_parameters
 from streammerge.recipe.dialects.references import Reference, parse_reference
 from streammerge.recipe.dialects.tokenizers import Vocabulary
@@ -53,8 +54,10 @@ class Translated:
 
 def is_mergekit(document: Mapping[Any, Any]) -> bool:
     """Return whether a document is a recipe for mergekit, and none of this tool."""
-    return "merge_method" in document or (
-        "method" not in document and not MARKERS.isdisjoint(document)
+    return (
+        is_mixture(document)
+        or "merge_method" in document
+        or ("method" not in document and not MARKERS.isdisjoint(document))
     )
 
 
@@ -68,6 +71,10 @@ def translate(document: Mapping[Any, Any], methods: Methods) -> Translated:
     Raises:
         RecipeError: It is not mergekit's, or asks for what there is not; one line for each problem.
     """
+    if is_mixture(document):
+        mixture = MixtureTranslation(document)
+        made = mixture.run()
+        return Translated(made, mixture.paths, tuple(dict.fromkeys(mixture.found.remarks)))
     return _Translation(document, methods).run()
 
 
