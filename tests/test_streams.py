@@ -23,6 +23,15 @@ import streammerge
 from streammerge.cli import main
 from streammerge.plan.codec import parse_plan
 
+
+@pytest.fixture(autouse=True)
+def _hears_hangups() -> Iterator[None]:
+    """Hear hangups, which `nohup` has its command and all that it starts ignore."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 pytestmark = [
     pytest.mark.skipif(os.name != "posix", reason="streams and signals are those of POSIX"),
     pytest.mark.timeout(120),
