@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from models import MEMORY, Models, recipe_of
+from blake3 import blake3
+from models import MEMORY, Models, date_back, recipe_of
 
 import streammerge
 from streammerge.checkpoint.digests import (
@@ -180,17 +181,41 @@ def test_the_digest_of_a_shard_is_what_its_definition_says(out: Path) -> None:
     _, entries = read_safetensors_header(shard, file_index=0)
     data = shard.read_bytes()
     start = min(entry.offset for entry in entries)
-    tree = hashlib.sha256(hashlib.sha256(data[:start]).digest())
+    tree = blake3(blake3(data[:start]).digest())
     for entry in sorted(entries, key=lambda entry: entry.offset):
         own = data[entry.offset : entry.offset + entry.nbytes]
         step = 262_144 * entry.dtype.itemsize
         for begin in range(0, len(own), step):
-            tree.update(hashlib.sha256(own[begin : begin + step]).digest())
+            tree.update(blake3(own[begin : begin + step]).digest())
 
     manifest = json.loads((out / MANIFEST_NAME).read_text())
 
     assert manifest["files"][shard.name]["digest"] == tree.hexdigest()
     assert digest_shard(shard, entries, start) == tree.hexdigest()
+
+
+@pytest.mark.parametrize("version", [1, 2, 3])
+def test_manifests_of_earlier_versions_are_read_with_their_hash(out: Path, version: int) -> None:
+    path = out / MANIFEST_NAME
+    document = json.loads(path.read_text())
+    written = json.dumps(document["files"])
+    date_back(out, document, {1: hashlib.sha256, 2: hashlib.sha256, 3: blake3}[version])
+    assert (json.dumps(document["files"]) == written) == (version == 3)
+    write_with_digest(path, document | {"version": version})
+
+    assert verify_files(out).damages == ()
+
+
+def write_with_digest(path: Path, document: dict[str, Any]) -> None:
+    """Write a manifest whose last line vouches for it; of version 1, one without."""
+    del document["digest"]
+    if document["version"] == 1:
+        path.write_text(json.dumps(document))
+        return
+    lines = json.dumps(document, indent=1).removesuffix("\n}")
+    raw = f'{lines},\n "digest": "{"0" * 64}"\n}}\n'.encode()
+    digest = hashlib.sha256(raw).hexdigest().encode()
+    path.write_bytes(raw.replace(b"0" * 64, digest))
 
 
 def test_leaves_may_be_digested_in_any_cut() -> None:
@@ -219,8 +244,7 @@ def forge(shard: Path, element: int) -> None:
     flip(shard, large.offset + 2 * element)
     manifest = shard.parent / MANIFEST_NAME
     document = json.loads(manifest.read_text())
-    start = min(entry.offset for entry in entries)
-    document["files"][shard.name]["digest"] = digest_shard(shard, entries, start)
+    date_back(shard.parent, document, hashlib.sha256)
     del document["digest"]
     # A manifest of before, which does not vouch for itself.
     manifest.write_text(json.dumps(document | {"version": 1}))

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import MEMORY, Models, recipe_of
+from models import MEMORY, Models, date_back, recipe_of
 
 import streammerge
 from streammerge.checkpoint.outputform import MANIFEST_NAME
@@ -93,7 +93,7 @@ def test_two_files_that_changed_places_do_not_pass(out: Path) -> None:
     [
         (r'"method": "ties"', '"method": "dare"'),
         (r"seed: 0", "seed: 1"),
-        (r'"version": 2', '"version": 3'),
+        (r'"version": 3', '"version": 4'),
         (r'"streammerge": "', '"streammerge": "9'),
         (r'"resumed": false', '"resumed": true'),
         (r'"digest": "[0-9a-f]{64}"\n}\n$', '"digest": "' + "0" * 64 + '"\n}\n'),
@@ -134,6 +134,7 @@ def test_a_manifest_of_before_is_read_and_cannot_vouch_for_itself(
     out: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     document = json.loads((out / MANIFEST_NAME).read_text())
+    date_back(out, document, hashlib.sha256)
     del document["digest"]
     (out / MANIFEST_NAME).write_text(json.dumps(document | {"version": 1}))
 

@@ -33,7 +33,7 @@ from streammerge.errors import HeaderError, printable
 from streammerge.units import MIB
 from streammerge.version import VERSION
 
-MANIFEST_VERSION = 2
+MANIFEST_VERSION = 3
 _FIRST_WITH_DIGEST = 2
 MAX_MANIFEST_BYTES = 256 * MIB
 """A tensor takes about 250 bytes, so this allows a million of them."""

@@ -11,7 +11,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from streammerge.checkpoint.digests import FileDigest, digest_file, digest_shard
+from streammerge.checkpoint.digests import (
+    FileDigest,
+    MakeHash,
+    digest_file,
+    digest_shard,
+    tree_hash,
+)
 from streammerge.checkpoint.folders import iter_empty_folders, iter_names
 from streammerge.checkpoint.header import read_safetensors_header
 from streammerge.checkpoint.inputs import parse_path
@@ -79,9 +85,10 @@ def verify_files(
     if manifest.flaw is not None:
         damages.append(Damage(form.manifest, "corrupt", manifest.flaw))
     nbytes = 0
+    make_hash = tree_hash(manifest.document.get("version"))
     for name, expected in sorted(listed.items()):
         on_file(name)
-        damage = _compare(directory, name, expected)
+        damage = _compare(directory, name, expected, make_hash)
         if damage is not None:
             damages.append(damage)
         else:
@@ -104,7 +111,9 @@ def _extra_files(directory: Path, known: set[str]) -> Iterator[Damage]:
             yield Damage(name, "extra", "the manifest does not list it")
 
 
-def _compare(directory: Path, name: str, expected: FileDigest) -> Damage | None:
+def _compare(
+    directory: Path, name: str, expected: FileDigest, make_hash: MakeHash
+) -> Damage | None:
     """Return what is wrong with a file; None when nothing is."""
     path = directory / name
     try:
@@ -118,7 +127,7 @@ def _compare(directory: Path, name: str, expected: FileDigest) -> Damage | None:
         found = status.st_size
         if found != expected.nbytes:
             return Damage(name, "corrupt", f"has {found} bytes, was written with {expected.nbytes}")
-        digest = _digest_tree(path) if expected.tree else digest_file(path).digest
+        digest = _digest_tree(path, make_hash) if expected.tree else digest_file(path).digest
     except FileNotFoundError:
         return Damage(name, "missing", f"was written with {expected.nbytes} bytes")
     except OSError as error:
@@ -130,8 +139,8 @@ def _compare(directory: Path, name: str, expected: FileDigest) -> Damage | None:
     return None
 
 
-def _digest_tree(path: Path) -> str:
+def _digest_tree(path: Path, make_hash: MakeHash) -> str:
     _, entries = read_safetensors_header(path, file_index=0)
     with path.open("rb") as stream:
         header_nbytes = 8 + int.from_bytes(stream.read(8), "little")
-    return digest_shard(path, entries, header_nbytes)
+    return digest_shard(path, entries, header_nbytes, make_hash)
