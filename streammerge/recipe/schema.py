@@ -478,6 +478,8 @@ def _describe(details: ErrorDetails, parameter_names: frozenset[str]) -> str:
             said = f"expected at least {context['min_length']} entry, got 0"
         case "dict_type" | "model_type":
             said = f"expected a mapping of keys to values, got {got}"
+            if steps[:1] == ("sources",) and len(steps) == 2 and isinstance(details["input"], str):
+                said += f"; write {{path: {got}}}"
         case _:
             said = f"{details['msg']}, got {got}"
     return f"{key_path(*steps)}: {said}" if steps else said

@@ -261,7 +261,7 @@ def test_anchors_and_merge_keys_are_allowed():
         ("method: linear", "sources: this key is required"),
         (linear(sources="[]"), "sources: expected at least 1 entry, got 0"),
         (linear(sources="{path: a}"), "sources: expected a list, got a mapping"),
-        (linear(sources="[a]"), 'sources[0]: expected a mapping of keys to values, got "a"'),
+        (linear(sources="[a]"), 'sources[0]: expected a mapping of keys to values, got "a"; write {path: "a"}'),
         (linear(sources="[{weight: 1}]"), "sources[0].path: this key is required"),
         (linear(sources="[{path: ''}]"), "sources[0].path: expected text, got an empty one"),
         (linear(sources="[{path: 7}]"), "sources[0].path: expected text, got 7"),
