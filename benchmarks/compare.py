@@ -59,6 +59,8 @@ OTHERS = ("mergekit", "peft")
 """Packages whose versions are printed."""
 _MOST_FOR_ALL = 4
 """Sources that the others merge, too: they hold whole models."""
+TMPFS = "tmpfs"
+_IN_MEMORY = Path("/dev/shm/streammerge-benchmarks")  # noqa: S108 - in memory is what it is for
 JobT = TypeVar("JobT", bound=AnyJob)
 
 
@@ -70,6 +72,8 @@ def main(arguments: Sequence[str]) -> int:
     work.mkdir(parents=True, exist_ok=True)
     if needs_environment(options.contenders):
         prepare_environment(work)
+    if options.storage == TMPFS:
+        options.work = work = in_memory(work)
     check_disk(work, options.size, options.sources)
     models = prepare_models(work, options.size, options.sources)
     results = describe_session(models.base, options, work) | {
@@ -88,6 +92,15 @@ def main(arguments: Sequence[str]) -> int:
     )
     print(f"\n{render_performance_table(results)}")
     return 0
+
+
+def in_memory(work: Path) -> Path:
+    """Return a place in memory for models and outputs, with the environment that ``work`` has."""
+    _IN_MEMORY.mkdir(exist_ok=True)
+    environment_of = environment_directory(_IN_MEMORY)
+    if not environment_of.is_symlink():
+        environment_of.symlink_to(environment_directory(work))
+    return _IN_MEMORY
 
 
 def measure_jobs(
@@ -137,6 +150,13 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         default=["4GiB", "512MiB"],
         help="budgets of streammerge; others are compared with the first",
     )
+    parser.add_argument(
+        "--storage",
+        choices=("disk", TMPFS),
+        default="disk",
+        help=f"tmpfs: models and outputs lie in {_IN_MEMORY.parent}, in memory, and nothing is dropped, so "
+        "that programs start warm: what is left is what the processor takes",
+    )
     add_common_options(parser)
     options = parser.parse_args(arguments)
     if options.sources < 2 or options.rounds < 1:
@@ -181,6 +201,7 @@ def describe_session(base: Path, options: argparse.Namespace, work: Path) -> dic
         "dtype": "bfloat16",
         "memory": options.memory,
         "cache_dropped": None,
+        "storage": getattr(options, "storage", "disk"),
         "machine": environment.machine_facts(work),
         "disk_rates": environment.disk_rates(files, work),
         "versions": {"project": environment.own_versions(), "contenders": {}},
@@ -190,7 +211,8 @@ def describe_session(base: Path, options: argparse.Namespace, work: Path) -> dic
 
 def default_results_path(results: dict[str, Any]) -> Path:
     """Return the place in ``benchmarks/results/`` that belongs to these results."""
-    return results_path(f"{results['size']}-{results['sources']}src", results)
+    storage = "-tmpfs" if results.get("storage") == TMPFS else ""
+    return results_path(f"{results['size']}-{results['sources']}src{storage}", results)
 
 
 def results_path(name: str, results: dict[str, Any]) -> Path:
@@ -217,9 +239,13 @@ def compare(
             if any(run.failure is not None for run in runs[contender.name]):
                 continue
             print(f"  {job.name}, round {number + 1}: {contender.name}", file=sys.stderr)
-            results["cache_dropped"] = drop_page_cache(
-                [file for model in job.inputs for file in model.glob("*.safetensors")],
-                everything=options.cache == "all",
+            results["cache_dropped"] = (
+                None
+                if results.get("storage") == TMPFS
+                else drop_page_cache(
+                    [file for model in job.inputs for file in model.glob("*.safetensors")],
+                    everything=options.cache == "all",
+                )
             )
             run, stage = run_once(job, contender, timeout_seconds=options.timeout, work=work)
             runs[contender.name].append(run)

@@ -70,7 +70,8 @@ def render_method(name: str, result: Mapping[str, Any]) -> str:
         f"{result['written_nbytes'] / 1e9:.2f} GB written"
     )
     relative = [other for other in (STREAMMERGE, MERGEKIT, FLOOR) if other in contenders]
-    header = ["contender", "wall s", "min-max", "CPU s", "private", "RSS"]
+    moved = (result["read_nbytes"] + result["written_nbytes"]) / 1e9
+    header = ["contender", "wall s", "min-max", "CPU s", "CPU s/GB", "private", "RSS"]
     rows = [[*header, *(f"/ {other}" for other in relative)]]
     failures = []
     for contender, summary in contenders.items():
@@ -85,6 +86,7 @@ def render_method(name: str, result: Mapping[str, Any]) -> str:
                 f"{summary['wall_seconds']:.2f}",
                 f"{summary['wall_seconds_least']:.2f}-{summary['wall_seconds_most']:.2f}",
                 f"{summary['cpu_seconds']:.2f}",
+                f"{summary['cpu_seconds'] / moved:.2f}",
                 format_memory(summary["peak_private_nbytes"]),
                 format_memory(summary["peak_resident_nbytes"]),
                 *(f"{ratios[other]:.2f}" if other in ratios else _ABSENT for other in relative),
@@ -159,9 +161,10 @@ def describe_conditions(results: Mapping[str, Any], *, others: Sequence[str]) ->
     told = "".join(f", {name} {versions[name]}" for name in others if name in versions)
     subject = results.get("subject") or f"{results['sources']} sources"
     rounds = results["rounds"]
+    where = "in memory" if results.get("storage") == "tmpfs" else "cold page cache"
     return (
-        f"{results['size']} parameters in {results['dtype']}, {subject}, cold "
-        f"page cache, {f'medians of {rounds} rounds' if rounds > 1 else 'one round'}; "
+        f"{results['size']} parameters in {results['dtype']}, {subject}, {where}, "
+        f"{f'medians of {rounds} rounds' if rounds > 1 else 'one round'}; "
         f"{machine['cores']} cores of {machine['cpu']}, {machine['memory_nbytes'] / GIB:.0f} GiB, "
         f"disk {rates['read_bytes_per_second'] / 1e9:.2f} GB/s reading and "
         f"{rates['write_bytes_per_second'] / 1e9:.2f} GB/s writing; commit {commit}{told}."
