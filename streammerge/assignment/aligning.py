@@ -47,6 +47,7 @@ def align_tensors(
     *,
     method: MergeMethod,
     models_of: Callable[[str], tuple[int, ...]],
+    base_of: Callable[[str], int],
     known: Collection[str] = (),
     renamed: Mapping[str, str] = MappingProxyType({}),
 ) -> Assignment:
@@ -59,6 +60,7 @@ def align_tensors(
         resolve: What the recipe says about a tensor name.
         method: What the recipe's method does with a base, and with sources that equal it.
         models_of: Which models a tensor is made of.
+        base_of: Which model's tensor stands in the base's place.
         known: Names that rules may speak of besides: other names of the same tensors.
         renamed: Names that sources had, with those that rules have to use.
 
@@ -68,7 +70,9 @@ def align_tensors(
         UnsupportedDTypeError: A tensor is a float in one input and an integer in another.
         RecipeError: A rule copies a tensor from a model that has none of that name.
     """
-    aligner = _Aligner(recipe, labels, checkpoints, resolve, method=method, models_of=models_of)
+    aligner = _Aligner(
+        recipe, labels, checkpoints, resolve, method=method, models_of=models_of, base_of=base_of
+    )
     return aligner.run(known, renamed)
 
 
@@ -84,6 +88,7 @@ class _Aligner:
         *,
         method: MergeMethod,
         models_of: Callable[[str], tuple[int, ...]],
+        base_of: Callable[[str], int],
     ) -> None:
         self._recipe = recipe
         self._labels = labels
@@ -92,6 +97,7 @@ class _Aligner:
         self._has_base = recipe.base is not None
         self._method = method
         self._models_of = models_of
+        self._base_of = base_of
         self._settings: dict[Setting, int] = {}
         self._dropped: list[str] = []
         self._copied: list[str] = []
@@ -118,12 +124,19 @@ class _Aligner:
         self._refuse(names)
         self._describe(tensors)
         return Assignment(
-            (*tensors, *self._rests),
+            tuple(map(self._lent, (*tensors, *self._rests))),
             tuple(self._settings),
             tuple(self._dropped),
             tuple(self._copied),
             tuple(self._notes),
         )
+
+    def _lent(self, tensor: AssignedTensor) -> AssignedTensor:
+        """Say of a tensor whose base is another model's in which one's files that is."""
+        owner = self._base_of(tensor.name)
+        if not owner or tensor.entries[0] is None:
+            return tensor
+        return replace(tensor, base_owner=owner)
 
     def _describe(self, tensors: Sequence[AssignedTensor]) -> None:
         """Note what was decided about many tensors, and refuse what comes to no merge at all."""
@@ -183,6 +196,8 @@ class _Aligner:
             )
         resolved = self._resolve(name)
         entries = [each.tensors.get(name) for each in self._checkpoints]
+        if lender := self._base_of(name):
+            entries[0] = entries[lender]
         if resolved.drop:
             self._dropped.append(name)
             return None
@@ -212,7 +227,7 @@ class _Aligner:
         first_merged = 0 if lent else self._first_merged
         merged = range(first_merged, len(entries))
         absent = tuple(
-            index
+            index or self._base_of(name)
             for index in involved
             if index >= self._first_merged and entries[index] is None and index not in lent
         )
@@ -405,20 +420,21 @@ class _Aligner:
         self, name: str, entries: Sequence[TensorEntry | None], copy: int
     ) -> AssignedTensor:
         model = 0 if copy == BASE else copy + self._has_base
+        label = self._labels[model or self._base_of(name)]
         if entries[model] is None and model in self._adapted:
             raise RecipeError(
-                f"rules: {printable(name)} is to be copied from {self._labels[model]}, an adapter that "
+                f"rules: {printable(name)} is to be copied from {label}, an adapter that "
                 "does not bring the tensor along; merge the adapter into the base first and name "
                 "the result, or copy from the base"
             )
         if entries[model] is None:
             raise RecipeError(
-                f"rules: {printable(name)} is to be copied from {self._labels[model]}, which has no such "
+                f"rules: {printable(name)} is to be copied from {label}, which has no such "
                 f"tensor; add a rule before it that drops or merges {printable(name)}"
             )
         if name in changes_of(self._checkpoints[model]):
             raise RecipeError(
-                f"rules: {printable(name)} is to be copied from {self._labels[model]}, whose adapter "
+                f"rules: {printable(name)} is to be copied from {label}, whose adapter "
                 "changes it; merge the adapter into its model first and name the result, or copy from "
                 "another one"
             )
@@ -427,7 +443,9 @@ class _Aligner:
     def _agree(self, name: str, inputs: Sequence[TensorEntry | None]) -> bool:
         """Return whether all inputs have one shape, and are floats or of one type; else note it."""
         present = [
-            (self._labels[index], entry) for index, entry in enumerate(inputs) if entry is not None
+            (self._labels[index or self._base_of(name)], entry)
+            for index, entry in enumerate(inputs)
+            if entry is not None
         ]
         shapes = len({entry.shape for _, entry in present}) > 1
         floats = all(entry.dtype.is_float for _, entry in present)

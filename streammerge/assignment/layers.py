@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from streammerge.adapters.onto_base.adapted import AdaptedModel, TunedModel
+from streammerge.adapters.onto_base.adapted import AdaptedModel, TunedModel, changes_of
 from streammerge.adapters.onto_base.changes import Change
 from streammerge.assignment.types import Model
 from streammerge.checkpoint.types import Checkpoint, Note, TensorEntry
@@ -101,6 +101,8 @@ class Arranged:
     """Where a tensor of the result stands among the layers."""
     models_of: Callable[[str], tuple[int, ...]]
     """Which models a tensor is made of, in order."""
+    base_of: Callable[[str], int]
+    """Which model's tensor stands in the base's place; 0 for the base itself."""
     notes: tuple[Note, ...] = ()
     """What the plan has to state."""
 
@@ -123,6 +125,7 @@ def arrange_layers(models: Sequence[Model], labels: Sequence[str], recipe: Recip
             list(models),
             depths(stacks),
             lambda _: everyone,
+            lambda _: 0,
             _describe_depths(stacks) if has_gradients(recipe) else (),
         )
     return _Arranging(models, labels, recipe, stacks).arrange()
@@ -156,6 +159,8 @@ class _Arranging:
         for index, part in enumerate(self._parts):
             for place, each in enumerate(part.ranges):
                 self._check(f"layers[{index}].sources[{place}].layers", each, part)
+            if part.base is not None:
+                self._check_base(f"layers[{index}].base", part.base, part)
         starts = [
             sum(part.count for part in self._parts[:index]) for index in range(len(self._parts))
         ]
@@ -182,12 +187,27 @@ class _Arranging:
                 "number is that of the layer after the last one"
             )
         base = next((other for other in part.ranges if other.source == BASE), None)
+        if adapted and part.base is not None:
+            raise RecipeError(
+                f"{where}: {self._labels[model]} is an adapter of the recipe's base, and the slice is compared "
+                f"with {self._labels[self._model(part.base)]}; merge the adapter into its base first"
+            )
         if adapted and (base is None or (base.first, base.end) != (each.first, each.end)):
             raise RecipeError(
                 f"{where}: {self._labels[model]} is an adapter, whose layers are those of the base; "
                 f"give the base the same layers, [{each.first}, {each.end}], or merge the adapter into "
                 "it first"
             )
+
+    def _check_base(self, where: str, base: LayerRange, part: LayerSlice) -> None:
+        """Raise unless a source has the layers that a slice takes from it in the base's place."""
+        model = self._model(base)
+        if changes_of(self._models[model]) or isinstance(self._models[model], AdaptedModel):
+            raise RecipeError(
+                f"{where}.source: {self._labels[model]} is an adapter or has one, and a base cannot get one "
+                "while it is read; merge the adapter into its model first, and name what comes of it"
+            )
+        self._check(f"{where}.layers", base, part)
 
     def arrange(self) -> Arranged:
         """Return everything by the names of the result."""
@@ -201,7 +221,7 @@ class _Arranging:
             else:
                 arranged.append(replace(model, tensors=tensors))
         notes = (self._note(), *self._note_of_others())
-        return Arranged(arranged, self._position_of, self._models_of, notes)
+        return Arranged(arranged, self._position_of, self._models_of, self._base_of, notes)
 
     def _new_names(self, index: int, model: Model) -> dict[str, list[str]]:
         """Return the names in the result of each of a model's tensors."""
@@ -216,7 +236,7 @@ class _Arranging:
             names[name] = [
                 self._stack.joined(start + layer - each.first, rest)
                 for start, part in zip(self._starts, self._parts, strict=True)
-                for each in part.ranges
+                for each in part.taken
                 if self._model(each) == index and each.first <= layer < each.end
             ]
         return names
@@ -237,8 +257,14 @@ class _Arranging:
         return found is not None and self._stack.prefix.startswith(found["parent"])
 
     def _models_of(self, name: str) -> tuple[int, ...]:
-        part, _ = self._part_of(name)
-        return tuple(sorted(self._model(each) for each in self._parts[part].ranges))
+        index, _ = self._part_of(name)
+        part = self._parts[index]
+        base = () if part.base is None else (0,)
+        return (*base, *sorted(self._model(each) for each in part.ranges))
+
+    def _base_of(self, name: str) -> int:
+        base = self._parts[self._part_of(name)[0]].base
+        return 0 if base is None else self._model(base)
 
     def _position_of(self, name: str) -> Position:
         index, layer = self._part_of(name)
@@ -254,27 +280,34 @@ class _Arranging:
         )
         return Position(_depth(layer, part.count), index, names)
 
+    def _name(self, each: LayerRange) -> str:
+        return self._labels[self._model(each)].split()[0]
+
     def _note(self) -> Note:
         shown = []
         for start, part in zip(self._starts, self._parts, strict=True):
             of = " with ".join(
-                f"{each.first} to {each.end - 1} of {self._labels[self._model(each)].split()[0]}"
-                for each in part.ranges
+                f"{each.first} to {each.end - 1} of {self._name(each)}" for each in part.ranges
             )
+            if (own := part.base) is not None:
+                of += f" on {own.first} to {own.end - 1} of {self._name(own)} as their base"
             shown.append(f"{start} to {start + part.count - 1} are {of}")
         text = f"{printable(self._stack.prefix)}0 to {self._total - 1}: {'; '.join(shown)}"
         return Note("layers", text)
 
     def _note_of_others(self) -> Iterable[Note]:
         """State where what lies outside of the layers comes from, if not all from the same models."""
-        if len({part.sources for part in (self._parts[0], self._parts[-1])}) == 1:
+        ends = (self._parts[0], self._parts[-1])
+        if len({(part.sources, part.base and part.base.source) for part in ends}) == 1:
             return
         names = dict.fromkeys(name for model in self._models for name in all_names(model))
         outside = [name for name in names if self._stack.split(name) is None]
         for last, where in ((False, "before"), (True, "behind")):
             some = [printable(name) for name in outside if self._is_last(name) is last]
             part = self._parts[-1 if last else 0]
-            of = " and ".join(self._labels[self._model(each)].split()[0] for each in part.ranges)
+            of = " and ".join(map(self._name, part.ranges))
+            if part.base is not None:
+                of += f" on {self._name(part.base)} as their base"
             more = f" and {len(some) - _SHOWN} more" if len(some) > _SHOWN else ""
             if some:
                 yield Note("layers", f"{where} them {', '.join(some[:_SHOWN])}{more} are of {of}")

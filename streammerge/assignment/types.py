@@ -86,7 +86,8 @@ class AssignedTensor:
     region: Region | None = None
     """Which part of the output tensor it is; None for all of it."""
     base_owner: int = 0
-    """The model whose file the base's entry is in: an adapter that brings a base of another shape."""
+    """The model whose file the base's entry is in: an adapter that brings a base of another shape, or the
+    source that a slice of layers has as its base; 0 for the base itself."""
     encoding: Encoding | None = None
     """How its values become codes of its element type; None where they are stored as they are."""
 

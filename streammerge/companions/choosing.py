@@ -235,7 +235,7 @@ def _arranged_layers(
     origins = [
         LayerOrigin(labels[0 if each.source == BASE else each.source + planned.has_base], layer)
         for part in recipe.layers
-        for each in part.ranges[:1]
+        for each in part.taken[:1]
         for layer in range(each.first, each.end)
     ]
     return ArrangedLayers(find_stacks(first.tensors)[0].prefix.rstrip("."), tuple(origins))

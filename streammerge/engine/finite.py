@@ -52,8 +52,9 @@ def refuse_operand(
         bad = _first(~np.isfinite(wide))
         if bad is not None:
             name, place = _place(piece, begin + bad)
+            owner = index or piece.locate(begin + bad)[0].base_owner
             raise NonFiniteError(
-                f"{name}: {plan.label(index)} holds {float(wide[bad])} at {place}; "
+                f"{name}: {plan.label(owner)} holds {float(wide[bad])} at {place}; "
                 "repair the input, or set `non_finite: keep` to let such values through"
             )
     element = _first(~np.isfinite(vector))

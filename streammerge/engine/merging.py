@@ -146,7 +146,7 @@ class ChunkMerger:
                 element = piece.first.start + byte // task.dtype.itemsize
                 raise CheckpointError(
                     f"{printable(task.name)}: {task.dtype} values are only copied, but "
-                    f"{self._plan.label(first_model)} and {self._plan.label(model)} differ at flat "
+                    f"{self._plan.label(first_model or task.base_owner)} and {self._plan.label(model)} differ at flat "
                     f"element {element}; add a rule {{tensors: {task.name!r}, copy: ...}}"
                 )
         return next(_extents(piece, first.memory.data, [_COPIED], [NOTHING]))

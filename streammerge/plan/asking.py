@@ -82,7 +82,7 @@ def with_base_layers(recipe: Recipe, method: MergeMethod) -> Recipe:
         return recipe
     layers = tuple(
         part
-        if part.ranges[0].source == BASE
+        if part.base is not None or part.ranges[0].source == BASE
         else replace(
             part, ranges=(replace(part.ranges[0], source=BASE, parameters={}), *part.ranges)
         )
@@ -91,11 +91,17 @@ def with_base_layers(recipe: Recipe, method: MergeMethod) -> Recipe:
     return replace(recipe, layers=layers)
 
 
-def check_layers(recipe: Recipe) -> None:
+def check_layers(recipe: Recipe, method: MergeMethod) -> None:
     """Raise if the recipe puts layers together and asks for what goes by the base's tensors."""
     if not recipe.layers:
         return
-    used = {source for part in recipe.layers for source in part.sources}
+    for index, part in enumerate(recipe.layers):
+        if part.base is not None and method.operand is Operand.WEIGHTS:
+            raise RecipeError(
+                f"layers[{index}].base: {method.name} takes no task vectors, so a slice has no base; remove "
+                "the key, or list the model under the slice's sources to merge it"
+            )
+    used = {each.source for part in recipe.layers for each in part.taken}
     idle = [index for index in range(len(recipe.sources)) if index not in used]
     if idle:
         raise RecipeError(

@@ -117,7 +117,7 @@ def plan_merge(
     semantics = semantics_of(recipe, method)
     recipe = replace(recipe, semantics=semantics)
     check_sources(recipe, method)
-    check_layers(recipe)
+    check_layers(recipe, method)
     if method.operand is Operand.TASK_VECTORS and base is None:
         raise RecipeError(
             f"base: {method.name} merges task vectors and needs the model that the sources were "
@@ -145,6 +145,7 @@ def plan_merge(
         resolve,
         method=method,
         models_of=arranged.models_of,
+        base_of=arranged.base_of,
         known=ties.known,
         renamed=renamed,
     )
@@ -388,6 +389,7 @@ def _tasks(
                 region=tensor.region,
                 changes=tuple(_in_files(change, file_index) for change in tensor.changes),
                 encoding=tensor.encoding,
+                base_owner=tensor.base_owner,
             )
         )
     return tasks

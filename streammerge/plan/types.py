@@ -97,6 +97,8 @@ class TensorTask:
     chunk then goes on to the ends of its first and last row."""
     whole: bool = False
     """Whether the method must see all of the tensor at once."""
+    base_owner: int = 0
+    """The model that the base's input is of, where it is not the base's own."""
 
     def surroundings(self, start: int, numel: int) -> tuple[int, int]:
         """Return how many elements before and behind a range its first and last row have."""

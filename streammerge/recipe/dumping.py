@@ -13,6 +13,7 @@ from streammerge.recipe.types import (
     BASE,
     CompanionKind,
     Given,
+    LayerRange,
     LayerSlice,
     Recipe,
     Rename,
@@ -127,10 +128,11 @@ def _plain_rule(rule: Rule) -> dict[str, object]:
 
 
 def _plain_slice(part: LayerSlice) -> dict[str, object]:
-    return {
-        "sources": [
-            {"source": _plain_origin(each.source), "layers": [each.first, each.end]}
-            | _plain(each.parameters)
-            for each in part.ranges
-        ]
-    } | _plain(part.parameters)
+    sources = [_plain_range(each) for each in part.ranges]
+    base = {} if part.base is None else {"base": _plain_range(part.base)}
+    return {"sources": sources} | base | _plain(part.parameters)
+
+
+def _plain_range(each: LayerRange) -> dict[str, object]:
+    layers = {"source": _plain_origin(each.source), "layers": [each.first, each.end]}
+    return layers | _plain(each.parameters)

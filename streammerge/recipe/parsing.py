@@ -214,6 +214,7 @@ def _rule_problems(document: dict[Any, Any], parameter_names: list[str]) -> Iter
 def _layer_problems(document: dict[Any, Any], n_sources: int) -> Iterator[str]:
     """Yield what is wrong with slices of layers whose keys are each fine."""
     for index, table in tables_of(document, "layers"):
+        yield from _layer_base_problems(f"layers[{index}].base", table, document, n_sources)
         given: dict[object, int] = {}
         counts: dict[int, int] = {}
         for place, each in tables_of(table, "sources"):
@@ -241,6 +242,44 @@ def _layer_problems(document: dict[Any, Any], n_sources: int) -> Iterator[str]:
             )
         if given and set(given) == {"base"}:
             yield f"layers[{index}].sources: a slice needs a source beside the base"
+
+
+def _layer_base_problems(
+    path: str, table: dict[Any, Any], document: dict[Any, Any], n_sources: int
+) -> Iterator[str]:
+    """Yield what is wrong with a base that a slice has of its own."""
+    base = table.get("base")
+    if not isinstance(base, dict):
+        return
+    source, layers = base.get("source"), base.get("layers")
+    if document.get("base") is None:
+        yield (
+            f"{path}: the recipe has no base, whose tensors say what those of the result are called; add the "
+            'key "base"'
+        )
+    if type(source) is int and source >= n_sources > 0:
+        yield (
+            f"{path}.source: expected the index of one of {n_sources} sources, 0 to {n_sources - 1}, got "
+            f"{shown(source)}"
+        )
+    for _, each in tables_of(table, "sources"):
+        given, other = each.get("source"), each.get("layers")
+        if given == "base":
+            yield f"{path}: the recipe's base gives layers to this slice too; keep one of the two"
+        elif type(source) is int and given == source:
+            yield (
+                f"{path}.source: {source} is merged into this slice too; to merge layers of the model that "
+                "they are compared with, list it twice under sources"
+            )
+        counts = [
+            end - first
+            for each in (layers, other)
+            if isinstance(each, list) and len(each) == 2 and all(map(_is_whole, each))
+            for first, end in [each]
+        ]
+        if len(set(counts)) > 1:
+            yield f"{path}.layers: the slice has {counts[1]} layers, these are {counts[0]}"
+            return
 
 
 def _is_whole(value: object) -> bool:
@@ -342,7 +381,9 @@ def _build_slice(
         for each, given in zip(shape.sources, table["sources"], strict=True)
     ]
     ranges.sort(key=lambda each: each.source)
-    return LayerSlice(tuple(ranges), _values(table, specs))
+    own = shape.base
+    base = None if own is None else LayerRange(own.source, own.layers[0], own.layers[1])
+    return LayerSlice(tuple(ranges), _values(table, specs), base)
 
 
 def _values(table: Mapping[str, Any], specs: Mapping[str, ParameterSpec]) -> dict[str, Given]:

@@ -395,6 +395,14 @@ def _gives(part: Mapping[Any, Any], spec: ParameterSpec) -> bool:
     return spec.per_source and all(spec.name in each for each in sources)
 
 
+def _only_bases(document: Mapping[Any, Any]) -> set[object]:
+    """Return the sources that are never merged: slices of layers only compare others with them."""
+    slices = [table for _, table in tables_of(document, "layers")]
+    merged = {each.get("source") for part in slices for _, each in tables_of(part, "sources")}
+    own = [part["base"] for part in slices if isinstance(part.get("base"), dict)]
+    return {each.get("source") for each in own} - merged
+
+
 def _missing_problems(
     document: Mapping[Any, Any], common: Mapping[Any, Any], specs: tuple[ParameterSpec, ...]
 ) -> Iterator[str]:
@@ -409,8 +417,9 @@ def _missing_problems(
         if not spec.per_source:
             yield f"parameters.{spec.name}: {why}"
             continue
+        bases = _only_bases(document)
         for index, source in tables_of(document, "sources"):
-            if spec.name not in source:
+            if spec.name not in source and index not in bases:
                 path = f"sources[{index}].{spec.name}"
                 where = f'here, for {shown(source.get("path"))}, or under "parameters" for all'
                 yield f"{path}: {why}; give it {where}"

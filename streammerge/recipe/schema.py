@@ -230,6 +230,13 @@ _OutputDType = Annotated[
     BeforeValidator(_parse_dtype),
     WithJsonSchema({"enum": [*OUTPUT_DTYPES, PROMOTED, None]}),
 ]
+_TWO_NUMBERS = {"items": {"type": "integer", "minimum": 0}, "minItems": 2, "maxItems": 2}
+_Layers = Annotated[
+    list[int],
+    BeforeValidator(_parse_range),
+    WithJsonSchema({"type": "array", **_TWO_NUMBERS}),
+    Field(description="The first layer, counted from 0, and the one after the last."),
+]
 _ShardSize = Annotated[
     int | None,
     BeforeValidator(_parse_shard_size),
@@ -319,18 +326,18 @@ class LayerRangeDocument(_Document):
     source: _Copy = Field(
         description="The base, or the index of the source, counted from 0; each at most once in a slice."
     )
-    layers: Annotated[
-        list[int],
-        BeforeValidator(_parse_range),
-        WithJsonSchema(
-            {
-                "type": "array",
-                "items": {"type": "integer", "minimum": 0},
-                "minItems": 2,
-                "maxItems": 2,
-            }
-        ),
-    ] = Field(description="The first layer, counted from 0, and the one after the last.")
+    layers: _Layers
+
+
+class LayerBaseDocument(_Document):
+    """Consecutive layers that those of a slice were tuned from."""
+
+    source: int = Field(
+        ge=0,
+        description="The index of the source whose layers they are, counted from 0; it is not merged into "
+        "the slice.",
+    )
+    layers: _Layers
 
 
 class LayerSliceDocument(_Document):
@@ -340,6 +347,11 @@ class LayerSliceDocument(_Document):
         min_length=1,
         description="Which layers of which models. A base that is not listed gives those that the first "
         "of them gives.",
+    )
+    base: LayerBaseDocument | None = Field(
+        default=None,
+        description="The layers that task vectors are taken from in this slice, of another model than the "
+        "recipe's base.",
     )
 
 

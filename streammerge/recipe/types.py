@@ -282,6 +282,8 @@ class LayerSlice:
     """As many layers of each model; sources in recipe order, each at most once."""
     parameters: Mapping[str, Given] = field(default_factory=dict)
     """Parameters for these layers."""
+    base: LayerRange | None = None
+    """The layers of a source that the others were tuned from; None for those of the recipe's base."""
 
     @property
     def count(self) -> int:
@@ -292,6 +294,11 @@ class LayerSlice:
     def sources(self) -> tuple[int, ...]:
         """The sources that are merged, without the base."""
         return tuple(each.source for each in self.ranges if each.source != BASE)
+
+    @property
+    def taken(self) -> tuple[LayerRange, ...]:
+        """All that it takes of any model, a base of its own first."""
+        return self.ranges if self.base is None else (self.base, *self.ranges)
 
 
 class MixtureForm(StrEnum):

@@ -26,7 +26,7 @@ import streammerge
 from streammerge.assignment.layers import Stack, depths, find_stacks
 from streammerge.checkpoint.types import TensorEntry
 from streammerge.dtypes import DType
-from streammerge.errors import RecipeError
+from streammerge.errors import MissingTensorError, NonFiniteError, RecipeError
 from streammerge.methods import discover_methods
 from streammerge.methods.base import Operand
 
@@ -434,3 +434,201 @@ def test_each_slice_has_the_factor_of_its_own_source(models: Models) -> None:
     for i, factor in enumerate((0.5, -2.0)):
         for name, tensor in taken(drawn[i], 0, 2, 2 * i).items():
             assert torch.equal(merged[name], tensor * factor), name
+
+
+def own_base_layers() -> list[dict[str, Any]]:
+    """Return slices of the recipe's base, of a source in its place, and of the base again."""
+    return [
+        {
+            "sources": [
+                {"source": "base", "layers": [0, 3]},
+                {"source": 0, "layers": [1, 4]},
+                {"source": 1, "layers": [5, 8]},
+            ]
+        },
+        {
+            "base": {"source": 2, "layers": [1, 5]},
+            "sources": [{"source": 0, "layers": [0, 4]}, {"source": 1, "layers": [2, 6]}],
+        },
+    ]
+
+
+def cut(layers: list[dict[str, Any]], sources: int) -> list[dict[str, Any]]:
+    """Return slices of the first sources alone."""
+    keep = ("base", *range(sources))
+    return [
+        part | {"sources": [each for each in part["sources"] if each["source"] in keep]}
+        for part in layers
+    ]
+
+
+@pytest.mark.parametrize(
+    "method",
+    [name for name, each in discover_methods().items() if each.operand is not Operand.WEIGHTS],
+)
+def test_a_slice_is_compared_with_a_base_of_its_own(method: str, models: Models) -> None:
+    found = discover_methods()[method]
+    sources = count_sources(found, 2)
+    base, other, *tuned = (draw(layers, seed) for seed, layers in enumerate((6, 5, 6, 8)))
+    tuned = tuned[:sources]
+    layers = cut(own_base_layers(), sources)
+    layers[1]["base"]["source"] = sources
+    paths = [models.write(each) for each in (*tuned, other)]
+    example = found.examples[0] | ({"scope": "tensor"} if "scope" in found.examples[0] else {})
+    # A list has a value for the base of the second slice too, which is a source.
+    given = {k: v if isinstance(v, float | int | str) else [*v, 1.0] for k, v in example.items()}
+    recipe = recipe_of(method, models.write(base), paths, parameters=given, layers=layers)
+
+    merged, manifest = models.merge(recipe)
+
+    # What comes first is compared with the first slice's base, what comes last with the last one's.
+    ends = outside(base, "model.embed_tokens") | outside(other, "model.norm", "lm_head")
+    arranged = [ends | taken(base, 0, 3, 0) | taken(other, 1, 5, 3)]
+    for model, (first, second) in zip(tuned, (((1, 4), (0, 4)), ((5, 8), (2, 6))), strict=False):
+        arranged.append(outside(model) | taken(model, *first, 0) | taken(model, *second, 3))
+    expected = apply_to_whole_tensors(method, arranged[0], arranged[1:], example, has_base=True)
+    assert_same_model(merged, expected)
+    said = f"on 1 to 4 of sources[{sources}] as their base"
+    assert any(said in note.text for note in manifest.notes)
+
+
+def on_another_base(models: Models, **options: Any) -> tuple[dict[str, Any], list[Tensors]]:
+    """Return a recipe one of whose slices has a base of its own, and the base and the sources."""
+    drawn = [draw(layers, seed, torch.float64) for seed, layers in enumerate((6, 6, 8, 5))]
+    base, *paths = [models.write(each, **options) for each in drawn]
+    recipe = recipe_of(
+        "task_arithmetic",
+        base,
+        paths,
+        parameters={"weight": 0.25},
+        compute_dtype="float64",
+        layers=own_base_layers(),
+    )
+    return recipe, drawn
+
+
+def test_task_vectors_are_those_of_the_slices_own_base(models: Models) -> None:
+    recipe, (base, a, b, other) = on_another_base(models)
+
+    merged, _ = models.merge(recipe)
+
+    rows = [(base, layer, layer + 1, layer + 5) for layer in range(3)]
+    rows += [(other, layer + 1, layer, layer + 2) for layer in range(4)]
+    for layer, (model, own, *theirs) in enumerate(rows):
+        for name in IN_LAYER:
+            start = model[f"model.layers.{own}.{name}.weight"]
+            first, second = (
+                each[f"model.layers.{index}.{name}.weight"]
+                for each, index in zip((a, b), theirs, strict=True)
+            )
+            expected = start + 0.25 * (first - start) + 0.25 * (second - start)
+            found = merged[f"model.layers.{layer}.{name}.weight"]
+            torch.testing.assert_close(found, expected, rtol=1e-13, atol=1e-13)
+
+
+def test_no_cut_of_the_work_changes_a_byte_of_a_slice_with_its_base(models: Models) -> None:
+    recipe, _ = on_another_base(models, shards=3, layout="interleaved")
+    plan = streammerge.plan(recipe, memory="3GiB")
+    expected = models.merge(plan)[0]
+    for asked in (
+        recut(plan, slots=3, workers=1),
+        recut(plan, slots=30, slot_blocks=2, workers=3),
+        tight_plan(recipe | {"output": {"max_shard_size": "100KB"}}, workers=2),
+    ):
+        assert_same_model(models.merge(asked)[0], expected)
+
+
+def test_a_copy_of_the_base_is_one_of_the_slices_own(models: Models) -> None:
+    recipe, (base, _, _, other) = on_another_base(models)
+    rules = [{"tensors": "*.attn.q.*", "copy": "base"}]
+
+    merged, _ = models.merge(recipe | {"rules": rules})
+
+    for layer, (model, own) in {0: (base, 0), 2: (base, 2), 3: (other, 1), 6: (other, 4)}.items():
+        expected = model[f"model.layers.{own}.attn.q.weight"]
+        assert torch.equal(merged[f"model.layers.{layer}.attn.q.weight"], expected)
+
+
+def test_what_is_wrong_with_a_slices_base_is_said_of_the_model_that_it_is(models: Models) -> None:
+    drawn = [draw(layers, seed) for seed, layers in enumerate((6, 6, 8, 5))]
+    drawn[3]["model.layers.2.norm.weight"][5] = torch.nan
+    base, *paths = [models.write(each) for each in drawn]
+    recipe = recipe_of("task_arithmetic", base, paths, layers=own_base_layers())
+
+    with pytest.raises(
+        NonFiniteError, match=r"layers\.4\.norm\.weight: sources\[2\] \(.* holds nan"
+    ):
+        models.merge(recipe)
+
+
+def test_a_tensor_that_a_slices_base_lacks_is_missed_there(models: Models) -> None:
+    drawn = [draw(layers, seed) for seed, layers in enumerate((6, 6, 8, 5))]
+    del drawn[3]["model.layers.4.mlp.up.weight"]
+    base, *paths = [models.write(each) for each in drawn]
+    recipe = recipe_of("task_arithmetic", base, paths, layers=own_base_layers())
+
+    with pytest.raises(MissingTensorError, match=r"not in sources\[2\] \("):
+        streammerge.plan(recipe)
+
+
+@pytest.mark.parametrize(
+    ("method", "own", "document", "said"),
+    [
+        ("linear", {}, {}, r"layers\[1\]\.base: linear takes no task vectors"),
+        ("ties", {}, {"base": None}, r"layers\[1\]\.base: the recipe has no base"),
+        ("ties", {"source": 3}, {}, r"layers\[1\]\.base\.source: expected the index of one of 3"),
+        ("ties", {"source": 0}, {}, r"layers\[1\]\.base\.source: 0 is merged into this slice too"),
+        ("ties", {"layers": [1, 4]}, {}, r"base\.layers: the slice has 4 layers, these are 3"),
+        ("ties", {"layers": [3, 7]}, {}, r"layers\[1\]\.base\.layers: \[3, 7\] goes beyond the 5"),
+        ("ties", {"source": "base"}, {}, r"layers\[1\]\.base\.source: "),
+        ("ties", {"weight": 1}, {}, r"layers\[1\]\.base\.weight: unknown key"),
+    ],
+)
+def test_a_base_of_a_slice_that_cannot_be_one_is_refused(
+    method: str, own: dict[str, Any], document: dict[str, Any], said: str, models: Models
+) -> None:
+    recipe, _ = on_another_base(models)
+    recipe["layers"][1]["base"] |= own
+    recipe |= {"method": method, "parameters": {"density": 0.5} if method == "ties" else {}}
+    if method == "linear":
+        del recipe["layers"][0]["sources"][0]
+    recipe = {key: value for key, value in (recipe | document).items() if value is not None}
+
+    with pytest.raises(RecipeError, match=said):
+        streammerge.plan(recipe)
+
+
+def test_an_adapter_in_a_slice_with_another_base_is_refused(models: Models, tmp_path: Path) -> None:
+    weights = {f"model.layers.{i}.attn.q.weight": IN_LAYER["attn.q"] for i in range(4)}
+    adapter = write_adapter(tmp_path / "adapter", weights, seed=3)
+    base, other = (models.write(draw(4, seed)) for seed in range(2))
+    ranges = [{"source": 0, "layers": [0, 4]}, {"source": 1, "layers": [0, 4]}]
+    for lent, merged, said in (
+        (ranges[1], ranges[0], r"sources\[0\]\.layers: .* is an adapter of the recipe's base"),
+        (ranges[0], ranges[1], r"base\.source: sources\[0\] .* is an adapter or has one"),
+    ):
+        layers = [{"base": lent, "sources": [merged]}]
+        with pytest.raises(RecipeError, match=said):
+            streammerge.plan(recipe_of("task_arithmetic", base, [adapter, other], layers=layers))
+
+
+def test_verify_merges_layers_on_their_own_base_again(models: Models) -> None:
+    recipe, _ = on_another_base(models)
+    out = models.new_output()
+    streammerge.merge(recipe, out)
+
+    assert not streammerge.verify_files(out).damages
+    assert not streammerge.verify_against(recipe, out, fraction=1.0).differing
+
+
+def test_a_source_that_only_lends_its_layers_needs_no_parameters(models: Models) -> None:
+    recipe, drawn = on_another_base(models)
+    del recipe["parameters"]
+    for index, source in enumerate(recipe["sources"][:2]):
+        source["weight"] = 0.25 * (index + 1)
+
+    merged, _ = models.merge(recipe)
+
+    _, a, b, other = (each["lm_head.weight"] for each in drawn)
+    expected = other + 0.25 * (a - other) + 0.5 * (b - other)
+    torch.testing.assert_close(merged["lm_head.weight"], expected)

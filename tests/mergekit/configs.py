@@ -249,6 +249,38 @@ EXACT: dict[str, str] = {
         "- sources:\n  - {{model: {a}, layer_range: [2, 4]}}\n"
         "  - {{model: {c}, layer_range: [2, 4], parameters: {{weight: 1}}}}\n"
     ),
+    "task_arithmetic of slices, one with a base of its own": (
+        "merge_method: task_arithmetic\nbase_model: {a}\nparameters: {{weight: 0.7}}\nslices:\n- sources:\n"
+        "  - {{model: {a}, layer_range: [0, 2]}}\n  - {{model: {b}, layer_range: [0, 2]}}\n"
+        "  - {{model: {c}, layer_range: [1, 3]}}\n"
+        "- base_model: {b}\n  sources:\n  - {{model: {c}, layer_range: [2, 4], parameters: {{weight: 0.4}}}}\n"
+        "  - {{model: {b}, layer_range: [1, 3]}}\n  - {{model: {a}, layer_range: [2, 4]}}\n"
+    ),
+    "ties of slices, each with its base": (
+        "merge_method: ties\nparameters: {{density: 0.5, weight: 0.8}}\nslices:\n"
+        "- base_model: {b}\n  sources:\n  - {{model: {b}, layer_range: [0, 3]}}\n"
+        "  - {{model: {a}, layer_range: [0, 3]}}\n  - {{model: {c}, layer_range: [0, 3]}}\n"
+        "- base_model: {c}\n  sources:\n  - {{model: {a}, layer_range: [1, 3]}}\n"
+        "  - {{model: {c}, layer_range: [2, 4]}}\n  parameters: {{weight: [0.2, 1]}}\n"
+    ),
+    "slerp of slices, the first with a base of its own": (
+        "merge_method: slerp\nbase_model: {a}\nparameters: {{t: [0.2, 0.9]}}\nslices:\n"
+        "- base_model: {c}\n  sources:\n  - {{model: {c}, layer_range: [0, 3]}}\n"
+        "  - {{model: {deep}, layer_range: [1, 4]}}\n- sources:\n  - {{model: {a}, layer_range: [3, 4]}}\n"
+        "  - {{model: {c}, layer_range: [3, 4]}}\n"
+    ),
+    "nuslerp of slices with bases": (
+        "merge_method: nuslerp\nparameters: {{weight: 0.5}}\nslices:\n"
+        "- base_model: {a}\n  sources:\n  - {{model: {a}, layer_range: [0, 2]}}\n"
+        "  - {{model: {b}, layer_range: [0, 2]}}\n  - {{model: {c}, layer_range: [0, 2]}}\n"
+        "- base_model: {b}\n  sources:\n  - {{model: {b}, layer_range: [2, 4]}}\n"
+        "  - {{model: {a}, layer_range: [2, 4], parameters: {{weight: 0.3}}}}\n"
+        "  - {{model: {c}, layer_range: [2, 4]}}\n"
+    ),
+    "linear of slices, which take no base": (
+        "merge_method: linear\nparameters: {{weight: 1}}\nslices:\n- base_model: {a}\n  sources:\n"
+        "  - {{model: {b}, layer_range: [0, 4]}}\n  - {{model: {c}, layer_range: [0, 4]}}\n"
+    ),
     # what is stored
     "out_dtype": "merge_method: linear\ndtype: float32\nout_dtype: bfloat16\n" + _TWO,
     "dtype float64": "merge_method: linear\ndtype: float64\n" + _TWO,

@@ -35,6 +35,8 @@ ON_ALL = (
     "layers of models of different depth",
     "linear of slices, with gradients in each",
     "ties of slices",
+    "ties of slices, each with its base",
+    "slerp of slices, the first with a base of its own",
     "model_stock",
 )
 """What every architecture is tried with."""

@@ -193,7 +193,7 @@ def test_each_place_offers_only_the_parameters_that_may_stand_there():
         "weight",
         "density",
     }
-    assert places["ties.slice"] == {"sources", "weight", "density"}
+    assert places["ties.slice"] == {"sources", "base", "weight", "density"}
     assert places["ties.range"] == {"source", "layers", "weight", "density"}
     assert places["ties.rule"] == {
         "tensors",

@@ -18,6 +18,7 @@ from streammerge.recipe.types import (
     Cases,
     DrawnVocabulary,
     Gradient,
+    LayerRange,
     Recipe,
     TokenOrigin,
 )
@@ -140,6 +141,76 @@ TIES = "merge_method: ties\nbase_model: a\nmodels: [{model: b, parameters: {weig
         ),
         (
             (
+                "merge_method: slerp\nparameters: {t: 0.5}\nbase_model: a\n"
+                "slices: [{base_model: c, sources: [{model: b, layer_range: [0, 2]}]}]"
+            ),
+            (
+                "slices[0].sources: the slice's base_model, c, gives no layers to this slice; list it with "
+                "the layers that the others were tuned from"
+            ),
+        ),
+        (
+            (
+                "merge_method: slerp\nparameters: {t: 0.5}\n"
+                "slices:\n- sources: [{model: b, layer_range: [0, 2]}]\n- base_model: a\n"
+                "  sources: [{model: a, layer_range: [0, 2]}, {model: b, layer_range: [0, 2]}]"
+            ),
+            (
+                "slices[0].base_model: slerp needs the model that the others were tuned from, here or at the "
+                "top level"
+            ),
+        ),
+        (
+            (
+                "merge_method: slerp\nparameters: {t: 0.5}\n"
+                "slices: [{sources: [{model: b, layer_range: [0, 2]}]}]"
+            ),
+            "base_model: slerp needs the model that the others were tuned from",
+        ),
+        (
+            (
+                "merge_method: multislerp\nparameters: {weight: 0.5}\n"
+                "slices:\n- base_model: a\n"
+                "  sources: [{model: a, layer_range: [0, 2]}, {model: b, layer_range: [0, 2]}]\n"
+                "- sources: [{model: a, layer_range: [0, 2]}, {model: b, layer_range: [0, 2]}]"
+            ),
+            (
+                "slices[1].base_model: multislerp would take weights in this slice, and task vectors from a "
+                "in another; name a base for every slice, or for none"
+            ),
+        ),
+        (
+            (
+                "merge_method: slerp\nparameters: {t: 0.5}\nslices: [{base_model: a+x, sources: "
+                "[{model: a+x, layer_range: [0, 2]}, {model: b, layer_range: [0, 2]}]}]"
+            ),
+            (
+                "slices[0].base_model: a base with an adapter, x, cannot be merged while it is read; merge "
+                "the adapter into it first, by a recipe of its own with `method: task_arithmetic`, and name "
+                "what comes of it"
+            ),
+        ),
+        (
+            (
+                "merge_method: slerp\nparameters: {t: 0.5}\nbase_model: b\ntokenizer_source: union\n"
+                "slices: [{base_model: a, sources: [{model: a, layer_range: [0, 2]}, "
+                "{model: b, layer_range: [0, 2]}]}]"
+            ),
+            (
+                "tokenizer_source: slices[0].base_model is another base, whose rows would stand for tokens "
+                "that models of this slice lack; name one base for all slices, or leave the tokenizers out"
+            ),
+        ),
+        (
+            (
+                "merge_method: slerp\nparameters: {t: 0.5}\nbase_model: b\n"
+                "slices: [{base_model: a, sources: [{model: a, layer_range: [0, 3]}, "
+                "{model: b, layer_range: [0, 2]}]}]"
+            ),
+            "slices[0].sources[0].layer_range: the slice has 2 layers, these are 3",
+        ),
+        (
+            (
                 "merge_method: slerp\nbase_model: a\nparameters: {t: 0.5}\n"
                 "slices: [{sources: [{model: a, layer_range: [0, 2]}, {model: b, layer_range: [0, 3]}]}]"
             ),
@@ -207,6 +278,46 @@ def test_what_has_no_effect_is_remarked() -> None:
             "dtype: mergekit rounds the models to bfloat16 first; here they are merged as they are stored, and "
             "the result is rounded"
         ),
+    )
+
+
+OWN_BASES = """
+merge_method: ties
+parameters: {weight: 1}
+slices:
+- base_model: a
+  sources: [{model: b, layer_range: [0, 2]}, {model: a, layer_range: [1, 3]}]
+- base_model: b
+  sources: [{model: a, layer_range: [2, 4]}, {model: b, layer_range: [3, 5]}, {model: a, layer_range: [0, 2]}]
+"""
+
+
+def test_a_slice_has_the_base_that_it_names() -> None:
+    recipe = parsed(OWN_BASES)
+
+    assert str(recipe.base) == "a"
+    assert [str(each.path) for each in recipe.sources] == ["b", "a", "a"]
+    first, second = recipe.layers
+    assert first.base is None
+    assert [(each.source, each.first) for each in first.ranges] == [(BASE, 1), (0, 0)]
+    assert second.base == LayerRange(0, 3, 5)
+    assert [(each.source, each.first) for each in second.ranges] == [(1, 2), (2, 0)]
+    (remark,) = recipe.remarks
+    assert remark == (
+        "slices[0].base_model: configuration and tokenizer are those of a, the first base; mergekit takes "
+        "those of any of the models where no base is named for all"
+    )
+
+
+def test_a_base_of_a_slice_is_idle_where_no_task_vectors_are_taken() -> None:
+    recipe = parsed(
+        "merge_method: linear\nparameters: {weight: 1}\n"
+        "slices: [{base_model: c, sources: [{model: a, layer_range: [0, 2]}]}]"
+    )
+
+    assert [str(each.path) for each in recipe.sources] == ["a"]
+    assert recipe.remarks == (
+        "slices[0].base_model: no effect, linear takes no task vectors from it",
     )
 
 

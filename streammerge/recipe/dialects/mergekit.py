@@ -14,10 +14,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from streammerge.errors import RecipeError, suggestion
-from streammerge.recipe.dialects.methods import METHODS, PARAMETERS, BaseRole, Foreign
+from streammerge.recipe.dialects.methods import METHODS, BaseRole, Foreign
 from streammerge.recipe.dialects.mixtures import MixtureTranslation, is_mixture
 from streammerge.recipe.dialects.parameters import Findings, check_idle, translate_parameters
-from streammerge.recipe.dialects.references import Reference, parse_reference
+from streammerge.recipe.dialects.reading import Reader
+from streammerge.recipe.dialects.references import Reference
+from streammerge.recipe.dialects.slices import Slices, refuse_adapted
 from streammerge.recipe.dialects.tokenizers import Vocabulary
 from streammerge.recipe.dialects.values import with_default
 from streammerge.recipe.refusing import refuse_choice, shown, unknown_key
@@ -79,16 +81,6 @@ def translate(document: Mapping[Any, Any], methods: Methods) -> Translated:
 
 
 @dataclass(slots=True)
-class _Model:
-    """A model as the recipe lists it."""
-
-    reference: Reference
-    path: str
-    parameters: Mapping[Any, Any]
-    layers: list[int] | None = None
-
-
-@dataclass(slots=True)
 class _Translation:
     document: Mapping[Any, Any]
     methods: Methods
@@ -101,6 +93,12 @@ class _Translation:
         }
     )
     sources: list[Reference] = field(default_factory=list)
+    own_bases: list[str] = field(default_factory=list)
+
+    @property
+    def reader(self) -> Reader:
+        """What reads the document's parts."""
+        return Reader(self.found)
 
     def run(self) -> Translated:
         document = self.document
@@ -130,11 +128,9 @@ class _Translation:
 
     def _merge(self, method: Foreign) -> dict[str, Any]:
         """Return the document but for what concerns tokenizers."""
-        base = self._reference("base_model", self.document.get("base_model"))
-        if method.base is BaseRole.REQUIRED and base is None and not self.found.problems:
-            self.found.say(
-                "base_model", f"{method.native} needs the model that the others were tuned from"
-            )
+        base = self.reader.reference("base_model", self.document.get("base_model"))
+        common = base if method.base is not BaseRole.ORDINARY else None
+        refuse_adapted(self.reader, "base_model", common)
         forms = [
             key for key in ("models", "slices", "modules") if self.document.get(key) is not None
         ]
@@ -148,108 +144,41 @@ class _Translation:
                 "parts of a model cannot be merged by recipes of their own; merge the whole model, with "
                 "`rules` of a native recipe where a part is to be copied",
             )
-        apart = base if method.base is not BaseRole.ORDINARY else None
-        if apart is not None and apart.adapter is not None:
-            self.found.say(
-                "base_model",
-                f"a base with an adapter, {apart.adapter}, cannot be merged while it is read; merge the "
-                "adapter into it first, by a recipe of its own with `method: task_arithmetic`, and name "
-                "what comes of it",
-            )
         sources: list[dict[str, Any]] = []
         layers: list[dict[str, Any]] = []
         if forms == ["models"]:
-            sources = self._models(method, base, apart)
+            sources = self._models(method, base, common)
         elif forms == ["slices"]:
-            layers = self._slices(method, apart)
+            specs = self.methods[method.native]
+            slices = Slices(self.reader, method, specs, common, self.sources, self.paths)
+            layers = slices.translate(self.document["slices"], "slices")
             sources = [dict(each.source) for each in self.sources]
-        if apart is not None:
-            made["base"] = apart.native
+            common, self.own_bases = slices.base, slices.own
+        if method.base is BaseRole.REQUIRED and common is None and not self.found.problems:
+            self.found.say(
+                "base_model", f"{method.native} needs the model that the others were tuned from"
+            )
+        if common is not None:
+            made["base"] = common.native
         made["sources"] = sources
-        made["parameters"] = self._parameters("parameters", self._table("parameters"), method)
+        table = self.reader.table("parameters", self.document)
+        made["parameters"] = self._parameters("parameters", table, method)
         self.paths["parameters"] = "parameters"
         self._require(method, made, sources, layers)
         if layers:
             made["layers"] = layers
         made["semantics"] = "mergekit"
         self._types(made)
-        if apart is None and base is not None and not self.found.problems:
+        if common is None and base is not None and not self.found.problems:
             self._donor(made, base)
         return made
-
-    def _reference(self, path: str, value: object) -> Reference | None:
-        """Return the model that a value names; None where there is none, or it is no name."""
-        if value is None:
-            return None
-        try:
-            return parse_reference(value)
-        except ValueError as error:
-            self.found.say(path, str(error))
-            return None
-
-    def _table(
-        self, key: str, within: Mapping[Any, Any] | None = None, path: str = ""
-    ) -> Mapping[Any, Any]:
-        """Return a mapping that may be missing."""
-        value = (self.document if within is None else within).get(key)
-        if value is None:
-            return {}
-        if not isinstance(value, dict):
-            self.found.say(
-                f"{path}{key}", f"expected a mapping of keys to values, got {shown(value)}"
-            )
-            return {}
-        return value
-
-    def _entries(
-        self, value: object, path: str, keys: Sequence[str]
-    ) -> Iterator[tuple[str, dict[Any, Any]]]:
-        """Yield the mappings in a list with their paths; what else is in there is a problem."""
-        if not isinstance(value, list) or not value:
-            self.found.say(path, f"expected a list with at least one entry, got {shown(value)}")
-            return
-        for index, entry in enumerate(value):
-            where = f"{path}[{index}]"
-            if not isinstance(entry, dict):
-                self.found.say(where, f"expected a mapping of keys to values, got {shown(entry)}")
-                continue
-            for key in entry:
-                if key in keys:
-                    continue
-                if key in PARAMETERS:
-                    self.found.say(
-                        f"{where}.{key}", f"a parameter; move it under {where}.parameters"
-                    )
-                else:
-                    self.found.say(f"{where}.{key}", unknown_key(key, keys))
-            yield where, entry
-
-    def _listed(self, value: object, path: str, keys: Sequence[str]) -> Iterator[_Model]:
-        """Yield the models in a list."""
-        for where, entry in self._entries(value, path, keys):
-            if entry.get("model") is None:
-                self.found.say(f"{where}.model", "this key is required")
-                continue
-            reference = self._reference(f"{where}.model", entry["model"])
-            if reference is None:
-                continue
-            parameters = self._table("parameters", entry, f"{where}.")
-            layers = entry.get("layer_range")
-            if "layer_range" in keys and not _is_range(layers):
-                self.found.say(
-                    f"{where}.layer_range",
-                    "expected [first, end], the first layer counted from 0 and the one after the last, "
-                    f"got {shown(layers)}",
-                )
-                continue
-            yield _Model(reference, where, parameters, layers)
 
     def _models(
         self, method: Foreign, base: Reference | None, apart: Reference | None
     ) -> list[dict[str, Any]]:
         """Return the sources of a recipe that lists whole models."""
         sources: list[dict[str, Any]] = []
-        for model in self._listed(self.document["models"], "models", ("model", "parameters")):
+        for model in self.reader.listed(self.document["models"], "models", ("model", "parameters")):
             if model.reference == apart:
                 check_idle(f"{model.path}.parameters", model.parameters, self.found)
                 continue
@@ -270,66 +199,6 @@ class _Translation:
             if method.keys.get("weight") is not None:
                 self.found.remark("base_model", f"{method.native} merges it as one more model")
         return sources
-
-    def _slices(self, method: Foreign, apart: Reference | None) -> list[dict[str, Any]]:
-        """Return the layers of a recipe that puts them together."""
-        layers: list[dict[str, Any]] = []
-        keys = ("sources", "base_model", "parameters", "residual_weight")
-        for where, entry in self._entries(self.document["slices"], "slices", keys):
-            own = self._reference(f"{where}.base_model", entry.get("base_model"))
-            if own is not None and own != self._reference(
-                "base_model", self.document.get("base_model")
-            ):
-                self.found.say(
-                    f"{where}.base_model",
-                    "a base of its own for one slice cannot be followed; name the same base for all "
-                    "slices at the top level",
-                )
-            if entry.get("residual_weight") is not None:
-                self.found.remark(f"{where}.residual_weight", "no effect, in mergekit either")
-            ranges: list[dict[str, Any]] = []
-            here = f"layers[{len(layers)}]"
-            for model in self._listed(
-                entry.get("sources"), f"{where}.sources", ("model", "layer_range", "parameters")
-            ):
-                self.paths[f"{here}.sources[{len(ranges)}]"] = f"{model.path}.parameters"
-                self.paths[f"{here}.sources[{len(ranges)}].layers"] = f"{model.path}.layer_range"
-                self.paths[f"{here}.sources[{len(ranges)}].source"] = f"{model.path}.model"
-                ranges.append(self._range(model, method, apart, ranges))
-            self.paths[f"{here}.sources"] = f"{where}.sources"
-            if apart is not None and ranges and all(each["source"] != "base" for each in ranges):
-                self.found.say(
-                    f"{where}.sources",
-                    f"the base_model, {apart.native}, gives no layers to this slice; list it with the "
-                    "layers that the others were tuned from",
-                )
-            self.paths[here] = f"{where}.parameters"
-            values = self._parameters(
-                f"{where}.parameters", self._table("parameters", entry, f"{where}."), method
-            )
-            layers.append({"sources": ranges} | values)
-        return layers
-
-    def _range(
-        self,
-        model: _Model,
-        method: Foreign,
-        apart: Reference | None,
-        others: Sequence[Mapping[str, Any]],
-    ) -> dict[str, Any]:
-        """Return which layers of a model a slice has."""
-        taken = [each["source"] for each in others]
-        if model.reference == apart and "base" not in taken:
-            check_idle(f"{model.path}.parameters", model.parameters, self.found)
-            return {"source": "base", "layers": model.layers}
-        # A model that stands twice in a slice is listed twice.
-        places = [i for i, each in enumerate(self.sources) if each == model.reference]
-        free = [index for index in places if index not in taken]
-        if not free:
-            self.sources.append(model.reference)
-            free = [len(self.sources) - 1]
-        values = self._parameters(f"{model.path}.parameters", model.parameters, method, model=True)
-        return {"source": free[0], "layers": model.layers} | values
 
     def _parameters(
         self, path: str, table: Mapping[Any, Any], method: Foreign, *, model: bool = False
@@ -408,15 +277,26 @@ class _Translation:
 
     def _tokenizer(self, made: dict[str, Any]) -> None:
         """Say whose vocabulary the result has."""
-        source, table = self.document.get("tokenizer_source"), self._table("tokenizer")
+        source = self.document.get("tokenizer_source")
+        table = self.reader.table("tokenizer", self.document)
+        wanted = source is not None or bool(table)
+        key = "tokenizer" if table else "tokenizer_source"
         if source is not None and table:
             self.found.say("tokenizer", "tokenizer_source says the same; keep one of them")
-        if not self.found.problems and (source is not None or table):
-            vocabulary = Vocabulary(self.found, self._reference, self.sources, made.get("base"))
+        if wanted and self.own_bases:
+            self.found.say(
+                key,
+                f"{self.own_bases[0]} is another base, whose rows would stand for tokens that models of this "
+                "slice lack; name one base for all slices, or leave the tokenizers out",
+            )
+        if not self.found.problems and wanted:
+            vocabulary = Vocabulary(
+                self.found, self.reader.reference, self.sources, made.get("base")
+            )
             made["vocabulary"] = vocabulary.translate(
                 source, table, base=self.document.get("base_model")
             )
-            self.paths["vocabulary"] = "tokenizer" if table else "tokenizer_source"
+            self.paths["vocabulary"] = key
             if not table:
                 self.paths["vocabulary.source"] = "tokenizer_source"
             output = made.setdefault("output", {})
@@ -426,12 +306,3 @@ class _Translation:
         template = self.document.get("chat_template")
         if template is not None:
             made.setdefault("output", {})["chat_template"] = template
-
-
-def _is_range(value: object) -> bool:
-    return (
-        isinstance(value, list)
-        and len(value) == 2
-        and all(type(each) is int for each in value)
-        and 0 <= value[0] < value[1]
-    )
