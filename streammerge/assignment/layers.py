@@ -9,13 +9,14 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from fnmatch import translate
 
 from streammerge.adapters.onto_base.adapted import AdaptedModel, TunedModel, changes_of
 from streammerge.adapters.onto_base.changes import Change
 from streammerge.assignment.types import Model
 from streammerge.checkpoint.types import Checkpoint, Note, TensorEntry
 from streammerge.errors import RecipeError, printable
-from streammerge.recipe.resolving import Position, has_gradients
+from streammerge.recipe.resolving import Position, has_gradients, is_gradual
 from streammerge.recipe.types import BASE, LayerRange, LayerSlice, Recipe
 
 _NUMBERED = re.compile(r"(?P<stack>(?:[^./]+[./])*?)(?P<number>\d{1,6})\.")
@@ -120,6 +121,7 @@ def arrange_layers(models: Sequence[Model], labels: Sequence[str], recipe: Recip
     """
     stacks = find_stacks(models[0].tensors)
     if not recipe.layers:
+        stacks += _stacks_of_rules(recipe, models[0].tensors, stacks)
         everyone = tuple(range(len(models)))
         return Arranged(
             list(models),
@@ -129,6 +131,19 @@ def arrange_layers(models: Sequence[Model], labels: Sequence[str], recipe: Recip
             _describe_depths(stacks) if has_gradients(recipe) else (),
         )
     return _Arranging(models, labels, recipe, stacks).arrange()
+
+
+def _stacks_of_rules(
+    recipe: Recipe, tensors: Mapping[str, TensorEntry], known: Sequence[Stack]
+) -> list[Stack]:
+    """Return what else are layers among the tensors of a rule with a gradient: a small part's own."""
+    found: dict[Stack, None] = {}
+    for rule in recipe.rules:
+        if is_gradual(rule.parameters.values()):
+            fits = re.compile(translate(rule.tensors)).match
+            own = {name: entry for name, entry in tensors.items() if fits(name)}
+            found |= dict.fromkeys(find_stacks(own))
+    return [each for each in found if each not in known]
 
 
 def _describe_depths(stacks: Sequence[Stack]) -> tuple[Note, ...]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from functools import partial
@@ -146,9 +146,14 @@ def _varies(recipe: Recipe) -> bool:
 
 def has_gradients(recipe: Recipe) -> bool:
     """Return whether any value of a recipe changes from layer to layer."""
+    return is_gradual(_iter_values(recipe))
+
+
+def is_gradual(given: Iterable[Given]) -> bool:
+    """Return whether any of some values changes from layer to layer."""
     values = [
         each
-        for value in _iter_values(recipe)
+        for value in given
         for each in ((case.value for case in value.cases) if isinstance(value, Cases) else (value,))
     ]
     return any(isinstance(each, Gradient) for each in values)

@@ -209,6 +209,33 @@ def test_gradients_run_over_the_layers_of_their_slice(models: Models) -> None:
     assert not merged["model.embed_tokens.weight"].any()
 
 
+def test_a_gradient_of_a_rule_runs_over_the_layers_among_its_tensors(models: Models) -> None:
+    """Also over those of a small part, which are none among the layers of the whole model."""
+    tower = {f"tower.blocks.{i}.w": torch.ones(8, 5) for i in range(3)}
+    tower |= {f"tower.adapter.{i}.w": torch.ones(1) for i in range(2)}
+    drawn = [draw(4, seed) | tower for seed in range(2)]
+    rules = [
+        {"tensors": "tower.blocks.2.*", "weight": 7.0},
+        {"tensors": "tower.*", "weight": {"gradient": [1.0, 3.0]}},
+    ]
+    recipe = recipe_of(
+        "linear",
+        None,
+        [models.write(each) for each in drawn],
+        parameters={"weight": 0.5, "normalize": False},
+        rules=rules,
+    )
+    plan = streammerge.plan(recipe)
+
+    merged, _ = models.merge(plan)
+
+    expected = {"blocks.0": 2.0, "blocks.1": 4.0, "blocks.2": 14.0, "adapter.1": 2.0}
+    for name, value in expected.items():
+        assert (merged[f"tower.{name}.w"] == value).all(), name
+    (note,) = (each.text for each in plan.notes if each.topic == "layers")
+    assert "model.layers.0 to 3, tower.blocks.0 to 2;" in note
+
+
 def test_an_adapter_gives_the_layers_of_its_base(models: Models, tmp_path: Path) -> None:
     base = draw(4, 0)
     weights = {f"model.layers.{i}.attn.q.weight": IN_LAYER["attn.q"] for i in range(4)}
