@@ -479,7 +479,9 @@ def _check_rules_match(recipe: Recipe, names: Iterable[str], renamed: Mapping[st
                 f'"{printable(renamed[old])}" in the result, by which rules speak of it; write it so'
             )
         example = printable(next(iter(names), "none"))
+        to_do = "correct the glob or remove the rule"
+        if f"rules[{index}].tensors" in recipe.keys:
+            to_do += ", in the recipe that `streammerge convert` prints"
         raise RecipeError(
-            f"{where} matches no tensor of any input; the names look like "
-            f'"{example}", correct the glob or remove the rule'
+            f'{where} matches no tensor of any input; the names look like "{example}", {to_do}'
         )

@@ -230,6 +230,7 @@ class _Mixing:
             arranged,
             depths([each for each in stacks if each.prefix == self._stack.prefix]),
             lambda name: (self._model_of.get(name, 0),),
+            lambda _: 0,
             (*self._notes(), *gated.notes),
         )
 

@@ -109,13 +109,6 @@ TIES = "merge_method: ties\nbase_model: a\nmodels: [{model: b, parameters: {weig
             "models: expected models or slices, got models and slices",
         ),
         (
-            "merge_method: linear\nmodules: {default: {models: [{model: a}]}}",
-            (
-                "modules: parts of a model cannot be merged by recipes of their own; merge the whole model, "
-                "with `rules` of a native recipe where a part is to be copied"
-            ),
-        ),
-        (
             "merge_method: passthrough\nslices: [{sources: [{model: a, layer_range: [4, 2]}]}]",
             (
                 "slices[0].sources[0].layer_range: expected [first, end], the first layer counted from 0 and "
@@ -247,6 +240,188 @@ TIES = "merge_method: ties\nbase_model: a\nmodels: [{model: b, parameters: {weig
 )
 def test_what_cannot_be_followed_is_refused_by_its_key(text: str, said: str) -> None:
     assert said in refused(text)
+
+
+A, B = (
+    "models: [{model: a, parameters: {weight: 1}}]",
+    "models: [{model: b, parameters: {weight: 1}}]",
+)
+
+
+@pytest.mark.parametrize(
+    ("modules", "said"),
+    [
+        ("[default]", "modules: expected a mapping of modules to what they are, got a list of 1"),
+        ("{}", "modules: expected a mapping of modules to what they are, got an empty one"),
+        ("{default: 3}", "modules.default: expected a mapping of keys to values, got 3"),
+        ("{default: {}}", "modules.default: expected models or slices, got none of them"),
+        (
+            f"{{default: {{{A}, slices: [{{}}]}}}}",
+            "modules.default: expected models or slices, got models and slices",
+        ),
+        (
+            f"{{default: {{{A}, base_model: a}}}}",
+            (
+                "modules.default.base_model: a module has no base of its own; name it at the top level, for "
+                "all modules"
+            ),
+        ),
+        (
+            f"{{default: {{{A}, layers: 3}}}}",
+            "modules.default.layers: unknown key; known: models, parameters, slices",
+        ),
+        (
+            "{default: {models: [{model: a}]}}",
+            (
+                "modules.default.models[0].parameters.weight: this key is required, here or under "
+                "parameters for all"
+            ),
+        ),
+        (
+            f"{{default: {{{A}, parameters: {{wieght: 1}}}}}}",
+            'modules.default.parameters.wieght: unknown key; did you mean "weight"?',
+        ),
+        (
+            f"{{text_decoder: {{{A}}}}}",
+            (
+                "modules.text_decoder: the only module in the recipe, without which mergekit leaves all "
+                "other tensors of the model out; list the other modules too, or write what is under it at "
+                "the top level to merge all"
+            ),
+        ),
+        (
+            (
+                f"{{shared: {{{A}}}, encoder: {{slices: [{{sources: [{{model: a, layer_range: [0, 2]}}]}}]}}}}"
+            ),
+            (
+                "modules.encoder.slices: layers of one module beside others cannot be put together; list "
+                "whole models, as modules.encoder.models"
+            ),
+        ),
+        (
+            f"{{shared: {{{A}}}, encoder: {{{B}}}}}",
+            (
+                "modules.encoder.models: b, where modules.shared has a; modules can have parameters of "
+                "their own, not models: list the same ones in the same order, with a weight of 0 for what "
+                'is not wanted, or write a native recipe with a rule {tensors: "encoder.*", copy: 0}'
+            ),
+        ),
+        (
+            f"{{encoder: {{{A}}}, decoder: {{{A}, parameters: {{normalize: false}}}}}}",
+            (
+                "modules: a module has the tensors whose names begin with its own, and one of default, "
+                "text_decoder and shared has all others; the recipe lists none of these; give all modules "
+                "the same parameters, or write a native recipe with rules by names of tensors"
+            ),
+        ),
+        (
+            f"{{default: {{{A}}}, shared: {{{A}, parameters: {{normalize: false}}}}}}",
+            (
+                "modules: a module has the tensors whose names begin with its own, and one of default, "
+                "text_decoder and shared has all others; the recipe lists default, shared of these; give "
+                "all modules the same parameters, or write a native recipe with rules by names of tensors"
+            ),
+        ),
+        (
+            f"{{shared: {{{A}}}, encoder: {{models: [{{model: a}}]}}}}",
+            (
+                "modules.encoder.parameters.weight: this key is required, here, for each model or under "
+                "parameters for all"
+            ),
+        ),
+        (
+            (
+                "{shared: {models: [{model: a}, {model: b}], parameters: {weight: 1}}, encoder: {models: "
+                "[{model: a, parameters: {weight: [0, 1]}}, {model: b}], parameters: {weight: 1}}}"
+            ),
+            (
+                "modules.encoder.parameters.weight: in a module the models may have numbers of their own, "
+                "or all the same gradient or values by names; give each model a number, all of them the "
+                "same, or the same models and parameters to all modules as `models` at the top level"
+            ),
+        ),
+    ],
+)
+def test_modules_that_cannot_be_followed_are_refused(modules: str, said: str) -> None:
+    assert said in refused(f"merge_method: linear\nmodules: {modules}")
+
+
+def test_a_value_out_of_range_is_said_of_its_module() -> None:
+    entry = "models: [{model: b, parameters: {weight: 1}}]"
+
+    said = refused(
+        "merge_method: ties\nbase_model: a\nmodules:\n"
+        f"  default: {{{entry}, parameters: {{density: 2}}}}\n"
+    )
+
+    assert said == ["modules.default.parameters.density: expected a number in [0, 1], got 2"]
+    both = refused(
+        f"merge_method: ties\nbase_model: a\nmodules:\n  shared: {{{entry}}}\n"
+        f"  encoder: {{{entry}, parameters: {{density: 2}}}}\n"
+    )
+    assert both == ["modules.encoder.parameters.density: expected a number in [0, 1], got 2"]
+
+
+def test_modules_are_rules_for_all_tensors_but_those_of_one() -> None:
+    recipe = parsed(
+        "merge_method: ties\nbase_model: a\nparameters: {density: {filter: mlp, value: 0.5}}\nmodules:\n"
+        "  text_decoder:\n    models: [{model: b, parameters: {weight: 1}}, {model: c}]\n"
+        "    parameters: {weight: 2}\n"
+        "  vision: {models: [{model: b}, {model: c}], parameters: {weight: 3}}\n"
+        "  vision.pro:\n    models: [{model: b, parameters: {weight: 4}}, {model: c}, {model: a}]\n"
+        "    parameters: {weight: 3, density: [{filter: attn, value: [0, 1]}]}\n"
+    )
+
+    assert [dict(each.parameters) for each in recipe.sources] == [{"weight": 1.0}, {}]
+    assert recipe.parameters["weight"] == 2.0
+    first, second = recipe.rules
+    assert (first.tensors, second.tensors) == ("vision.pro.*", "vision.*")
+    assert first.parameters == {
+        "weight": (4.0, 3.0),
+        "density": Cases(
+            (
+                Case("*attn*", Gradient((0.0, 1.0))),
+                Case("*mlp*", 0.5),
+                Case(None, 1.0),
+            )
+        ),
+    }
+    assert second.parameters == {"weight": 3.0}
+    assert recipe.remarks == (
+        "modules.vision.pro: the tensors whose names begin with vision.pro.",
+        "modules.vision: the tensors whose names begin with vision.",
+        (
+            "modules.text_decoder: all other tensors; mergekit leaves those of modules that are not listed "
+            "out"
+        ),
+    )
+
+
+def test_a_module_like_the_others_has_a_rule_that_says_no_more_than_it_must() -> None:
+    recipe = parsed(
+        f"merge_method: linear\nmodules: {{shared: {{{A}}}, encoder: {{{A}}}, decoder: "
+        "{models: [{model: a}], parameters: {weight: 3}}}"
+    )
+
+    assert [(each.tensors, each.parameters) for each in recipe.rules] == [
+        ("encoder.*", {"weight": 1.0}),
+        ("decoder.*", {"weight": 3.0}),
+    ]
+
+
+def test_modules_that_are_alike_are_one() -> None:
+    recipe = parsed(
+        f"merge_method: linear\nmodules: {{encoder: {{{A}}}, decoder: {{models: [{{model: a}}], "
+        "parameters: {weight: 1}}}"
+    )
+
+    assert not recipe.rules
+    assert recipe.remarks == (
+        (
+            "modules: all are merged alike, and so are tensors of modules that are not listed; mergekit "
+            "leaves those out"
+        ),
+    )
 
 
 def test_all_that_is_wrong_is_said_at_once() -> None:

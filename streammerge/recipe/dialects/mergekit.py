@@ -16,7 +16,14 @@ from typing import Any
 from streammerge.errors import RecipeError, suggestion
 from streammerge.recipe.dialects.methods import METHODS, BaseRole, Foreign
 from streammerge.recipe.dialects.mixtures import MixtureTranslation, is_mixture
-from streammerge.recipe.dialects.parameters import Findings, check_idle, translate_parameters
+from streammerge.recipe.dialects.modules import (
+    Dividing,
+    Part,
+    list_models,
+    read_parts,
+    translate_tables,
+)
+from streammerge.recipe.dialects.parameters import Findings
 from streammerge.recipe.dialects.reading import Reader
 from streammerge.recipe.dialects.references import Reference
 from streammerge.recipe.dialects.slices import Slices, refuse_adapted
@@ -123,7 +130,8 @@ class _Translation:
         made = self._merge(method)
         self._tokenizer(made)
         if self.found.problems:
-            raise RecipeError("\n".join(self.found.problems))
+            # Parameters for all models are read once for every module.
+            raise RecipeError("\n".join(dict.fromkeys(self.found.problems)))
         return Translated(made, self.paths, tuple(dict.fromkeys(self.found.remarks)))
 
     def _merge(self, method: Foreign) -> dict[str, Any]:
@@ -138,20 +146,17 @@ class _Translation:
         if len(forms) != 1:
             got = " and ".join(forms) or "none of them"
             self.found.say(forms[0] if forms else "models", f"expected models or slices, got {got}")
-        elif forms[0] == "modules":
-            self.found.say(
-                "modules",
-                "parts of a model cannot be merged by recipes of their own; merge the whole model, with "
-                "`rules` of a native recipe where a part is to be copied",
-            )
-        sources: list[dict[str, Any]] = []
+        part, rules = self._part(forms, method, (base, common))
+        if part is None:
+            self._parameters(method, Part("", "", {}, "", None))
+            return made
         layers: list[dict[str, Any]] = []
-        if forms == ["models"]:
-            sources = self._models(method, base, common)
-        elif forms == ["slices"]:
+        if part.key == "models":
+            sources = self._models(method, part, (base, common))
+        else:
             specs = self.methods[method.native]
             slices = Slices(self.reader, method, specs, common, self.sources, self.paths)
-            layers = slices.translate(self.document["slices"], "slices")
+            layers = slices.translate(part.value, f"{part.prefix}slices")
             sources = [dict(each.source) for each in self.sources]
             common, self.own_bases = slices.base, slices.own
         if method.base is BaseRole.REQUIRED and common is None and not self.found.problems:
@@ -161,50 +166,60 @@ class _Translation:
         if common is not None:
             made["base"] = common.native
         made["sources"] = sources
-        table = self.reader.table("parameters", self.document)
-        made["parameters"] = self._parameters("parameters", table, method)
-        self.paths["parameters"] = "parameters"
+        made["parameters"] = self._parameters(method, part)
         self._require(method, made, sources, layers)
         if layers:
             made["layers"] = layers
+        if rules:
+            made["rules"] = rules
         made["semantics"] = "mergekit"
         self._types(made)
         if common is None and base is not None and not self.found.problems:
             self._donor(made, base)
         return made
 
+    def _part(
+        self, forms: list[str], method: Foreign, bases: tuple[Reference | None, Reference | None]
+    ) -> tuple[Part | None, list[dict[str, Any]]]:
+        """Return what is merged, of a whole model or of one module, and rules for the other modules."""
+        if len(forms) != 1:
+            return None, []
+        if forms != ["modules"]:
+            return Part("", "", {}, forms[0], self.document[forms[0]]), []
+        before = len(self.found.problems)
+        parts = read_parts(self.reader, self.document["modules"])
+        if len(self.found.problems) > before or not parts:
+            return None, []
+        if len(parts) == 1:
+            return parts[0], []
+        specs, table = self.methods[method.native], self._table()
+        dividing = Dividing(self.reader, method, specs, bases, table, self.paths)
+        divided = dividing.divide(parts)
+        return (None, []) if divided is None else (divided.remaining, divided.rules)
+
+    def _table(self) -> Mapping[Any, Any]:
+        return self.reader.table("parameters", self.document)
+
     def _models(
-        self, method: Foreign, base: Reference | None, apart: Reference | None
+        self, method: Foreign, part: Part, bases: tuple[Reference | None, Reference | None]
     ) -> list[dict[str, Any]]:
         """Return the sources of a recipe that lists whole models."""
         sources: list[dict[str, Any]] = []
-        for model in self.reader.listed(self.document["models"], "models", ("model", "parameters")):
-            if model.reference == apart:
-                check_idle(f"{model.path}.parameters", model.parameters, self.found)
-                continue
-            if model.reference in self.sources:
-                self.found.say(f"{model.path}.model", f"{model.reference.native} is listed twice")
-                continue
-            self.paths[f"sources[{len(sources)}]"] = f"{model.path}.parameters"
+        specs, where = self.methods[method.native], f"{part.prefix}models"
+        for model in list_models(self.reader, part.value, where, method, specs, bases=bases):
+            self.paths[f"sources[{len(sources)}]"] = model.path
             self.sources.append(model.reference)
-            values = self._parameters(
-                f"{model.path}.parameters", model.parameters, method, model=True
-            )
-            sources.append(model.reference.source | values)
-        if apart is None and base is not None and base not in self.sources:
-            # It is merged like the others, after them.
-            self.paths[f"sources[{len(sources)}]"] = "base_model"
-            self.sources.append(base)
-            sources.append(dict(base.source))
-            if method.keys.get("weight") is not None:
-                self.found.remark("base_model", f"{method.native} merges it as one more model")
+            sources.append(model.reference.source | dict(model.values))
         return sources
 
-    def _parameters(
-        self, path: str, table: Mapping[Any, Any], method: Foreign, *, model: bool = False
-    ) -> dict[str, Any]:
+    def _parameters(self, method: Foreign, part: Part) -> dict[str, Any]:
+        """Return the parameters for all models, and say where they stand."""
+        self.paths["parameters"] = "parameters"
+        for name, key in method.keys.items():
+            if name in part.table:
+                self.paths[f"parameters.{key.native}"] = f"{part.prefix}parameters.{name}"
         specs = self.methods[method.native]
-        return translate_parameters(path, table, method, specs, found=self.found, model=model)
+        return translate_tables(self.reader, part, self._table(), method, specs)
 
     def _require(
         self,

@@ -45,6 +45,33 @@ def with_default(value: Any, default: Leaf) -> Any:
     return value
 
 
+def chained(*levels: Any) -> Any:
+    """Return one value that says what several say, the nearest first; None if none says anything."""
+    cases: list[dict[str, Any]] = []
+    for value in levels:
+        if value is None:
+            continue
+        some = value[CASES] if isinstance(value, dict) and CASES in value else [{"value": value}]
+        cases += some
+        if "tensors" not in some[-1]:
+            break
+    if not cases:
+        return None
+    return {CASES: cases} if "tensors" in cases[0] else cases[0]["value"]
+
+
+def is_for_all(value: Any) -> bool:
+    """Return whether a value says something about every tensor."""
+    if isinstance(value, dict) and CASES in value:
+        return "tensors" not in value[CASES][-1]
+    return value is not None
+
+
+def literally(text: str) -> str:
+    """Return a glob for a text as it stands."""
+    return re.sub(r"([*?[])", r"[\1]", text)
+
+
 def _cases(
     cases: list[Any], key: Key, spec: ParameterSpec, remark: Callable[[str], None]
 ) -> dict[str, Any]:
@@ -76,8 +103,7 @@ def _told(case: object) -> str:
 
 def _glob(text: str | None) -> str:
     """Return a glob for names in which a text occurs."""
-    literal = re.sub(r"([*?[])", r"[\1]", text or "")
-    return f"*{literal}*"
+    return f"*{literally(text or '')}*"
 
 
 def _one(value: object, key: Key, spec: ParameterSpec) -> Any:
