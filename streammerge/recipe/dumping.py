@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from streammerge.errors import printable
+from streammerge.recipe.accepting import PROMOTED
 from streammerge.recipe.mixture import plain_mixture
-from streammerge.recipe.schema import PROMOTED
 from streammerge.recipe.text import dump_document
 from streammerge.recipe.types import (
     BASE,

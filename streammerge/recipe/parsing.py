@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from streammerge.errors import RecipeError, suggestion
+from streammerge.recipe.accepting import PROMOTED
 from streammerge.recipe.dialects.mergekit import is_mergekit
 from streammerge.recipe.dialects.mergekit import translate as translate_mergekit
 from streammerge.recipe.mixture import iter_mixture_problems
 from streammerge.recipe.refusing import key_path, shown
 from streammerge.recipe.resolving import Place, iter_parameter_problems, tables_of
-from streammerge.recipe.schema import PROMOTED, LayerSliceDocument, RecipeDocument, check_frame
+from streammerge.recipe.schema import LayerSliceDocument, RecipeDocument, check_frame
 from streammerge.recipe.text import load_document
 from streammerge.recipe.types import (
     Given,

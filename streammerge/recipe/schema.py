@@ -7,9 +7,8 @@ that these models can refuse every other key.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from enum import StrEnum
-from typing import Annotated, Any, Literal, TypeVar
+from collections.abc import Iterable
+from typing import Annotated
 
 from pydantic import (
     BaseModel,
@@ -20,23 +19,30 @@ from pydantic import (
     ValidationError,
     WithJsonSchema,
 )
-from pydantic_core import ErrorDetails, PydanticCustomError
+from pydantic_core import ErrorDetails
 
-from streammerge.dtypes import DTYPES_BY_TORCH_NAME, DType
 from streammerge.errors import RecipeError
+from streammerge.recipe.accepting import (
+    MAX_PATH_CHARACTERS,
+    Companions,
+    Copy,
+    Layers,
+    OutputDType,
+    PathText,
+    ShardSize,
+    accept_mixture,
+    accept_template,
+    accept_vocabulary,
+    word_of,
+)
 from streammerge.recipe.mixture import SCHEMA as MIXTURE_SCHEMA
-from streammerge.recipe.mixture import MixtureError, parse_mixture
 from streammerge.recipe.refusing import (
-    MAX_SHOWN_CHARACTERS,
     MERGEKIT_KEYS,
     key_path,
-    refuse_choice,
     shown,
     unknown_key,
 )
 from streammerge.recipe.types import (
-    BASE,
-    CompanionKind,
     ComputeDType,
     DrawnVocabulary,
     MismatchPolicy,
@@ -48,17 +54,10 @@ from streammerge.recipe.types import (
     Semantics,
     VocabularyPolicy,
 )
-from streammerge.recipe.vocabulary import SCHEMA, VocabularyError, parse_vocabulary
-from streammerge.units import parse_size
+from streammerge.recipe.vocabulary import SCHEMA
 
-_Word = TypeVar("_Word", bound=StrEnum)
-
-CHAT_TEMPLATES = ("auto", "chatml", "llama3", "mistral", "alpaca", "exaone")
-"""Names of chat templates; all else is a text."""
 MAX_SEED = 2**64 - 1
 """The random generator's key has 64 bits."""
-MAX_SHARD_BYTES = 2**63 - 1
-"""The largest file offset."""
 
 
 def check_frame(frame: dict[object, object], *, parameter_names: Iterable[str]) -> RecipeDocument:
@@ -77,181 +76,6 @@ def check_frame(frame: dict[object, object], *, parameter_names: Iterable[str]) 
         names = frozenset(parameter_names)
         lines = [_describe(details, names) for details in error.errors(include_url=False)]
         raise RecipeError("\n".join(lines)) from error
-
-
-def _word_of(words: type[_Word]) -> Callable[[object], _Word]:
-    """Return a validator that turns a word into its member of ``words``."""
-
-    def parse(value: object) -> _Word:
-        if isinstance(value, str) and value in frozenset(words):
-            return words(value)
-        raise PydanticCustomError("said", "{said}", {"said": refuse_choice(value, words)})
-
-    return parse
-
-
-def _parse_dtype(value: object) -> DType | Literal["promoted"] | None:
-    if value is None:
-        return None
-    if value == PROMOTED:
-        return PROMOTED
-    if isinstance(value, str) and value in OUTPUT_DTYPES:
-        return OUTPUT_DTYPES[value]
-    said = refuse_choice(value, [name for name in OUTPUT_DTYPES if name.islower()])
-    raise PydanticCustomError("said", "{said}", {"said": said})
-
-
-def _parse_shard_size(value: object) -> int:
-    said = f'expected a size such as "512MiB" or "5GB", or a number of bytes, got {shown(value)}'
-    if isinstance(value, str) or (isinstance(value, int) and not isinstance(value, bool)):
-        try:
-            nbytes = value if isinstance(value, int) else parse_size(value)
-        except OverflowError:
-            nbytes = 0
-        except ValueError:
-            raise PydanticCustomError("said", "{said}", {"said": said}) from None
-        if 0 < nbytes <= MAX_SHARD_BYTES:
-            return nbytes
-        said = f"expected from 1 to {MAX_SHARD_BYTES} bytes, got {shown(value)}"
-    raise PydanticCustomError("said", "{said}", {"said": said})
-
-
-def _parse_copy(value: object) -> int:
-    if value == "base":
-        return BASE
-    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
-        return value
-    said = f"expected base, or the index of a source counted from 0, got {shown(value)}"
-    raise PydanticCustomError("said", "{said}", {"said": said})
-
-
-def _parse_template(value: object) -> str | None:
-    """Return a name of a template, or its text."""
-    if value is None or (isinstance(value, str) and (value in CHAT_TEMPLATES or "{" in value)):
-        return value
-    said = f"expected {', '.join(CHAT_TEMPLATES)} or a text in Jinja, got {shown(value)}"
-    raise PydanticCustomError("said", "{said}", {"said": said})
-
-
-def _parse_vocabulary(value: object) -> VocabularyPolicy | DrawnVocabulary:
-    try:
-        return parse_vocabulary(value)
-    except VocabularyError as error:
-        raise PydanticCustomError("said", "{said}", {"said": str(error)}) from None
-
-
-def _parse_mixture(value: object) -> Mixture | None:
-    try:
-        return parse_mixture(value)
-    except MixtureError as error:
-        raise PydanticCustomError("said", "{said}", {"said": str(error)}) from None
-
-
-def _parse_range(value: object) -> list[int]:
-    """Return the first layer and the one after the last."""
-    whole = isinstance(value, list) and all(type(each) is int for each in value)
-    if isinstance(value, list) and whole and len(value) == 2 and 0 <= value[0] < value[1]:
-        return value
-    got = str(value) if whole and len(str(value)) < MAX_SHOWN_CHARACTERS else shown(value)
-    said = f"expected [first, end], the first layer counted from 0 and the one after the last, got {got}"
-    raise PydanticCustomError("said", "{said}", {"said": said})
-
-
-def _parse_origin(value: object) -> int | str:
-    if value == "base":
-        return BASE
-    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
-        return value
-    if isinstance(value, str) and 0 < len(value) <= MAX_PATH_CHARACTERS and "\0" not in value:
-        return value
-    said = "expected base, the index of a source counted from 0, or a directory, got " + shown(
-        value
-    )
-    raise PydanticCustomError("said", "{said}", {"said": said})
-
-
-def _parse_companions(value: object) -> dict[CompanionKind, int | str]:
-    """Return the origin of each kind; one for all is one for each."""
-    if not isinstance(value, dict):
-        return dict.fromkeys(CompanionKind, _parse_origin(value))
-    kinds = [kind.value for kind in CompanionKind]
-    for key in value:
-        if key not in kinds:
-            said = f"{shown(key)}: {unknown_key(key, kinds)}"
-            raise PydanticCustomError("said", "{said}", {"said": said})
-    return {CompanionKind(key): _parse_origin(origin) for key, origin in value.items()}
-
-
-PROMOTED: Literal["promoted"] = "promoted"
-"""The word for the narrowest type that holds the values of all inputs of a tensor."""
-OUTPUT_DTYPES = {
-    name: dtype
-    for torch_name, dtype in DTYPES_BY_TORCH_NAME.items()
-    if dtype.is_float
-    for name in (torch_name, dtype.value)
-}
-"""Every accepted spelling of an output dtype: torch's names and the safetensors codes."""
-
-MAX_PATH_CHARACTERS = 4095
-"""Linux takes no longer ones, and others do not either, or hardly."""
-# A NUL ends a path for the operating system, so such a path would name another file.
-_PathText = Annotated[
-    str, Field(min_length=1, max_length=MAX_PATH_CHARACTERS, pattern=r"^[^\x00]+$")
-]
-_Copy = Annotated[
-    int,
-    BeforeValidator(_parse_copy),
-    WithJsonSchema({"anyOf": [{"const": "base"}, {"type": "integer", "minimum": 0}]}),
-]
-_ORIGIN_SCHEMA: dict[str, Any] = {
-    "anyOf": [
-        {"type": "integer", "minimum": 0},
-        {"type": "string", "minLength": 1, "maxLength": MAX_PATH_CHARACTERS},
-    ]
-}
-_Companions = Annotated[
-    dict[CompanionKind, int | str] | None,
-    BeforeValidator(_parse_companions),
-    WithJsonSchema(
-        {
-            "anyOf": [
-                *_ORIGIN_SCHEMA["anyOf"],
-                {
-                    "type": "object",
-                    "properties": {kind.value: _ORIGIN_SCHEMA for kind in CompanionKind},
-                    "additionalProperties": False,
-                },
-            ]
-        }
-    ),
-]
-_OutputDType = Annotated[
-    DType | Literal["promoted"] | None,
-    BeforeValidator(_parse_dtype),
-    WithJsonSchema({"enum": [*OUTPUT_DTYPES, PROMOTED, None]}),
-]
-_TWO_NUMBERS = {"items": {"type": "integer", "minimum": 0}, "minItems": 2, "maxItems": 2}
-_Layers = Annotated[
-    list[int],
-    BeforeValidator(_parse_range),
-    WithJsonSchema({"type": "array", **_TWO_NUMBERS}),
-    Field(description="The first layer, counted from 0, and the one after the last."),
-]
-_ShardSize = Annotated[
-    int | None,
-    BeforeValidator(_parse_shard_size),
-    WithJsonSchema(
-        {
-            "anyOf": [
-                {"type": "integer", "minimum": 1, "maximum": MAX_SHARD_BYTES},
-                {
-                    "type": "string",
-                    "pattern": r"^\s*[0-9]+(\.[0-9]+)?\s*(([KMGTkmgt][Ii]?)?[Bb])?\s*$",
-                },
-            ]
-        }
-    ),
-]
 
 
 class _Document(BaseModel):
@@ -276,11 +100,11 @@ class RenameDocument(_Document):
 class SourceDocument(_Document):
     """A model being merged."""
 
-    path: _PathText = Field(
+    path: PathText = Field(
         description="Model or adapter to merge: a directory or a file, relative to the working "
         "directory, or org/model[@revision] on the Hugging Face hub."
     )
-    adapter: _PathText | None = Field(
+    adapter: PathText | None = Field(
         default=None,
         description="Adapter of this model, merged into it while it is read; the model is then no adapter "
         "itself.",
@@ -303,19 +127,19 @@ class RuleDocument(_Document):
     tensors: str = Field(
         min_length=1, description="Shell-style glob on the whole tensor name, such as *.mlp.*"
     )
-    copy_from: _Copy | None = Field(
+    copy_from: Copy | None = Field(
         default=None,
         alias="copy",
         description="Copy these tensors unchanged: from the base, or from the source with this "
         "index, counted from 0.",
     )
     drop: bool = Field(default=False, description="Leave these tensors out of the output.")
-    dtype: Annotated[RuleDType, BeforeValidator(_word_of(RuleDType))] | None = Field(
+    dtype: Annotated[RuleDType, BeforeValidator(word_of(RuleDType))] | None = Field(
         default=None,
         description="keep: store these tensors in the type that they have, whatever output.dtype "
         "says.",
     )
-    mismatch: Annotated[MismatchPolicy, BeforeValidator(_word_of(MismatchPolicy))] | None = Field(
+    mismatch: Annotated[MismatchPolicy, BeforeValidator(word_of(MismatchPolicy))] | None = Field(
         default=None, description="As at the top level, for these tensors."
     )
 
@@ -323,10 +147,10 @@ class RuleDocument(_Document):
 class LayerRangeDocument(_Document):
     """Consecutive layers of one model."""
 
-    source: _Copy = Field(
+    source: Copy = Field(
         description="The base, or the index of the source, counted from 0; each at most once in a slice."
     )
-    layers: _Layers
+    layers: Layers
 
 
 class LayerBaseDocument(_Document):
@@ -337,7 +161,7 @@ class LayerBaseDocument(_Document):
         description="The index of the source whose layers they are, counted from 0; it is not merged into "
         "the slice.",
     )
-    layers: _Layers
+    layers: Layers
 
 
 class LayerSliceDocument(_Document):
@@ -358,28 +182,28 @@ class LayerSliceDocument(_Document):
 class OutputDocument(_Document):
     """How the result is stored."""
 
-    dtype: _OutputDType = Field(
+    dtype: OutputDType = Field(
         default=None,
         description="Element type of merged tensors; without it each keeps the base's, or the "
         "first source's; promoted: the narrowest that holds the values of all its inputs.",
     )
-    max_shard_size: _ShardSize = Field(
+    max_shard_size: ShardSize = Field(
         default=None,
         description="Largest output file: bytes, or text with GB (10^9) or GiB (2^30). Without it, one "
         "file stays one file, and several are cut at 5GB.",
     )
-    companions: _Companions = Field(
+    companions: Companions = Field(
         default=None,
         description="Where configuration and tokenizer come from: base, the index of a source "
         "counted from 0, or a directory; for all, or by kind.",
     )
-    chat_template: Annotated[str, BeforeValidator(_parse_template)] | None = Field(
+    chat_template: Annotated[str, BeforeValidator(accept_template)] | None = Field(
         default=None,
         description="Chat template: auto (that of most inputs), chatml, llama3, mistral, alpaca, exaone, or "
         "a text in Jinja. Without it that of the inputs stays.",
     )
     quantization: (
-        Annotated[QuantizationPolicy, BeforeValidator(_word_of(QuantizationPolicy))] | None
+        Annotated[QuantizationPolicy, BeforeValidator(word_of(QuantizationPolicy))] | None
     ) = Field(
         default=None,
         description="as base: weights that the base stores as float8 codes with scales are stored so "
@@ -391,7 +215,7 @@ class RecipeDocument(_Document):
     """A merge recipe for streammerge."""
 
     method: str = Field(description="Name of the merge method.")
-    base: _PathText | None = Field(
+    base: PathText | None = Field(
         default=None,
         description="Model the sources were tuned from: a directory or a file, relative to the "
         "working directory, or org/model[@revision] on the Hugging Face hub.",
@@ -411,32 +235,32 @@ class RecipeDocument(_Document):
         description="The layers of the result, slice by slice, where they are not those of the inputs.",
     )
     mixture: Annotated[
-        Mixture | None, PlainValidator(_parse_mixture), WithJsonSchema(MIXTURE_SCHEMA)
+        Mixture | None, PlainValidator(accept_mixture), WithJsonSchema(MIXTURE_SCHEMA)
     ] = Field(
         default=None,
         description="Make the sources the experts of a mixture, of which the base gives all else: form, "
         "experts_per_token, gates (random, uniform, embeddings or a file), shared, prompts.",
     )
-    semantics: Annotated[Semantics | None, BeforeValidator(_word_of(Semantics))] = Field(
+    semantics: Annotated[Semantics | None, BeforeValidator(word_of(Semantics))] = Field(
         default=None, description="Whose definition of the method is meant, where they differ."
     )
     seed: int = Field(default=0, ge=0, le=MAX_SEED, description="Seed of the random masks.")
-    missing: Annotated[MissingPolicy, BeforeValidator(_word_of(MissingPolicy))] = Field(
+    missing: Annotated[MissingPolicy, BeforeValidator(word_of(MissingPolicy))] = Field(
         default=MissingPolicy.ERROR,
         description="A tensor that some source lacks: refuse it, or take the base's.",
     )
-    mismatch: Annotated[MismatchPolicy, BeforeValidator(_word_of(MismatchPolicy))] = Field(
+    mismatch: Annotated[MismatchPolicy, BeforeValidator(word_of(MismatchPolicy))] = Field(
         default=MismatchPolicy.ERROR,
         description="A tensor whose shapes differ along one dimension: refuse it, or merge what all "
         "have in common and keep the rest of the base's, or of the largest source's.",
     )
-    non_finite: Annotated[NonFinitePolicy, BeforeValidator(_word_of(NonFinitePolicy))] = Field(
+    non_finite: Annotated[NonFinitePolicy, BeforeValidator(word_of(NonFinitePolicy))] = Field(
         default=NonFinitePolicy.ERROR,
         description="NaN or infinity in an input: refuse it, or keep it.",
     )
     vocabulary: Annotated[
         VocabularyPolicy | DrawnVocabulary,
-        PlainValidator(_parse_vocabulary),
+        PlainValidator(accept_vocabulary),
         WithJsonSchema(SCHEMA),
     ] = Field(
         default=VocabularyPolicy.ERROR,
@@ -444,7 +268,7 @@ class RecipeDocument(_Document):
         "merge; same refuses all that differ. union, base, the index of a source counted from 0, or a "
         "mapping with the key source: draw the rows of all embeddings for that vocabulary.",
     )
-    compute_dtype: Annotated[ComputeDType, BeforeValidator(_word_of(ComputeDType))] = Field(
+    compute_dtype: Annotated[ComputeDType, BeforeValidator(word_of(ComputeDType))] = Field(
         default=ComputeDType.FLOAT32, description="The type that merges are computed in."
     )
     output: OutputDocument = Field(

@@ -14,7 +14,7 @@ from models import recipe_of, write_model
 import streammerge
 from streammerge.companions.templates import AUTO, TEMPLATES, find_template
 from streammerge.errors import RecipeError
-from streammerge.recipe.schema import CHAT_TEMPLATES
+from streammerge.recipe.accepting import CHAT_TEMPLATES
 
 MESSAGES = [
     {"role": "system", "content": "Be brief."},
