@@ -22,6 +22,7 @@ from streammerge.checkpoint.inputs import parse_path
 from streammerge.checkpoint.manifest import Manifest, digest_identity
 from streammerge.checkpoint.outputform import form_of
 from streammerge.checkpoint.types import Checkpoint
+from streammerge.collecting import without_collecting
 from streammerge.companions.choosing import accompany
 from streammerge.comparing import Comparison, Sample, check_sample
 from streammerge.engine.accelerator.opening import choose_devices
@@ -95,15 +96,16 @@ def plan(
     device_budget = choose_device_budget(names, device_memory)
     asked = load_recipe(recipe, download=download)
     try:
-        return _plan(
-            asked,
-            names,
-            device_budget,
-            memory=memory,
-            workers=workers,
-            download=download,
-            at_once=at_once,
-        )
+        with without_collecting():
+            return _plan(
+                asked,
+                names,
+                device_budget,
+                memory=memory,
+                workers=workers,
+                download=download,
+                at_once=at_once,
+            )
     except (RecipeError, CheckpointError) as error:
         # Messages are about this tool's keys; those of another tool's recipe are called otherwise.
         error.args = ("\n".join(map(asked.in_its_words, str(error).split("\n"))),)

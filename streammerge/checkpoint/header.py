@@ -7,6 +7,7 @@ form; no tensor byte is read.
 
 from __future__ import annotations
 
+import os
 from hashlib import blake2b
 from pathlib import Path
 from typing import NoReturn
@@ -55,12 +56,8 @@ def read_safetensors_header(path: Path, *, file_index: int) -> tuple[ShardFile, 
         TruncatedShardError: The file ends before the data that the header declares.
         UnsupportedDTypeError: A tensor has a dtype that is not known.
     """
-    with open_input(path) as (stream, status):
-        nbytes = status.st_size
-        head = stream.read(_HEAD_BYTES)
-        header_nbytes = _header_nbytes(path, head, nbytes)
-        stream.seek(_LENGTH_BYTES)
-        raw = read_exactly(stream, header_nbytes, path=path)
+    raw, status = _read_raw(path)
+    nbytes, header_nbytes = status.st_size, len(raw)
     header = parse_json_object(raw, where=f"{path}: header", parse_constant=refuse_constant)
     _check_metadata(path, header.pop("__metadata__", None))
     extents = sorted(_parse_extent(path, name, fields) for name, fields in header.items())
@@ -76,6 +73,23 @@ def read_safetensors_header(path: Path, *, file_index: int) -> tuple[ShardFile, 
     ]
     digest = blake2b(raw, digest_size=16).hexdigest()
     return ShardFile(path, nbytes, status.st_mtime_ns, digest), entries
+
+
+def read_raw_header(path: Path) -> bytes:
+    """Return the JSON of a safetensors file's header, unparsed.
+
+    Raises:
+        CheckpointError: As for :func:`read_safetensors_header`, of what shows before it is parsed.
+    """
+    return _read_raw(path)[0]
+
+
+def _read_raw(path: Path) -> tuple[bytes, os.stat_result]:
+    with open_input(path) as (stream, status):
+        head = stream.read(_HEAD_BYTES)
+        header_nbytes = _header_nbytes(path, head, status.st_size)
+        stream.seek(_LENGTH_BYTES)
+        return read_exactly(stream, header_nbytes, path=path), status
 
 
 def _header_nbytes(path: Path, head: bytes, nbytes: int) -> int:

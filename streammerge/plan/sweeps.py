@@ -189,7 +189,7 @@ def bytes_beyond_once(plan: MergePlan, needs: Needs) -> int:
         return total + _sweep_bytes(plan, *whole)
     for index, task in enumerate(plan.tasks):
         need = needs.of(task)
-        if need is not None and needs.must_look(task) and reads_twice(plan, task):
+        if need is not None and reads_twice(plan, task) and needs.must_look(task):
             total += _sweep_bytes(plan, need, [index])
     return total
 

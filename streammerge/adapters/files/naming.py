@@ -49,6 +49,16 @@ def recognise_naming(names: Iterable[str]) -> Naming | None:
     return known
 
 
+def may_name_adapters(raw: bytes) -> bool:
+    """Return whether a header may hold a name of an adapter's tensor; False tells for certain.
+
+    Args:
+        raw: The JSON of a header, unparsed.
+    """
+    # Only an escape could hide a name.
+    return b"\\u" in raw or _RAW_HINTS.search(raw) is not None
+
+
 def parse_peft_name(name: str) -> Parsed:
     """Return what a tensor of PEFT's naming is; its prefix may be missing."""
     rest = _unwrapped(name.removeprefix(PEFT_PREFIX))
@@ -152,6 +162,9 @@ _MARKS = re.compile(
 )
 _LOWER = re.compile(r"(?<=.)\.lora_(?P<side>[ab])(?P<what>\.weight)?$")
 _HINTS = re.compile(r"lora|lycoris_|ia3_l|lokr_|hada_|\.diff|\.a1\.weight$")
+_RAW_HINTS = re.compile(
+    _HINTS.pattern.replace("$", '"').encode() + b"|" + re.escape(PEFT_PREFIX).encode()
+)
 _KOHYA_PREFIX = re.compile(r"(?:lora_(?:unet|te\d?|transformer)|lycoris)_")
 # Models have parts of these names too, but not in such a place.
 _COMFY_DIFFERENCE = re.compile(r"diffusion_model\..+\.(?:diff|diff_b|a1\.weight)$")

@@ -31,6 +31,7 @@ from streammerge.adapters.files.naming import (
     PEFT_PREFIX,
     SHARED_STEM,
     foreign_variant,
+    may_name_adapters,
     parse_diffusers_name,
     parse_kohya_name,
     parse_lower_name,
@@ -51,7 +52,7 @@ from streammerge.adapters.files.types import (
     strip_wrappers,
 )
 from streammerge.adapters.files.wrapping import wrapper_depths
-from streammerge.checkpoint.header import read_safetensors_header
+from streammerge.checkpoint.header import read_raw_header, read_safetensors_header
 from streammerge.checkpoint.inputs import (
     absolute,
     is_directory,
@@ -94,8 +95,12 @@ def is_adapter(path: Path) -> bool:
         return any(is_there(path / name) for name in names) or (raw is not None and is_adapter(raw))
     if path.suffix not in {".safetensors", ".bin", ".pt"}:
         return False
+    path = absolute(path)
     try:
-        _, entries = _read_header(absolute(path))
+        # Most models are told from adapters without parsing what will be parsed again.
+        if path.suffix == ".safetensors" and not may_name_adapters(read_raw_header(path)):
+            return False
+        _, entries = _read_header(path)
     except CheckpointError:
         return False
     return recognise_naming(entry.name for entry in entries) is not None
