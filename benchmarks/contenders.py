@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import venv
@@ -13,6 +14,7 @@ from typing import Generic, TypeVar
 
 from benchmarks.jobs import AnyJob, Job, mergekit_config, peft_job, streammerge_recipe
 from benchmarks.models import ROOT
+from streammerge.checkpoint.outputfile import lies_in_memory
 
 FLOOR = "floor"
 STREAMMERGE = "streammerge"
@@ -161,6 +163,15 @@ def _peft(python: Path) -> Contender[Job]:
     )
 
 
+def reserves(directory: Path) -> bool:
+    """Return whether files there get their room before they are written, as the merge's do."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        return not lies_in_memory(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def floor_contender() -> Contender[AnyJob]:
     """Return the one that reads and writes as many bytes as a job does, and computes nothing."""
 
@@ -171,6 +182,7 @@ def floor_contender() -> Contender[AnyJob]:
             *["--sweeps", str(job.sweeps)],
             *["--write-nbytes", str(job.nbytes_to_write)],
             *["--files", str(-(-job.nbytes_to_write // job.max_shard_nbytes))],
+            *([] if reserves(out.parent) else ["--no-reserve"]),
             *[part for files in models for part in ("--read", *map(str, files))],
         ]
 

@@ -21,6 +21,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import chain, zip_longest
 from mmap import mmap
 from pathlib import Path
@@ -53,7 +54,13 @@ class Floor:
 
 
 def run_floor(
-    models: Sequence[Sequence[Path]], out: Path, *, write_nbytes: int, files: int, sweeps: int
+    models: Sequence[Sequence[Path]],
+    out: Path,
+    *,
+    write_nbytes: int,
+    files: int,
+    sweeps: int,
+    reserve: bool = True,
 ) -> Floor:
     """Read all inputs, write a directory of as many bytes as asked for, and say what it took.
 
@@ -63,6 +70,8 @@ def run_floor(
         write_nbytes: Bytes to write.
         files: Number of files they are spread over.
         sweeps: How often every input is read.
+        reserve: Whether room for the files is reserved before they are written, which in tmpfs takes as
+            long as writing.
     """
     out.mkdir()
     started = time.perf_counter()
@@ -71,7 +80,9 @@ def run_floor(
         read_nbytes += _read_all(models, drop=False)
     write_started = time.perf_counter()
     with ThreadPoolExecutor(1) as pool:
-        writing: Future[float] = pool.submit(_write_all, out, write_nbytes, files)
+        writing: Future[float] = pool.submit(
+            partial(_write_all, out, write_nbytes, files, reserve=reserve)
+        )
         read_nbytes += _read_all(models, drop=True)
         read_ended = time.perf_counter()
         write_ended = writing.result()
@@ -132,7 +143,7 @@ def _iter_requests(descriptors: Sequence[int]) -> Iterator[_Request]:
             yield descriptor, offset, min(REQUEST_NBYTES, size - offset)
 
 
-def _write_all(out: Path, nbytes: int, files: int) -> float:
+def _write_all(out: Path, nbytes: int, files: int, *, reserve: bool) -> float:
     """Write files of noise, make them durable, and return when that was."""
     buffer = memoryview(mmap(-1, REQUEST_NBYTES))
     # Not zeros: some disks and their hosts do not store those.
@@ -144,7 +155,7 @@ def _write_all(out: Path, nbytes: int, files: int) -> float:
             file_nbytes = nbytes * (number + 1) // files - nbytes * number // files
             path = out / f"floor-{number}.bin"
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
-            if file_nbytes:
+            if file_nbytes and reserve:
                 os.posix_fallocate(descriptor, 0, file_nbytes)
             offset = unsynced = 0
             while offset < file_nbytes:
@@ -180,6 +191,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--write-nbytes", type=int, default=0)
     parser.add_argument("--files", type=int, default=1)
     parser.add_argument("--sweeps", type=int, default=1)
+    parser.add_argument("--no-reserve", dest="reserve", action="store_false")
     options = parser.parse_args(arguments)
     floor = run_floor(
         options.read,
@@ -187,6 +199,7 @@ def main(arguments: Sequence[str]) -> int:
         write_nbytes=options.write_nbytes,
         files=options.files,
         sweeps=options.sweeps,
+        reserve=options.reserve,
     )
     print(json.dumps(asdict(floor)))
     return 0

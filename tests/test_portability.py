@@ -5,12 +5,14 @@ from __future__ import annotations
 import mmap
 import os
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import torch
 from models import MEMORY, Models, recipe_of
 
 import streammerge
+from streammerge.checkpoint import outputfile
 from streammerge.checkpoint.bytesource import ByteSourceKind
 from streammerge.checkpoint.outputfile import OutputFile, sync_directory
 
@@ -114,6 +116,26 @@ def test_a_file_has_its_size_before_anything_is_written(
     OutputFile(tmp_path / "file", nbytes).close()
 
     assert (tmp_path / "file").stat().st_size == nbytes
+
+
+def test_in_memory_no_room_is_reserved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To reserve it there is to fill it with zeros, which takes as long as to write it."""
+    place = Path("/dev/shm")  # noqa: S108 - in memory is what it is about
+    if not place.is_dir():
+        pytest.skip("needs a file system in memory")
+    reserved: list[int] = []
+    monkeypatch.setattr(os, "posix_fallocate", lambda _fd, _at, nbytes: reserved.append(nbytes))
+    with TemporaryDirectory(dir=place) as directory:
+        output = OutputFile(Path(directory) / "file", 5_000)
+        output.write_at(4_000, memoryview(b"text"))
+        output.close()
+        assert (Path(directory) / "file").stat().st_size == 5_000
+        assert reserved == []
+
+    monkeypatch.setattr(outputfile, "_MOUNTS", tmp_path / "none")
+    OutputFile(tmp_path / "file", 5_000).close()
+
+    assert reserved == [5_000]
 
 
 def test_a_file_system_that_cannot_reserve_gets_a_sparse_file(

@@ -25,6 +25,8 @@ SYNC_BYTES = 64 * MIB
 dirty pages pile up, which stalls small machines and counts against a memory cgroup."""
 
 
+_MOUNTS = Path("/proc/self/mountinfo")
+_IN_MEMORY = frozenset({"tmpfs", "ramfs"})
 _DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 OnDurable = Callable[[Sequence[PieceDone]], None]
 """Told what has become durable, on the thread that waited for the disk."""
@@ -179,7 +181,7 @@ class OutputFile:
         if os.fstat(self._fd).st_size > self._nbytes:
             # Something was added to what an earlier run left.
             os.ftruncate(self._fd, self._nbytes)
-        if hasattr(os, "posix_fallocate") and self._nbytes:
+        if hasattr(os, "posix_fallocate") and self._nbytes and not lies_in_memory(self._fd):
             try:
                 os.posix_fallocate(self._fd, 0, self._nbytes)
             except OSError as error:
@@ -211,6 +213,23 @@ class OutputFile:
         if hasattr(os, "posix_fadvise"):
             # Only clean pages can be dropped, hence after the sync.
             os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def lies_in_memory(descriptor: int) -> bool:
+    """Return whether a file lies in memory, as in tmpfs, where to reserve room is to fill it with zeros.
+
+    That takes as long as writing does, and on one core; what was free a moment ago is reserved while it is
+    written there.
+    """
+    device = os.fstat(descriptor).st_dev
+    where = f" {os.major(device)}:{os.minor(device)} "
+    try:
+        mounts = _MOUNTS.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return False
+    # "36 35 98:0 / /mnt rw,noatime - tmpfs tmpfs rw"
+    kinds = (line.partition(" - ")[2].split(" ")[0] for line in mounts if where in line)
+    return any(kind in _IN_MEMORY for kind in kinds)
 
 
 def sync_directory(path: Path) -> None:
