@@ -150,6 +150,8 @@ class _Matching:
         own = keys[path]
         result, added = self._united(own, keys) if self._wanted.source is None else (own, {})
         numbers = {file: _numbers_in(each, result) for file, each in keys.items()}
+        if self._wanted.common:
+            numbers = self._without_uncommon(numbers, path)
         return Tokens(
             self._directory,
             self._label,
@@ -161,6 +163,15 @@ class _Matching:
             added,
             self._insertion(path, result, len(own), keys) if added else None,
         )
+
+    def _without_uncommon(self, numbers: Mapping[Path, Numbers], own: Path) -> dict[Path, Numbers]:
+        """Return the numbers as if what one model lacks no other had but the owner."""
+        files = [file for file in dict.fromkeys(self._files) if file is not None]
+        common = np.logical_and.reduce([numbers[file] >= 0 for file in files])
+        return {
+            file: each if file == own else np.where(common, each, np.int32(-1))
+            for file, each in numbers.items()
+        }
 
     def _find_owner(self) -> int | None:
         source = self._wanted.source

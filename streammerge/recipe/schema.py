@@ -265,7 +265,7 @@ class RecipeDocument(_Document):
     ] = Field(
         default=VocabularyPolicy.ERROR,
         description="Tokenizers in which one number stands for two tokens: refuse them, or ignore it and "
-        "merge; same refuses all that differ. union, base, the index of a source counted from 0, or a "
+        "merge; same refuses all that differ. union, common, base, the index of a source counted from 0, or a "
         "mapping with the key source: draw the rows of all embeddings for that vocabulary.",
     )
     compute_dtype: Annotated[ComputeDType, BeforeValidator(word_of(ComputeDType))] = Field(

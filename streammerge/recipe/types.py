@@ -171,6 +171,9 @@ class DrawnVocabulary:
     """Whether that is the mean of the rows of all models that have it, also where there is a base."""
     multiple: int | None = None
     """What the number of rows is made a multiple of; None keeps the padding that its model has."""
+    common: bool = False
+    """Whether only tokens that all models have are merged; the others keep the first model's rows, whose
+    vocabulary it is."""
 
 
 class QuantizationPolicy(StrEnum):

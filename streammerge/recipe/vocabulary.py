@@ -11,6 +11,7 @@ from streammerge.recipe.refusing import key_path, refuse_choice, shown, unknown_
 from streammerge.recipe.types import BASE, DrawnVocabulary, TokenOrigin, VocabularyPolicy
 
 _UNION = "union"
+_COMMON = "common"
 _ZERO = "zero"
 _MEAN = "mean"
 _KEYS = ("source", "fill", "tokens", "pad_to_multiple_of")
@@ -24,7 +25,7 @@ _ORIGIN: list[dict[str, Any]] = [
 _SOURCE = {"anyOf": [{"type": "string", "minLength": 1}, {"type": "integer", "minimum": 0}]}
 SCHEMA: dict[str, Any] = {
     "anyOf": [
-        {"enum": [*(policy.value for policy in VocabularyPolicy), _UNION, "base"]},
+        {"enum": [*(policy.value for policy in VocabularyPolicy), _UNION, _COMMON, "base"]},
         {"type": "integer", "minimum": 0},
         {
             "type": "object",
@@ -74,21 +75,24 @@ def parse_vocabulary(value: object) -> VocabularyPolicy | DrawnVocabulary:
     if isinstance(value, str) and value in frozenset(VocabularyPolicy):
         return VocabularyPolicy(value)
     if not isinstance(value, dict):
-        if value in (_UNION, "base") or _is_index(value):
-            return DrawnVocabulary(_parse_source(value))
-        words = (*VocabularyPolicy, _UNION, "base", "the index of a source")
+        if value in (_UNION, _COMMON, "base") or _is_index(value):
+            return DrawnVocabulary(_parse_source(value), common=value == _COMMON)
+        words = (*VocabularyPolicy, _UNION, _COMMON, "base", "the index of a source")
         raise VocabularyError(refuse_choice(value, words))
     for key in value:
         if key not in _KEYS:
             raise VocabularyError(f"{shown(key)}: {unknown_key(key, _KEYS)}")
     if "source" not in value:
-        raise VocabularyError("source: this key is required: union, base, an index or a directory")
+        raise VocabularyError(
+            "source: this key is required: union, common, base, an index or a directory"
+        )
     tokens = value.get("tokens", {})
     if not isinstance(tokens, dict):
         raise VocabularyError(f"tokens: expected a mapping of tokens, got {shown(tokens)}")
     fill, means = _within("fill", lambda: _parse_fill(value.get("fill")))
     return DrawnVocabulary(
         _within("source", lambda: _parse_source(value["source"])),
+        common=value["source"] == _COMMON,
         tokens={
             str(token): _within(key_path("tokens", str(token)), partial(_parse_token, origin))
             for token, origin in tokens.items()
@@ -105,7 +109,7 @@ def plain_vocabulary(vocabulary: VocabularyPolicy | DrawnVocabulary) -> object:
     """Return it as a document has it."""
     if isinstance(vocabulary, VocabularyPolicy):
         return vocabulary.value
-    source = _plain_source(vocabulary.source)
+    source = _COMMON if vocabulary.common else _plain_source(vocabulary.source)
     table: dict[str, object] = {"source": source}
     if vocabulary.means:
         table["fill"] = _MEAN
@@ -160,14 +164,15 @@ def _within(path: str, parse: Callable[[], Any]) -> Any:
 def _parse_source(value: object) -> int | Path | None:
     if value == _UNION:
         return None
-    if value == "base":
+    if value in (_COMMON, "base"):
         return BASE
     if _is_index(value):
         return int(str(value))
     if isinstance(value, str) and value and "\0" not in value:
         return Path(value)
     raise VocabularyError(
-        f"expected union, base, the index of a source counted from 0, or a directory, got {shown(value)}"
+        "expected union, common, base, the index of a source counted from 0, or a directory, got "
+        f"{shown(value)}"
     )
 
 

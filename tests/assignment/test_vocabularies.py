@@ -183,6 +183,45 @@ def test_rows_are_those_of_one_models_tokens(
         assert torch.equal(got[name][: len(tokens_of(A))], expected[name])
 
 
+@pytest.mark.parametrize("has_base", [True, False])
+def test_of_common_tokens_alone_rows_are_merged(models: Models, *, has_base: bool) -> None:
+    paths, drawn = three(models)
+    if has_base:
+        recipe = recipe_of("task_arithmetic", paths[0], paths[1:])
+    else:
+        recipe = recipe_of("linear", None, paths)
+    common = set.intersection(*(set(tokens_of(each)) for each in ABC))
+    assert 0 < len(common) < len(tokens_of(A))
+
+    got, _ = models.merge(recipe | {"vocabulary": "common"})
+
+    for name in EMBEDDINGS:
+        hands = by_hand(ABC, drawn, tokens_of(A), 0)
+        of_first = hands[0][name]
+        others = [
+            torch.stack(
+                [
+                    each[name][row] if token in common else of_first[row]
+                    for row, token in enumerate(tokens_of(A))
+                ]
+            )
+            for each in hands
+        ]
+        made = [hand | {name: rows} for hand, rows in zip(hands, others, strict=True)]
+        written = [models.write({name: each[name]}) for each in made]
+        plain = (
+            recipe_of("task_arithmetic", written[0], written[1:])
+            if has_base
+            else recipe_of("linear", None, written)
+        )
+        expected, _ = models.merge(plain)
+        rows = got[name][: len(tokens_of(A))]
+        assert torch.equal(rows, expected[name])
+        if has_base:
+            for row, token in enumerate(tokens_of(A)):
+                assert token in common or torch.equal(rows[row], of_first[row])
+
+
 def test_no_cut_of_the_work_changes_a_byte(models: Models) -> None:
     paths, _ = three(models, shards=2)
     recipe = recipe_of("ties", paths[0], paths[1:], parameters={"density": 0.3}, vocabulary="union")

@@ -81,7 +81,7 @@ def test_it_is_read_and_written_down_again(value: object, expected: object) -> N
         ({"source": "union", "fills": 1}, 'did you mean "fill"?'),
         ({"source": "union", "fill": "x"}, "vocabulary: fill: expected base, the index"),
         ({"source": "union", "fill": 4}, "vocabulary.fill: expected the index of one of 2"),
-        ({"source": 1.5}, "vocabulary: source: expected union, base"),
+        ({"source": 1.5}, "vocabulary: source: expected union, common, base"),
         ({"source": "union", "tokens": []}, "vocabulary: tokens: expected a mapping"),
         ({"source": "union", "tokens": {"x": 1}}, "vocabulary: tokens.x: expected a mapping"),
         (
