@@ -211,8 +211,8 @@ def describe_session(base: Path, options: argparse.Namespace, work: Path) -> dic
 
 def default_results_path(results: dict[str, Any]) -> Path:
     """Return the place in ``benchmarks/results/`` that belongs to these results."""
-    storage = "-tmpfs" if results.get("storage") == TMPFS else ""
-    return results_path(f"{results['size']}-{results['sources']}src{storage}", results)
+    storage = "tmpfs-" if results.get("storage") == TMPFS else ""
+    return results_path(f"{storage}{results['size']}-{results['sources']}src", results)
 
 
 def results_path(name: str, results: dict[str, Any]) -> Path:
