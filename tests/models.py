@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import streammerge
+from streammerge.adapters.onto_base.products import multiply_in_order
 from streammerge.assignment.types import Action
 from streammerge.checkpoint.digests import digest_shard
 from streammerge.checkpoint.header import read_safetensors_header
@@ -157,6 +158,15 @@ def load_model(directory: Path) -> Tensors:
     files = {name: load_file(directory / name) for name in sorted(set(weight_map.values()))}
     assert sorted(itertools.chain.from_iterable(files.values())) == sorted(weight_map)
     return {name: files[file][name] for name, file in weight_map.items()}
+
+
+def product_of(left: Tensor, right: Tensor) -> Tensor:
+    """Multiply factors as adapters' are: in float32 term by term, in float64 as torch does."""
+    if left.dtype is not torch.float32:
+        return left @ right
+    out = torch.empty(left.shape[0], right.shape[1])
+    multiply_in_order(left, right, out)
+    return out
 
 
 def date_back(out: Path, document: dict[str, Any], make_hash: Callable[[Any], Any]) -> None:

@@ -1,7 +1,7 @@
 """What adapters do to pieces, on one worker.
 
-A product is computed for a whole block of the tensor, even where a part of it is asked for: the bits of
-a row of it may depend on how many are multiplied.
+A product of torch's is computed for a whole block of the tensor, even where a part of it is asked for: the
+bits of a row of it may depend on how many are multiplied.
 
 Memory: :data:`~streammerge.adapters.onto_base.changes.DELTA_ROWS` blocks in the compute dtype, where a plan has
 adapters.
@@ -42,15 +42,16 @@ class ChangeWork:
             row.zero_()
             return
         for part, start, block in _by_block(row, piece, begin):
-            if part.numel() == len(block):
+            if part.numel() == len(block) or not deltas[0].depends_on_cut:
                 deltas[0].fill(part, start, self._work)
             else:
                 part.copy_(self._products(deltas[0], start, block)[: part.numel()])
             for delta in deltas[1:]:
-                part.add_(self._products(delta, start, block)[: part.numel()])
+                own = block if delta.depends_on_cut else range(start, start + part.numel())
+                part.add_(self._products(delta, start, own)[: part.numel()])
 
     def _products(self, delta: Delta, start: int, block: range) -> Tensor:
-        """Return what a change adds in a block, from an element of it on."""
+        """Return what a change adds in a range, from an element of it on."""
         products = self._delta[: len(block)]
         delta.fill(products, block.start, self._work)
         return products[start - block.start :]

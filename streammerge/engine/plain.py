@@ -91,6 +91,11 @@ class PlainStage:
         self._registers = memory[2:]
         self._tells = method.random or plan.model_scope
 
+    @property
+    def bench(self) -> Bench:
+        """What blocks are read with."""
+        return self._bench
+
     def apply(self, piece: PieceInMemory, found: Sequence[Found], out: Stored) -> list[Applied]:
         """Merge a piece; see :class:`DeviceStage`."""
         programs = self._programs[piece.first.task.setting]

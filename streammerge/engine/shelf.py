@@ -14,11 +14,15 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Never
+
+import numpy as np
+from numpy.typing import NDArray
 
 from streammerge.adapters.onto_base.changes import Change, ChangeKind
 from streammerge.adapters.onto_base.deltas import WORK_NUMEL, Delta
 from streammerge.adapters.onto_base.making import make_working, view_stored
+from streammerge.adapters.onto_base.products import PlainProduct
 from streammerge.checkpoint.bytesource import ByteSource
 from streammerge.checkpoint.types import TensorEntry
 from streammerge.engine.buffers import allocate
@@ -28,6 +32,7 @@ from streammerge.engine.monitor import Monitor
 from streammerge.engine.pieces import torch_dtype
 from streammerge.engine.progress import Progress, Stage
 from streammerge.errors import NonFiniteError, printable
+from streammerge.floats import widen
 from streammerge.lazily import torch
 from streammerge.plan.chunking import plan_range
 from streammerge.plan.factors import (
@@ -46,6 +51,8 @@ if TYPE_CHECKING:
 
 _READ_BYTES = 1 * MIB
 """Read and converted at once."""
+_READ_NUMEL = 64 * 1024
+"""Elements, where they pass through float64."""
 
 
 @dataclass(slots=True, eq=False)
@@ -55,7 +62,8 @@ class _Entry:
     nbytes: int
     holders: int = 0
     filling: threading.Lock = field(default_factory=threading.Lock)
-    value: Tensor | None = None
+    value: Any = None
+    """A tensor of torch's, or of numpy's where the plan needs no torch."""
 
 
 Entries = dict[FactorKey | NormKey, _Entry]
@@ -152,16 +160,21 @@ class FactorShelf:
                 if change.kind is ChangeKind.NORMED:
                     _once(held[norm_key(change)], partial(self._norms, held, change, task))
 
-    def delta(self, held: Entries, change: Change, task: TensorTask) -> Delta:
+    def delta(self, held: Entries, change: Change, task: TensorTask) -> Delta | PlainProduct:
         """Return a change of a tensor with its factors, which are in memory."""
+        if not self._plan.needs_torch:
+            down, up = (held[factor.file, factor.offset].value for factor in change.factors)
+            return PlainProduct(down, up, change.scaling)
         norms = held[norm_key(change)].value if change.kind is ChangeKind.NORMED else None
-        return Delta(change, _values(held, change), norms, partial(self._read_part, task, change))
+        read = partial(self._read_part, task, change)
+        return Delta(change, _values(held, change), norms, read, like_torch=self._in_turn)
 
     def _norms(self, held: Entries, change: Change, task: TensorTask) -> Tensor:
         """Compute DoRA's norms, for which the tensor that is changed is read once more."""
         work = torch.empty(WORK_NUMEL, dtype=torch_dtype(self._plan.compute_dtype))
         read_rows = partial(self._read_rows, task, change)
-        return Delta(change, _values(held, change)).norms(read_rows, work)
+        delta = Delta(change, _values(held, change), like_torch=self._in_turn)
+        return delta.norms(read_rows, work)
 
     def _made(self, held: Entries, change: Change, index: int, task: TensorTask) -> Tensor:
         """Make a factor of stored ones."""
@@ -191,7 +204,8 @@ class FactorShelf:
         """Return a flat range of a tensor that is merged, in the compute dtype."""
         if not stored.parts and stored.rows is None:
             offset = stored.offset + start * stored.dtype.itemsize
-            return self._read(TensorEntry(task.name, stored.dtype, (numel,), stored.file, offset))
+            entry = TensorEntry(task.name, stored.dtype, (numel,), stored.file, offset)
+            return self._read_by_torch(entry)
         memory = allocate(numel * stored.dtype.itemsize)
         for span in plan_range(stored, start, numel):
             read_span(span, self._sources, memory)
@@ -199,7 +213,27 @@ class FactorShelf:
         values = torch.from_numpy(memory).view(torch_dtype(stored.dtype))
         return values.to(torch_dtype(self._plan.compute_dtype))
 
-    def _read(self, stored: TensorEntry) -> Tensor:
+    def _read(self, stored: TensorEntry) -> Any:
+        """Return a stored tensor in the compute dtype: torch's, or numpy's where torch is not needed."""
+        return self._read_by_torch(stored) if self._plan.needs_torch else self._read_plain(stored)
+
+    def _read_plain(self, stored: TensorEntry) -> NDArray[np.float32]:
+        itemsize = stored.dtype.itemsize
+        out = allocate(stored.numel * 4).view(np.float32)
+        raw = np.empty(min(_READ_NUMEL, stored.numel) * itemsize, dtype=np.uint8)
+        for begin in range(0, stored.numel, _READ_NUMEL):
+            part = out[begin : begin + _READ_NUMEL]
+            own = raw[: part.size * itemsize]
+            self._sources[stored.file].read_into(stored.offset + begin * itemsize, own.data)
+            self._progress.count(Stage.READ, own.size)
+            with np.errstate(over="ignore"):
+                part[:] = widen(own, stored.dtype)
+            bad = np.flatnonzero(~np.isfinite(part))
+            if bad.size:
+                self._refuse(stored, begin + int(bad[0]), float(part[bad[0]]))
+        return out.reshape(stored.shape)
+
+    def _read_by_torch(self, stored: TensorEntry) -> Tensor:
         """Return a stored tensor in the compute dtype."""
         dtype = self._plan.compute_dtype
         memory = allocate(stored.numel * dtype.itemsize)
@@ -223,11 +257,14 @@ class FactorShelf:
         bad = torch.isfinite(part).logical_not_().nonzero()
         if bad.numel():
             element = int(bad[0])
-            raise NonFiniteError(
-                f"{self._plan.files[stored.file].path}: {printable(stored.name)} holds "
-                f"{float(part[element])} at flat element {begin + element}; train or repair the "
-                "adapter, or set `non_finite: keep` to let such values through"
-            )
+            self._refuse(stored, begin + element, float(part[element]))
+
+    def _refuse(self, stored: TensorEntry, element: int, value: float) -> Never:
+        raise NonFiniteError(
+            f"{self._plan.files[stored.file].path}: {printable(stored.name)} holds {value} at flat "
+            f"element {element}; train or repair the adapter, or set `non_finite: keep` to let such "
+            "values through"
+        )
 
 
 class HeldFactors:
@@ -238,17 +275,17 @@ class HeldFactors:
         self._shelf = shelf
         self._entries = entries
         self._tasks = tasks
-        self._deltas: list[Delta] = []
+        self._deltas: list[Delta | PlainProduct] = []
 
     def fill(self) -> None:
         """Read what is not in memory yet; see :meth:`FactorShelf.fill`."""
         self._shelf.fill(self._entries, self._tasks.values())
 
-    def deltas_of(self, task: int, models: int) -> tuple[tuple[Delta, ...], ...]:
+    def deltas_of(self, task: int, models: int) -> tuple[tuple[Any, ...], ...]:
         """Return the changes of a tensor per model; nothing at all for one without changes."""
         if task not in self._tasks:
             return ()
-        by_model: list[list[Delta]] = [[] for _ in range(models)]
+        by_model: list[list[Any]] = [[] for _ in range(models)]
         for change in self._tasks[task].changes:
             delta = self._shelf.delta(self._entries, change, self._tasks[task])
             by_model[change.model].append(delta)
@@ -289,4 +326,5 @@ def _stored_values(held: Entries, change: Change) -> list[Tensor]:
 
 def _filled(entry: _Entry) -> Tensor:
     assert entry.value is not None  # noqa: S101 - factors are there before they are used
-    return entry.value
+    value: Tensor = entry.value
+    return value

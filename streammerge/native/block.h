@@ -41,7 +41,8 @@ enum {
 };
 
 /* As in streammerge/native/library.py. */
-enum dtype { F32 = 0, BF16 = 1, F16 = 2 };
+/* A difference is a task vector in float32: the base is not subtracted from it. */
+enum dtype { F32 = 0, BF16 = 1, F16 = 2, DIFFERENCE = 3 };
 
 #define SIGN_BIT 0x80000000u
 #define MAGNITUDE_BITS 0x7fffffff

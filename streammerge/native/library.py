@@ -22,6 +22,8 @@ SWITCH = "STREAMMERGE_NATIVE"
 """Environment variable that, set to 0, leaves the compiled kernels alone."""
 DTYPE_CODES: Mapping[DType, int] = {DType.F32: 0, DType.BF16: 1, DType.F16: 2}
 """The element types that the kernels read and write."""
+DIFFERENCE_CODE = 3
+"""Stands in the place of a type where a source is a task vector in float32 already."""
 
 
 class Kernels:
@@ -49,6 +51,13 @@ class Kernels:
             ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p,
         )  # fmt: skip
         self._rank_rows.restype = None
+        self._product = library.sm_product
+        self._product.argtypes = (
+            ctypes.c_void_p,
+            *(ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64) * 2,
+            *(ctypes.c_int64,) * 3,
+        )
+        self._product.restype = None
         self._copy_mapped = library.sm_copy_mapped
         self._copy_mapped.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
         self._copy_mapped.restype = ctypes.c_int64
@@ -93,6 +102,29 @@ class Kernels:
             scratch: Address of ``[2, row_numel]`` numbers of 64 bits.
         """
         self._rank_rows(values, rows, row_numel, ranks, scratch)
+
+    def product(
+        self,
+        out: int,
+        left: tuple[int, int, int],
+        right: tuple[int, int, int],
+        *,
+        rows: int,
+        rank: int,
+        columns: int,
+    ) -> None:
+        """Multiply two matrices of float32, each element's terms added in order.
+
+        Args:
+            out: Address of ``[rows, columns]``.
+            left: Address of ``[rows, rank]``, with the steps from row to row and column to column in
+                elements.
+            right: Likewise of ``[rank, columns]``.
+            rows: Rows of the left one.
+            rank: Its columns.
+            columns: Columns of the right one.
+        """
+        self._product(out, *left, *right, rows, rank, columns)
 
     @contextmanager
     def guard_mappings(self) -> Iterator[None]:

@@ -44,12 +44,18 @@ ALWAYS_INLINE int32_t load_checked_typed(float *restrict row, const void *values
     return largest;
 }
 
+/* A source's value minus the base's, or the difference that it is. */
+ALWAYS_INLINE float difference(const void *values, enum dtype dtype, int64_t at, float base) {
+    if (dtype == DIFFERENCE) return ((const float *)values)[at];
+    return load(values, dtype, at) - base;
+}
+
 /* Loads a tile minus the base. */
 ALWAYS_INLINE int32_t subtract_typed(float *restrict row, const void *values, enum dtype dtype,
                                      int64_t at, const float *restrict base, int64_t count) {
     int32_t largest = 0;
     for (int64_t i = 0; i < count; i++) {
-        float value = load(values, dtype, at + i) - base[i];
+        float value = difference(values, dtype, at + i, base[i]);
         int32_t magnitude = magnitude_of(value);
         largest = magnitude > largest ? magnitude : largest;
         row[i] = value;
@@ -63,7 +69,7 @@ ALWAYS_INLINE int32_t trim_typed(float *restrict row, const void *values, enum d
                                  int32_t floor, int64_t *kept) {
     int32_t largest = 0, chosen = 0;
     for (int64_t i = 0; i < count; i++) {
-        float value = load(values, dtype, at + i) - base[i];
+        float value = difference(values, dtype, at + i, base[i]);
         int32_t magnitude = magnitude_of(value);
         largest = magnitude > largest ? magnitude : largest;
         chosen += magnitude >= floor;
@@ -72,6 +78,13 @@ ALWAYS_INLINE int32_t trim_typed(float *restrict row, const void *values, enum d
     *kept += chosen;
     return largest;
 }
+
+/* Of operands of which the base is subtracted. */
+#define SUBTRACTED(dtype, CALL)               \
+    switch (dtype) {                          \
+        case DIFFERENCE: CALL(DIFFERENCE); break; \
+        default: TYPED(dtype, CALL)           \
+    }
 
 #define TYPED(dtype, CALL)           \
     switch (dtype) {                 \
@@ -94,7 +107,7 @@ ALWAYS_INLINE int32_t load_trimmed(float *row, sm_operand from, int64_t at, cons
     int32_t largest, floor = floor_of(trim);
     int64_t kept = 0;
 #define CALL(DTYPE) largest = trim_typed(row, from.values, DTYPE, at, base, count, floor, &kept)
-    TYPED(from.dtype, CALL)
+    SUBTRACTED(from.dtype, CALL)
 #undef CALL
     if (parts_ties(row, count, trim)) {
         keep_first_ties(row, row, count, trim, 0);
@@ -108,7 +121,7 @@ ALWAYS_INLINE int32_t load_task_vector(float *row, sm_operand from, int64_t at, 
                                        int64_t count) {
     int32_t largest;
 #define CALL(DTYPE) largest = subtract_typed(row, from.values, DTYPE, at, base, count)
-    TYPED(from.dtype, CALL)
+    SUBTRACTED(from.dtype, CALL)
 #undef CALL
     return largest;
 }
@@ -142,6 +155,7 @@ ALWAYS_INLINE int32_t store(const sm_job *job, int64_t at, const float *merged, 
     return largest;
 }
 
+#undef SUBTRACTED
 #undef TYPED
 
 ALWAYS_INLINE int32_t larger_of(int32_t a, int32_t b) { return a > b ? a : b; }

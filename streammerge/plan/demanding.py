@@ -60,7 +60,11 @@ def measure_demand(
             ],
             default=0.0,
         ),
-        compute_rows=_compute_rows(programs, torch=torch, changed=bool(changed)),
+        compute_rows=_compute_rows(
+            programs,
+            torch=torch,
+            changed=most_changed_sources(programs, tasks),
+        ),
         compute_itemsize=itemsize,
         whole_numel=max((task.numel for task in tasks if task.whole), default=0),
         whole_sources=max((each.sources for each in programs), default=0),
@@ -136,13 +140,13 @@ def _scales_nbytes(task: TensorTask) -> int:
     return 0 if task.encoding is None else task.encoding.nbytes
 
 
-def _compute_rows(programs: Sequence[Programs], *, torch: bool, changed: bool) -> int:
+def _compute_rows(programs: Sequence[Programs], *, torch: bool, changed: int) -> int:
     """Return how many blocks a worker keeps in the compute dtype."""
     kernels = count_rooms(programs)
     if not torch:
-        return kernels
-    # For changes, a product and one more row.
-    plain = count_plain_rows(programs) + (DELTA_ROWS if changed else 0)
+        return kernels + changed + (1 if changed else 0)
+    # For changes, a product and one more row, and what they come to of each source.
+    plain = count_plain_rows(programs) + (DELTA_ROWS if changed else 0) + changed
     # An answer has a copy of what is ranked of a block; as much again is taken while it is made, and
     # stays with the worker's heap.
     return kernels + plain + 2 * max((each.ranked for each in programs), default=0)
@@ -150,6 +154,12 @@ def _compute_rows(programs: Sequence[Programs], *, torch: bool, changed: bool) -
 
 _MOST_ROOMS = 8
 """Blocks that values are collected in at once: what finds no room is asked again by itself."""
+
+
+def most_changed_sources(programs: Sequence[Programs], tasks: Sequence[TensorTask]) -> int:
+    """Return how many sources are merged to a tensor that adapters change, at most."""
+    changed = (task for task in tasks if task.changes and task.action is Action.MERGE)
+    return max((programs[task.setting].sources for task in changed), default=0)
 
 
 def count_rooms(programs: Sequence[Programs]) -> int:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from streammerge.adapters.onto_base.changes import Change
 from streammerge.assignment.types import Action, Setting
 from streammerge.dtypes import DType
+from streammerge.floats import KINDS
 from streammerge.methods.programs import Programs
 from streammerge.native.library import DTYPE_CODES, load_kernels
 from streammerge.plan.types import MergePlan, TensorTask
@@ -38,7 +40,11 @@ def needs_torch(
         return True
     loads_base = any(program.uses(Op.BASE, Op.TASK_VECTOR) for program in every)
     loaded = [each.models if loads_base else each.sources for each in settings]
-    return not all(_machine_takes(task, loaded) for task in tasks)
+    # Products of factors are task vectors, of any part of a tensor.
+    takes_products = not any(program.uses(Op.SOURCE) for program in every) and not any(
+        one.by_rows for one in programs
+    )
+    return not all(_machine_takes(task, loaded, takes_products=takes_products) for task in tasks)
 
 
 def takes_torch(plan: MergePlan) -> bool:
@@ -55,15 +61,35 @@ def _serve(compute_dtype: DType, *, keep_non_finite: bool) -> bool:
     return load_kernels() is not None and compute_dtype is DType.F32 and not keep_non_finite
 
 
-def _machine_takes(task: TensorTask, loaded: Sequence[Sequence[int]]) -> bool:
-    """Return whether a tensor needs no torch, given the models that each setting loads."""
+def _machine_takes(
+    task: TensorTask, loaded: Sequence[Sequence[int]], *, takes_products: bool
+) -> bool:
+    """Return whether a tensor needs no torch.
+
+    Args:
+        task: The tensor.
+        loaded: The models that each setting loads.
+        takes_products: Whether sources may be products of factors, or nothing.
+    """
     match task.action:
         case Action.MERGE:
             inputs = [task.inputs[model] for model in loaded[task.setting]]
+            if task.changes:
+                # A model that has an adapter of its own has values beside the product.
+                alone = all(task.inputs[change.model] is None for change in task.changes)
+                if not (takes_products and alone and all(map(_is_product, task.changes))):
+                    return False
+                inputs = [entry for entry in inputs if entry is not None]
             stored = [entry.dtype if entry else None for entry in inputs]
-            return not task.changes and {task.made_dtype, *stored} <= DTYPE_CODES.keys()
+            return {task.made_dtype, *stored} <= DTYPE_CODES.keys()
         case Action.CONVERT:
             kinds = {task.made_dtype, *(entry.dtype for entry in task.inputs if entry is not None)}
             return not task.changes and kinds <= DTYPE_CODES.keys()
         case Action.COPY | Action.COPY_IF_EQUAL | Action.SCALES:
             return True
+
+
+def _is_product(change: Change) -> bool:
+    return change.is_plain and all(
+        factor.dtype in KINDS or factor.dtype is DType.BF16 for factor in change.factors
+    )

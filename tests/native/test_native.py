@@ -233,7 +233,7 @@ def measuring_of(plan: MergePlan, programs: list[Programs] | None = None) -> Com
     assert KERNELS is not None
     programs = programs or programs_of_plan(plan, METHODS[plan.method])
     bench = Bench(KERNELS, plan, programs)
-    return CompiledMeasuring(bench, CompiledRows(bench, programs), programs)
+    return CompiledMeasuring(bench, CompiledRows(bench, programs), programs, None)
 
 
 def asking(*questions: Question | None) -> Asking:

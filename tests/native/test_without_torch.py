@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -21,7 +22,9 @@ from models import (
     recipe_of,
     required,
     without_kernels,
+    write_adapter,
 )
+from safetensors.torch import load_file, save_file
 
 import streammerge
 from streammerge.errors import NonFiniteError
@@ -93,6 +96,64 @@ def test_usual_merges_do_not_load_torch(method: str, sources: int, models: Model
     with without_kernels():
         expected, _ = models.merge(recipe)
     assert_same_model(load_model(out), expected)
+
+
+ADAPTED = ("task_arithmetic", "ties", "dare_ties", "breadcrumbs", "sce")
+"""Some that take task vectors alone: of no round, one and several, with totals and without."""
+
+
+@pytest.mark.parametrize("method", ADAPTED)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_products_of_adapters_do_not_load_torch(
+    method: str, dtype: torch.dtype, models: Models
+) -> None:
+    """One changes tensors that the other leaves alone; parts of rows lie at the ends of blocks."""
+    shapes = {"large": (701, 430), "wide": (3, BLOCK // 2), "small": (12, 8), "copied": (5, 4)}
+    generator = torch.Generator().manual_seed(0)
+    drawn = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    base = models.write({f"{name}.weight": each.to(dtype) for name, each in drawn.items()})
+    changed = [("large", "wide", "small"), ("large", "small")]
+    adapters = [
+        write_adapter(
+            models.new_output(), {f"{name}.weight": shapes[name] for name in names}, seed=seed
+        )
+        for seed, names in enumerate(changed)
+    ]
+    weighted = any(spec.name == "weight" for spec in METHODS[method].parameters)
+    parameters = dict(required(METHODS[method])) | ({"weight": 0.7} if weighted else {})
+    recipe = recipe_of(method, base, adapters, parameters=parameters)
+    path = models.new_output().with_suffix(".yaml")
+    path.write_text(yaml.safe_dump(recipe))
+    out = models.new_output()
+
+    command = [sys.executable, "-c", RUNNER, str(path), str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+
+    assert done.stdout.strip() == "False"
+    with without_kernels():
+        expected, _ = models.merge(recipe)
+    assert_same_model(load_model(out), expected)
+
+
+@pytest.mark.parametrize("value", [float("nan"), HUGE])
+@pytest.mark.parametrize("method", ["task_arithmetic", "ties"])
+def test_what_is_wrong_with_an_adapter_is_named_as_in_the_plain_way(
+    method: str, value: float, models: Models
+) -> None:
+    base = models.write({"w.weight": torch.full((600, 500), 1.0, dtype=torch.float16)})
+    adapter = write_adapter(models.new_output(), {"w.weight": (600, 500)}, seed=0)
+    file = adapter / "adapter_model.safetensors"
+    tensors = load_file(file)
+    tensors["base_model.model.w.lora_B.weight"][7, 1] = value
+    save_file(tensors, file)
+    recipe = recipe_of(method, base, [adapter], parameters=dict(required(METHODS[method])))
+    said = []
+    for plain in (False, True):
+        with without_kernels() if plain else nullcontext(), pytest.raises(NonFiniteError) as raised:
+            models.merge(recipe)
+        said.append(str(raised.value))
+
+    assert said[0] == said[1]
 
 
 def planned(models: Models, drawn: list[Tensors], method: str = "linear", **keys: Any) -> bool:

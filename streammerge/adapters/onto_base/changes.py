@@ -117,6 +117,18 @@ class Change:
         return self.added if self.kind is ChangeKind.NORMED else self.kind
 
     @property
+    def is_plain(self) -> bool:
+        """Whether it is the product of two stored matrices, for all of the tensor and nothing else."""
+        rows, columns = self.matrix
+        is_product = self.kind is ChangeKind.LOW_RANK and not self.workings
+        if not is_product or self.transposed or self.first_row or self.window is not None:
+            return False
+        if self.experts != 1 or self.expert is not None or len(self.factors) != 2:
+            return False
+        down, up = (factor.shape for factor in self.factors)
+        return len(down) == len(up) == 2 and (*up, *down) == (rows, down[0], up[1], columns)
+
+    @property
     def reads_base(self) -> bool:
         """Whether the stored tensor is read once more before it is changed."""
         made = any(working.reads_base for working in self.workings)

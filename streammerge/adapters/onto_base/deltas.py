@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from streammerge.adapters.onto_base.changes import WHOLE_NORM_NUMEL, Change, ChangeKind
 from streammerge.adapters.onto_base.kronecker import fill_kronecker
+from streammerge.adapters.onto_base.products import multiply
 from streammerge.adapters.onto_base.rotations import rotate_
 from streammerge.adapters.onto_base.rows import by_rows
 from streammerge.adapters.onto_base.workings import LEAST_ROWS
@@ -47,6 +48,8 @@ class Delta:
         factors: Sequence[Tensor],
         norms: Tensor | None = None,
         read: Callable[[int, int], Tensor] | None = None,
+        *,
+        like_torch: bool = False,
     ) -> None:
         """Prepare to compute.
 
@@ -56,7 +59,11 @@ class Delta:
                 workings those that were made, and DoRA's magnitude last.
             norms: For DoRA, what :meth:`norms` returned.
             read: For rotations, reads elements of the tensor that changes, in the compute dtype.
+            like_torch: Whether products must have torch's bits, as PEFT's have.
         """
+        self._like_torch = like_torch
+        self.depends_on_cut = like_torch or factors[0].dtype is not torch.float32
+        """Whether an element's bits may depend on what is computed beside it, as in torch's products."""
         self._change = change
         self._factors = factors
         self._read = read
@@ -142,7 +149,8 @@ class Delta:
             block: The flat range whose products are computed, of which the weights may be a part;
                 None for that of the weights.
         """
-        block = range(begin, begin + weights.numel()) if block is None else block
+        if block is None or not self.depends_on_cut:
+            block = range(begin, begin + weights.numel())
         products, first = self._clip(delta[: len(block)], block.start)
         weights, begin = self._clip(weights, begin)
         if not weights.numel():
@@ -242,16 +250,29 @@ class Delta:
             second = self._left(expert, 1), self._right(expert, 1)
             self._put_product(torch.Tensor.mul_, out, second, start, work)
 
+    def _multiply(self, left: Tensor, right: Tensor, out: Tensor) -> None:
+        multiply(left, right, out, like_torch=self._like_torch)
+
     def _put_product(
         self, put: Put, out: Tensor, factors: tuple[Tensor, Tensor], start: int, work: Tensor
     ) -> None:
         """Write a product, or multiply by it, from flat index ``start`` of it on."""
         columns = self._columns
         left, right = factors
+        if not self.depends_on_cut:
+            for part, row, column in by_rows(out, start, columns):
+                rows, width = part.shape
+                whole = (
+                    part if put is torch.Tensor.copy_ else work[: part.numel()].view(rows, width)
+                )
+                self._multiply(left[row : row + rows], right[:, column : column + width], whole)
+                if whole is not part:
+                    put(part, whole)
+            return
         first, last = start // columns, -(-(start + out.numel()) // columns)
         if start % columns == 0 and out.numel() % columns == 0 and last - first >= LEAST_ROWS:
             whole = out if put is torch.Tensor.copy_ else work[: out.numel()]
-            torch.mm(left[first:last], right, out=whole.view(-1, columns))
+            self._multiply(left[first:last], right, whole.view(-1, columns))
             if whole is not out:
                 put(out, whole)
             return
@@ -262,7 +283,7 @@ class Delta:
             return
         begin, end = self._window(first, last)
         window = work[: (end - begin) * columns]
-        torch.mm(left[begin:end], right, out=window.view(-1, columns))
+        self._multiply(left[begin:end], right, window.view(-1, columns))
         skipped = start - begin * columns
         put(out, window[skipped : skipped + out.numel()])
 
@@ -275,7 +296,7 @@ class Delta:
             begin, end = self._window(row + index, row + index + 1)
             for offset, count in _split(part.shape[1], _WIDE_STEP):
                 window = work[: (end - begin) * count].view(-1, count)
-                torch.mm(left[begin:end], right[:, offset : offset + count], out=window)
+                self._multiply(left[begin:end], right[:, offset : offset + count], window)
                 put(part[index, offset : offset + count], window[row + index - begin])
 
     def _window(self, first: int, last: int) -> tuple[int, int]:

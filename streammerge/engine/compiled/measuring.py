@@ -19,6 +19,7 @@ from streammerge.engine.asking import (
     join_answers,
 )
 from streammerge.engine.compiled.bench import Bench, Encoded
+from streammerge.engine.compiled.changed import ChangedOperands
 from streammerge.engine.compiled.operands import CALLS, StoredOperand, find_operands, in_batches
 from streammerge.engine.compiled.refusing import refuse_operands
 from streammerge.engine.compiled.rows import CompiledRows, WantedRows
@@ -73,15 +74,23 @@ _EVERYTHING = Band(0.0, float("inf"))
 class CompiledMeasuring:
     """Measures for one worker."""
 
-    def __init__(self, bench: Bench, rows: CompiledRows, programs: Sequence[Programs]) -> None:
+    def __init__(
+        self,
+        bench: Bench,
+        rows: CompiledRows,
+        programs: Sequence[Programs],
+        changed: ChangedOperands | None,
+    ) -> None:
         """Prepare.
 
         Args:
             bench: The worker's own.
             rows: Knows rows.
             programs: What the method does, for each of its settings.
+            changed: Computes what adapters make of the base; None without any.
         """
         self._bench = bench
+        self._changed = changed
         self._rows = rows
         self._plan = bench.plan
         self._programs = programs
@@ -100,9 +109,9 @@ class CompiledMeasuring:
         """
         encoded = self._bench.rounds[piece.first.task.setting][asking.round]
         operands = self._find_operands(piece, encoded)
-        if operands is None:
+        if operands is None and not self._takes_changed(piece, encoded):
             return None
-        if piece.first.task.row:
+        if operands is not None and piece.first.task.row:
             return self._answer_rows(piece, asking, encoded, operands)
         jobs = [
             _Job(block.begin, block.end, block.segments[0], asking.questions)
@@ -114,13 +123,13 @@ class CompiledMeasuring:
         self,
         piece: PieceInMemory,
         encoded: Encoded,
-        operands: Sequence[StoredOperand],
+        operands: Sequence[StoredOperand] | None,
         jobs: Sequence[_Job],
         asking: Asking,
     ) -> Iterator[BlockAnswer]:
         # One block at a time where much comes of it: a histogram is half a MiB, all values one MiB.
         much = any(isinstance(each, Bins) or each == _EVERYTHING for each in asking.questions)
-        for batch in ([job] for job in jobs) if much else in_batches(jobs):
+        for batch in self._batches(jobs, alone=much or operands is None):
             totals = self._run(piece, encoded, operands, batch)
             for job, own in zip(batch, totals, strict=True):
                 yield BlockAnswer(tuple(job.counted), own.copy() if asking.totals else None)
@@ -168,6 +177,19 @@ class CompiledMeasuring:
         totals = self._run(wide, encoded, operands, [job])
         return np.array(join_totals(encoded.program.totals, totals))
 
+    def _batches(self, jobs: Sequence[_Job], *, alone: bool) -> Iterator[Sequence[_Job]]:
+        return iter([job] for job in jobs) if alone else in_batches(jobs)
+
+    def _takes_changed(self, piece: PieceInMemory, encoded: Encoded) -> bool:
+        return self._changed is not None and self._changed.serve(piece, encoded)
+
+    def _operands_of(
+        self, piece: PieceInMemory, encoded: Encoded, job: _Job
+    ) -> Sequence[StoredOperand]:
+        """Return what adapters make of the base for one job."""
+        assert self._changed is not None  # noqa: S101 - the caller looked
+        return self._changed.of_range(piece, encoded, job.begin, job.end, job.segment)
+
     def _find_operands(self, piece: PieceInMemory, encoded: Encoded) -> list[StoredOperand] | None:
         setting = self._plan.settings[piece.first.task.setting]
         return find_operands(piece, setting, loads_base=encoded.loads_base)
@@ -176,16 +198,24 @@ class CompiledMeasuring:
         self,
         piece: PieceInMemory,
         encoded: Encoded,
-        operands: Sequence[StoredOperand],
+        operands: Sequence[StoredOperand] | None,
         batch: Sequence[_Job],
     ) -> NDArray[np.float64]:
         """Run a batch, or one job about rows; leave what is counted with the jobs.
+
+        Args:
+            piece: The piece.
+            encoded: What is run.
+            operands: The models; None for what adapters make of the base, which are those of one job.
+            batch: The jobs.
 
         Returns:
             ``[jobs, totals]``, or ``[rows, totals]``.
         """
         bench = self._bench
         bench.begin()
+        if operands is None:
+            operands = self._operands_of(piece, encoded, batch[0])
         n_totals = len(encoded.program.totals)
         rows = batch[0].rows
         count = len(batch) if rows is None else len(rows.numbers)
@@ -260,6 +290,10 @@ class CompiledMeasuring:
         A merge would raise it as well; a sweep over a model need not wait for that.
         """
         begin, end = (0, piece.numel) if len(piece.parts) > 1 else (job.begin, job.end)
+        if self._find_operands(piece, encoded) is None:
+            assert self._changed is not None  # noqa: S101 - the machine has run it
+            self._changed.refuse(piece, encoded, begin, end, job.segment)
+            raise AssertionError("the machine refuses what is finite")
         refuse_operands(
             piece,
             begin,
@@ -280,14 +314,15 @@ class CompiledMeasuring:
         """
         encoded = self._bench.rounds[piece.first.task.setting][asking.round]
         operands = self._find_operands(piece, encoded)
-        if operands is None:
+        if operands is None and not self._takes_changed(piece, encoded):
             return False
         by_rows = bool(piece.first.task.row)
         filled = 0
-        for batch in ([run] for run in runs) if by_rows else in_batches(runs):
+        alone = by_rows or operands is None
+        for batch in ([run] for run in runs) if alone else in_batches(runs):
             count = sum(numel for _, numel in batch)
             room = out[:, filled : filled + count]
-            if by_rows:
+            if operands is not None and by_rows:
                 self._sample_rows(piece, batch[0], operands, asking=asking, out=room)
             else:
                 self._sample_runs(piece, batch, operands, asking=asking, out=room)
@@ -298,7 +333,7 @@ class CompiledMeasuring:
         self,
         piece: PieceInMemory,
         runs: Sequence[SampleRun],
-        operands: Sequence[StoredOperand],
+        operands: Sequence[StoredOperand] | None,
         *,
         asking: Asking,
         out: NDArray[Any],
@@ -353,10 +388,10 @@ class CompiledMeasuring:
         ]
         for encoded, asked in zip(self._bench.rounds[setting], programs.work.rounds, strict=True):
             operands = self._find_operands(piece, encoded)
-            if operands is None:
+            if operands is None and not self._takes_changed(piece, encoded):
                 return None
-            by_rows = programs.by_rows
-            for batch in ([each] for each in scopes) if by_rows else in_batches(scopes):
+            alone = programs.by_rows or operands is None
+            for batch in ([each] for each in scopes) if alone else in_batches(scopes):
                 self._settle_round(piece, encoded, asked, operands, batch)
         nothing = found_of_nothing(programs)
         known = iter(scopes)
@@ -367,7 +402,7 @@ class CompiledMeasuring:
         piece: PieceInMemory,
         encoded: Encoded,
         asked: Round,
-        operands: Sequence[StoredOperand],
+        operands: Sequence[StoredOperand] | None,
         batch: Sequence[_Scope],
     ) -> None:
         """Add to what is known of some tensors what a round finds."""
@@ -381,7 +416,7 @@ class CompiledMeasuring:
             )
             for scope, own in zip(batch, ranks, strict=True)
         ]
-        if piece.first.task.row:
+        if operands is not None and piece.first.task.row:
             (job,) = jobs
             run = Run(0, job.end, own=True)
             totals = self._run_rows(piece, encoded, operands, run, job)[None]

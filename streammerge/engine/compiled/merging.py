@@ -13,6 +13,7 @@ import numpy as np
 
 from streammerge.dtypes import DType
 from streammerge.engine.compiled.bench import Bench, Encoded
+from streammerge.engine.compiled.changed import ChangedOperands
 from streammerge.engine.compiled.operands import StoredOperand, find_operands, in_batches
 from streammerge.engine.compiled.refusing import refuse_operands
 from streammerge.engine.compiled.rows import CompiledRows, WantedRows
@@ -27,16 +28,20 @@ from streammerge.statistics import BLOCK
 class CompiledMerging:
     """Merges blocks for one worker."""
 
-    def __init__(self, bench: Bench, rows: CompiledRows, *, counts: bool) -> None:
+    def __init__(
+        self, bench: Bench, rows: CompiledRows, changed: ChangedOperands | None, *, counts: bool
+    ) -> None:
         """Prepare.
 
         Args:
             bench: The worker's own.
             rows: Knows rows.
+            changed: Computes what adapters make of the base; None without any.
             counts: Whether what trims and random numbers keep is counted.
         """
         self._bench = bench
         self._rows = rows
+        self._changed = changed
         in_rows = any(task.row for task in bench.plan.tasks)
         widest = max([BLOCK, *(task.row for task in bench.plan.tasks)])
         self._spare = np.empty(4 * widest if in_rows else 0, dtype=np.uint8)
@@ -57,15 +62,31 @@ class CompiledMerging:
         setting = piece.first.task.setting
         encoded = self._bench.merges[setting]
         operands = find_operands(piece, self._plan.settings[setting], loads_base=encoded.loads_base)
-        if operands is None or out.dtype not in DTYPE_CODES:
+        if out.dtype not in DTYPE_CODES:
             return False
         jobs = [
             _Job(block.begin + segment.begin, block.begin + segment.end, segment)
             for block in blocks
             for segment in block.segments
         ]
+        if operands is None:
+            return self._merge_changed(piece, encoded, jobs, out)
         for batch in in_batches(jobs):
             self._run(encoded, operands, batch, out=out, piece=piece)
+        return True
+
+    def _merge_changed(
+        self, piece: PieceInMemory, encoded: Encoded, jobs: Sequence[_Job], out: Stored
+    ) -> bool:
+        """Merge what adapters make of a piece; return whether the machine can."""
+        changed = self._changed
+        if changed is None or not changed.serve(piece, encoded):
+            return False
+        for job in jobs:
+            operands = changed.of_range(piece, encoded, job.begin, job.end, job.segment)
+            if self._run_jobs(encoded, operands, [job], out):
+                changed.refuse(piece, encoded, job.begin, job.end, job.segment)
+                self._refuse_result(piece, encoded, operands, job)
         return True
 
     def merge_rows(self, piece: PieceInMemory, block: Block, out: Stored) -> bool:
@@ -168,6 +189,19 @@ class CompiledMerging:
         out: Stored,
         piece: PieceInMemory,
     ) -> None:
+        refused = self._run_jobs(encoded, operands, batch, out)
+        if refused:
+            first = self._bench.first_refused(len(batch))
+            self._refuse(piece, encoded, operands, batch[first])
+
+    def _run_jobs(
+        self,
+        encoded: Encoded,
+        operands: Sequence[StoredOperand],
+        batch: Sequence[_Job],
+        out: Stored,
+    ) -> int:
+        """Run jobs, and count what they keep; return how many were refused."""
         target, limit = StoredOperand.of(out), LARGEST[out.dtype]
         bench = self._bench
         bench.begin()
@@ -184,10 +218,9 @@ class CompiledMerging:
                 limit=limit,
             )
         _, refused = bench.run(0, len(batch), collects=False)
-        if refused:
-            self._refuse(piece, encoded, operands, batch[bench.first_refused(len(batch))])
-        if self._counts:
+        if self._counts and not refused:
             self._count(encoded, batch)
+        return refused
 
     def _count(self, encoded: Encoded, batch: Sequence[_Job]) -> None:
         jobs, program = self._bench.jobs, encoded.program
@@ -237,7 +270,7 @@ class CompiledMerging:
         operands: Sequence[StoredOperand],
         job: _Job,
     ) -> Never:
-        """Raise the error about an operand, or about a result, which is computed once more."""
+        """Raise the error about an operand, or about a result."""
         # As the plain way does: of several tensors side by side, all operands are looked at first.
         begin, end = (0, piece.numel) if len(piece.parts) > 1 else (job.begin, job.end)
         refuse_operands(
@@ -248,6 +281,16 @@ class CompiledMerging:
             loads_base=encoded.loads_base,
             subtracts=encoded.subtracts,
         )
+        self._refuse_result(piece, encoded, operands, job)
+
+    def _refuse_result(
+        self,
+        piece: PieceInMemory,
+        encoded: Encoded,
+        operands: Sequence[StoredOperand],
+        job: _Job,
+    ) -> Never:
+        """Raise the error about a result, which is computed once more."""
         merged = np.empty(job.end - job.begin, dtype=np.float32)
         self._bench.begin()
         self._bench.fill(

@@ -38,7 +38,7 @@ class StoredOperand:
         return self.address + element * self.itemsize
 
 
-_UNUSED = StoredOperand(0, 0, DTYPE_CODES[DType.F32])
+UNUSED = StoredOperand(0, 0, DTYPE_CODES[DType.F32])
 """A base that nothing loads."""
 
 
@@ -58,7 +58,7 @@ def find_operands(
     for place, model in enumerate(setting.models):
         stored = piece.inputs[model]
         if setting.has_base and place == 0 and not loads_base:
-            operands.append(_UNUSED)
+            operands.append(UNUSED)
         elif stored is None or stored.dtype not in DTYPE_CODES:
             return None
         else:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from streammerge.engine.asking import Asking, BlockAnswer
 from streammerge.engine.compiled.bench import Bench
+from streammerge.engine.compiled.changed import ChangedOperands
 from streammerge.engine.compiled.measuring import CompiledMeasuring
 from streammerge.engine.compiled.merging import CompiledMerging
 from streammerge.engine.compiled.rows import CompiledRows
@@ -47,8 +48,12 @@ class CompiledStage:
         self._tells = method.random or plan.model_scope
         bench = Bench(kernels, plan, self._programs)
         rows = CompiledRows(bench, self._programs)
-        self._merging = CompiledMerging(bench, rows, counts=self._tells)
-        self._measuring = CompiledMeasuring(bench, rows, self._programs)
+        changed = None
+        if any(task.changes for task in plan.tasks):
+            bench_of_plain = None if plain is None else plain.bench
+            changed = ChangedOperands(plan, self._programs, bench_of_plain)
+        self._merging = CompiledMerging(bench, rows, changed, counts=self._tells)
+        self._measuring = CompiledMeasuring(bench, rows, self._programs, changed)
         self._maybe_plain = plain
 
     @property

@@ -20,6 +20,7 @@ from models import (
     assert_same_bits,
     assert_same_model,
     in_turn,
+    product_of,
     recut,
     tight_plan,
     write_model,
@@ -97,7 +98,7 @@ def product(module: str, tensors: Tensors, scaling: float) -> torch.Tensor:
         )
         for side in "AB"
     )
-    whole = up.flatten(1) @ down.flatten(1) * scaling
+    whole = product_of(up.flatten(1), down.flatten(1)) * scaling
     if module in ("conv1d", "vocabulary"):
         whole = whole.T
     return whole.reshape(SHAPES[module])

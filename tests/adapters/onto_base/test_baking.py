@@ -89,12 +89,11 @@ def test_one_adapter_equals_merge_and_unload(
 
     assert got.keys() == expected.keys()
     for name, tensor in expected.items():
-        if rounding == "once" and ("dora" in case or case in ("embedding", "tokens")):
-            # These are not a sum that is rounded once, or PEFT rounds the product before.
-            ulps = 1 if dtype is torch.float32 else 2
-            torch.testing.assert_close(
-                got[name], tensor, rtol=ulps * torch.finfo(dtype).eps, atol=torch.finfo(dtype).eps
-            )
+        if rounding == "once":
+            # PEFT rounds some products before, and torch adds their terms in another order: a few units
+            # of terms that may be larger than their sum.
+            close = (32 if dtype is torch.float32 else 2) * torch.finfo(dtype).eps
+            torch.testing.assert_close(got[name], tensor, rtol=close, atol=close)
         else:
             assert torch.equal(got[name], tensor), name
 

@@ -115,7 +115,7 @@ def test_a_larger_vocabulary_is_the_results_and_loads(
     got = merge(base, [adapter], parameters={"rounding": rounding})
 
     for name, tensor in got.items():
-        if dora and rounding == "once":
+        if rounding == "once":
             torch.testing.assert_close(tensor, expected[name], rtol=1e-6, atol=1e-6, msg=name)
         else:
             assert torch.equal(tensor, expected[name]), name

@@ -218,7 +218,12 @@ def test_sums_equal_merge_and_unload(
 
     assert_changed(got, SUMS[case])
     for name, tensor in got.items():
-        assert torch.equal(tensor, expected[name]), name
+        if rounding == "once":
+            # torch adds the terms of a product in another order.
+            close = (32 if dtype is torch.float32 else 1) * torch.finfo(dtype).eps
+            torch.testing.assert_close(tensor, expected[name], rtol=close, atol=close, msg=name)
+        else:
+            assert torch.equal(tensor, expected[name]), name
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

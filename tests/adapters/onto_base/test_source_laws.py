@@ -15,7 +15,15 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from models import MEMORY, Models, assert_same_bits, assert_same_model, recut, write_model
+from models import (
+    MEMORY,
+    Models,
+    assert_same_bits,
+    assert_same_model,
+    product_of,
+    recut,
+    write_model,
+)
 from oracles import apply_to_whole_tensors
 from torch import Tensor
 
@@ -88,7 +96,7 @@ def adapters(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 def vectors_of(seed: int, dtype: torch.dtype) -> Tensors:
     """Return what an adapter adds, multiplied as a whole."""
     products = {
-        f"{name}.weight": up.to(dtype) @ down.to(dtype) * (3 / RANK)
+        f"{name}.weight": product_of(up.to(dtype), down.to(dtype)) * (3 / RANK)
         for name, (down, up) in draw_factors(seed).items()
     }
     return {"norm.weight": torch.zeros(SHAPES["norm"], dtype=dtype)} | products

@@ -11,6 +11,7 @@ from models import (
     Tensors,
     assert_same_model,
     count_sources,
+    product_of,
     recipe_of,
     recut,
     tight_plan,
@@ -47,7 +48,7 @@ def merged_with(model: Tensors, adapter: Path) -> Tensors:
     for name in CHANGED:
         module = f"base_model.model.{name.removesuffix('.weight')}"
         up, down = (factors[f"{module}.lora_{side}.weight"] for side in "BA")
-        made[name] = made[name] + up @ down * 2
+        made[name] = made[name] + product_of(up, down) * 2
     return made
 
 
