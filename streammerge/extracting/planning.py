@@ -55,6 +55,8 @@ _WITH_CONV1D = frozenset({"gpt2", "imagegpt", "openai-gpt", "decision_transforme
 """Values of ``model_type`` whose layers of those names are stored the other way round."""
 _GROWTH_BYTES = 64 * MIB
 """Thread stacks, allocator slack and small objects that come with the work."""
+_VARIES_BYTES = 2 * MIB
+"""What one process with torch takes more than the next, before work starts."""
 _SHOWN = 4
 
 
@@ -125,7 +127,7 @@ def plan_extraction(
         raise MemoryBudgetError(
             f"one matrix takes {format_size(each)} while it is decomposed, beside {format_size(baseline)} "
             f"for the process, and --memory allows {format_size(budget)}; give --memory "
-            f"{format_budget(baseline + each)} or more"
+            f"{format_budget(baseline + each + _VARIES_BYTES)} or more"
         )
     threads = min(workers, fitting, len(factors))
     return ExtractionPlan(
