@@ -10,48 +10,35 @@ second on two cores.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
 
-import streammerge
-from benchmarks.jobs import DECOMPOSING, METHODS, Job, streammerge_recipe
+from benchmarks.kernels import (
+    BY_ELEMENT,
+    NAME,
+    ROW_NUMEL,
+    Merging,
+    draw_tensors,
+    stored,
+    write_tensors,
+)
 from benchmarks.models import Models
-from streammerge.dtypes import DType
-from streammerge.engine.compiled.opening import open_cpu_stage
-from streammerge.engine.device import DeviceStage
-from streammerge.engine.pieces import Part, PieceInMemory, Stored
-from streammerge.engine.resident import measure, sample_pieces
-from streammerge.engine.scopes import ScopeStatistics
-from streammerge.methods import discover_methods
-from streammerge.methods.programs import Programs
 from streammerge.native.library import load_kernels
 from streammerge.plan.budgeting import values_limit
-from streammerge.plan.sweeps import programs_of_plan
-from streammerge.plan.types import MergePlan
 from streammerge.rng import keep_mask, stream_key
-from streammerge.statistics import BLOCK, count_blocks
+from streammerge.statistics import BLOCK
 from streammerge.statistics.magnitude import MagnitudeSearch, answer_block
-from streammerge.statistics.rounds import Found
 from streammerge.statistics.topk import TiePolicy, TopK
 
 pytest.importorskip("pytest_benchmark", reason="micro-benchmarks need pytest-benchmark")
 
-ROW_NUMEL = 2048
 SHAPE = (2048, ROW_NUMEL)
 NUMEL = SHAPE[0] * ROW_NUMEL
-SOURCES = 2
-NAME = "weight"
-BY_ELEMENT = [name for name in METHODS if name not in DECOMPOSING]
-"""All but what decomposes whole matrices, in torch."""
 Benchmark = Callable[..., Any]
 
 
@@ -67,67 +54,13 @@ def _one_thread() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def tensors() -> list[torch.Tensor]:
     """A base and its fine-tunes: one tensor each, in bfloat16."""
-    generator = torch.Generator().manual_seed(0)
-    base = (0.02 * torch.randn(SHAPE, generator=generator)).bfloat16()
-    tuned = [
-        (base + 0.002 * torch.randn(SHAPE, generator=generator)).bfloat16() for _ in range(SOURCES)
-    ]
-    return [base, *tuned]
+    return draw_tensors(SHAPE)
 
 
 @pytest.fixture(scope="module")
 def models(tensors: Sequence[torch.Tensor], tmp_path_factory: pytest.TempPathFactory) -> Models:
     """The same models as files, for the planner."""
-    directory = tmp_path_factory.mktemp("models")
-    paths = [directory / f"model-{index}.safetensors" for index in range(len(tensors))]
-    for path, tensor in zip(paths, tensors, strict=True):
-        save_file({NAME: tensor}, path)
-    return Models("0.15B", paths[0], tuple(paths[1:]))
-
-
-@dataclass(frozen=True)
-class Merging:
-    """A method at work on one tensor."""
-
-    plan: MergePlan
-    programs: Programs
-    stage: DeviceStage
-    piece: PieceInMemory
-
-    @classmethod
-    def of(cls, name: str, models: Models, tensors: Sequence[torch.Tensor]) -> Merging:
-        """Prepare a method of the comparison."""
-        job = Job(METHODS[name], models)
-        plan = streammerge.plan(json.loads(streammerge_recipe(job)), memory="4GiB", workers=1)
-        method = discover_methods()[job.method.streammerge]
-        by_path = dict(zip([models.base, *models.tuned], tensors, strict=True))
-        inputs = tuple(stored(by_path[Path(model.path)]) for model in plan.models)
-        return cls(
-            plan,
-            programs_of_plan(plan, method)[0],
-            open_cpu_stage(plan, method),
-            PieceInMemory((Part(plan.tasks[0], 0, 0, NUMEL),), inputs),
-        )
-
-    def find(self) -> Found:
-        """Find all that the method asks, as the engine does: sample, sweep, conclude."""
-        statistics = ScopeStatistics(
-            self.programs,
-            numel=NUMEL,
-            blocks=count_blocks(NUMEL),
-            compute_dtype=self.plan.compute_dtype,
-            limit=values_limit(NUMEL),
-        )
-        while statistics.found is None:
-            sample_pieces(self.stage, statistics, [self.piece])
-            measure(self.stage, statistics, self.piece)
-            statistics.conclude()
-        return statistics.found
-
-
-def stored(tensor: torch.Tensor) -> Stored:
-    """Return a tensor in bfloat16 as a piece holds it."""
-    return Stored(tensor.view(torch.uint8).numpy().reshape(-1), DType.BF16)
+    return write_tensors(tensors, tmp_path_factory.mktemp("models"))
 
 
 def report_rate(benchmark: Benchmark) -> None:
