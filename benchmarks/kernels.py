@@ -30,9 +30,7 @@ from streammerge.statistics.rounds import Found
 ROW_NUMEL = 2048
 SOURCES = 2
 NAME = "weight"
-BY_ELEMENT = [
-    name for name, job in METHODS.items() if name not in DECOMPOSING and not job.as_it_is
-]
+BY_ELEMENT = [name for name, job in METHODS.items() if name not in DECOMPOSING and not job.as_it_is]
 """All but what decomposes whole matrices, in torch, and recipes that speak of layers."""
 
 

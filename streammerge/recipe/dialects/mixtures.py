@@ -12,7 +12,8 @@ from typing import Any
 
 from streammerge.errors import RecipeError
 from streammerge.recipe.dialects.parameters import Findings
-from streammerge.recipe.dialects.references import Reference, parse_reference
+from streammerge.recipe.dialects.reading import Reader
+from streammerge.recipe.dialects.references import Reference
 from streammerge.recipe.refusing import refuse_choice, refuse_number, shown, unknown_key
 from streammerge.recipe.types import GateKind, MixtureForm
 
@@ -105,31 +106,17 @@ class MixtureTranslation:
         }
 
     def _reference(self, path: str, value: object) -> Reference | None:
+        """Return the model that a value names, and that there has to be."""
         if value is None:
             self.found.say(path, "this key is required")
-            return None
-        try:
-            return parse_reference(value)
-        except ValueError as error:
-            self.found.say(path, str(error))
-            return None
+        return Reader(self.found).reference(path, value)
 
     def _experts(self, key: str, *, required: bool) -> list[_Expert]:
         value = self.document.get(key)
-        if value is None and not required:
-            return []
-        if not isinstance(value, list) or (required and not value):
-            self.found.say(key, f"expected a list with at least one entry, got {shown(value)}")
+        if value in (None, []) and not required:
             return []
         experts: list[_Expert] = []
-        for index, entry in enumerate(value):
-            where = f"{key}[{index}]"
-            if not isinstance(entry, dict):
-                self.found.say(where, f"expected a mapping of keys to values, got {shown(entry)}")
-                continue
-            for name in entry:
-                if name not in _EXPERT:
-                    self.found.say(f"{where}.{name}", unknown_key(name, _EXPERT))
+        for where, entry in Reader(self.found).entries(value, key, _EXPERT):
             reference = self._reference(f"{where}.source_model", entry.get("source_model"))
             if reference is None:
                 continue
