@@ -1,9 +1,10 @@
 """The changes that adapters make, computed block by block of a flattened tensor.
 
-A product ``B @ A`` is never formed whole. A block asks for the rows it touches, and always gets
-them from the same multiplication, whatever else is in memory: its shape depends on the tensor and
-the block alone. At least :data:`~streammerge.adapters.onto_base.workings.LEAST_ROWS` rows are multiplied at once, since libraries compute
-a single row in another order of addition than the same row of a matrix.
+A product ``B @ A`` is never formed whole. A block asks for the rows it touches. In float32 their bits depend
+on nothing else (``products.py``). Torch's products, in float64 or where PEFT's bits are asked for, always come
+from the same multiplication, whose shape depends on the tensor and the block alone, and of at least
+:data:`~streammerge.adapters.onto_base.workings.LEAST_ROWS` rows: libraries compute a single row in another order
+of addition than the same row of a matrix.
 
 Follows: peft 0.21.2, ``get_delta_weight`` of each layer and the merges of its variants.
 
@@ -61,7 +62,6 @@ class Delta:
             read: For rotations, reads elements of the tensor that changes, in the compute dtype.
             like_torch: Whether products must have torch's bits, as PEFT's have.
         """
-        self._like_torch = like_torch
         self.depends_on_cut = like_torch or factors[0].dtype is not torch.float32
         """Whether an element's bits may depend on what is computed beside it, as in torch's products."""
         self._change = change
@@ -250,9 +250,6 @@ class Delta:
             second = self._left(expert, 1), self._right(expert, 1)
             self._put_product(torch.Tensor.mul_, out, second, start, work)
 
-    def _multiply(self, left: Tensor, right: Tensor, out: Tensor) -> None:
-        multiply(left, right, out, like_torch=self._like_torch)
-
     def _put_product(
         self, put: Put, out: Tensor, factors: tuple[Tensor, Tensor], start: int, work: Tensor
     ) -> None:
@@ -265,14 +262,14 @@ class Delta:
                 whole = (
                     part if put is torch.Tensor.copy_ else work[: part.numel()].view(rows, width)
                 )
-                self._multiply(left[row : row + rows], right[:, column : column + width], whole)
+                multiply(left[row : row + rows], right[:, column : column + width], whole)
                 if whole is not part:
                     put(part, whole)
             return
         first, last = start // columns, -(-(start + out.numel()) // columns)
         if start % columns == 0 and out.numel() % columns == 0 and last - first >= LEAST_ROWS:
             whole = out if put is torch.Tensor.copy_ else work[: out.numel()]
-            self._multiply(left[first:last], right, whole.view(-1, columns))
+            torch.mm(left[first:last], right, out=whole.view(-1, columns))
             if whole is not out:
                 put(out, whole)
             return
@@ -283,7 +280,7 @@ class Delta:
             return
         begin, end = self._window(first, last)
         window = work[: (end - begin) * columns]
-        self._multiply(left[begin:end], right, window.view(-1, columns))
+        torch.mm(left[begin:end], right, out=window.view(-1, columns))
         skipped = start - begin * columns
         put(out, window[skipped : skipped + out.numel()])
 
@@ -296,7 +293,7 @@ class Delta:
             begin, end = self._window(row + index, row + index + 1)
             for offset, count in _split(part.shape[1], _WIDE_STEP):
                 window = work[: (end - begin) * count].view(-1, count)
-                self._multiply(left[begin:end], right[:, offset : offset + count], window)
+                torch.mm(left[begin:end], right[:, offset : offset + count], out=window)
                 put(part[index, offset : offset + count], window[row + index - begin])
 
     def _window(self, first: int, last: int) -> tuple[int, int]:

@@ -2,19 +2,17 @@
 
 In float32 every element is the sum of its terms from the first to the last, each product and each sum
 rounded: its bits depend on its row and column alone, on no cut, library or processor. Libraries add in an
-order that suits their blocks, and differ in the last bits from one processor to the next. What has to have
-torch's bits, since it follows PEFT's rounding, is torch's product.
+order that suits their blocks, and differ in the last bits from one processor to the next.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from streammerge.lazily import torch
+from streammerge.adapters.onto_base.rows import by_rows
 from streammerge.native.library import load_kernels
 
 if TYPE_CHECKING:
@@ -50,46 +48,27 @@ class PlainProduct:
         assert kernels is not None  # noqa: S101 - the planner looked
         down, up = self._down, self._up
         rank, columns = down.shape
-        for at, count, row, column in _cut(begin, out.size, columns):
-            width = min(count, columns)
+        for part, row, column in by_rows(out, begin, columns):
             kernels.product(
-                out.ctypes.data + 4 * at,
+                part.ctypes.data,
                 (up.ctypes.data + 4 * row * rank, rank, 1),
                 (down.ctypes.data + 4 * column, columns, 1),
-                rows=count // width,
+                rows=part.shape[0],
                 rank=rank,
-                columns=width,
+                columns=part.shape[1],
             )
         with np.errstate(all="ignore"):
             np.multiply(out, self._scaling, out=out)
 
 
-def _cut(begin: int, numel: int, columns: int) -> Iterator[tuple[int, int, int, int]]:
-    """Cut a flat range at the ends of rows: where a part begins, its size, its first row and column.
-
-    Whole rows are one part; before and behind them there may be a part of one.
-    """
-    done = 0
-    while done < numel:
-        row, column = divmod(begin + done, columns)
-        whole = (numel - done) // columns * columns if column == 0 else 0
-        count = whole or min(columns - column, numel - done)
-        yield done, count, row, column
-        done += count
-
-
-def multiply(left: Tensor, right: Tensor, out: Tensor, *, like_torch: bool) -> None:
+def multiply(left: Tensor, right: Tensor, out: Tensor) -> None:
     """Write ``left @ right``.
 
     Args:
-        left: ``[rows, rank]`` in the compute dtype.
+        left: ``[rows, rank]`` in float32.
         right: ``[rank, columns]``, likewise.
         out: ``[rows, columns]``, contiguous; receives it.
-        like_torch: Whether it must have the bits of torch's product; in float64 it has.
     """
-    if like_torch or out.dtype is not torch.float32:
-        torch.mm(left, right, out=out)
-        return
     kernels = load_kernels()
     if kernels is None:
         multiply_in_order(left, right, out)

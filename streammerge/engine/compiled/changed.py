@@ -123,7 +123,8 @@ class ChangedOperands:
         self, row: NDArray[np.float32], deltas: Sequence[Delta | PlainProduct], start: int
     ) -> None:
         """Write the sum of some products from a flat index of the tensor on."""
-        row.fill(0.0)
+        if not deltas:
+            row.fill(0.0)
         more = self._more[: row.size]
         for index, delta in enumerate(deltas):
             assert isinstance(delta, PlainProduct)  # noqa: S101 - the planner saw no others

@@ -24,7 +24,7 @@ from streammerge.recipe.dialects.modules import (
     translate_tables,
 )
 from streammerge.recipe.dialects.parameters import Findings
-from streammerge.recipe.dialects.reading import Reader
+from streammerge.recipe.dialects.reading import DTYPES, Reader
 from streammerge.recipe.dialects.references import Reference
 from streammerge.recipe.dialects.slices import Slices, refuse_adapted
 from streammerge.recipe.dialects.tokenizers import Vocabulary
@@ -45,7 +45,6 @@ _OWN = {
     "layers": "slices, or method instead of merge_method",
 }
 """Keys of recipes of this tool, with what to write."""
-_DTYPES = ("float32", "float16", "bfloat16", "float64")
 Methods = Mapping[str, tuple[ParameterSpec, ...]]
 
 
@@ -270,8 +269,8 @@ class _Translation:
             value = self.document.get(key)
             if value is None:
                 continue
-            if value not in _DTYPES:
-                self.found.say(key, refuse_choice(value, _DTYPES))
+            if value not in DTYPES:
+                self.found.say(key, refuse_choice(value, DTYPES))
             else:
                 given[key] = value
         if given.get("dtype") == "float64":

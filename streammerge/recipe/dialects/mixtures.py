@@ -12,7 +12,7 @@ from typing import Any
 
 from streammerge.errors import RecipeError
 from streammerge.recipe.dialects.parameters import Findings
-from streammerge.recipe.dialects.reading import Reader
+from streammerge.recipe.dialects.reading import DTYPES, Reader
 from streammerge.recipe.dialects.references import Reference
 from streammerge.recipe.refusing import refuse_choice, refuse_number, shown, unknown_key
 from streammerge.recipe.types import GateKind, MixtureForm
@@ -24,7 +24,6 @@ _TOP = (
 _EXPERT = (
     *("source_model", "positive_prompts", "negative_prompts", "noise_scale", "residual_scale"),
 )
-_DTYPES = ("float32", "float16", "bfloat16", "float64")
 _GATES = {
     "random": GateKind.RANDOM,
     "uniform_random": GateKind.UNIFORM,
@@ -91,8 +90,8 @@ class MixtureTranslation:
             )
         mixture = self._mixture(experts, shared)
         dtype = document.get("dtype")
-        if dtype is not None and dtype not in _DTYPES:
-            self.found.say("dtype", refuse_choice(dtype, _DTYPES))
+        if dtype is not None and dtype not in DTYPES:
+            self.found.say("dtype", refuse_choice(dtype, DTYPES))
         if self.found.problems or base is None:
             raise RecipeError("\n".join(self.found.problems))
         return {

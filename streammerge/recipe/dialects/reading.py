@@ -11,6 +11,9 @@ from streammerge.recipe.dialects.parameters import Findings
 from streammerge.recipe.dialects.references import Reference, parse_reference
 from streammerge.recipe.refusing import shown, unknown_key
 
+DTYPES = ("float32", "float16", "bfloat16", "float64")
+"""Element types by mergekit's names."""
+
 
 @dataclass(frozen=True, slots=True)
 class Listed:

@@ -32,7 +32,7 @@ def draw(rows: int, columns: int, seed: int) -> torch.Tensor:
 
 def product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     out = torch.full((left.shape[0], right.shape[1]), 7.0)
-    multiply(left, right, out, like_torch=False)
+    multiply(left, right, out)
     return out
 
 
@@ -101,15 +101,3 @@ def test_without_kernels_a_product_is_the_same(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(products, "load_kernels", lambda: None)
 
     assert_same_bits(product(left, right), expected)
-
-
-def test_what_follows_peft_has_torchs_bits() -> None:
-    left, right = draw(40, 64, 10), draw(64, 80, 11)
-    out = torch.empty(40, 80)
-
-    multiply(left, right, out, like_torch=True)
-
-    assert_same_bits(out, torch.mm(left, right))
-    wide = torch.empty(40, 80, dtype=torch.float64)
-    multiply(left.double(), right.double(), wide, like_torch=False)
-    assert_same_bits(wide, torch.mm(left.double(), right.double()))
