@@ -19,7 +19,7 @@ from streammerge.units import format_size
 
 if TYPE_CHECKING:
     from streammerge.adapters.combining.plans import CombinationPlan
-    from streammerge.chaining import Chain
+    from streammerge.chaining.stages import Chain
     from streammerge.checkpoint.manifest import Manifest
     from streammerge.extracting.plans import ExtractionPlan
     from streammerge.plan.types import MergePlan
@@ -63,7 +63,7 @@ def run_merge(options: argparse.Namespace) -> int:
 
 def _merge_chain(options: argparse.Namespace, chain: Chain) -> int:
     """Merge several recipes of one file."""
-    from streammerge.chaining import merge_chain
+    from streammerge.chaining.running import merge_chain
     from streammerge.display import show_progress
 
     with (
@@ -123,7 +123,7 @@ def _time_of(out: str) -> int | None:
 
 def _named(found: Recipe | Chain | Grid, origin: str, out: str) -> list[tuple[str, Recipe]]:
     """Return the outputs that a file's recipes make, and the recipe of each."""
-    from streammerge.chaining import Chain
+    from streammerge.chaining.stages import Chain
     from streammerge.checkpoint.outputform import form_of
     from streammerge.together import Grid
 
@@ -147,7 +147,7 @@ def _recipes_of(options: argparse.Namespace) -> Recipe | Chain | Grid:
 
 
 def _read_recipes(path: str, options: argparse.Namespace) -> Recipe | Chain | Grid:
-    from streammerge.chaining import read_recipes
+    from streammerge.chaining.stages import read_recipes
 
     return read_recipes(Path(path), download=options.download)
 
@@ -237,7 +237,7 @@ def run_plan(options: argparse.Namespace) -> int:
 
 def _plan_chain(options: argparse.Namespace, chain: Chain) -> int:
     """Show what several recipes of one file would do."""
-    from streammerge.chaining import plan_chain
+    from streammerge.chaining.foreseeing import plan_chain
 
     plans = plan_chain(chain, **_resources_of(options))
     return _print_plans(options, [stage.name for stage in chain.stages], plans)
@@ -265,10 +265,15 @@ def _print_plans(
     *more: str,
 ) -> int:
     """Print several plans, and what holds for all of them."""
+    from streammerge.plan.types import MergePlan
+
     if options.json:
         print_result("\n".join(map(_as_json, plans)))
         return 0
-    needed = format_size(sum(planned.bytes_to_write for planned in plans))
+    # What is computed where it is read is written nowhere.
+    fused = {stage.name for each in plans if isinstance(each, MergePlan) for stage in each.fused}
+    written = (each for head, each in zip(heads, plans, strict=True) if head not in fused)
+    needed = format_size(sum(planned.bytes_to_write for planned in written))
     free = format_size(shutil.disk_usage(".").free)
     last = "\n".join([*more, f"free disk    {free} here, {needed} needed for all"])
     parts = (
@@ -347,7 +352,7 @@ def run_inspect(options: argparse.Namespace) -> int:
 
 def run_convert(options: argparse.Namespace) -> int:
     """Print a recipe in this tool's words."""
-    from streammerge.chaining import read_recipes
+    from streammerge.chaining.stages import read_recipes
     from streammerge.recipe.dumping import write_out
     from streammerge.recipe.types import Recipe
     from streammerge.together import Grid

@@ -79,4 +79,5 @@ def _work(planned: MergePlan | CombinationPlan) -> tuple[Any, ...]:
         planned.settings,
         planned.tasks,
         planned.layout,
+        *((stage.name, stage.files, stage.shards, *_work(stage.plan)) for stage in planned.fused),
     )

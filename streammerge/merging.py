@@ -24,7 +24,9 @@ from streammerge.checkpoint.outputfile import OutputFile
 from streammerge.checkpoint.outputform import form_of
 from streammerge.checkpoint.sidecars import make_folder
 from streammerge.checkpoint.snapshot import SNAPSHOT_NAME
+from streammerge.checkpoint.types import ShardFile
 from streammerge.comparing import ComparedFile, Comparison, Sample, compare_results
+from streammerge.engine.computing import ComputedSource, StageComputer
 from streammerge.engine.making import make_numbers
 from streammerge.engine.memory import resident_memory
 from streammerge.engine.pacing import Pace
@@ -208,14 +210,23 @@ def _report_bytes(
 
 def _open_sources(planned: MergePlan, opener: OpenByteSource, stack: ExitStack) -> list[ByteSource]:
     """Open every input file, and check that it is still what was planned."""
-    sources = [
-        stack.enter_context(
-            opener(file.path)
-            if file.made is None
-            else MemorySource(file.path, make_numbers(file.made))
-        )
-        for file in planned.files
-    ]
+
+    def open_one(file: ShardFile) -> ByteSource:
+        if file.computed:
+            # In its place until those are open that it is computed from.
+            return MemorySource(file.path, b"")
+        if file.made is not None:
+            return MemorySource(file.path, make_numbers(file.made))
+        return stack.enter_context(opener(file.path))
+
+    sources = [open_one(file) for file in planned.files]
+    for stage in planned.fused:
+        own = [sources[index] for index in stage.files]
+        computer = StageComputer(stage, own)
+        for shard, index in enumerate(stage.shards):
+            if index is not None:
+                sources[index] = ComputedSource(planned.files[index].path, computer, shard)
+        check_twins(stage.plan, own)
     check_unchanged(planned.files, sources)
     return sources
 

@@ -43,6 +43,7 @@ from streammerge.merging import MergeJob, SampleJob
 from streammerge.methods import discover_methods
 from streammerge.plan.asking import find_method, takes_in_turn, with_base_layers
 from streammerge.plan.checking import check_runnable
+from streammerge.plan.fusing import Earlier
 from streammerge.plan.layout import in_one_file
 from streammerge.plan.partners import settle_parts
 from streammerge.plan.planning import labels_of, plan_merge
@@ -69,6 +70,7 @@ def plan(
     device_memory: int | str | None = None,
     download: bool = False,
     at_once: int = 1,
+    earlier: Sequence[Earlier] = (),
 ) -> MergePlan | CombinationPlan:
     """Return what a merge would do, having read headers only.
 
@@ -85,6 +87,8 @@ def plan(
         download: Whether models that the recipe names as ``org/model[@revision]`` are fetched from
             the Hugging Face hub, where its cache on this machine has them not.
         at_once: Merges that share memory and workers, as in :mod:`streammerge.together`.
+        earlier: Recipes whose results are sources, and are computed where they are read, as in
+            :mod:`streammerge.chaining`.
 
     Raises:
         RecipeError: The recipe asks for something that cannot be.
@@ -105,6 +109,7 @@ def plan(
                 workers=workers,
                 download=download,
                 at_once=at_once,
+                earlier=earlier,
             )
     except (RecipeError, CheckpointError) as error:
         # Messages are about this tool's keys; those of another tool's recipe are called otherwise.
@@ -121,6 +126,7 @@ def _plan(
     workers: int | None,
     download: bool,
     at_once: int,
+    earlier: Sequence[Earlier],
 ) -> MergePlan | CombinationPlan:
     parsed = locate_models(asked, download=download)
     _check_planning_room(parsed, memory)
@@ -153,7 +159,7 @@ def _plan(
         at_once=at_once,
     )
     tokens = match_tokens(parsed, read.models, labels_of(parsed))
-    planned = plan_merge(parsed, read.base, read.sources, machine, tokens)
+    planned = plan_merge(parsed, read.base, read.sources, machine, tokens, earlier=earlier)
     return replace(
         accompany(planned, parsed, read.models, tokens),
         # As it was given: another machine has its cache elsewhere.

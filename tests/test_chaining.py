@@ -11,8 +11,10 @@ import torch
 from models import Models, Tensors, assert_same_model, load_model, write_adapter
 
 import streammerge
-from streammerge import chaining
-from streammerge.chaining import Chain, merge_chain, plan_chain, read_recipes
+from streammerge.chaining import running
+from streammerge.chaining.foreseeing import plan_chain
+from streammerge.chaining.running import merge_chain
+from streammerge.chaining.stages import Chain, read_recipes
 from streammerge.cli import main
 from streammerge.errors import OutputExistsError, RecipeError, ShapeMismatchError
 from streammerge.run import merge
@@ -101,7 +103,7 @@ def test_the_last_result_is_that_of_each_recipe_by_itself(
     texts = [note["text"] for note in notes if note["topic"] == "chain"]
     assert texts[:2] == [
         "arc is slerp of an earlier recipe, removed",
-        "sum is task_arithmetic of an earlier recipe, removed",
+        "sum is task_arithmetic of an earlier recipe, computed while it was read",
     ]
     assert texts[2].startswith("recipes and inputs: SHA-256 ")
 
@@ -155,7 +157,7 @@ def test_a_chain_that_is_cut_off_goes_on_where_it_stopped(
             raise KeyboardInterrupt
         return merge(planned, place, **options)
 
-    monkeypatch.setattr(chaining, "merge", cut)
+    monkeypatch.setattr(running, "merge", cut)
     with pytest.raises(KeyboardInterrupt):
         merge_chain(chain_of(path), out)
     monkeypatch.undo()
@@ -169,7 +171,7 @@ def test_a_chain_that_is_cut_off_goes_on_where_it_stopped(
         states.append((tmp_path / "out.stages" / "arc" / "model.safetensors").stat().st_mtime_ns)
         return merge(planned, place, **options)
 
-    monkeypatch.setattr(chaining, "merge", watch)
+    monkeypatch.setattr(running, "merge", watch)
     merge_chain(chain_of(path), out, resume=True)
 
     assert set(states) == {before}
@@ -182,7 +184,7 @@ def test_results_of_other_recipes_are_not_taken_for_those_of_these(
     def cut(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(chaining, "merge", cut)
+    monkeypatch.setattr(running, "merge", cut)
     with pytest.raises(KeyboardInterrupt):
         merge_chain(chain_of(write(CHAIN)), tmp_path / "out")
     monkeypatch.undo()
@@ -328,7 +330,7 @@ def test_recipes_with_carriage_returns_resume(
     def cut(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(chaining, "merge", cut)
+    monkeypatch.setattr(running, "merge", cut)
     with pytest.raises(KeyboardInterrupt):
         merge_chain(chain_of(path), tmp_path / "out")
     monkeypatch.undo()

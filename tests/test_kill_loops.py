@@ -103,7 +103,18 @@ def ties(directory: Path, **parameters: Any) -> dict[str, Any]:
     return recipe_of("ties", *full_models(directory), parameters={"density": 0.3} | parameters)
 
 
-JOBS: dict[str, Callable[[Path], dict[str, Any]]] = {
+def chain(directory: Path) -> list[dict[str, Any]]:
+    """Three recipes: the first result is written, the second is computed where it is read."""
+    base, (one, two) = full_models(directory)
+    first, mean = Path("first"), Path("mean")
+    return [
+        recipe_of("ties", base, [one, two], parameters={"density": 0.3}) | {"name": "first"},
+        recipe_of("linear", None, [first, two]) | {"name": "mean"},
+        recipe_of("dare_ties", base, [mean, one], parameters={"density": 0.4}),
+    ]
+
+
+JOBS: dict[str, Callable[[Path], dict[str, Any] | list[dict[str, Any]]]] = {
     "ties": ties,
     "ties over the model": lambda directory: ties(directory, scope="model"),
     "dare_ties": lambda directory: recipe_of(
@@ -116,6 +127,7 @@ JOBS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "adapters as task vectors": lambda directory: recipe_of(
         "ties", *adapted_models(directory), parameters={"density": 0.3}
     ),
+    "a chain": chain,
 }
 
 
@@ -182,7 +194,8 @@ def test_a_job_that_is_killed_again_and_again_ends_with_the_right_bytes(
     rounds = 40 if request.config.getoption("--runslow") else 1
     chance = random.Random(f"{job} {start}")  # noqa: S311 - it only chooses when to kill
     recipe, out = tmp_path / "recipe.yaml", tmp_path / "out"
-    recipe.write_text(yaml.safe_dump(JOBS[job](tmp_path)))
+    made = JOBS[job](tmp_path)
+    recipe.write_text(yaml.safe_dump_all(made if isinstance(made, list) else [made]))
     subprocess.run([*command(recipe, tmp_path / "reference", chance)], check=True)
     expected = bytes_of(tmp_path / "reference")
     other = tmp_path / "other.yaml"

@@ -341,6 +341,46 @@ def test_a_grid_of_nine_outputs_is_merged_in_a_cgroup_of_512_mib(models, tmp_pat
     assert filecmp.cmp(one, alone, shallow=False)
 
 
+@pytest.mark.cgroup
+def test_a_result_that_is_computed_while_it_is_read_fits_a_cgroup(models, tmp_path, limited_group):
+    base, one, two = (f"{models / name}.safetensors" for name in ("base", "tuned-0", "tuned-1"))
+    documents = [
+        {"name": "mean", "method": "linear", "sources": [{"path": one}, {"path": two}]},
+        {
+            "name": "more",
+            "method": "task_arithmetic",
+            "base": base,
+            "sources": [{"path": "mean"}],
+            "parameters": {"lambda": 0.5},
+        },
+        {
+            "method": "ties",
+            "base": base,
+            "sources": [{"path": "more"}, {"path": one}],
+            "parameters": {"density": 0.3},
+        },
+    ]
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump_all(documents))
+    command = [sys.executable, "-m", "streammerge", "merge", recipe]
+
+    done = subprocess.run(
+        [*command, tmp_path / "small", "--memory", "300MiB", "--json"],
+        preexec_fn=limited_group(300 * MIB),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    subprocess.run([*command, tmp_path / "large", "--memory", "4GiB"], check=True)
+
+    (event,) = [e for e in map(json.loads, done.stdout.splitlines()) if e["event"] == "done"]
+    assert event["measured_memory"] <= event["projected_memory"] <= 300 * MIB
+    manifest = json.loads((tmp_path / "small" / "streammerge_manifest.json").read_text())
+    assert [note["topic"] for note in manifest["notes"]].count("fused") == 2
+    small, large = (next((tmp_path / name).glob("*.safetensors")) for name in ("small", "large"))
+    assert filecmp.cmp(small, large, shallow=False)
+
+
 @pytest.fixture(scope="module")
 def sixteen(tmp_path_factory) -> Path:
     """A base and sixteen fine-tunes with one giant tensor."""

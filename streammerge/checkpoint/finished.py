@@ -61,7 +61,7 @@ def find_finished(
 
 
 def _has_changed(inputs: Sequence[ShardFile]) -> bool:
-    statuses = [(file, file.path.stat()) for file in inputs if file.made is None]
+    statuses = [(file, file.path.stat()) for file in inputs if file.on_disk]
     return any((s.st_size, s.st_mtime_ns) != (file.nbytes, file.mtime_ns) for file, s in statuses)
 
 

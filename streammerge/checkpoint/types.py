@@ -208,7 +208,14 @@ class ShardFile:
     left_out: tuple[str, ...] = ()
     """What the file holds beside the tensors that are read, a phrase for each."""
     made: MadeFile | None = None
-    """What it would hold, of a file that is nowhere; None for one on disk."""
+    """What it would hold, of a file that is nowhere; None for others."""
+    computed: bool = False
+    """Whether it is nowhere because it is of an earlier result that is computed where it is read."""
+
+    @property
+    def on_disk(self) -> bool:
+        """Whether there is such a file."""
+        return self.made is None and not self.computed
 
 
 @dataclass(frozen=True, slots=True)

@@ -137,19 +137,29 @@ class ChunkMerger:
         return Extent(task.shard, task.offset, memory, (claim,))
 
     def _copy(self, piece: PieceInMemory) -> Extent:
-        task = piece.first.task
-        present = [(model, each) for model, each in enumerate(piece.inputs) if each is not None]
-        (first_model, first), *others = present
-        for model, other in others:
-            if not np.array_equal(first.memory, other.memory):
-                byte = int(np.argmax(first.memory != other.memory))
-                element = piece.first.start + byte // task.dtype.itemsize
-                raise CheckpointError(
-                    f"{printable(task.name)}: {task.dtype} values are only copied, but "
-                    f"{self._plan.label(first_model or task.base_owner)} and {self._plan.label(model)} differ at flat "
-                    f"element {element}; add a rule {{tensors: {task.name!r}, copy: ...}}"
-                )
-        return next(_extents(piece, first.memory.data, [_COPIED], [NOTHING]))
+        copied = find_copied(self._plan, piece)
+        return next(_extents(piece, copied.memory.data, [_COPIED], [NOTHING]))
+
+
+def find_copied(plan: MergePlan, piece: PieceInMemory) -> Stored:
+    """Return what is copied of a piece: its only input, or the first one of several that are equal.
+
+    Raises:
+        CheckpointError: They are not.
+    """
+    task = piece.first.task
+    present = [(model, each) for model, each in enumerate(piece.inputs) if each is not None]
+    (first_model, first), *others = present
+    for model, other in others:
+        if not np.array_equal(first.memory, other.memory):
+            byte = int(np.argmax(first.memory != other.memory))
+            element = piece.first.start + byte // task.dtype.itemsize
+            raise CheckpointError(
+                f"{printable(task.name)}: {task.dtype} values are only copied, but "
+                f"{plan.label(first_model or task.base_owner)} and {plan.label(model)} differ at flat "
+                f"element {element}; add a rule {{tensors: {task.name!r}, copy: ...}}"
+            )
+    return first
 
 
 def _make(

@@ -40,6 +40,7 @@ from streammerge.plan.asking import (
 from streammerge.plan.budgeting import choose_resources
 from streammerge.plan.demanding import measure_demand
 from streammerge.plan.devices import add_devices, choose_device_resources
+from streammerge.plan.fusing import Earlier, fuse, note_of, reader_nbytes
 from streammerge.plan.kernels import needs_torch
 from streammerge.plan.layout import place_parts, plan_layout_like
 from streammerge.plan.rendering import PrintedPlan
@@ -98,6 +99,8 @@ def plan_merge(
     sources: Sequence[Model],
     machine: Machine,
     tokens: Tokens | None = None,
+    *,
+    earlier: Sequence[Earlier] = (),
 ) -> MergePlan:
     """Decide everything about a merge.
 
@@ -107,6 +110,7 @@ def plan_merge(
         sources: The sources' headers, in recipe order; adapters as they change this base.
         machine: What may be used.
         tokens: The vocabulary of the result, if rows of embeddings are drawn for one.
+        earlier: Recipes whose results are sources, and are computed where they are read.
 
     Raises:
         RecipeError: The method cannot do what the recipe asks.
@@ -164,6 +168,7 @@ def plan_merge(
         ),
     )
     files, file_index = _files(checkpoints)
+    files, fused = fuse(files, earlier)
     tasks = _tasks(assignment.tensors, places, file_index, model_scope=model_scope)
     programs = programs_of_settings(method, assignment.settings)
     tasks = [_with_locality(task, programs) for task in tasks]
@@ -185,6 +190,7 @@ def plan_merge(
         demand = add_devices(
             demand, tasks, programs, assignment.settings, count=len(machine.devices)
         )
+    demand = replace(demand, reader_bytes=demand.reader_bytes + reader_nbytes(fused))
     resources, memory = choose_resources(
         demand,
         budget=machine.budget,
@@ -227,9 +233,11 @@ def plan_merge(
             *ties.notes,
             *drawn.notes,
             *assignment.notes,
+            *map(note_of, fused),
         ),
         twins=_twins(ties.twins, labels, file_index),
         needs_torch=torch,
+        fused=fused,
     )
     adapting = [
         Note("adapter", f"{labels[index]}: {sentence}")

@@ -280,6 +280,20 @@ class MemoryProjection:
 
 
 @dataclass(frozen=True, slots=True)
+class FusedStage:
+    """An earlier recipe whose result lies in no files: what is read of it is computed there and then."""
+
+    name: str
+    """What the recipe is called."""
+    plan: MergePlan
+    """How its result is made: element by element, from nothing but the elements at the same place."""
+    files: tuple[int, ...]
+    """Index into the :attr:`MergePlan.files` of the plan that reads it, for each file of its own plan."""
+    shards: tuple[int | None, ...]
+    """Likewise for each file of its result; None for one that is not read."""
+
+
+@dataclass(frozen=True, slots=True)
 class MergePlan:
     """Everything that a merge will do, decided before any tensor byte is read.
 
@@ -344,6 +358,8 @@ class MergePlan:
     """Where tensors are measured and merged; None for the CPU."""
     needs_torch: bool = True
     """Whether anything is measured or merged with torch; compiled kernels do what is usual."""
+    fused: tuple[FusedStage, ...] = ()
+    """Earlier recipes whose results are computed where they are read, each after those that it reads."""
 
     @property
     def bytes_to_write(self) -> int:
