@@ -99,6 +99,12 @@ def plan(
     names = choose_devices(device)
     device_budget = choose_device_budget(names, device_memory)
     asked = load_recipe(recipe, download=download)
+    if asked.base_adapter is not None:
+        said = (
+            f"base.adapter: the base is made first, of {asked.base} and {asked.base_adapter}; `streammerge "
+            "merge RECIPE OUT` does both, by a file of this recipe alone; here, name a base that is made"
+        )
+        raise RecipeError(asked.in_its_words(said))
     try:
         with without_collecting():
             return _plan(

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from adapters import tiny
 from models import Models, Tensors, assert_same_model, load_model, recut, write_adapter
 
 from streammerge.chaining import foreseeing, running
@@ -17,7 +18,7 @@ from streammerge.chaining.running import merge_chain
 from streammerge.chaining.stages import Chain, read_recipes
 from streammerge.cli import main
 from streammerge.engine import computing
-from streammerge.errors import CheckpointError, MemoryBudgetError, NonFiniteError
+from streammerge.errors import CheckpointError, MemoryBudgetError, NonFiniteError, RecipeError
 from streammerge.methods import discover_methods
 from streammerge.plan.codec import dump_plan, parse_plan
 from streammerge.run import merge
@@ -391,3 +392,113 @@ def test_a_plan_with_it_survives_a_file(chain: Make, tmp_path: Path) -> None:
     planned = plan_chain(chain(MEAN, LAST))[-1]
 
     assert parse_plan(dump_plan(planned)) == planned
+
+
+def adapter_of(tmp_path: Path) -> Path:
+    shapes = {f"model.layers.{i}.mlp.weight": (1024, 1300) for i in range(2)}
+    return write_adapter(tmp_path / "lora", shapes, seed=5)
+
+
+def on_adapted_base(adapter: Path, **more: object) -> dict[str, object]:
+    return {**TIES, "base": {"path": "@base", "adapter": str(adapter)}, "sources": [], **more}
+
+
+@pytest.mark.parametrize("among", [False, True])
+def test_a_base_may_have_an_adapter(
+    among: bool,  # noqa: FBT001 - a parameter of the test
+    tmp_path: Path,
+    paths: dict[str, Path],
+) -> None:
+    adapter = adapter_of(tmp_path)
+    base = {"path": str(paths["base"]), "adapter": str(adapter)}
+    sources: list[dict[str, object]] = [{"path": str(paths["a"])}, {"path": str(paths["b"])}]
+    recipe = tmp_path / "recipe.yaml"
+    document = {**TIES, "base": base, "sources": [*sources, *([base] if among else [])]}
+    recipe.write_text(yaml.safe_dump(document))
+
+    assert main(["merge", str(recipe), str(tmp_path / "out"), "--quiet"]) == 0
+
+    # The same by hand: a model that is stored, and then taken as the base.
+    baked = tmp_path / "baked"
+    merge(bake_of(base), baked)
+    sources = [*sources, *([{"path": str(baked)}] if among else [])]
+    merge({**TIES, "base": str(baked), "sources": sources}, tmp_path / "alone")
+    assert fused_names(tmp_path / "out") == ([] if among else ["base-of-result"])
+    assert_same_model(load_model(tmp_path / "out"), load_model(tmp_path / "alone"))
+
+
+def test_of_several_recipes_each_may_have_such_a_base(chain: Make, tmp_path: Path) -> None:
+    adapter = adapter_of(tmp_path)
+    first = on_adapted_base(
+        adapter, name="one", method="task_arithmetic", sources=[{"path": "@a"}], parameters={}
+    )
+    last = on_adapted_base(adapter, sources=[{"path": "one"}, {"path": "@b"}])
+    made = chain(first, last)
+
+    merge_chain(made, tmp_path / "out")
+
+    assert [stage.name for stage in made.stages] == [
+        *("base-of-one", "one", "base-of-result", "result"),
+    ]
+    assert sorted(fused_names(tmp_path / "out")) == ["base-of-one", "base-of-result", "one"]
+    assert_same_model(load_model(tmp_path / "out"), apart(made, tmp_path / "apart"))
+
+
+def test_an_adapter_that_kernels_do_not_merge_makes_a_base_that_is_written(
+    tmp_path: Path, paths: dict[str, Path]
+) -> None:
+
+    model = tiny.llama()
+    model.save_pretrained(tmp_path / "tiny")
+    tiny.make_lora(tmp_path / "dora", model, seed=1, r=4, use_dora=True)
+    base = {"path": str(tmp_path / "tiny"), "adapter": str(tmp_path / "dora")}
+    document = {**TIES, "base": base, "sources": [{"path": str(tmp_path / "tiny")}]}
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(document))
+
+    assert main(["merge", str(recipe), str(tmp_path / "out"), "--quiet"]) == 0
+
+    assert fused_names(tmp_path / "out") == []
+    found = load_model(tmp_path / "out")
+    merge(bake_of(base), tmp_path / "baked")
+    alone = {**document, "base": str(tmp_path / "baked")}
+    merge(alone, tmp_path / "alone")
+    assert_same_model(found, load_model(tmp_path / "alone"))
+
+
+def bake_of(base: dict[str, str]) -> dict[str, object]:
+    """Return the recipe of a base with its adapter merged into it."""
+    return {
+        "method": "task_arithmetic",
+        "base": base["path"],
+        "sources": [{"path": base["adapter"]}],
+    }
+
+
+def test_a_single_merge_has_no_place_for_making_a_base_first(
+    tmp_path: Path, paths: dict[str, Path]
+) -> None:
+    base = {"path": str(paths["base"]), "adapter": str(adapter_of(tmp_path))}
+
+    with pytest.raises(
+        RecipeError, match=r"base\.adapter: the base is made first, of .* does both"
+    ):
+        merge({**TIES, "base": base, "sources": [{"path": str(paths["a"])}]}, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("base", "said"),
+    [
+        ({"path": "x"}, "base.adapter: this key is required"),
+        ({"adapter": "x"}, "base.path: this key is required"),
+        ({"path": "x", "adapter": "y", "weight": 1}, "base.weight"),
+        (3, "base: expected text, got 3"),
+        (["x"], "base: expected text, got a list of 1"),
+        ("", "base: expected text, got an empty one"),
+    ],
+)
+def test_a_base_that_is_none_is_refused_by_its_key(base: object, said: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        merge({"method": "ties", "base": base, "sources": [{"path": "a"}]}, "out")
+
+    assert said in str(caught.value)

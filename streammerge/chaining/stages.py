@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from streammerge.errors import RecipeError
@@ -71,8 +71,38 @@ def read_recipes(path: Path, *, download: bool) -> Recipe | Chain | Grid:
                     for name, each in expanded
                 )
             )
-        return parse_document(document, str(path), download=download)
+        recipe = parse_document(document, str(path), download=download)
+        if recipe.base_adapter is None:
+            return recipe
+        return Chain(path, text, tuple(_with_base(Stage("result", recipe, ()))))
     return Chain(path, text, tuple(_stages(path, documents, download=download)))
+
+
+def _with_base(stage: Stage) -> Iterator[Stage]:
+    """Yield a recipe, and before it the one that merges an adapter into its base, if it has one."""
+    recipe = stage.recipe
+    if recipe.base is None or recipe.base_adapter is None:
+        yield stage
+        return
+    name = f"base-of-{stage.name}"
+    document = {
+        "method": "task_arithmetic",
+        "base": str(recipe.base),
+        "sources": [{"path": str(recipe.base_adapter)}],
+    }
+    where = recipe.in_its_words("base")
+    made = parse_document(document, where, download=False)
+    named = {str(each) for each in models_of(made)}
+    yield Stage(name, made, tuple(each for each in stage.uses if each in named))
+    # Where a source is the same, it has the same values: as stored, and not as computed.
+    sources = (
+        replace(source, path=Path(name), adapter=None)
+        if (source.path, source.adapter) == (recipe.base, recipe.base_adapter)
+        else source
+        for source in recipe.sources
+    )
+    merged = replace(recipe, base=Path(name), base_adapter=None, sources=tuple(sources))
+    yield Stage(stage.name, merged, (*stage.uses, name))
 
 
 def _stages(path: Path, documents: Sequence[object], *, download: bool) -> list[Stage]:
@@ -91,7 +121,8 @@ def _stages(path: Path, documents: Sequence[object], *, download: bool) -> list[
         text = {key: value for key, value in document.items() if key != "name"}
         recipe = parse_document(text, where, download=download, results=known)
         named = {str(each) for each in models_of(recipe)}
-        stages.append(Stage(name, recipe, tuple(each for each in known if each in named)))
+        stage = Stage(name, recipe, tuple(each for each in known if each in named))
+        stages.extend(_with_base(stage))
     used = {each for stage in stages for each in stage.uses}
     unused = [stage.name for stage in stages[:-1] if stage.name not in used]
     if unused:

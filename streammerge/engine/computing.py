@@ -22,7 +22,10 @@ from streammerge.engine.buffers import allocate
 from streammerge.engine.compiled.opening import open_cpu_stage
 from streammerge.engine.decoding import read_span
 from streammerge.engine.merging import find_copied
+from streammerge.engine.monitor import Monitor
 from streammerge.engine.pieces import PieceInMemory, Stored, view_pieces
+from streammerge.engine.progress import Progress
+from streammerge.engine.shelf import FactorShelf
 from streammerge.errors import StreamMergeError, printable
 from streammerge.plan.asking import find_method
 from streammerge.plan.chunking import Chunk, Piece, plan_range, plan_reads
@@ -44,6 +47,9 @@ class StageComputer:
         self._stage = stage
         self._sources = sources
         self._step = step_numel(stage.plan)
+        self._shelf = FactorShelf(
+            stage.plan, sources, in_turn=False, monitor=Monitor(), progress=Progress(0)
+        )
         self._own = threading.local()
 
     @property
@@ -63,7 +69,7 @@ class StageComputer:
         """
         bench: _Bench | None = getattr(self._own, "bench", None)
         if bench is None:
-            bench = self._own.bench = _Bench(self.plan, self._sources)
+            bench = self._own.bench = _Bench(self.plan, self._sources, self._shelf)
         start = element // self._step * self._step
         try:
             return start, bench.compute(index, start, self._step)
@@ -84,9 +90,10 @@ class StageComputer:
 class _Bench:
     """What one reading thread merges with."""
 
-    def __init__(self, plan: MergePlan, sources: Sequence[ByteSource]) -> None:
+    def __init__(self, plan: MergePlan, sources: Sequence[ByteSource], shelf: FactorShelf) -> None:
         self._plan = plan
         self._sources = sources
+        self._shelf = shelf
         self._stage = open_cpu_stage(plan, find_method(plan.method))
         self._slots = [allocate(slot_nbytes(plan)) for _ in plan.models]
         self._out = allocate(slot_nbytes(plan))
@@ -104,7 +111,25 @@ class _Bench:
 
     def _merge(self, index: int, start: int, step: int) -> NDArray[np.uint8]:
         task = self._plan.tasks[index]
-        piece = self._load(index, task, start, min(step, task.numel - start))
+        numel = min(step, task.numel - start)
+        models = tuple(model for model, entry in enumerate(task.inputs) if entry is not None)
+        chunk = Chunk((Piece(index, start, numel),), models)
+        reads = plan_reads(self._plan, chunk)
+        slots = self._slots[: len(reads)]
+        for read, slot in zip(reads, slots, strict=True):
+            for span in read.spans:
+                read_span(span, self._sources, slot)
+        factors = self._shelf.take([index])
+        try:
+            factors.fill()
+            deltas_of = factors.deltas_of
+            (piece,) = view_pieces(self._plan, chunk, reads, slots, deltas_of, joined=False)
+            return self._make(task, piece)
+        finally:
+            # Nobody who waits for room holds any.
+            factors.release()
+
+    def _make(self, task: TensorTask, piece: PieceInMemory) -> NDArray[np.uint8]:
         if task.action in (Action.COPY, Action.COPY_IF_EQUAL):
             return find_copied(self._plan, piece).memory
         content = self._out[: piece.numel * task.dtype.itemsize]
@@ -114,17 +139,6 @@ class _Bench:
         else:
             self._stage.apply(piece, [NOTHING], out)
         return content
-
-    def _load(self, index: int, task: TensorTask, start: int, numel: int) -> PieceInMemory:
-        models = tuple(model for model, entry in enumerate(task.inputs) if entry is not None)
-        chunk = Chunk((Piece(index, start, numel),), models)
-        reads = plan_reads(self._plan, chunk)
-        slots = self._slots[: len(reads)]
-        for read, slot in zip(reads, slots, strict=True):
-            for span in read.spans:
-                read_span(span, self._sources, slot)
-        (piece,) = view_pieces(self._plan, chunk, reads, slots, lambda *_: (), joined=False)
-        return piece
 
 
 class ComputedSource(ByteSource):

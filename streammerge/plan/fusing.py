@@ -17,6 +17,8 @@ from streammerge.errors import printable
 from streammerge.methods.base import Locality
 from streammerge.plan.asking import find_method
 from streammerge.plan.chunking import DECODING_BYTES, widest_input
+from streammerge.plan.demanding import most_changed_sources
+from streammerge.plan.factors import factors_nbytes
 from streammerge.plan.kernels import takes_torch
 from streammerge.plan.sweeps import programs_of_plan
 from streammerge.plan.types import FusedStage, MergePlan
@@ -25,6 +27,8 @@ from streammerge.units import format_size
 
 _STEP_BYTES = 2**21
 """Bytes of the widest input that are read and merged at once: large enough for a disk."""
+_TENSORS_AT_ONCE = 4
+"""Tensors whose adapters' factors have room: readers seldom are at more."""
 _WORK_BYTES = 2**21
 """Of a reader that merges, for the kernels' own rows, and for what reads the inputs."""
 
@@ -55,7 +59,7 @@ def why_apart(plan: MergePlan) -> str | None:
     if not alone or plan.model_scope:
         return f"{plan.method} looks at more of a tensor than the element that it merges"
     for task in plan.tasks:
-        if task.changes or task.region is not None or task.encoding is not None:
+        if task.region is not None or task.encoding is not None:
             return f"{printable(task.name)} is not made element by element"
     return None
 
@@ -99,10 +103,13 @@ def fuse(
 
 
 def _plain(plan: MergePlan) -> MergePlan:
-    """Return a plan without those that it has fused itself, and as one that was parsed is."""
-    return MergePlan(
-        **{each.name: getattr(plan, each.name) for each in fields(plan)} | {"fused": ()}
-    )
+    """Return a plan as readers need it: without those that it has fused itself, with less room for adapters."""
+    itemsize = plan.compute_dtype.itemsize
+    largest = max((factors_nbytes(task, itemsize) for task in plan.tasks), default=0)
+    factor_bytes = min(plan.resources.factor_bytes, _TENSORS_AT_ONCE * largest)
+    resources = replace(plan.resources, factor_bytes=factor_bytes)
+    of_plan = {each.name: getattr(plan, each.name) for each in fields(plan)}
+    return MergePlan(**of_plan | {"fused": (), "resources": resources})
 
 
 def note_of(stage: FusedStage) -> Note:
@@ -129,9 +136,23 @@ def slot_nbytes(plan: MergePlan) -> int:
 def reader_nbytes(stages: Iterable[FusedStage]) -> int:
     """Return what a reader takes to compute what it reads; one stage may read another one."""
     return sum(
-        (1 + len(stage.plan.models)) * slot_nbytes(stage.plan) + _WORK_BYTES + DECODING_BYTES
+        (1 + len(stage.plan.models)) * slot_nbytes(stage.plan)
+        + _WORK_BYTES
+        + DECODING_BYTES
+        + _changed_rows(stage.plan) * BLOCK * stage.plan.compute_dtype.itemsize
         for stage in stages
     )
+
+
+def shared_nbytes(stages: Iterable[FusedStage]) -> int:
+    """Return what all readers share: adapters' factors."""
+    return sum(stage.plan.resources.factor_bytes for stage in stages)
+
+
+def _changed_rows(plan: MergePlan) -> int:
+    """Return the blocks that adapters' products take."""
+    most = most_changed_sources(programs_of_plan(plan, find_method(plan.method)), plan.tasks)
+    return most and most + 1
 
 
 def _widest(plan: MergePlan) -> int:

@@ -40,7 +40,7 @@ from streammerge.plan.asking import (
 from streammerge.plan.budgeting import choose_resources
 from streammerge.plan.demanding import measure_demand
 from streammerge.plan.devices import add_devices, choose_device_resources
-from streammerge.plan.fusing import Earlier, fuse, note_of, reader_nbytes
+from streammerge.plan.fusing import Earlier, fuse, note_of, reader_nbytes, shared_nbytes
 from streammerge.plan.kernels import needs_torch
 from streammerge.plan.layout import place_parts, plan_layout_like
 from streammerge.plan.rendering import PrintedPlan
@@ -195,7 +195,8 @@ def plan_merge(
         demand,
         budget=machine.budget,
         baseline=machine.baseline(torch=torch)
-        + sum(file.made.peak_nbytes for file in files if file.made is not None),
+        + sum(file.made.peak_nbytes for file in files if file.made is not None)
+        + shared_nbytes(fused),
         workers=machine.workers,
         readers=machine.readers,
         writers=machine.writers,

@@ -53,6 +53,8 @@ def _document(recipe: Recipe) -> dict[str, object]:
     document: dict[str, object] = {"method": recipe.method}
     if recipe.base is not None:
         document["base"] = str(recipe.base)
+    if recipe.base_adapter is not None:
+        document["base"] = {"path": str(recipe.base), "adapter": str(recipe.base_adapter)}
     document["sources"] = [
         {"path": str(source.path)}
         | ({} if source.adapter is None else {"adapter": str(source.adapter)})

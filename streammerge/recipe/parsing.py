@@ -21,7 +21,7 @@ from streammerge.recipe.dialects.mergekit import translate as translate_mergekit
 from streammerge.recipe.mixture import iter_mixture_problems
 from streammerge.recipe.refusing import key_path, shown
 from streammerge.recipe.resolving import Place, iter_parameter_problems, tables_of
-from streammerge.recipe.schema import LayerSliceDocument, RecipeDocument, check_frame
+from streammerge.recipe.schema import BaseDocument, LayerSliceDocument, RecipeDocument, check_frame
 from streammerge.recipe.text import load_document
 from streammerge.recipe.types import (
     Given,
@@ -309,13 +309,18 @@ def _origin_problems(document: dict[Any, Any], n_sources: int) -> Iterator[str]:
             )
 
 
+def _path_of(base: str | BaseDocument) -> str:
+    return base.path if isinstance(base, BaseDocument) else base
+
+
 def _build(
     document: dict[Any, Any], frame: RecipeDocument, specs: Mapping[str, ParameterSpec]
 ) -> Recipe:
     """Return the recipe in a ``document`` that was found to be right."""
     return Recipe(
         method=frame.method,
-        base=None if frame.base is None else Path(frame.base),
+        base=None if frame.base is None else Path(_path_of(frame.base)),
+        base_adapter=Path(frame.base.adapter) if isinstance(frame.base, BaseDocument) else None,
         sources=tuple(
             Source(
                 path=Path(source["path"]),

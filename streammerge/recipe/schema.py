@@ -14,8 +14,10 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    Discriminator,
     Field,
     PlainValidator,
+    Tag,
     ValidationError,
     WithJsonSchema,
 )
@@ -211,14 +213,34 @@ class OutputDocument(_Document):
     )
 
 
+_PLAIN, _TABLE = "text", "mapping"
+"""The forms of a base; pydantic has them in the place of what is wrong."""
+
+
+class BaseDocument(_Document):
+    """A base that is another model with an adapter merged into it."""
+
+    path: PathText = Field(
+        description="The model: a directory or a file, relative to the working directory, or "
+        "org/model[@revision] on the Hugging Face hub."
+    )
+    adapter: PathText = Field(description="The adapter, merged into it first.")
+
+
 class RecipeDocument(_Document):
     """A merge recipe for streammerge."""
 
     method: str = Field(description="Name of the merge method.")
-    base: PathText | None = Field(
+    base: (
+        Annotated[
+            Annotated[PathText, Tag(_PLAIN)] | Annotated[BaseDocument, Tag(_TABLE)],
+            Discriminator(lambda value: _TABLE if isinstance(value, dict) else _PLAIN),
+        ]
+        | None
+    ) = Field(
         default=None,
         description="Model the sources were tuned from: a directory or a file, relative to the "
-        "working directory, or org/model[@revision] on the Hugging Face hub.",
+        "working directory, or org/model[@revision] on the Hugging Face hub; or path and adapter of one.",
     )
     sources: list[SourceDocument] = Field(
         min_length=1, description="The models being merged, in order."
@@ -284,6 +306,8 @@ def keys_of(model: type[BaseModel]) -> tuple[str, ...]:
 def _describe(details: ErrorDetails, parameter_names: frozenset[str]) -> str:
     """Return one line for one of pydantic's findings: the key's path, expected, and got."""
     steps = details["loc"]
+    if steps[:1] == ("base",):
+        steps = ("base", *steps[2:])
     context = details.get("ctx", {})
     got = shown(details["input"])
     match details["type"]:

@@ -384,6 +384,8 @@ class Recipe:
     """The layers of the result, slice by slice; empty for those of the inputs, each with its like."""
     mixture: Mixture | None = None
     """How the sources become experts; None where they are merged."""
+    base_adapter: Path | None = None
+    """The adapter that is merged into the base first; None for none."""
     remarks: tuple[str, ...] = field(default=(), compare=False)
     """What a recipe of another tool says without effect, or means otherwise."""
     keys: Mapping[str, str] = field(default_factory=dict, compare=False)

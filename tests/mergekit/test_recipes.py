@@ -60,7 +60,12 @@ def run_mergekit(text: str, out: Path) -> Tensors:
     from mergekit.options import MergeOptions
 
     options = MergeOptions(
-        copy_tokenizer=False, write_model_card=False, quiet=True, clone_tensors=True
+        copy_tokenizer=False,
+        write_model_card=False,
+        quiet=True,
+        clone_tensors=True,
+        # Where it keeps models that it has merged adapters into.
+        lora_merge_cache=str(out.with_name("adapted")),
     )
     run_merge(MergeConfiguration.model_validate(yaml.safe_load(text)), str(out), options)
     return load_model(out)

@@ -214,14 +214,6 @@ TIES = "merge_method: ties\nbase_model: a\nmodels: [{model: b, parameters: {weig
             'models[0].model: expected the name of an adapter behind the +, got "a+"',
         ),
         (
-            "merge_method: ties\nbase_model: a+lora\nmodels: [{model: b, parameters: {weight: 1}}]",
-            (
-                "base_model: a base with an adapter, lora, cannot be merged while it is read; merge the "
-                "adapter into it first, by a recipe of its own with `method: task_arithmetic`, and name "
-                "what comes of it"
-            ),
-        ),
-        (
             LINEAR + "- {model: a, parameters: {weight: 2}}",
             "models[1].model: a is listed twice",
         ),

@@ -26,7 +26,7 @@ from streammerge.recipe.dialects.modules import (
 from streammerge.recipe.dialects.parameters import Findings
 from streammerge.recipe.dialects.reading import DTYPES, Reader
 from streammerge.recipe.dialects.references import Reference
-from streammerge.recipe.dialects.slices import Slices, refuse_adapted
+from streammerge.recipe.dialects.slices import Slices
 from streammerge.recipe.dialects.tokenizers import Vocabulary
 from streammerge.recipe.dialects.values import with_default
 from streammerge.recipe.refusing import refuse_choice, shown, unknown_key
@@ -100,6 +100,7 @@ class _Translation:
     )
     sources: list[Reference] = field(default_factory=list)
     own_bases: list[str] = field(default_factory=list)
+    base: Reference | None = None
 
     @property
     def reader(self) -> Reader:
@@ -137,7 +138,6 @@ class _Translation:
         """Return the document but for what concerns tokenizers."""
         base = self.reader.reference("base_model", self.document.get("base_model"))
         common = base if method.base is not BaseRole.ORDINARY else None
-        refuse_adapted(self.reader, "base_model", common)
         forms = [
             key for key in ("models", "slices", "modules") if self.document.get(key) is not None
         ]
@@ -163,7 +163,8 @@ class _Translation:
                 "base_model", f"{method.native} needs the model that the others were tuned from"
             )
         if common is not None:
-            made["base"] = common.native
+            self.base = common
+            made["base"] = common.native if common.adapter is None else common.source
         made["sources"] = sources
         made["parameters"] = self._parameters(method, part)
         self._require(method, made, sources, layers)
@@ -304,9 +305,7 @@ class _Translation:
                 "slice lack; name one base for all slices, or leave the tokenizers out",
             )
         if not self.found.problems and wanted:
-            vocabulary = Vocabulary(
-                self.found, self.reader.reference, self.sources, made.get("base")
-            )
+            vocabulary = Vocabulary(self.found, self.reader.reference, self.sources, self.base)
             made["vocabulary"] = vocabulary.translate(
                 source, table, base=self.document.get("base_model")
             )

@@ -22,7 +22,7 @@ class Vocabulary:
         found: Findings,
         parse: Callable[[str, object], Reference | None],
         sources: Sequence[Reference],
-        base: str | None,
+        base: Reference | None,
     ) -> None:
         """Prepare to translate.
 
@@ -81,7 +81,7 @@ class Vocabulary:
         reference = self._parse(path, value)
         if reference is None:
             return 0
-        if self._base == reference.native:
+        if self._base == reference:
             return "base"
         return self._sources.index(reference) if reference in self._sources else reference.native
 
