@@ -1,4 +1,4 @@
-"""The command line: arguments in, exit code out; the work is in :mod:`streammerge.run`.
+"""The command line: arguments in, exit code out; what commands do is in :mod:`streammerge.commands`.
 
 Exit codes: 0 done, 1 merge failed or verification found damage, 2 usage or recipe, 3 does not fit,
 4 output exists, 130 interrupted.
@@ -15,9 +15,18 @@ from typing import TYPE_CHECKING, Any
 from streammerge import commands
 from streammerge.errors import StreamMergeError, printable
 from streammerge.limits import check_address_space, naming_limits
+from streammerge.options import (
+    add_command,
+    add_completion,
+    add_doctor,
+    add_line,
+    add_values,
+    add_words,
+)
 from streammerge.streams import print_result
 from streammerge.units import parse_size
 from streammerge.version import VERSION
+from streammerge.wording import settle_words
 
 if TYPE_CHECKING:
     from _typeshed import SupportsWrite
@@ -29,7 +38,7 @@ _INTERRUPTED = 130
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     try:
-        options = _parser().parse_args(arguments)
+        options = _parse(arguments)
         with naming_limits():
             check_address_space()
             return int(options.command(options))
@@ -64,7 +73,24 @@ class _Parser(argparse.ArgumentParser):
             print(message, end="", file=sys.stderr)
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Return the options of a command, its words settled.
+
+    Raises:
+        RecipeError: The words are neither the name of a recipe nor one.
+    """
+    parser = build_parser()
+    # Words that stand behind an option are left over where any number of them may stand.
+    options, rest = parser.parse_known_args(arguments)
+    if rest and not ("words" in options and not any(word.startswith("-") for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if "words" in options:
+        settle_words(options, [*options.words, *rest])
+    return options
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of all commands."""
     parser = _Parser(
         prog="streammerge",
         description="Merge models larger than memory, exactly, at the speed of the disk.",
@@ -75,27 +101,37 @@ def _parser() -> argparse.ArgumentParser:
     for add in (
         _add_merge,
         _add_plan,
+        _add_bake,
         _add_inspect,
         _add_verify,
         _add_convert,
         _add_extract,
         _add_methods,
+        add_doctor,
     ):
         add(added)
+    add_completion(added, build_parser)
     return parser
 
 
 def _add_merge(added: Any) -> None:
-    merge = added.add_parser("merge", help="merge models as a recipe says")
-    merge.add_argument(
-        "recipe", metavar="RECIPE", help="a recipe in YAML or JSON, or mergekit's YAML"
+    merge = add_command(
+        added,
+        "merge",
+        "merge models as a recipe says",
+        "streammerge merge recipe.yaml merged --memory 2GiB",
+        usage="streammerge merge RECIPE OUT [options]\n"
+        "       streammerge merge --method METHOD [--base BASE] SOURCE... -o OUT [options]",
     )
+    add_words(merge)
     merge.add_argument(
-        "out",
+        "-o",
+        "--output",
         metavar="OUT",
         help="directory to make, or one file if it ends with .safetensors; of a recipe with a grid, the "
         "directory of all its outputs",
     )
+    add_line(merge)
     merge.add_argument(
         "--also",
         nargs=2,
@@ -103,8 +139,34 @@ def _add_merge(added: Any) -> None:
         metavar=("RECIPE", "OUT"),
         help="merge another recipe from the same read of the inputs (may be repeated)",
     )
-    _add_resources(merge)
-    anew = merge.add_mutually_exclusive_group()
+    _add_running(merge)
+    merge.set_defaults(command=commands.run_merge)
+
+
+def _add_bake(added: Any) -> None:
+    bake = add_command(
+        added,
+        "bake",
+        "merge adapters into the model that they were trained on",
+        "streammerge bake models/base adapters/math adapters/code:0.5 baked",
+    )
+    bake.add_argument("base", metavar="BASE", help="the model, or org/model[@revision]")
+    bake.add_argument(
+        "adapters",
+        metavar="ADAPTER[:WEIGHT]",
+        nargs="+",
+        help="an adapter, and a factor of what it changes (default: 1)",
+    )
+    bake.add_argument("out", metavar="OUT", help="as for merge")
+    add_values(bake)
+    _add_running(bake)
+    bake.set_defaults(command=commands.run_bake, also=None)
+
+
+def _add_running(parser: argparse.ArgumentParser) -> None:
+    """Add how a merge is run and told."""
+    _add_resources(parser)
+    anew = parser.add_mutually_exclusive_group()
     anew.add_argument(
         "--resume",
         action="store_true",
@@ -113,22 +175,27 @@ def _add_merge(added: Any) -> None:
     anew.add_argument(
         "--overwrite", action="store_true", help="replace an earlier or unfinished merge in OUT"
     )
-    merge.add_argument(
+    parser.add_argument(
         "--byte-source",
         choices=("pread", "mmap"),
         default="pread",
         help="how inputs are read; mmap needs the compiled kernels, which guard it, and is no faster",
     )
-    merge.add_argument("--quiet", action="store_true", help="no progress on standard error")
-    merge.add_argument("--json", action="store_true", help="events as JSON lines on stdout")
-    merge.set_defaults(command=commands.run_merge)
+    parser.add_argument("--quiet", action="store_true", help="no progress on standard error")
+    parser.add_argument("--json", action="store_true", help="events as JSON lines on stdout")
 
 
 def _add_plan(added: Any) -> None:
-    plan = added.add_parser("plan", help="show what a merge would do, reading headers only")
-    plan.add_argument(
-        "recipe", metavar="RECIPE", help="a recipe in YAML or JSON, or mergekit's YAML"
+    plan = add_command(
+        added,
+        "plan",
+        "show what a merge would do, reading headers only",
+        "streammerge plan recipe.yaml --memory 2GiB",
+        usage="streammerge plan RECIPE [options]\n"
+        "       streammerge plan --method METHOD [--base BASE] SOURCE... [options]",
     )
+    add_words(plan)
+    add_line(plan)
     plan.add_argument(
         "--also",
         action="append",
@@ -136,12 +203,23 @@ def _add_plan(added: Any) -> None:
         help="show another recipe, merged from the same read (may be repeated)",
     )
     _add_resources(plan)
+    plan.add_argument(
+        "--estimate",
+        action="store_true",
+        help="also read and write for a moment, the output's disk being the current directory's, and say "
+        "how long the disk will take",
+    )
     plan.add_argument("--json", action="store_true", help="the whole plan as JSON")
     plan.set_defaults(command=commands.run_plan)
 
 
 def _add_inspect(added: Any) -> None:
-    inspect = added.add_parser("inspect", help="show what a checkpoint or adapter holds")
+    inspect = add_command(
+        added,
+        "inspect",
+        "show what a checkpoint or adapter holds",
+        "streammerge inspect models/base",
+    )
     inspect.add_argument(
         "path",
         metavar="PATH",
@@ -153,7 +231,12 @@ def _add_inspect(added: Any) -> None:
 
 
 def _add_verify(added: Any) -> None:
-    verify = added.add_parser("verify", help="compare a merged model with its manifest")
+    verify = add_command(
+        added,
+        "verify",
+        "compare a merged model with its manifest",
+        "streammerge verify merged --against recipe.yaml",
+    )
     verify.add_argument("out", metavar="OUT", help="the merged model: a directory or file")
     verify.add_argument(
         "--against",
@@ -178,15 +261,23 @@ def _add_verify(added: Any) -> None:
 
 
 def _add_convert(added: Any) -> None:
-    convert = added.add_parser(
-        "convert", help="print the recipe that means the same as one of mergekit's"
+    convert = add_command(
+        added,
+        "convert",
+        "print the recipe that means the same as one of mergekit's",
+        "streammerge convert mergekit.yaml > recipe.yaml",
     )
     convert.add_argument("recipe", metavar="CONFIG", help="mergekit's YAML, or any recipe")
     convert.set_defaults(command=commands.run_convert)
 
 
 def _add_extract(added: Any) -> None:
-    extract = added.add_parser("extract", help="make a LoRA of the difference between two models")
+    extract = add_command(
+        added,
+        "extract",
+        "make a LoRA of the difference between two models",
+        "streammerge extract models/base models/math extracted --rank 16",
+    )
     extract.add_argument("base", metavar="BASE", help="the model that the other one was tuned from")
     extract.add_argument("tuned", metavar="TUNED", help="the tuned model")
     extract.add_argument("out", metavar="OUT", help="directory to make")
@@ -226,7 +317,12 @@ def _add_extract(added: Any) -> None:
 
 
 def _add_methods(added: Any) -> None:
-    methods = added.add_parser("methods", help="list merge methods, or explain one")
+    methods = add_command(
+        added,
+        "methods",
+        "list merge methods, or explain one",
+        "streammerge methods ties",
+    )
     methods.add_argument("name", metavar="NAME", nargs="?", help="a method")
     methods.add_argument("--json", action="store_true", help="the same as JSON")
     methods.add_argument(

@@ -16,6 +16,7 @@ from streammerge.errors import RecipeError, printable
 from streammerge.signals import stopping_signals
 from streammerge.streams import as_courtesy, print_result
 from streammerge.units import format_size
+from streammerge.wording import read_words, settle_baking
 
 if TYPE_CHECKING:
     from streammerge.adapters.combining.plans import CombinationPlan
@@ -59,6 +60,12 @@ def run_merge(options: argparse.Namespace) -> int:
         )
     _say_done(options, manifest)
     return 0
+
+
+def run_bake(options: argparse.Namespace) -> int:
+    """Merge adapters into their model."""
+    settle_baking(options)
+    return run_merge(options)
 
 
 def _merge_chain(options: argparse.Namespace, chain: Chain) -> int:
@@ -143,6 +150,8 @@ def _named(found: Recipe | Chain | Grid, origin: str, out: str) -> list[tuple[st
 
 
 def _recipes_of(options: argparse.Namespace) -> Recipe | Chain | Grid:
+    if options.document is not None:
+        return read_words(options)
     return _read_recipes(options.recipe, options)
 
 
@@ -232,7 +241,27 @@ def run_plan(options: argparse.Namespace) -> int:
         print_result(f"{planned}\nfree disk    {free} here, {needed} needed")
     else:
         print_result(_as_json(planned))
+    _print_estimate(options, [planned], planned.bytes_to_read)
     return 0
+
+
+def _print_estimate(
+    options: argparse.Namespace,
+    plans: Sequence[MergePlan | CombinationPlan],
+    bytes_to_read: int,
+) -> None:
+    """Print how long the disk will take, if that is asked for."""
+    if not options.estimate:
+        return
+    from streammerge.probing import estimate_seconds
+
+    estimate = estimate_seconds(
+        [file.path for planned in plans for file in planned.files if file.made is None],
+        bytes_to_read=bytes_to_read,
+        bytes_to_write=sum(planned.bytes_to_write for planned in plans),
+        directory=Path(),
+    )
+    print_result(json.dumps(estimate.as_event()) if options.json else f"time         {estimate}")
 
 
 def _plan_chain(options: argparse.Namespace, chain: Chain) -> int:
@@ -240,7 +269,11 @@ def _plan_chain(options: argparse.Namespace, chain: Chain) -> int:
     from streammerge.chaining.foreseeing import plan_chain
 
     plans = plan_chain(chain, **_resources_of(options))
-    return _print_plans(options, [stage.name for stage in chain.stages], plans)
+    names = [stage.name for stage in chain.stages]
+    _print_plans(options, names, plans)
+    written = _written(names, plans)
+    _print_estimate(options, written, sum(planned.bytes_to_read for planned in written))
+    return 0
 
 
 def _plan_together(options: argparse.Namespace, first: Recipe | Chain | Grid) -> int:
@@ -255,7 +288,12 @@ def _plan_together(options: argparse.Namespace, first: Recipe | Chain | Grid) ->
     names = [name or recipe.method for name, recipe in recipes]
     heads = [f"{index} of {len(plans)}: {name}" for index, name in enumerate(names, 1)]
     how = f"{len(plans)} outputs, up to {len(groups[0].plans)} at once; reads of the inputs: {len(groups)}"
-    return _print_plans(options, heads, plans, how)
+    _print_plans(options, heads, plans, how)
+    # Those of a group read side by side, from one read of what they share.
+    _print_estimate(
+        options, plans, sum(max(p.bytes_to_read for p in group.plans) for group in groups)
+    )
+    return 0
 
 
 def _print_plans(
@@ -263,24 +301,28 @@ def _print_plans(
     heads: Sequence[str],
     plans: Sequence[MergePlan | CombinationPlan],
     *more: str,
-) -> int:
+) -> None:
     """Print several plans, and what holds for all of them."""
-    from streammerge.plan.types import MergePlan
-
     if options.json:
         print_result("\n".join(map(_as_json, plans)))
-        return 0
-    # What is computed where it is read is written nowhere.
-    fused = {stage.name for each in plans if isinstance(each, MergePlan) for stage in each.fused}
-    written = (each for head, each in zip(heads, plans, strict=True) if head not in fused)
-    needed = format_size(sum(planned.bytes_to_write for planned in written))
+        return
+    needed = format_size(sum(planned.bytes_to_write for planned in _written(heads, plans)))
     free = format_size(shutil.disk_usage(".").free)
     last = "\n".join([*more, f"free disk    {free} here, {needed} needed for all"])
     parts = (
         f"== {printable(head)} ==\n{planned}" for head, planned in zip(heads, plans, strict=True)
     )
     print_result("\n\n".join([*parts, last]))
-    return 0
+
+
+def _written(
+    heads: Sequence[str], plans: Sequence[MergePlan | CombinationPlan]
+) -> list[MergePlan | CombinationPlan]:
+    """Return the plans without those of results that are computed where they are read."""
+    from streammerge.plan.types import MergePlan
+
+    fused = {stage.name for each in plans if isinstance(each, MergePlan) for stage in each.fused}
+    return [each for head, each in zip(heads, plans, strict=True) if head not in fused]
 
 
 def _as_json(planned: MergePlan | CombinationPlan) -> str:

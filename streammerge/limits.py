@@ -10,7 +10,7 @@ import contextlib
 import errno
 import importlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -21,6 +21,15 @@ from streammerge.units import MIB, format_size
 LEAST_ADDRESS_SPACE = 128 * MIB
 """Address space below which numpy's BLAS ends the process while it is imported, with a message of
 its own. More is needed to merge; what refuses then can be caught and named."""
+
+SHOWN_LIMITS: Mapping[str, str | None] = {
+    "open files": "RLIMIT_NOFILE",
+    "processes and threads": "RLIMIT_NPROC",
+    "address space": "RLIMIT_AS",
+    "file size": "RLIMIT_FSIZE",
+    "tasks of the control group": None,
+}
+"""Limits that a merge may meet, and what the system calls them; one is the control group's."""
 
 _NO_THREAD = "can't start new thread"
 """What the interpreter says, in a RuntimeError, whichever limit it was."""
@@ -152,6 +161,11 @@ def _limit(name: str) -> int | None:
         return None
     soft = int(resource.getrlimit(kind)[0])
     return None if soft == resource.RLIM_INFINITY else soft
+
+
+def limit_of(name: str) -> int | None:
+    """Return a limit of this process by its name in :data:`SHOWN_LIMITS`; None without one."""
+    return _cgroup_tasks() if SHOWN_LIMITS[name] is None else _limit(SHOWN_LIMITS[name] or "")
 
 
 def _cgroup_tasks() -> int | None:

@@ -148,14 +148,17 @@ def _choose_workers(workers: int | None, *, devices: int) -> int:
     if workers is None and devices:
         return _WORKERS_PER_DEVICE * devices
     if workers is None:
-        available = (
-            len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        )
-        return min(available or 1, _MOST_WORKERS)
+        return min(count_cores(), _MOST_WORKERS)
     # Not isinstance: True is an int.
     if type(workers) is not int or workers < 1:
         raise ValueError(f"workers: expected a whole number of at least 1, got {workers!r}")
     return workers
+
+
+def count_cores() -> int:
+    """Return how many cores this process may use."""
+    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return available or 1
 
 
 def fits_page_cache(planned: MergePlan) -> bool:

@@ -190,7 +190,7 @@ def test_a_senseless_resource_is_a_usage_error(
 
 
 @pytest.mark.parametrize(
-    "arguments", [[], ["murge"], ["merge"], ["merge", "recipe"], ["inspect"], ["methods", "a", "b"]]
+    "arguments", [[], ["murge"], ["merge"], ["inspect"], ["methods", "a", "b"]]
 )
 def test_a_command_that_is_none_is_a_usage_error(
     arguments: list[str], capsys: pytest.CaptureFixture[str]

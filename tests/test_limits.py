@@ -251,12 +251,12 @@ def test_the_limit_of_tasks_is_found_in_the_control_group(
 
 
 def test_memory_is_known_without_proc(monkeypatch: pytest.MonkeyPatch) -> None:
-    expected = memory.resident_memory(), memory.available_memory(), memory._total_memory()
+    expected = memory.resident_memory(), memory.available_memory(), memory.total_memory()
     monkeypatch.setattr(psutil, "PROCFS_PATH", "/absent")
 
     assert memory.resident_memory() >= expected[0]
-    assert 0 < memory.available_memory() <= memory._total_memory()
-    assert memory._total_memory() == pytest.approx(expected[2], rel=0.1)
+    assert 0 < memory.available_memory() <= memory.total_memory()
+    assert memory.total_memory() == pytest.approx(expected[2], rel=0.1)
 
 
 def test_a_merge_needs_no_proc(recipe: Path) -> None:

@@ -55,7 +55,8 @@ def available_memory() -> int:
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def _total_memory() -> int:
+def total_memory() -> int:
+    """Return the memory of the machine, in bytes."""
     try:
         return int(psutil.virtual_memory().total)
     except (OSError, psutil.Error):
@@ -85,7 +86,7 @@ def cgroup_limit() -> int | None:
         except OSError:
             continue
         # v2 says "max", v1 a number near 2^63, where there is no limit.
-        if text.isdecimal() and int(text) < _total_memory():
+        if text.isdecimal() and int(text) < total_memory():
             limits.append(int(text))
     return min(limits, default=None)
 

@@ -39,6 +39,7 @@ class Kernels:
             OSError: The file is no library for this system, or one of other sources.
             AttributeError: It has other functions.
         """
+        self.path = path
         library = ctypes.CDLL(str(path))
         sizes = list_sizes()
         if sizes != [library.sm_machine_size_of(index) for index in range(len(sizes))]:
@@ -164,14 +165,22 @@ def _from(calls: ctypes.Array[JobCall], first: int) -> ctypes._Pointer[JobCall]:
 @functools.cache
 def load_kernels() -> Kernels | None:
     """Return the compiled functions; None where they were not compiled, or are switched off."""
+    found = find_kernels()
+    return found if isinstance(found, Kernels) else None
+
+
+def find_kernels() -> Kernels | str:
+    """Return the compiled functions, or in a sentence why there are none."""
     if os.environ.get(SWITCH) == "0":
-        return None
-    for suffix in EXTENSION_SUFFIXES:
+        return f"switched off by {SWITCH}=0"
+    refused = []
+    # Those that depend on no version of Python first: wheels hold them.
+    for suffix in reversed(EXTENSION_SUFFIXES):
         path = Path(__file__).with_name(f"_kernels{suffix}")
         if path.exists():
             try:
                 return Kernels(path)
-            except (OSError, AttributeError):
+            except (OSError, AttributeError) as error:
                 # Compiled for another system or from other sources: what is plain works anywhere.
-                return None
-    return None
+                refused.append(f"{path}: {error}")
+    return "; ".join(refused) or "not compiled: no C compiler was found when this was installed"
