@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from streammerge import commands
+from streammerge import answering, commands
 from streammerge.errors import StreamMergeError, printable
 from streammerge.limits import check_address_space, naming_limits
 from streammerge.options import (
@@ -227,7 +227,7 @@ def _add_inspect(added: Any) -> None:
     )
     _add_download(inspect)
     inspect.add_argument("--json", action="store_true", help="every tensor as JSON")
-    inspect.set_defaults(command=commands.run_inspect)
+    inspect.set_defaults(command=answering.run_inspect)
 
 
 def _add_verify(added: Any) -> None:
@@ -268,7 +268,7 @@ def _add_convert(added: Any) -> None:
         "streammerge convert mergekit.yaml > recipe.yaml",
     )
     convert.add_argument("recipe", metavar="CONFIG", help="mergekit's YAML, or any recipe")
-    convert.set_defaults(command=commands.run_convert)
+    convert.set_defaults(command=answering.run_convert)
 
 
 def _add_extract(added: Any) -> None:
@@ -328,7 +328,7 @@ def _add_methods(added: Any) -> None:
     methods.add_argument(
         "--schema", action="store_true", help="the JSON Schema of recipes, for editors"
     )
-    methods.set_defaults(command=commands.run_methods)
+    methods.set_defaults(command=answering.run_methods)
 
 
 def _add_resources(parser: argparse.ArgumentParser) -> None:

@@ -1,4 +1,4 @@
-"""Options that commands share, and the commands that merge nothing and read no models."""
+"""Options that several commands have, and commands that need none of these."""
 
 from __future__ import annotations
 
