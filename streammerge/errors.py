@@ -31,12 +31,20 @@ and a name that would move the cursor is escaped.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 MAX_LINE_CHARACTERS = 4_000
 """Characters in a line of a message before it is cut: as many as a path may have."""
 _TAIL_CHARACTERS = 1_000  # the end of a message says what to do
+
+
+_renaming: list[Callable[[str], str]] = []
+
+
+def rename_in_messages(rename: Callable[[str], str]) -> None:
+    """Let all errors call something otherwise, as what is a copy by what it is a copy of."""
+    _renaming.append(rename)
 
 
 class StreamMergeError(Exception):
@@ -50,6 +58,8 @@ class StreamMergeError(Exception):
         Args:
             message: One line, or several; made printable and of bounded length.
         """
+        for rename in _renaming:
+            message = rename(message)
         super().__init__("\n".join(_shortened(line) for line in message.split("\n")))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 
@@ -159,7 +160,7 @@ def write_companions(
                 row
                 for model in planned.models
                 for row in (
-                    (model.label, model.path),
+                    (model.label, model.origin),
                     *([(f"{model.label}.adapter", model.adapter)] if model.adapter else []),
                 )
             ],
@@ -241,7 +242,7 @@ def _manifest(
         semantics=planned.semantics,
         recipe=planned.recipe,
         recipe_digest=digest_recipe(planned.recipe),
-        inputs=planned.files,
+        inputs=tuple(replace(file, path=Path(file.origin)) for file in planned.files),
         files=files,
         dropped=planned.dropped,
         copied_from_base=planned.copied_from_base,

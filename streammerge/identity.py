@@ -21,9 +21,8 @@ def identify(planned: MergePlan | CombinationPlan) -> dict[str, Any]:
         "recipe": digest_recipe(planned.recipe),
         "work": _digest_work(_work(planned)),
         "inputs": {
-            str(
-                file.path
-            ): f"{file.nbytes} bytes of {file.mtime_ns} ns, header {file.header_digest}"
+            file.origin: f"{file.nbytes} bytes of {file.mtime_ns} ns, header {file.header_digest}"
+            + ("" if file.remote is None else f", version {file.remote.version}")
             for file in planned.files
         },
         # What is copied as it is; a combination of adapters writes its own.

@@ -23,6 +23,8 @@ from streammerge.units import BASELINE_NOISE, MIB, format_budget, format_size, p
 
 _READERS = 4
 """Four to eight concurrent requests of some MiB saturate the disks of common machines."""
+_STORE_READERS = 16
+"""A store answers after tens of milliseconds, however little is asked for: only many at once are fast."""
 _WRITERS = 2
 """One waits for the disk while the other hands over pages."""
 _MOST_WORKERS = 16
@@ -46,6 +48,7 @@ def describe_machine(
     devices: Sequence[str],
     device_budget: int | None,
     at_once: int = 1,
+    from_store: bool = False,
 ) -> Machine:
     """Return what a plan may use.
 
@@ -55,6 +58,7 @@ def describe_machine(
         devices: Names of accelerators.
         device_budget: What :func:`choose_device_budget` returned.
         at_once: Merges that share all of it.
+        from_store: Whether something is read over a network.
 
     Raises:
         DeviceError: A device is not there.
@@ -67,7 +71,7 @@ def describe_machine(
         budget=choose_budget(memory),
         baseline=measure_baseline,
         workers=max(1, _choose_workers(workers, devices=len(devices)) // at_once),
-        readers=max(1, _READERS // at_once),
+        readers=max(1, (_STORE_READERS if from_store else _READERS) // at_once),
         writers=max(1, _WRITERS // at_once),
         devices=tuple(devices),
         device_free=free,

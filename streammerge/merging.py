@@ -16,6 +16,7 @@ from streammerge.checkpoint.bytesource import (
     ByteSource,
     MemorySource,
     OpenByteSource,
+    RemoteSource,
     check_unchanged,
 )
 from streammerge.checkpoint.manifest import Manifest, digest_identity
@@ -217,6 +218,8 @@ def _open_sources(planned: MergePlan, opener: OpenByteSource, stack: ExitStack) 
             return MemorySource(file.path, b"")
         if file.made is not None:
             return MemorySource(file.path, make_numbers(file.made))
+        if file.remote is not None:
+            return RemoteSource(file.remote)
         return stack.enter_context(opener(file.path))
 
     sources = [open_one(file) for file in planned.files]

@@ -163,6 +163,7 @@ def _plan(
         devices=names,
         device_budget=device_budget,
         at_once=at_once,
+        from_store=any(file.remote is not None for model in read.models for file in model.files),
     )
     tokens = match_tokens(parsed, read.models, labels_of(parsed))
     planned = plan_merge(parsed, read.base, read.sources, machine, tokens, earlier=earlier)

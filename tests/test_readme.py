@@ -35,6 +35,8 @@ SHAPES = {
     "lm_head.weight": (48, 32),
 }
 NOT_RUN = {
+    "streammerge merge --method ties --base s3://models/base hf://org/tuned@main:0.5 s3://models/other "
+    "-p density=0.2 -o merged": "needs stores: tests/storage/test_as_written.py has them",
     "scripts/quickstart": "installs packages and trains for minutes",
     "pip install .": "changes the environment",
     "streammerge merge recipe.yaml merged --memory 4GiB --device cuda:0 --device-memory 2GiB": (

@@ -14,6 +14,7 @@ from streammerge.recipe.refusing import shown
 from streammerge.recipe.text import load_documents
 from streammerge.recipe.types import Recipe
 from streammerge.run import parse_document, read_recipe_text
+from streammerge.storage.urls import spelled
 from streammerge.together import Grid
 
 _NAME = re.compile(r"[\w-]{1,100}")
@@ -87,8 +88,8 @@ def _with_base(stage: Stage) -> Iterator[Stage]:
     name = f"base-of-{stage.name}"
     document = {
         "method": "task_arithmetic",
-        "base": str(recipe.base),
-        "sources": [{"path": str(recipe.base_adapter)}],
+        "base": spelled(recipe.base),
+        "sources": [{"path": spelled(recipe.base_adapter)}],
     }
     where = recipe.in_its_words("base")
     made = parse_document(document, where, download=False)

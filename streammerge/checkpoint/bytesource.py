@@ -32,6 +32,10 @@ from streammerge.checkpoint.types import ShardFile
 from streammerge.errors import CheckpointError, TruncatedShardError
 from streammerge.limits import name_limit
 from streammerge.native.library import load_kernels
+from streammerge.storage.copies import find_object
+from streammerge.storage.objects import RemoteObject
+from streammerge.storage.retrying import persist
+from streammerge.storage.stores import LARGEST_RANGE, open_store
 from streammerge.units import MIB
 
 _MMAP_STEP = 1 * MIB
@@ -289,6 +293,38 @@ class MemorySource(ByteSource):
         """Do nothing."""
 
 
+class RemoteSource(ByteSource):
+    """One object of a store, read by ranges."""
+
+    def __init__(self, what: RemoteObject) -> None:
+        """Read one version of an object."""
+        self._path = Path(what.url)
+        self._what = what
+        self._store = open_store(what.url)
+
+    def fingerprint(self) -> tuple[int, int]:
+        """Return the size; every read says which version it wants."""
+        return self._what.nbytes, 0
+
+    def was_rewritten(self) -> bool:
+        """What was read is of one version."""
+        return False
+
+    def _read_some(self, offset: int, buffer: memoryview) -> int:
+        count = min(len(buffer), LARGEST_RANGE, self._what.nbytes - offset)
+        if count <= 0:
+            return 0
+        part = buffer[:count]
+        persist(self._what.url, lambda: self._store.read_into(self._what, offset, part))
+        return count
+
+    def drop(self, offset: int, nbytes: int) -> None:
+        """Nothing of it is cached here."""
+
+    def close(self) -> None:
+        """Connections belong to the store."""
+
+
 def check_unchanged(files: Sequence[ShardFile], sources: Sequence[ByteSource]) -> None:
     """Return if every open file is still what it was when its header was read.
 
@@ -330,7 +366,13 @@ OpenByteSource = Callable[[Path], ByteSource]
 
 
 def choose_byte_source(kind: ByteSourceKind) -> OpenByteSource:
-    """Return the implementation for this kind on this system."""
+    """Return what opens a file in this way on this system, and an object of a store in its own."""
+    local: OpenByteSource = PreadSource if hasattr(os, "preadv") else SeekSource
     if kind is ByteSourceKind.MMAP and load_kernels() is not None:
-        return MmapSource
-    return PreadSource if hasattr(os, "preadv") else SeekSource
+        local = MmapSource
+
+    def open_source(path: Path) -> ByteSource:
+        what = find_object(path)
+        return local(path) if what is None else RemoteSource(what)
+
+    return open_source

@@ -7,7 +7,6 @@ form; no tensor byte is read.
 
 from __future__ import annotations
 
-import os
 from hashlib import blake2b
 from pathlib import Path
 from typing import NoReturn
@@ -24,6 +23,7 @@ from streammerge.checkpoint.inputs import (
 from streammerge.checkpoint.types import ShardFile, TensorEntry
 from streammerge.dtypes import UNSUPPORTED_CODES, DType
 from streammerge.errors import HeaderError, TruncatedShardError, UnsupportedDTypeError, suggestion
+from streammerge.storage.copies import find_object
 
 MAX_HEADER_BYTES = 100_000_000
 """The format's own limit; the safetensors library refuses a longer header."""
@@ -56,8 +56,8 @@ def read_safetensors_header(path: Path, *, file_index: int) -> tuple[ShardFile, 
         TruncatedShardError: The file ends before the data that the header declares.
         UnsupportedDTypeError: A tensor has a dtype that is not known.
     """
-    raw, status = _read_raw(path)
-    nbytes, header_nbytes = status.st_size, len(raw)
+    raw, nbytes, mtime_ns = _read_raw(path)
+    header_nbytes = len(raw)
     header = parse_json_object(raw, where=f"{path}: header", parse_constant=refuse_constant)
     _check_metadata(path, header.pop("__metadata__", None))
     extents = sorted(_parse_extent(path, name, fields) for name, fields in header.items())
@@ -72,7 +72,7 @@ def read_safetensors_header(path: Path, *, file_index: int) -> tuple[ShardFile, 
         for begin, _, name, dtype, shape in extents
     ]
     digest = blake2b(raw, digest_size=16).hexdigest()
-    return ShardFile(path, nbytes, status.st_mtime_ns, digest), entries
+    return ShardFile(path, nbytes, mtime_ns, digest, remote=find_object(path)), entries
 
 
 def read_raw_header(path: Path) -> bytes:
@@ -84,12 +84,18 @@ def read_raw_header(path: Path) -> bytes:
     return _read_raw(path)[0]
 
 
-def _read_raw(path: Path) -> tuple[bytes, os.stat_result]:
+def _read_raw(path: Path) -> tuple[bytes, int, int]:
+    """Return the header, the size of the file and its time of modification."""
     with open_input(path) as (stream, status):
+        # Of an object in a store the header is here; when it was copied is of no matter.
+        what = find_object(path)
+        nbytes, mtime_ns = (
+            (status.st_size, status.st_mtime_ns) if what is None else (what.nbytes, 0)
+        )
         head = stream.read(_HEAD_BYTES)
-        header_nbytes = _header_nbytes(path, head, status.st_size)
+        header_nbytes = _header_nbytes(path, head, nbytes)
         stream.seek(_LENGTH_BYTES)
-        return read_exactly(stream, header_nbytes, path=path), status
+        return read_exactly(stream, header_nbytes, path=path), nbytes, mtime_ns
 
 
 def _header_nbytes(path: Path, head: bytes, nbytes: int) -> int:

@@ -19,7 +19,9 @@ from typing import Any
 
 from streammerge.checkpoint.hubfiles import choose_files
 from streammerge.checkpoint.inputs import absolute, is_directory, is_there, listed
+from streammerge.checkpoint.remote import bring
 from streammerge.errors import CheckpointError, DependencyError
+from streammerge.storage.urls import url_of
 
 _NAME = re.compile(r"([A-Za-z0-9][\w.-]*)/([A-Za-z0-9][\w.-]*)(?:@([\w][\w./-]*))?", re.ASCII)
 _ROOT = re.compile(r"models--(.+?)--(.+)")
@@ -63,7 +65,8 @@ def locate_model(path: Path, *, download: bool) -> Path:
     meant, or the only one.
 
     Args:
-        path: What the recipe gives: a path, or ``org/model[@revision]``.
+        path: What the recipe gives: a path, ``org/model[@revision]``, or the address of a store, of which
+            headers and small files are then copied to this machine.
         download: Whether to fetch from the hub what is not there.
 
     Returns:
@@ -75,6 +78,9 @@ def locate_model(path: Path, *, download: bool) -> Path:
             revision of it, or not all files; or the download failed.
         DependencyError: A download is asked for, and huggingface_hub is not installed.
     """
+    url = url_of(path)
+    if url is not None:
+        return bring(url)
     if not is_there(path) and path.parts[:1] and path.parts[0].startswith("~"):
         path = _expand_home(path)
     if is_there(path):

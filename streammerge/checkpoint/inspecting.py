@@ -8,6 +8,7 @@ from typing import Any
 from streammerge.checkpoint.hub import hub_revision
 from streammerge.checkpoint.types import Checkpoint
 from streammerge.errors import printable
+from streammerge.storage.copies import origin_of
 from streammerge.units import format_size
 
 _LARGEST = 5
@@ -21,7 +22,7 @@ def describe(checkpoint: Checkpoint) -> str:
         by_dtype[entry.dtype.value] += entry.nbytes
     revision = hub_revision(checkpoint.path)
     rows = [
-        ("path", str(checkpoint.path)),
+        ("path", origin_of(checkpoint.path)),
         *([] if revision is None else [("hub", revision)]),
         (
             "files",
@@ -54,11 +55,11 @@ def describe(checkpoint: Checkpoint) -> str:
 def describe_as_json(checkpoint: Checkpoint) -> dict[str, Any]:
     """Return everything: files with size and digest, tensors with place, dtype and shape."""
     return {
-        "path": str(checkpoint.path),
+        "path": origin_of(checkpoint.path),
         "notes": list(checkpoint.notes),
         "files": [
             {
-                "path": str(file.path),
+                "path": file.origin,
                 "nbytes": file.nbytes,
                 "mtime_ns": file.mtime_ns,
                 "header_digest": file.header_digest,

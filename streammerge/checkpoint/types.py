@@ -10,6 +10,7 @@ from pathlib import Path
 
 from streammerge.checkpoint.rowmap import RowMap
 from streammerge.dtypes import DType
+from streammerge.storage.objects import RemoteObject
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,11 +212,18 @@ class ShardFile:
     """What it would hold, of a file that is nowhere; None for others."""
     computed: bool = False
     """Whether it is nowhere because it is of an earlier result that is computed where it is read."""
+    remote: RemoteObject | None = None
+    """Which object of a store it is, of which nothing but the header is here; None for one on disk."""
 
     @property
     def on_disk(self) -> bool:
         """Whether there is such a file."""
-        return self.made is None and not self.computed
+        return self.made is None and self.remote is None and not self.computed
+
+    @property
+    def origin(self) -> str:
+        """Where it is: its path, or its address."""
+        return str(self.path) if self.remote is None else self.remote.url
 
 
 @dataclass(frozen=True, slots=True)

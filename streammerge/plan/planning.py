@@ -59,6 +59,7 @@ from streammerge.recipe.dumping import dump_recipe
 from streammerge.recipe.resolving import build_resolver
 from streammerge.recipe.types import ComputeDType, NonFinitePolicy, Recipe
 from streammerge.statistics import count_blocks
+from streammerge.storage.copies import address_of, origin_of
 
 
 class Baseline(Protocol):
@@ -268,7 +269,7 @@ def _first(checkpoints: Sequence[Model]) -> Checkpoint:
 
 def labels_of(recipe: Recipe) -> list[str]:
     """Return how messages name the base, if any, and the sources."""
-    return [f"{model.label} ({model.path})" for model in _models(recipe)]
+    return [f"{model.label} ({model.origin})" for model in _models(recipe)]
 
 
 def _models(recipe: Recipe) -> tuple[InputModel, ...]:
@@ -277,12 +278,19 @@ def _models(recipe: Recipe) -> tuple[InputModel, ...]:
             f"sources[{index}]",
             str(source.path),
             hub_revision(source.path),
-            adapter=None if source.adapter is None else str(source.adapter),
+            adapter=None if source.adapter is None else origin_of(source.adapter),
+            address=address_of(source.path),
         )
         for index, source in enumerate(recipe.sources)
     ]
     if recipe.base is not None:
-        models.insert(0, InputModel("base", str(recipe.base), hub_revision(recipe.base)))
+        base = InputModel(
+            "base",
+            str(recipe.base),
+            hub_revision(recipe.base),
+            address=address_of(recipe.base),
+        )
+        models.insert(0, base)
     return tuple(models)
 
 

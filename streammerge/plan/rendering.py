@@ -52,7 +52,7 @@ def render_plan(plan: MergePlan) -> str:
     how = f"({plan.semantics} semantics), computed in {plan.compute_dtype} {by}"
     rows: list[tuple[str, str]] = [("method", f"{plan.method} {how}")]
     for model in plan.models:
-        rows.append((model.label, f"{model.hub}, {model.path}" if model.hub else model.path))
+        rows.append((model.label, f"{model.hub}, {model.path}" if model.hub else model.origin))
         if model.adapter is not None:
             rows.append(("", f"with the adapter {model.adapter}"))
     rows += [

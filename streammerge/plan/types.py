@@ -31,11 +31,18 @@ class InputModel:
     label: str
     """``"base"`` or ``"sources[0]"``, as messages name it."""
     path: str
-    """Where it is."""
+    """Where it is; of a model in a store, where its headers and small files are copied to."""
     hub: str | None = None
     """``"org/model@commit"`` of a snapshot in the cache of the Hugging Face hub; None for others."""
     adapter: str | None = None
     """Where the adapter is that is merged into it while it is read; None for none."""
+    address: str | None = None
+    """Its address, of a model in a store; None for one on disk."""
+
+    @property
+    def origin(self) -> str:
+        """Where it is: its path, or its address."""
+        return self.path if self.address is None else self.address
 
 
 @dataclass(frozen=True, slots=True)
@@ -368,4 +375,4 @@ class MergePlan:
 
     def label(self, model: int) -> str:
         """Return how messages name a model: ``"base (models/base)"``."""
-        return f"{self.models[model].label} ({self.models[model].path})"
+        return f"{self.models[model].label} ({self.models[model].origin})"

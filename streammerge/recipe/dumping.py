@@ -21,6 +21,7 @@ from streammerge.recipe.types import (
 )
 from streammerge.recipe.varying import plain_varying
 from streammerge.recipe.vocabulary import plain_vocabulary
+from streammerge.storage.urls import spelled
 
 _UNSAID: Mapping[str, object] = {
     "parameters": {},
@@ -52,12 +53,15 @@ def _document(recipe: Recipe) -> dict[str, object]:
     """Return a recipe as plain values, with every default."""
     document: dict[str, object] = {"method": recipe.method}
     if recipe.base is not None:
-        document["base"] = str(recipe.base)
-    if recipe.base_adapter is not None:
-        document["base"] = {"path": str(recipe.base), "adapter": str(recipe.base_adapter)}
+        document["base"] = spelled(recipe.base)
+    if recipe.base is not None and recipe.base_adapter is not None:
+        document["base"] = {
+            "path": spelled(recipe.base),
+            "adapter": spelled(recipe.base_adapter),
+        }
     document["sources"] = [
-        {"path": str(source.path)}
-        | ({} if source.adapter is None else {"adapter": str(source.adapter)})
+        {"path": spelled(source.path)}
+        | ({} if source.adapter is None else {"adapter": spelled(source.adapter)})
         | ({} if source.component is None else {"component": source.component})
         | ({} if not source.rename else {"rename": list(map(_plain_rename, source.rename))})
         | _plain(source.parameters)
@@ -113,7 +117,7 @@ def _plain_rename(rename: Rename) -> dict[str, str]:
 def _plain_origin(origin: int | Path) -> object:
     if origin == BASE:
         return "base"
-    return origin if isinstance(origin, int) else str(origin)
+    return origin if isinstance(origin, int) else spelled(origin)
 
 
 def _plain_rule(rule: Rule) -> dict[str, object]:
