@@ -5,5 +5,6 @@ python -m benchmarks.adapters            adapters combined without a base, side 
 python -m benchmarks.baking              adapters merged into a base, side by side with PEFT
 python -m benchmarks.memory              peak memory over model size and number of sources
 python -m benchmarks.startup             how long commands and imports take to start
+python -m benchmarks.instructions        how many instructions the kernels take, by count and not by time
 python -m pytest benchmarks/test_kernels.py    the kernels on pieces in memory
 """

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from safetensors.torch import save_file
+import numpy as np
+from numpy.typing import NDArray
 
 import streammerge
 from benchmarks.jobs import DECOMPOSING, METHODS, Job, streammerge_recipe
@@ -19,6 +18,7 @@ from streammerge.engine.device import DeviceStage
 from streammerge.engine.pieces import Part, PieceInMemory, Stored
 from streammerge.engine.resident import measure, sample_pieces
 from streammerge.engine.scopes import ScopeStatistics
+from streammerge.floats import narrow
 from streammerge.methods import discover_methods
 from streammerge.methods.programs import Programs
 from streammerge.plan.budgeting import values_limit
@@ -34,22 +34,30 @@ BY_ELEMENT = [name for name, job in METHODS.items() if name not in DECOMPOSING a
 """All but what decomposes whole matrices, in torch, and recipes that speak of layers."""
 
 
-def draw_tensors(shape: tuple[int, int]) -> list[torch.Tensor]:
-    """Return a base and its fine-tunes: one tensor each, in bfloat16."""
-    generator = torch.Generator().manual_seed(0)
-    base = (0.02 * torch.randn(shape, generator=generator)).bfloat16()
-    tuned = [
-        (base + 0.002 * torch.randn(shape, generator=generator)).bfloat16() for _ in range(SOURCES)
-    ]
-    return [base, *tuned]
+@dataclass(frozen=True)
+class Drawn:
+    """A base and its fine-tunes, of one tensor each, in memory and as files."""
 
+    dtype: DType
+    """Their element type, and that of what is merged."""
+    tensors: tuple[NDArray[np.uint8], ...]
+    """The bytes of the base, and of every fine-tune."""
+    models: Models
+    """The files, for the planner."""
 
-def write_tensors(tensors: Sequence[torch.Tensor], directory: Path) -> Models:
-    """Write them as models, for the planner."""
-    paths = [directory / f"model-{index}.safetensors" for index in range(len(tensors))]
-    for path, tensor in zip(paths, tensors, strict=True):
-        save_file({NAME: tensor}, path)
-    return Models("0.15B", paths[0], tuple(paths[1:]))
+    @classmethod
+    def at_random(cls, shape: tuple[int, int], dtype: DType, directory: Path) -> Drawn:
+        """Draw them; the same numbers every time."""
+        generator = np.random.default_rng(0)
+        base = 0.02 * generator.standard_normal(shape[0] * shape[1])
+        tuned = [base + 0.002 * generator.standard_normal(base.size) for _ in range(SOURCES)]
+        tensors = tuple(narrow(values, dtype) for values in (base, *tuned))
+        paths = [directory / f"{dtype}-{index}.safetensors" for index in range(len(tensors))]
+        for path, tensor in zip(paths, tensors, strict=True):
+            entry = {"dtype": dtype, "shape": shape, "data_offsets": [0, tensor.nbytes]}
+            header = json.dumps({NAME: entry}).encode()
+            path.write_bytes(len(header).to_bytes(8, "little") + header + tensor.tobytes())
+        return cls(dtype, tensors, Models("0.15B", paths[0], tuple(paths[1:])))
 
 
 @dataclass(frozen=True)
@@ -62,13 +70,16 @@ class Merging:
     piece: PieceInMemory
 
     @classmethod
-    def of(cls, name: str, models: Models, tensors: Sequence[torch.Tensor]) -> Merging:
+    def of(cls, name: str, drawn: Drawn) -> Merging:
         """Prepare a method of the comparison."""
-        job = Job(METHODS[name], models)
-        plan = streammerge.plan(json.loads(streammerge_recipe(job)), memory="4GiB", workers=1)
+        job = Job(METHODS[name], drawn.models)
+        recipe = json.loads(streammerge_recipe(job))
+        recipe["output"]["dtype"] = drawn.dtype.torch_name
+        plan = streammerge.plan(recipe, memory="4GiB", workers=1)
         method = discover_methods()[job.method.streammerge]
-        by_path = dict(zip([models.base, *models.tuned], tensors, strict=True))
-        inputs = tuple(stored(by_path[Path(model.path)]) for model in plan.models)
+        paths = [drawn.models.base, *drawn.models.tuned]
+        by_path = dict(zip(paths, drawn.tensors, strict=True))
+        inputs = tuple(Stored(by_path[Path(model.path)], drawn.dtype) for model in plan.models)
         return cls(
             plan,
             programs_of_plan(plan, method)[0],
@@ -96,7 +107,11 @@ class Merging:
             statistics.conclude()
         return statistics.found
 
+    def merge(self, found: Found, out: NDArray[np.uint8]) -> None:
+        """Merge the tensor, as the last pass does.
 
-def stored(tensor: torch.Tensor) -> Stored:
-    """Return a tensor in bfloat16 as a piece holds it."""
-    return Stored(tensor.view(torch.uint8).numpy().reshape(-1), DType.BF16)
+        Args:
+            found: What the method asks.
+            out: Receives the bytes of the result.
+        """
+        self.stage.apply(self.piece, [found], Stored(out, self.plan.tasks[0].made_dtype))

@@ -10,7 +10,7 @@ second on two cores.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -18,16 +18,9 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.kernels import (
-    BY_ELEMENT,
-    NAME,
-    ROW_NUMEL,
-    Merging,
-    draw_tensors,
-    stored,
-    write_tensors,
-)
-from benchmarks.models import Models
+from benchmarks.kernels import BY_ELEMENT, NAME, ROW_NUMEL, Drawn, Merging
+from streammerge.dtypes import DType
+from streammerge.floats import narrow, widen
 from streammerge.native.library import load_kernels
 from streammerge.plan.budgeting import values_limit
 from streammerge.rng import keep_mask, stream_key
@@ -52,15 +45,9 @@ def _one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def tensors() -> list[torch.Tensor]:
+def drawn(tmp_path_factory: pytest.TempPathFactory) -> Drawn:
     """A base and its fine-tunes: one tensor each, in bfloat16."""
-    return draw_tensors(SHAPE)
-
-
-@pytest.fixture(scope="module")
-def models(tensors: Sequence[torch.Tensor], tmp_path_factory: pytest.TempPathFactory) -> Models:
-    """The same models as files, for the planner."""
-    return write_tensors(tensors, tmp_path_factory.mktemp("models"))
+    return Drawn.at_random(SHAPE, DType.BF16, tmp_path_factory.mktemp("models"))
 
 
 def report_rate(benchmark: Benchmark) -> None:
@@ -71,23 +58,21 @@ def report_rate(benchmark: Benchmark) -> None:
 
 
 @pytest.mark.parametrize("name", BY_ELEMENT)
-def test_merge(
-    benchmark: Benchmark, name: str, models: Models, tensors: list[torch.Tensor]
-) -> None:
+def test_merge(benchmark: Benchmark, name: str, drawn: Drawn) -> None:
     """The last pass of every method: convert, subtract, check, merge, round."""
-    merging = Merging.of(name, models, tensors)
+    merging = Merging.of(name, drawn)
     found = merging.find()
-    out = stored(torch.empty(SHAPE, dtype=torch.bfloat16))
+    out = np.empty_like(drawn.tensors[0])
 
-    benchmark(merging.stage.apply, merging.piece, [found], out)
+    benchmark(merging.merge, found, out)
 
     report_rate(benchmark)
 
 
 @pytest.mark.parametrize("name", BY_ELEMENT)
-def test_find(benchmark: Benchmark, name: str, models: Models, tensors: list[torch.Tensor]) -> None:
+def test_find(benchmark: Benchmark, name: str, drawn: Drawn) -> None:
     """All passes before that."""
-    merging = Merging.of(name, models, tensors)
+    merging = Merging.of(name, drawn)
     if not merging.programs.rounds:
         pytest.skip("asks nothing")
 
@@ -97,18 +82,18 @@ def test_find(benchmark: Benchmark, name: str, models: Models, tensors: list[tor
 
 
 @pytest.mark.parametrize("kind", ["differences", "changes", "normal"])
-def test_rank_rows(benchmark: Benchmark, kind: str, tensors: list[torch.Tensor]) -> None:
+def test_rank_rows(benchmark: Benchmark, kind: str, drawn: Drawn) -> None:
     """Ranks within rows: of differences of two 16-bit types, where most are 0, and where all differ."""
     kernels = load_kernels()
     if kernels is None:
         pytest.skip("no compiler was found at installation")
-    base = tensors[0].float()
-    noise = torch.randn(SHAPE, generator=torch.Generator().manual_seed(1))
+    base, tuned = (widen(raw, DType.BF16) for raw in drawn.tensors[:2])
+    noise = np.random.default_rng(1).standard_normal(NUMEL)
     values = {
-        "differences": tensors[1].float() - base,
-        "changes": (base + 5e-5 * noise).bfloat16().float() - base,
+        "differences": tuned - base,
+        "changes": widen(narrow(base + 5e-5 * noise, DType.BF16), DType.BF16) - base,
         "normal": noise,
-    }[kind].numpy()
+    }[kind].astype(np.float32)
     ranks = np.empty_like(values)
     keys = np.empty(2 * ROW_NUMEL, dtype=np.uint64)
 
