@@ -20,6 +20,7 @@
     ├── OutputError                     1   the output cannot be written
     │   ├── ResumeError                     what lies there belongs to another merge
     │   └── OutputExistsError           4   something is already there
+    │       └── BusyError                   another merge is writing there now
     ├── DeviceLostError                 1   an accelerator failed while it was in use
     └── StageError                      1   a part of the engine failed in a way nobody foresaw
 
@@ -157,6 +158,10 @@ class OutputExistsError(OutputError):
     """Something is already at the place of the output."""
 
     exit_code = 4
+
+
+class BusyError(OutputExistsError):
+    """Another merge is writing at the place of the output now."""
 
 
 @contextmanager

@@ -24,7 +24,6 @@ from streammerge.checkpoint.outputdir import OutputDirectory
 from streammerge.checkpoint.outputfile import OutputFile
 from streammerge.checkpoint.outputform import form_of
 from streammerge.checkpoint.sidecars import make_folder
-from streammerge.checkpoint.snapshot import SNAPSHOT_NAME
 from streammerge.checkpoint.types import ShardFile
 from streammerge.comparing import ComparedFile, Comparison, Sample, compare_results
 from streammerge.engine.computing import ComputedSource, StageComputer
@@ -264,7 +263,7 @@ def _write_shards(
             shards,
             recovered=Recovered(planned, kept, wanted=None),
             on_scope=lambda task, found: output.journal.append([scope_found(task, found)]),
-            snapshot=output.partial / SNAPSHOT_NAME,
+            snapshot=output.take_snapshot(),
             keep_cached=fits_page_cache(planned),
             on_progress=on_progress,
             pace=pace,

@@ -26,8 +26,8 @@ from streammerge.adapters.combining.recipes import is_combination
 from streammerge.checkpoint.bytesource import ByteSourceKind, choose_byte_source
 from streammerge.checkpoint.inputs import parse_path
 from streammerge.checkpoint.manifest import Manifest
-from streammerge.checkpoint.outputdir import allocated, check_place
 from streammerge.checkpoint.outputform import form_of
+from streammerge.checkpoint.permitting import allocated, check_place
 from streammerge.checkpoint.sharing import SharedFiles
 from streammerge.engine.accelerator.opening import choose_devices
 from streammerge.engine.pacing import Pacer

@@ -23,6 +23,7 @@ import yaml
 from models import MEMORY, Models, recipe_of
 
 import streammerge
+from streammerge import merging
 from streammerge.checkpoint import journal, outputdir, outputfile
 from streammerge.checkpoint.bytesource import PreadSource
 from streammerge.checkpoint.journal import (
@@ -267,7 +268,7 @@ def test_a_sweep_over_the_model_goes_on_from_its_last_snapshot(
         patch.setattr(ScopeStatistics, "save", save_and_stop)
         with pytest.raises(streammerge.StreamMergeError, match="Stop"):
             streammerge.merge(swept, tmp_path / "out")
-    assert (tmp_path / "out.partial" / SNAPSHOT_NAME).exists()
+    assert list((tmp_path / "out.partial").glob(f"{SNAPSHOT_NAME}-*"))
     with pytest.raises(OutputExistsError, match="--resume"):
         streammerge.merge(swept, tmp_path / "out")
 
@@ -576,6 +577,51 @@ def test_a_merge_killed_right_after_its_last_rename_is_complete(
     assert not verify_files(tmp_path / "out").damages
     streammerge.merge(plan, tmp_path / "out", overwrite=True)
     assert not (tmp_path / "out" / JOURNAL_NAME).exists()
+
+
+def test_a_merge_that_was_given_up_puts_nothing_in_place(plan: MergePlan, tmp_path: Path) -> None:
+    """Its machine lost the lock, another merge began in its directory, and it lives on."""
+    partial = tmp_path / "out.partial"
+    with pytest.MonkeyPatch.context() as patch:
+        check_shards = merging.check_shards
+
+        def begin_another(*arguments: Any) -> None:
+            check_shards(*arguments)
+            path = partial / JOURNAL_NAME
+            path.unlink()
+            other = Journal(path)
+            other.begin({"recipe": "another", "epoch": "0123456789abcdef"})
+            other.close()
+
+        patch.setattr(merging, "check_shards", begin_another)
+        with pytest.raises(OutputError, match="was given up, and another one has begun there"):
+            streammerge.merge(plan, tmp_path / "out")
+
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_sweep_saved_by_another_merge_is_not_used(
+    swept: MergePlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a process that was given up still saves bears the name of its own time."""
+    restored = []
+    restore = ScopeStatistics.restore
+    monkeypatch.setattr(
+        ScopeStatistics,
+        "restore",
+        lambda self, path: restored.append(restore(self, path)) or restored[-1],
+    )
+    interrupt_after(swept, tmp_path / "out", 2)
+    partial = tmp_path / "out.partial"
+    (partial / JOURNAL_NAME).write_bytes(
+        (partial / JOURNAL_NAME).read_bytes().splitlines(keepends=True)[0]
+    )
+    (partial / f"{SNAPSHOT_NAME}-{'0' * 16}").write_bytes(b"of another merge")
+
+    streammerge.merge(swept, tmp_path / "out", resume=True)
+
+    assert restored == [False, False]
+    assert not list((tmp_path / "out").glob(".streammerge*"))
 
 
 @pytest.mark.parametrize("tidied", [False, True])

@@ -16,7 +16,7 @@ from streammerge.checkpoint.bytesource import ByteSourceKind
 from streammerge.checkpoint.finished import find_finished
 from streammerge.checkpoint.journal import JOURNAL_NAME
 from streammerge.checkpoint.manifest import Manifest, read_manifest
-from streammerge.checkpoint.outputdir import check_place
+from streammerge.checkpoint.permitting import check_place
 from streammerge.checkpoint.places import choose_place
 from streammerge.checkpoint.types import Note, ShardFile
 from streammerge.engine.progress import OnProgress

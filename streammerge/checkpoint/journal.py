@@ -69,7 +69,40 @@ class ScopeFound:
     """What the method settled on."""
 
 
+@dataclass(frozen=True, slots=True)
+class Divided:
+    """The merge is done in parts, by several processes."""
+
+    parts: int
+    """How many."""
+
+
+@dataclass(frozen=True, slots=True)
+class PartDone:
+    """Everything of a part is durable; what that took."""
+
+    seconds: float
+    """Wall time of the work."""
+    read: int
+    """Bytes of inputs that were read."""
+    written: int
+    """Bytes of tensors that were written."""
+    measured_memory: int
+    """Peak private memory of the process, in bytes."""
+    memory_budget: int
+    """What the user allowed, in bytes."""
+    workers: int
+    """Compute threads."""
+    device: str
+    """What computed: ``cpu``, or names of accelerators."""
+    damaged: int
+    """Pieces of earlier attempts whose bytes had changed."""
+
+
 Entry = PieceDone | ScopeFound
+"""What is done of tensors."""
+Record = Entry | Divided | PartDone
+"""What a line after the first may hold."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +149,7 @@ class Journal:
         self._write(_line(dict(identity)))
         self.sync()
 
-    def append(self, entries: Sequence[Entry]) -> None:
+    def append(self, entries: Sequence[Record]) -> None:
         """Add entries; what they claim must be durable.
 
         Raises:
@@ -182,7 +215,25 @@ def read_journal(path: Path) -> Found | None:
     return None if identity is None else Found(identity, tuple(lines), end)
 
 
-def parse_entries(found: Found, path: Path) -> tuple[Entry, ...]:
+def read_head(path: Path) -> dict[str, Any] | None:
+    """Return what the first line of a journal says; None when it is not there, or not whole.
+
+    Raises:
+        ResumeError: It is whole, but no identity.
+        OutputError: The system refuses to read it, or another file is linked there.
+    """
+    try:
+        with os.fdopen(open_own(path, os.O_RDONLY), "rb") as stream:
+            line = stream.readline()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise _journal_error(path, error) from error
+    text = _checked(line[:-1]) if line.endswith(b"\n") else None
+    return None if text is None else _parse(text, where=f"{path}: line 1")
+
+
+def parse_entries(found: Found, path: Path) -> tuple[Record, ...]:
     """Return the entries of a journal whose identity was found to be that of this merge.
 
     Only then: another version may write entries of other kinds.
@@ -225,14 +276,14 @@ def _parse(text: bytes, *, where: str) -> dict[str, Any]:
     return document
 
 
-def _as_document(entry: Entry) -> dict[str, Any]:
+def _as_document(entry: Record) -> dict[str, Any]:
     # Not asdict, which copies deeply: there may be an entry per 16,000 elements.
     return {"entry": type(entry).__name__} | {
         name: getattr(entry, name) for name in entry.__slots__
     }
 
 
-def _as_entry(document: dict[str, Any], *, where: str) -> Entry:
+def _as_entry(document: dict[str, Any], *, where: str) -> Record:
     """Return the entry that a line holds, every field of its type."""
     kind = _KINDS.get(str(document.pop("entry", None)))
     if kind is None:
@@ -248,6 +299,10 @@ def _as_entry(document: dict[str, Any], *, where: str) -> Entry:
 
 def _as_tuples(value: Any) -> Any:
     return tuple(_as_tuples(each) for each in value) if isinstance(value, list) else value
+
+
+def _is_text(value: Any) -> bool:
+    return type(value) is str
 
 
 def _is_count(value: Any) -> bool:
@@ -286,7 +341,9 @@ def _is_top(value: Any) -> bool:
     )
 
 
-_KINDS: dict[str, type[Entry]] = {each.__name__: each for each in (PieceDone, ScopeFound)}
+_KINDS: dict[str, type[Record]] = {
+    each.__name__: each for each in (PieceDone, ScopeFound, Divided, PartDone)
+}
 _CHECKS: dict[str, Callable[[Any], bool]] = {
     "task": _is_index,
     "start": _is_count,
@@ -298,6 +355,15 @@ _CHECKS: dict[str, Callable[[Any], bool]] = {
     "thresholds": _are(_is_number),
     "tops": _are(_is_top),
     "numbers": _are(_is_number),
+    "parts": _is_count,
+    "seconds": _is_number,
+    "read": _is_count,
+    "written": _is_count,
+    "measured_memory": _is_count,
+    "memory_budget": _is_count,
+    "workers": _is_count,
+    "device": _is_text,
+    "damaged": _is_count,
 }
 """What the value of a field must be."""
 

@@ -9,9 +9,11 @@ from pathlib import Path
 
 from streammerge.checkpoint.ownfiles import open_own
 
+_UNKNOWN = frozenset({errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL})
+
 
 class FileLock:
-    """An exclusive lock on a file; the file may stay, only a live holder counts."""
+    """A lock on a file; the file may stay, only a live holder counts."""
 
     def __init__(self, path: Path) -> None:
         """Open or create the file, without locking it.
@@ -21,11 +23,17 @@ class FileLock:
             OSError: The system refuses.
         """
         self._fd = open_own(path, os.O_RDWR | os.O_CREAT)
+        self.known = True
+        """Whether the file system seems to know locks; told by the attempt to take one."""
 
-    def acquire(self) -> bool:
+    def acquire(self, *, shared: bool = False) -> bool:
         """Take the lock if nobody has it; return whether it was taken.
 
         Some network file systems know no locks; there it always seems to be taken.
+
+        Args:
+            shared: Whether others may have it at the same time who take it like this; who has it
+                alone already shares it then. Windows knows only locks that one process has alone.
         """
         try:
             if os.name == "nt":
@@ -33,9 +41,11 @@ class FileLock:
                 msvcrt.locking(self._fd, msvcrt.LK_NBLCK, 1)
             else:
                 fcntl = importlib.import_module("fcntl")
-                fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+                fcntl.flock(self._fd, kind | fcntl.LOCK_NB)
         except OSError as error:
-            return error.errno in {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
+            self.known = error.errno not in _UNKNOWN
+            return not self.known
         return True
 
     def still_at(self, path: Path) -> bool:

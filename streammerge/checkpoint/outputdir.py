@@ -10,38 +10,56 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from streammerge.checkpoint.folders import is_folder, iter_empty_folders, iter_names
+from streammerge.checkpoint.attempts import (
+    Attempt,
+    check_epoch,
+    claim_snapshot,
+    draw_token,
+    epoch_of,
+    fold,
+    read_attempts,
+    snapshot_name,
+)
+from streammerge.checkpoint.folders import is_folder, iter_empty_folders
 from streammerge.checkpoint.journal import (
     JOURNAL_NAME,
     Entry,
     Found,
     Journal,
+    PieceDone,
+    ScopeFound,
     parse_entries,
     read_journal,
 )
 from streammerge.checkpoint.locking import FileLock
-from streammerge.checkpoint.manifest import read_manifest_files
-from streammerge.checkpoint.outputform import OutputForm
-from streammerge.checkpoint.ownfiles import NEW_NAME
+from streammerge.checkpoint.permitting import (
+    absolute,
+    allocated,
+    busy,
+    check_existing,
+    check_foreign,
+    check_inputs,
+    check_partial,
+    check_partial_contents,
+    check_replaced,
+    check_room,
+    differences,
+)
 from streammerge.checkpoint.places import (
     MARKER_NAME,
-    OWN_FILES,
-    Place,
     choose_place,
     clear_away,
+    is_own,
     put_in_place,
     undo_moves,
 )
 from streammerge.checkpoint.snapshot import SNAPSHOT_NAME
-from streammerge.errors import DiskSpaceError, OutputError, OutputExistsError, ResumeError
-from streammerge.units import format_size
-
-_LISTED = 5
+from streammerge.errors import OutputError, OutputExistsError, ResumeError
 
 
 class OutputDirectory:
@@ -81,39 +99,31 @@ class OutputDirectory:
             DiskSpaceError: The disk has too little room.
             OutputError: The parent directory is missing or not writable.
         """
-        try:
-            # resolve() would follow a link at OUT.
-            self.out = Path(os.path.abspath(out))  # noqa: PTH100
-        except FileNotFoundError as error:
-            raise OutputError(
-                f"{out}: is relative to the working directory, which has been removed; change to "
-                "another one"
-            ) from error
-        if not self.out.name:
-            raise OutputExistsError(
-                f"{self.out}: is the root of the file system; choose a directory"
-            )
+        self.out = absolute(out)
         self._place = choose_place(self.out)
         self.partial = self._place.partial
         self.entries: tuple[Entry, ...] = ()
-        self._found_entries: tuple[Entry, ...] = ()
-        self._names = frozenset((*names, *OWN_FILES))
+        self.attempts: tuple[Attempt, ...] = ()
+        self.epoch = draw_token()
+        self._names = frozenset(names)
         self._identity = dict(identity)
         self._published = False
         self._continues = False
         self._lock: FileLock | None = None
         self._journal: Journal | None = None
-        _check_inputs(self.out, self.partial, inputs)
-        _check_partial(self.partial)
+        check_inputs(self.out, self.partial, inputs)
+        check_partial(self.partial)
         self._found = self._find_unfinished(overwrite=overwrite, resume=resume)
         self._overwrite = overwrite or (
             self._found is not None and bool(self._found.identity.get("overwrite"))
         )
         # What is half moved is put back first, once nobody else can move it.
         if not (self._place.is_half_moved() and (resume or overwrite)):
-            _check_existing(self._place, overwrite=self._overwrite)
-            self._check_replaced()
-        _check_room(self.partial.parent, nbytes, nbytes_beside, allocated(self.partial))
+            check_existing(self._place, overwrite=self._overwrite)
+            check_replaced(
+                self._place, overwrite=self._overwrite, continues=self._found is not None
+            )
+        check_room(self.partial.parent, nbytes, nbytes_beside, allocated(self.partial))
 
     def _find_unfinished(self, *, overwrite: bool, resume: bool) -> Found | None:
         """Return the unfinished merge that is to be continued, if there is one."""
@@ -130,51 +140,12 @@ class OutputDirectory:
                 f"{self.partial}: holds an unfinished merge; give --resume to continue it, or "
                 "--overwrite to start anew"
             )
-        differences = list(_differences(found.identity, self._identity))
-        if differences:
-            raise ResumeError(
-                f"{self.partial}: the unfinished merge is another one: {'; '.join(differences)}; "
-                "make it as it was, or give --overwrite to start anew"
-            )
-        self._found_entries = parse_entries(found, journal)
-        self._check_foreign()
+        check_same(self.partial, found.identity, self._identity)
+        # For what they may say that this version does not write.
+        parse_entries(found, journal)
+        read_attempts(self.partial, epoch_of(found.identity, journal))
+        check_foreign(self.partial, self._names)
         return found
-
-    def _check_foreign(self) -> None:
-        """Return if the unfinished merge holds nothing but what merges write."""
-        foreign = sorted(
-            name
-            for name in iter_names(self.partial)
-            if name not in self._names and name.rpartition("/")[2] != NEW_NAME
-        )
-        if foreign:
-            raise ResumeError(
-                f"{self.partial}: holds {len(foreign)} file(s) that the merge did not write "
-                f"({', '.join(foreign[:_LISTED])}); move them away, then continue with --resume"
-            )
-
-    def _check_replaced(self) -> None:
-        replaced = self._place.replaced
-        if not os.path.lexists(replaced):
-            return
-        if self._found is not None and self._overwrite and not self.out.exists():
-            # The merge stopped between setting the earlier one aside and taking its place.
-            return
-        if self._place.moves:
-            raise OutputExistsError(
-                f"{replaced}: holds the merge that a later one was about to replace; give "
-                "--resume to finish that, or --overwrite to start anew"
-            )
-        if not self.out.exists():
-            raise OutputExistsError(
-                f"{replaced}: holds the merge that a later one was about to replace; rename "
-                f"it to {self.out.name} to have it back, or remove it"
-            )
-        if self._overwrite:
-            raise OutputExistsError(
-                f"{replaced}: is in the way; the earlier merge steps aside under this name, "
-                "rename or remove what is there"
-            )
 
     @property
     def continues(self) -> bool:
@@ -204,28 +175,44 @@ class OutputDirectory:
         """Make the directory where it is missing, and lock it."""
         with contextlib.suppress(FileExistsError):
             self.partial.mkdir()
-        _check_partial_contents(self.partial)
+        check_partial_contents(self.partial)
         lock = FileLock(self.partial / MARKER_NAME)
         if not lock.acquire() or not lock.still_at(self.partial / MARKER_NAME):
             lock.close()
-            raise _busy(self.partial)
+            raise busy(self.partial)
         self._lock = lock
 
     def _prepare(self) -> None:
         """Bring the directory into the state in which work can begin or go on."""
         if self._place.is_half_moved():
             undo_moves(self._place)
-            _check_existing(self._place, overwrite=self._overwrite)
+            check_existing(self._place, overwrite=self._overwrite)
         journal = self.partial / JOURNAL_NAME
         # Asked again: until it was locked, another merge may have worked here.
         if self._found is not None and self._found == read_journal(journal):
             self._journal = Journal(journal, keep_nbytes=self._found.nbytes)
-            self.entries = self._found_entries
+            self.epoch = epoch_of(self._found.identity, journal)
+            self.attempts = tuple(read_attempts(self.partial, self.epoch))
+            own = parse_entries(self._found, journal)
+            self.entries = (
+                *fold(self.attempts),
+                *(each for each in own if isinstance(each, PieceDone | ScopeFound)),
+            )
             self._continues = True
             return
-        _clear(self.partial)
+        clear(self.partial)
         self._journal = Journal(journal)
-        self._journal.begin({**self._identity, "overwrite": self._overwrite})
+        self._journal.begin({**self._identity, "overwrite": self._overwrite, "epoch": self.epoch})
+
+    def take_snapshot(self) -> Path:
+        """Return where to save a sweep over the model; what one was saved last is there, if any was.
+
+        Raises:
+            OutputError: The system refuses.
+        """
+        own = self.partial / snapshot_name(self.epoch)
+        claim_snapshot(self.partial, self.epoch, own)
+        return own
 
     def publish(self) -> None:
         """Give the directory its final name; the last act of a merge.
@@ -234,8 +221,9 @@ class OutputDirectory:
             OutputExistsError: Something came to lie there since the merge began.
             OutputError: The system refuses to rename; what was there before is there again.
         """
-        _check_existing(self._place, overwrite=self._overwrite)
-        self._check_foreign()
+        check_existing(self._place, overwrite=self._overwrite)
+        check_foreign(self.partial, self._names)
+        check_epoch(self.partial, self.epoch)
         replaces = os.path.lexists(self._place.replaced) or self.out.exists()
         if not self._place.moves:
             # Some systems do not rename the directories of open files.
@@ -257,8 +245,9 @@ class OutputDirectory:
         """Forget what is done, which turned out to be of no use: no later run goes on from it."""
         self._close_journal()
         self._continues = False
-        for name in (SNAPSHOT_NAME, JOURNAL_NAME):
-            (self.partial / name).unlink(missing_ok=True)
+        for path in self.partial.iterdir():
+            if is_own(path.name) and path.name != MARKER_NAME:
+                path.unlink(missing_ok=True)
 
     def _unlock(self) -> None:
         self._close_journal()
@@ -304,20 +293,32 @@ class OutputDirectory:
 
     def _has_work(self, found: Found) -> bool:
         """Return whether a journal, or what lies beside it, spares a later run some work."""
-        return bool(found.lines) or (self.partial / SNAPSHOT_NAME).exists()
+        return has_work(self.partial, found)
 
 
-def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
-    """Say what differs between two identities, key by key."""
-    for key in sorted({*before, *now} - {"overwrite"}):
-        old, new = before.get(key), now.get(key)
-        if isinstance(old, dict) and isinstance(new, dict):
-            yield from (f"{key} {text}" for text in _differences(old, new))
-        elif old != new:
-            yield f"{key} was {old}, is {new}"
+def has_work(partial: Path, found: Found) -> bool:
+    """Return whether the journal of a merge, or what lies beside it, spares a later run some work."""
+    return bool(found.lines) or any(
+        path.name.startswith(SNAPSHOT_NAME) and not path.name.endswith(".new")
+        for path in partial.iterdir()
+    )
 
 
-def _clear(directory: Path) -> None:
+def check_same(partial: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Return if the identity of the merge in a directory is that of this merge.
+
+    Raises:
+        ResumeError: It is not; says in what.
+    """
+    different = list(differences(before, now))
+    if different:
+        raise ResumeError(
+            f"{partial}: the unfinished merge is another one: {'; '.join(different)}; make it as it "
+            "was, or give --overwrite to start anew"
+        )
+
+
+def clear(directory: Path) -> None:
     """Remove everything but the lock from a directory."""
     for path in directory.iterdir():
         if path.name == MARKER_NAME:
@@ -326,145 +327,3 @@ def _clear(directory: Path) -> None:
             shutil.rmtree(path)
         else:
             path.unlink()
-
-
-def allocated(directory: Path) -> int:
-    """Return the bytes of disk that the files of an unfinished merge have."""
-    try:
-        return sum(getattr(path.stat(), "st_blocks", 0) * 512 for path in directory.rglob("*"))
-    except OSError:
-        return 0
-
-
-def _busy(partial: Path) -> OutputExistsError:
-    return OutputExistsError(
-        f"{partial}: another merge is writing there now; wait for it, or choose another place"
-    )
-
-
-def check_place(out: Path, inputs: Sequence[Path], *, overwrite: bool, look: bool = True) -> None:
-    """Raise if a merge of these inputs may not write to a place, as it is now.
-
-    Args:
-        out: The place.
-        inputs: What is read.
-        overwrite: Whether an earlier merge there may be replaced.
-        look: Whether what lies there matters.
-
-    Raises:
-        OutputExistsError: It is an input, or holds something that may not be replaced.
-    """
-    _check_inputs(out, out, inputs)
-    if look:
-        _check_existing(choose_place(out), overwrite=overwrite)
-
-
-def _check_inputs(out: Path, partial: Path, inputs: Sequence[Path]) -> None:
-    for given in inputs:
-        path = _real(given)
-        for place in (_real(out), _real(partial)):
-            if place == path or place in path.parents or (path in place.parents and path.is_dir()):
-                raise OutputExistsError(
-                    f"{out}: overlaps the input {given}; inputs are never written to, choose "
-                    "another place"
-                )
-
-
-def _real(path: Path) -> Path:
-    # Path.resolve raises a RuntimeError for links in a circle, and these may lie anywhere.
-    return Path(os.path.realpath(path))
-
-
-def _check_existing(place: Place, *, overwrite: bool) -> None:
-    out = place.out
-    form = place.form
-    if form.file is not None:
-        _check_file_place(form)
-    elif not os.path.lexists(out):
-        return
-    elif not out.is_dir() or out.is_symlink():
-        raise OutputExistsError(f"{out}: is not a directory; choose another place")
-    entries = list(place.iter_entries())
-    if not entries:
-        return
-    present = [path.name for path in entries if not is_folder(path)]
-    for folder in filter(is_folder, entries):
-        present += [f"{folder.name}/{name}" for name in iter_names(folder)]
-    present.sort()
-    if not overwrite:
-        raise OutputExistsError(
-            f"{out}: already holds {len(present)} file(s); give --overwrite to replace an earlier "
-            "merge, or choose another place"
-            if form.file is None
-            else f"{out}: {' and '.join(present)} already there; give --overwrite to replace an "
-            "earlier merge, or choose another name"
-        )
-    present = [name for name in present if name not in OWN_FILES]
-    written = read_manifest_files(out)
-    if written is None:
-        holds = f"holds {len(present)} file(s) but"
-        if form.file is not None:
-            holds = f"{' and '.join(present)} already there, but"
-        raise OutputExistsError(
-            f"{out}: {holds} no {form.manifest}, so no merge of ours made "
-            "it; --overwrite only replaces earlier merges, remove it yourself"
-        )
-    foreign = [name for name in present if name not in {form.manifest, *written}]
-    if foreign:
-        raise OutputExistsError(
-            f"{out}: holds {len(foreign)} file(s) that the earlier merge did not write "
-            f"({', '.join(foreign[:_LISTED])}); --overwrite would lose them, move them away"
-        )
-
-
-def _check_file_place(form: OutputForm) -> None:
-    """Return if nothing but files lies where an output of one file is to be."""
-    for name in form.entries or ():
-        path = form.folder / name
-        if os.path.lexists(path) and (path.is_symlink() or not path.is_file()):
-            raise OutputExistsError(
-                f"{path}: is not a file; an output called {form.file} is one file with its manifest "
-                "and recipe beside it; choose another name"
-            )
-
-
-def _check_partial(partial: Path) -> None:
-    if not os.path.lexists(partial):
-        return
-    _check_partial_contents(partial)
-    if not (partial / MARKER_NAME).is_file():
-        return
-    lock = FileLock(partial / MARKER_NAME)
-    try:
-        if not lock.acquire():
-            raise _busy(partial)
-    finally:
-        lock.close()
-
-
-def _check_partial_contents(partial: Path) -> None:
-    """Return if a directory was left by a merge, or is empty."""
-    if partial.is_symlink() or not partial.is_dir():
-        left_by_merge = False
-    else:
-        left_by_merge = (partial / MARKER_NAME).is_file() or not any(partial.iterdir())
-    if not left_by_merge:
-        raise OutputExistsError(
-            f"{partial}: is in the way and was not left by a merge; rename or remove it"
-        )
-
-
-def _check_room(parent: Path, nbytes: int, nbytes_beside: int, allocated: int) -> None:
-    if not parent.is_dir():
-        raise OutputError(f"{parent}: no such directory; make it first")
-    # Rights that the process has as it runs, which may be more than those of who started it.
-    effective = os.access in os.supports_effective_ids
-    if not os.access(parent, os.W_OK | os.X_OK, effective_ids=effective):
-        raise OutputError(f"{parent}: not writable")
-    free = shutil.disk_usage(parent).free
-    if free < nbytes + nbytes_beside - allocated:
-        raise DiskSpaceError(
-            f"{parent}: the output takes {format_size(nbytes)}, and up to "
-            f"{format_size(nbytes_beside)} for what lies beside it, but {format_size(free)} are "
-            "free; free some or choose another disk"
-        )

@@ -16,7 +16,7 @@ from pathlib import Path
 from streammerge.checkpoint.journal import PieceDone
 from streammerge.checkpoint.ownfiles import NEW_NAME, create_own, open_own
 from streammerge.checkpoint.runs import Runs
-from streammerge.errors import DiskSpaceError, OutputError
+from streammerge.errors import DiskSpaceError, OutputError, StreamMergeError
 from streammerge.limits import name_limit
 from streammerge.units import MIB, format_size
 
@@ -41,6 +41,8 @@ class OutputFile:
         nbytes: int,
         *,
         resumed: bool = False,
+        shared: bool = False,
+        on_open: Callable[[], None] = lambda: None,
         on_durable: OnDurable = lambda _: None,
     ) -> None:
         """Create the file and reserve its disk space, or go on with one of an earlier run.
@@ -49,6 +51,10 @@ class OutputFile:
             path: Where; nothing may be there, unless the work is resumed.
             nbytes: Final size.
             resumed: Whether the file may be there, with parts of its bytes.
+            shared: Whether other processes may write to it now. Room is not reserved then: where a file
+                system cannot do that, the C library writes zeros over what it reads as zeros, and the
+                others' bytes may come in between.
+            on_open: Called before anything of the file is changed; what it raises closes the file.
             on_durable: Told which pieces have become durable.
 
         Raises:
@@ -69,7 +75,11 @@ class OutputFile:
                 f"{path}: cannot be created: {error.strerror}"
             ) from error
         try:
-            self._preallocate()
+            on_open()
+            self._set_size(reserve=not shared)
+        except StreamMergeError:
+            os.close(self._fd)
+            raise
         except OSError as error:
             os.close(self._fd)
             raise _write_error(path, 0, nbytes, error) from error
@@ -177,11 +187,12 @@ class OutputFile:
         self._sync()
         self._on_durable(written)
 
-    def _preallocate(self) -> None:
+    def _set_size(self, *, reserve: bool) -> None:
         if os.fstat(self._fd).st_size > self._nbytes:
             # Something was added to what an earlier run left.
             os.ftruncate(self._fd, self._nbytes)
-        if hasattr(os, "posix_fallocate") and self._nbytes and not lies_in_memory(self._fd):
+        reserve = reserve and hasattr(os, "posix_fallocate") and self._nbytes > 0
+        if reserve and not lies_in_memory(self._fd):
             try:
                 os.posix_fallocate(self._fd, 0, self._nbytes)
             except OSError as error:

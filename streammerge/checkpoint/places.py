@@ -22,6 +22,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -42,6 +43,10 @@ _MOVING_NAME = ".streammerge-moving"
 """The note: a JSON list of the names that are moved out of the partial directory."""
 OWN_FILES = (SNAPSHOT_NAME, f"{SNAPSHOT_NAME}.new", MARKER_NAME, JOURNAL_NAME, _MOVING_NAME)
 """What a merge that was cut off right after it was renamed leaves beside the model."""
+_OWN_OF_ATTEMPT = re.compile(
+    rf"({re.escape(JOURNAL_NAME)}|{re.escape(SNAPSHOT_NAME)})-[0-9a-z]+(-[0-9a-z]+)*(\.new)?"
+)
+"""Names that hold what a merge, or an attempt at a part of one, is known by."""
 _NO_ENTRIES = frozenset({"lost+found"})
 """What file systems put into their roots."""
 _MOUNTS = Path("/proc/self/mountinfo")
@@ -105,6 +110,11 @@ class Place:
             and not os.path.lexists(self.partial / self.form.last)
             and (self.folder / self.form.last).is_file()
         )
+
+
+def is_own(name: str) -> bool:
+    """Return whether a file of that name is a merge's own, and no part of the model."""
+    return name in OWN_FILES or _OWN_OF_ATTEMPT.fullmatch(name) is not None
 
 
 def choose_place(out: Path) -> Place:
@@ -184,12 +194,19 @@ def clear_away(place: Place, *, replaced: bool) -> None:
         sync_directory(place.folder if place.moves else place.out.parent)
     if replaced:
         shutil.rmtree(place.replaced, ignore_errors=True)
-    for name in OWN_FILES:
+    for name in (*_attempts_left(place.leftovers), *OWN_FILES):
         with contextlib.suppress(OSError):
             (place.leftovers / name).unlink()
     if place.moves:
         with contextlib.suppress(OSError):
             place.partial.rmdir()
+
+
+def _attempts_left(directory: Path) -> list[str]:
+    try:
+        return [name for name in os.listdir(directory) if _OWN_OF_ATTEMPT.fullmatch(name)]  # noqa: PTH208
+    except OSError:
+        return []
 
 
 def _rename(place: Place) -> None:
@@ -213,7 +230,7 @@ def _move_entries(place: Place) -> None:
         _move(_in_order(earlier, first=place.form.last), place.folder, place.replaced)
         sync_directory(place.replaced)
         sync_directory(place.folder)
-    names = [path.name for path in place.partial.iterdir() if path.name not in OWN_FILES]
+    names = [path.name for path in place.partial.iterdir() if not is_own(path.name)]
     write_durably(place.partial / _MOVING_NAME, [json.dumps(sorted(names)).encode()])
     sync_directory(place.partial)
     last = place.form.last
@@ -225,10 +242,10 @@ def _move_entries(place: Place) -> None:
 def _earlier_entries(place: Place) -> list[str]:
     """Return what an earlier merge wrote; anything else that lies there is in the way."""
     written = read_manifest_files(place.out) or ()
-    ours = {name.partition("/")[0] for name in written} | {place.form.manifest, *OWN_FILES}
+    ours = {name.partition("/")[0] for name in written} | {place.form.manifest}
     names = [path.name for path in place.iter_entries()]
     for name in names:
-        if not written or name not in ours:
+        if not written or not (name in ours or is_own(name)):
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(place.folder / name))
     return names
 

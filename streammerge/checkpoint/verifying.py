@@ -23,7 +23,7 @@ from streammerge.checkpoint.header import read_safetensors_header
 from streammerge.checkpoint.inputs import parse_path
 from streammerge.checkpoint.manifest import find_manifest, manifest_files
 from streammerge.checkpoint.outputform import found_form
-from streammerge.checkpoint.places import OWN_FILES
+from streammerge.checkpoint.places import is_own
 from streammerge.errors import CheckpointError
 
 _KINDS = {
@@ -104,10 +104,10 @@ def _extra_files(directory: Path, known: set[str]) -> Iterator[Damage]:
     """Yield what lies in the directory of a model and does not belong there."""
     # A merge that was killed right after the last rename is complete, but not yet tidied up.
     partial = f"{Path(os.path.abspath(directory)).name}.partial"  # noqa: PTH100 - follows no link
-    ours = {*OWN_FILES, partial, *(f"{partial}/{name}" for name in OWN_FILES)}
     empty = [path.relative_to(directory).as_posix() for path in iter_empty_folders(directory)]
     for name in (*iter_names(directory), *empty):
-        if name not in known and name not in ours:
+        ours = name == partial or is_own(name.removeprefix(f"{partial}/"))
+        if name not in known and not ours:
             yield Damage(name, "extra", "the manifest does not list it")
 
 
