@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -114,4 +115,13 @@ def run_completion(options: argparse.Namespace, parser: argparse.ArgumentParser)
     from streammerge.completing import render_completion
 
     print_result(render_completion(parser, options.shell))
+    return 0
+
+
+def run_status(options: argparse.Namespace) -> int:
+    """Show how far an output is."""
+    from streammerge.checkpoint.status import read_status
+
+    status = read_status(options.out)
+    print_result(json.dumps(asdict(status)) if options.json else str(status))
     return 0

@@ -104,6 +104,7 @@ def build_parser() -> argparse.ArgumentParser:
         _add_bake,
         _add_inspect,
         _add_verify,
+        _add_status,
         _add_convert,
         _add_extract,
         _add_methods,
@@ -166,6 +167,13 @@ def _add_bake(added: Any) -> None:
 def _add_running(parser: argparse.ArgumentParser) -> None:
     """Add how a merge is run and told."""
     _add_resources(parser)
+    parser.add_argument(
+        "--part",
+        type=_part,
+        metavar="K/N",
+        help="do only part K of N; other processes, here or where the same files are seen, do the others, "
+        "and the last one puts the output in place",
+    )
     anew = parser.add_mutually_exclusive_group()
     anew.add_argument(
         "--resume",
@@ -258,6 +266,18 @@ def _add_verify(added: Any) -> None:
     verify.add_argument("--quiet", action="store_true", help="no progress on standard error")
     verify.add_argument("--json", action="store_true", help="the findings as JSON")
     verify.set_defaults(command=commands.run_verify)
+
+
+def _add_status(added: Any) -> None:
+    status = add_command(
+        added,
+        "status",
+        "show how far an output is, and each of its parts",
+        "streammerge status merged",
+    )
+    status.add_argument("out", metavar="OUT", help="the merged model, or where it is to be")
+    status.add_argument("--json", action="store_true", help="the same as JSON")
+    status.set_defaults(command=answering.run_status)
 
 
 def _add_convert(added: Any) -> None:
@@ -385,6 +405,17 @@ def _fraction(text: str) -> float:
     if not 0 < fraction <= 1:
         raise argparse.ArgumentTypeError(f"expected a number above 0 and up to 1, got {text!r}")
     return fraction
+
+
+def _part(text: str) -> tuple[int, int]:
+    part, slash, parts = text.partition("/")
+    if not slash or not part.isdecimal() or not parts.isdecimal():
+        raise argparse.ArgumentTypeError(f"expected K/N, such as 2/4, got {text!r}")
+    if not 1 <= int(part) <= int(parts):
+        raise argparse.ArgumentTypeError(
+            f"expected a part from 1 to {int(parts)} of {int(parts)}, got {text!r}"
+        )
+    return int(part), int(parts)
 
 
 def _count(text: str) -> int:

@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 from streammerge.errors import RecipeError, printable
 from streammerge.signals import stopping_signals
-from streammerge.streams import as_courtesy, print_result
+from streammerge.streams import print_result
+from streammerge.telling import tell_complete, tell_done, tell_part, time_of
 from streammerge.units import format_size
 from streammerge.wording import read_words, settle_baking
 
 if TYPE_CHECKING:
     from streammerge.adapters.combining.plans import CombinationPlan
     from streammerge.chaining.stages import Chain
-    from streammerge.checkpoint.manifest import Manifest
     from streammerge.extracting.plans import ExtractionPlan
     from streammerge.plan.types import MergePlan
     from streammerge.recipe.types import Recipe
@@ -37,6 +37,8 @@ def run_merge(options: argparse.Namespace) -> int:
     from streammerge.together import Grid
 
     recipe = _recipes_of(options)
+    if options.part is not None:
+        return _merge_part(options, _one_recipe(options, recipe, "--part"))
     if options.also or isinstance(recipe, Grid):
         return _merge_together(options, recipe)
     if not isinstance(recipe, Recipe):
@@ -44,7 +46,7 @@ def run_merge(options: argparse.Namespace) -> int:
     planned = plan(recipe, **_resources_of(options))
     complete = find_complete(planned, options.out) if options.resume else None
     if complete is not None:
-        _say_complete(options, complete)
+        tell_complete(options, complete)
         return 0
     with (
         stopping_signals(),
@@ -58,7 +60,49 @@ def run_merge(options: argparse.Namespace) -> int:
             byte_source=ByteSourceKind(options.byte_source),
             on_progress=on_progress,
         )
-    _say_done(options, manifest)
+    tell_done(options, manifest)
+    return 0
+
+
+def _one_recipe(options: argparse.Namespace, recipe: Recipe | Chain | Grid, option: str) -> Recipe:
+    """Return what several processes can merge together: the recipe of one output."""
+    from streammerge.recipe.types import Recipe
+
+    if options.also or not isinstance(recipe, Recipe):
+        raise RecipeError(
+            f"{option}: one output of one recipe is done by several processes; grids, bases with adapters, several recipes "
+            "in a file and --also are merged by one, without it"
+        )
+    return recipe
+
+
+def _merge_part(options: argparse.Namespace, recipe: Recipe) -> int:
+    """Do one part of a merge."""
+    from streammerge.display import show_progress
+    from streammerge.parting import merge_part
+
+    part, parts = options.part
+    before = time_of(options.out)
+    with (
+        stopping_signals(),
+        show_progress(quiet=options.quiet, as_json=options.json) as on_progress,
+    ):
+        manifest = merge_part(
+            recipe,
+            options.out,
+            part=part,
+            parts=parts,
+            overwrite=options.overwrite,
+            resume=options.resume,
+            byte_source=options.byte_source,
+            on_progress=on_progress,
+            **_resources_of(options),
+        )
+    if manifest is not None:
+        say = tell_complete if before is not None and before == time_of(options.out) else tell_done
+        say(options, manifest)
+        return 0
+    tell_part(options, part, parts)
     return 0
 
 
@@ -86,7 +130,7 @@ def _merge_chain(options: argparse.Namespace, chain: Chain) -> int:
             on_progress=on_progress,
             **_resources_of(options),
         )
-    _say_done(options, manifest)
+    tell_done(options, manifest)
     return 0
 
 
@@ -98,7 +142,7 @@ def _merge_together(options: argparse.Namespace, first: Recipe | Chain | Grid) -
     merges = _named(first, options.recipe, options.out)
     for recipe, out in options.also or ():
         merges += _named(_read_recipes(recipe, options), recipe, out)
-    before = [_time_of(out) for out, _ in merges]
+    before = [time_of(out) for out, _ in merges]
     with (
         stopping_signals(),
         show_progress(quiet=options.quiet, as_json=options.json) as on_progress,
@@ -113,19 +157,9 @@ def _merge_together(options: argparse.Namespace, first: Recipe | Chain | Grid) -
         )
     for (out, _), manifest, time in zip(merges, manifests, before, strict=True):
         # A resume leaves those alone that are complete.
-        say = _say_complete if time is not None and time == _time_of(out) else _say_done
+        say = tell_complete if time is not None and time == time_of(out) else tell_done
         say(options, manifest, out)
     return 0
-
-
-def _time_of(out: str) -> int | None:
-    """Return when the manifest of an output was written; None if there is none."""
-    from streammerge.checkpoint.outputform import form_of
-
-    try:
-        return form_of(Path(out)).manifest_path.stat().st_mtime_ns
-    except (OSError, ValueError):
-        return None
 
 
 def _named(found: Recipe | Chain | Grid, origin: str, out: str) -> list[tuple[str, Recipe]]:
@@ -159,60 +193,6 @@ def _read_recipes(path: str, options: argparse.Namespace) -> Recipe | Chain | Gr
     from streammerge.chaining.stages import read_recipes
 
     return read_recipes(Path(path), download=options.download)
-
-
-def _say_complete(
-    options: argparse.Namespace, manifest: Manifest, place: str | None = None
-) -> None:
-    """Tell that nothing was left to do."""
-    tensors = len(manifest.tensors)
-    out = options.out if place is None else place
-    if options.json:
-        event = {"event": "complete", "out": str(out), "tensors": tensors}
-        print(json.dumps(event), file=as_courtesy(sys.stdout), flush=True)
-    elif not options.quiet:
-        print(
-            f"{printable(out)}: is complete already, with {tensors} tensors",
-            file=sys.stderr,
-        )
-
-
-def _say_done(options: argparse.Namespace, manifest: Manifest, place: str | None = None) -> None:
-    """Tell what the merge took."""
-    run = manifest.run
-    out = options.out if place is None else place
-    if options.json:
-        print(
-            json.dumps(
-                {
-                    "event": "done",
-                    "out": str(out),
-                    "tensors": len(manifest.tensors),
-                    "seconds": run.seconds,
-                    "seconds_by_stage": run.seconds_by_stage,
-                    "bytes_by_stage": run.bytes_by_stage,
-                    "projected_memory": run.projected_memory,
-                    "measured_memory": run.measured_memory,
-                    "damaged": run.damaged,
-                }
-            ),
-            file=as_courtesy(sys.stdout),
-            flush=True,
-        )
-    elif not options.quiet:
-        if run.damaged:
-            print(
-                f"{printable(out)}: {run.damaged} piece(s) of the unfinished merge had "
-                "changed since, and were made again",
-                file=sys.stderr,
-            )
-        print(
-            f"{printable(out)}: {len(manifest.tensors)} tensors in {run.seconds:.1f} s, read "
-            f"{format_size(run.bytes_by_stage['read'])}, wrote "
-            f"{format_size(run.bytes_by_stage['write'])}, peak memory "
-            f"{format_size(run.measured_memory)} of {format_size(run.memory_budget)}",
-            file=sys.stderr,
-        )
 
 
 def _resources_of(options: argparse.Namespace) -> dict[str, Any]:
@@ -396,5 +376,5 @@ def run_extract(options: argparse.Namespace) -> int:
             on_plan=tell,
             on_progress=on_progress,
         )
-    _say_done(options, manifest)
+    tell_done(options, manifest)
     return 0

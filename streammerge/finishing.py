@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from math import prod
 from pathlib import Path
@@ -10,6 +12,7 @@ from pathlib import Path
 import safetensors
 
 from streammerge.assignment.types import Action
+from streammerge.checkpoint.attempts import Attempt
 from streammerge.checkpoint.bytesource import ByteSourceKind
 from streammerge.checkpoint.digests import (
     LEAF_ELEMENTS,
@@ -21,6 +24,7 @@ from streammerge.checkpoint.digests import (
 from streammerge.checkpoint.manifest import (
     MANIFEST_VERSION,
     Manifest,
+    PartRecord,
     RunRecord,
     TensorRecord,
     collect_versions,
@@ -124,6 +128,7 @@ def write_companions(
     copied: dict[str, FileDigest],
     identity: str,
     resumed: bool,
+    attempts: Sequence[Attempt] = (),
     damaged: int,
     byte_source: ByteSourceKind,
 ) -> Manifest:
@@ -137,6 +142,7 @@ def write_companions(
         copied: What :func:`copy_companions` wrote.
         identity: Digest of what decided every byte.
         resumed: Whether an interrupted run had begun it.
+        attempts: What other processes did that did parts of it.
         damaged: Pieces of that run that had changed meanwhile.
         byte_source: How input files were read.
 
@@ -176,6 +182,7 @@ def write_companions(
         report,
         identity=identity,
         resumed=resumed,
+        attempts=attempts,
         damaged=damaged,
         byte_source=byte_source,
     )
@@ -262,6 +269,7 @@ def _run_record(
     *,
     identity: str,
     resumed: bool,
+    attempts: Sequence[Attempt],
     damaged: int,
     byte_source: ByteSourceKind,
 ) -> RunRecord:
@@ -287,6 +295,28 @@ def _run_record(
         kernels="compiled" if kernels_serve(planned) else "plain",
         byte_source=byte_source.value,
         identity=identity,
+        parts=_part_records(attempts),
+    )
+
+
+def _part_records(attempts: Sequence[Attempt]) -> tuple[PartRecord, ...]:
+    tries = Counter(attempt.part for attempt in attempts)
+    return tuple(
+        PartRecord(
+            part=attempt.part,
+            parts=attempt.parts,
+            host=attempt.host,
+            attempts=tries[attempt.part],
+            seconds=done.seconds,
+            bytes_by_stage={"read": done.read, "write": done.written},
+            measured_memory=done.measured_memory,
+            memory_budget=done.memory_budget,
+            workers=done.workers,
+            device=done.device,
+            damaged=done.damaged,
+        )
+        for attempt in attempts
+        if (done := attempt.done) is not None
     )
 
 

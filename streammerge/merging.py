@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from streammerge.adapters.combining.plans import CombinationPlan
 from streammerge.adapters.combining.writing import write_adapter
@@ -19,6 +20,7 @@ from streammerge.checkpoint.bytesource import (
     RemoteSource,
     check_unchanged,
 )
+from streammerge.checkpoint.journal import Entry, Journal, PieceDone
 from streammerge.checkpoint.manifest import Manifest, digest_identity
 from streammerge.checkpoint.outputdir import OutputDirectory
 from streammerge.checkpoint.outputfile import OutputFile
@@ -47,6 +49,8 @@ from streammerge.identity import identify
 from streammerge.limits import allow_open_files, name_limit
 from streammerge.machine import fits_page_cache
 from streammerge.plan.asking import find_method
+from streammerge.plan.chunking import Piece
+from streammerge.plan.dividing import shards_of
 from streammerge.plan.layout import render_header
 from streammerge.plan.types import MergePlan
 
@@ -69,6 +73,8 @@ class MergeJob:
     """Files that the process has open for each input."""
     pace: Pace | None = None
     """Keeps to that of other merges over the same files; None without any."""
+    vouched: Callable[[PieceDone], bool] | None = None
+    """What an unfinished merge has done that need not be read again to be kept; None for nothing."""
 
     @property
     def files_at_once(self) -> int:
@@ -92,7 +98,7 @@ class MergeJob:
     def _combine(self, planned: CombinationPlan, on_progress: OnProgress) -> Manifest:
         from streammerge.adapters.combining.running import CombinationJob  # noqa: PLC0415 - loads torch
 
-        with _naming_errors(self.out):
+        with naming_errors(self.out):
             return write_adapter(
                 CombinationJob(planned),
                 self.out,
@@ -106,7 +112,7 @@ class MergeJob:
 
     def _merge(self, planned: MergePlan, on_progress: OnProgress) -> Manifest:
         identity = identify(planned)
-        with _naming_errors(self.out):
+        with naming_errors(self.out):
             output = OutputDirectory(
                 self.out,
                 inputs=[
@@ -121,13 +127,21 @@ class MergeJob:
                 resume=self.resume,
             )
         with ExitStack() as stack:
-            sources = _open_sources(planned, self.opener, stack)
+            sources = open_sources(planned, self.opener, stack)
             check_twins(planned, sources)
             stack.enter_context(output)
-            stack.enter_context(_naming_errors(output.partial))
+            stack.enter_context(naming_errors(output.partial))
             # At once, so that what happens to them while the tensors are merged is of no matter.
             copied = copy_companions(planned, output.partial)
-            report, damaged = _write_shards(planned, output, sources, on_progress, pace=self.pace)
+            report, damaged = write_shards(
+                planned,
+                output,
+                sources,
+                on_progress,
+                resumed=output.continues,
+                pace=self.pace,
+                vouched=self.vouched,
+            )
             try:
                 check_unchanged(planned.files, sources)
             except CheckpointError:
@@ -142,7 +156,8 @@ class MergeJob:
                 form=form_of(output.out),
                 copied=copied,
                 identity=digest_identity(identity),
-                resumed=bool(output.entries),
+                resumed=bool(output.entries) and self.vouched is None,
+                attempts=output.attempts,
                 damaged=damaged,
                 byte_source=sources[0].kind,
             )
@@ -168,7 +183,7 @@ class SampleJob:
         planned = self.planned
         allow_open_files(len(planned.files) + len(planned.layout.shards))
         with ExitStack() as stack:
-            sources = _open_sources(planned, self.opener, stack)
+            sources = open_sources(planned, self.opener, stack)
             outputs = [
                 stack.enter_context(
                     ComparedFile(self.out / shard.name, shard.nbytes, render_header(planned, index))
@@ -191,7 +206,7 @@ class SampleJob:
 
 
 @contextmanager
-def _naming_errors(directory: Path) -> Iterator[None]:
+def naming_errors(directory: Path) -> Iterator[None]:
     """Give a name to what the system refuses where nothing more precise is known."""
     try:
         yield
@@ -208,7 +223,7 @@ def _report_bytes(
     return lambda done, seconds: on_progress(ProgressEvent.at("merge", done, total, seconds))
 
 
-def _open_sources(planned: MergePlan, opener: OpenByteSource, stack: ExitStack) -> list[ByteSource]:
+def open_sources(planned: MergePlan, opener: OpenByteSource, stack: ExitStack) -> list[ByteSource]:
     """Open every input file, and check that it is still what was planned."""
 
     def open_one(file: ShardFile) -> ByteSource:
@@ -233,45 +248,126 @@ def _open_sources(planned: MergePlan, opener: OpenByteSource, stack: ExitStack) 
     return sources
 
 
-def _write_shards(
+class Unfinished(Protocol):
+    """The directory of an unfinished merge, open for work."""
+
+    @property
+    def partial(self) -> Path:
+        """Where the files are."""
+        ...
+
+    @property
+    def entries(self) -> tuple[Entry, ...]:
+        """What is done."""
+        ...
+
+    @property
+    def journal(self) -> Journal:
+        """Where to record what is done."""
+        ...
+
+    def take_snapshot(self) -> Path:
+        """Return where to save a sweep over the model."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """The part of a merge that one of several processes does."""
+
+    tasks: frozenset[int]
+    """Tensors, by index."""
+    check: Callable[[], None]
+    """Raises if the merge has been given up; called before a file that was opened is touched."""
+
+    def has(self, piece: Piece) -> bool:
+        """Return whether a piece is of it."""
+        return piece.task in self.tasks
+
+
+class _OfOthers:
+    """An output file of which other processes do everything."""
+
+    def write_at(self, *_arguments: object, **_keywords: object) -> None:
+        raise RuntimeError("a part wrote to a file of other parts")
+
+    def read_into(self, *_arguments: object) -> bool:
+        raise RuntimeError("a part read a file of other parts")
+
+    def forget_cached(self) -> None:
+        pass
+
+
+def write_shards(
     planned: MergePlan,
-    output: OutputDirectory,
+    output: Unfinished,
     sources: Sequence[ByteSource],
     on_progress: OnProgress,
     *,
-    pace: Pace | None,
+    resumed: bool,
+    pace: Pace | None = None,
+    share: Share | None = None,
+    vouched: Callable[[PieceDone], bool] | None = None,
 ) -> tuple[RunReport, int]:
-    """Do what is left to do of the shards; also return how many pieces were damaged meanwhile."""
-    shards: list[OutputFile] = []
-    check_entries(planned, output.entries)
+    """Do what is left to do of the shards; also return how many pieces were damaged meanwhile.
+
+    Args:
+        planned: The plan.
+        output: Where.
+        sources: Open input files.
+        on_progress: Told how far the work is.
+        resumed: Whether files may be there already.
+        pace: Keeps to that of other merges over the same files.
+        share: What of it is this process's; None for everything.
+        vouched: As in :class:`MergeJob`.
+    """
+    entries = output.entries
+    check_entries(planned, entries)
+    known = [each for each in entries if vouched and isinstance(each, PieceDone) and vouched(each)]
+    spared = set(known)
+    doubtful = [each for each in entries if each not in spared]
+    own = None if share is None else shards_of(planned, share.tasks)
+    files: list[OutputFile] = []
+    shards: list[OutputFile | _OfOthers] = []
     try:
         for index, shard in enumerate(planned.layout.shards):
+            if own is not None and index not in own:
+                shards.append(_OfOthers())
+                continue
             make_folder(output.partial / shard.folder)
             opened = OutputFile(
                 output.partial / shard.name,
                 shard.nbytes,
-                resumed=output.continues,
+                resumed=resumed,
+                shared=share is not None,
+                on_open=lambda: None if share is None else share.check(),
                 on_durable=output.journal.append,
             )
+            files.append(opened)
             shards.append(opened)
             opened.write_at(0, memoryview(render_header(planned, index)))
-        kept, damaged = keep_sound(planned, output.entries, shards, on_progress)
+        kept, damaged = keep_sound(planned, doubtful, shards, on_progress)
+        if share is not None:
+            # So that this journal alone tells all of it, cut as this process cuts.
+            output.journal.append(kept)
         report = run_pipeline(
             planned,
             find_method(planned.method),
             sources,
             shards,
-            recovered=Recovered(planned, kept, wanted=None),
+            recovered=Recovered(
+                planned, [*known, *kept], wanted=None if share is None else share.has
+            ),
             on_scope=lambda task, found: output.journal.append([scope_found(task, found)]),
             snapshot=output.take_snapshot(),
             keep_cached=fits_page_cache(planned),
             on_progress=on_progress,
             pace=pace,
         )
-        while shards:
-            shards.pop(0).close()
+        while files:
+            files.pop(0).close()
     finally:
         # Whatever is left here is left because something failed.
-        for each in shards:
+        for each in files:
             each.abandon()
     return report, damaged

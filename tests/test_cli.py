@@ -261,7 +261,7 @@ def interrupting(_event: ProgressEvent) -> None:
 
 @pytest.mark.parametrize(
     "step",
-    ["run_pipeline", "check_shards", "write_companions", "_open_sources"],
+    ["run_pipeline", "check_shards", "write_companions", "open_sources"],
 )
 def test_an_interrupt_at_any_step_can_be_resumed(
     step: str,

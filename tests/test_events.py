@@ -25,6 +25,7 @@ COMMANDS: dict[str, tuple[list[str], set[str]]] = {
         {"recipe", "progress", "done"},
     ),
     "a chain": (["merge", "chain.yaml", "out"], {"progress", "done"}),
+    "a part": (["merge", *LINE, "-o", "out", "--part=1/2"], {"recipe", "progress", "part_done"}),
     "a grid": (["merge", "grid.yaml", "out"], {"progress", "done"}),
     "an adapter baked": (["bake", "first", "adapter", "out"], {"recipe", "progress", "done"}),
     "adapters combined": (

@@ -54,6 +54,15 @@ def merge(root: Path, convert: Convert) -> object:
     return streammerge.merge(recipe, new, memory=MEMORY, overwrite=True).method
 
 
+def merge_part(root: Path, convert: Convert) -> object:
+    recipe, new = convert(root / "recipe.yaml"), convert(root / "new")
+    return [
+        each and each.method
+        for part in (2, 1, 1)
+        for each in [streammerge.merge_part(recipe, new, part=part, parts=2, memory=MEMORY)]
+    ]
+
+
 def merge_together(root: Path, convert: Convert) -> object:
     merges = [(convert(root / "recipe.yaml"), convert(root / name)) for name in ("new", "newer")]
     return [each.method for each in streammerge.merge_together(merges, memory=MEMORY)]
@@ -84,6 +93,7 @@ CALLS: dict[str, tuple[Callable[[Path, Convert], object], object]] = {
         "linear",
     ),
     "merge": (merge, "linear"),
+    "merge_part": (merge_part, [None, "linear", "linear"]),
     "merge_together": (merge_together, ["linear", "linear"]),
     "plan_together": (plan_together, ["linear", "linear"]),
     "plan": (
@@ -93,6 +103,10 @@ CALLS: dict[str, tuple[Callable[[Path, Convert], object], object]] = {
     "read_checkpoint": (
         lambda root, convert: list(streammerge.read_checkpoint(convert(root / "model")).tensors),
         ["a"],
+    ),
+    "read_status": (
+        lambda root, convert: streammerge.read_status(convert(root / "merged")).complete,
+        True,
     ),
     "verify_against": (verify_against, ()),
     "verify_files": (

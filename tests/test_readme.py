@@ -134,7 +134,7 @@ def run_command(place: Path, command: str) -> str:
 
 
 def test_every_block_is_run_or_named_here() -> None:
-    known = {"", "yaml", "python"}
+    known = {"", "yaml", "python", "bash"}
     assert {block.language for block in BLOCKS} == known
     commands = {block.name for block in BLOCKS if block.language == ""}
     assert {*NOT_RUN, *BEFORE} <= commands
@@ -164,6 +164,25 @@ def test_the_commands_of_a_block_work_one_after_the_other(block: Block, place: P
             assert ("equal, bit by bit" in text) == ("--against" in rest)
         else:
             assert text.strip()
+
+
+@every("bash")
+def test_a_script_for_an_array_of_jobs_runs(block: Block, place: Path) -> None:
+    (place / "recipe.yaml").write_text(block.recipe)
+    program = place / "bin" / "streammerge"
+    program.parent.mkdir()
+    program.write_text(f'#!/bin/sh\nPYTHONPATH={ROOT} exec {sys.executable} -m streammerge "$@"\n')
+    program.chmod(0o755)
+    (place / "job").write_text(block.text)
+    count = int(re.findall(r"^#SBATCH --array=1-(\d+)$", block.text, re.MULTILINE)[0])
+
+    for index in range(1, count + 1):
+        variables = {"SLURM_ARRAY_TASK_ID": str(index), "SLURM_ARRAY_TASK_COUNT": str(count)}
+        path = f"{program.parent}{os.pathsep}{os.environ['PATH']}"
+        environment = {**os.environ, **variables, "PATH": path}
+        subprocess.run(["bash", "job"], cwd=place, env=environment, check=True)
+
+    assert streammerge.verify_files(place / "merged").damages == ()
 
 
 @every("python")

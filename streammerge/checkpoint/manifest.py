@@ -64,6 +64,34 @@ class TensorRecord:
 
 
 @dataclass(frozen=True, slots=True)
+class PartRecord:
+    """What one part of a merge took, in the attempt that finished it."""
+
+    part: int
+    """Which part, from 1."""
+    parts: int
+    """Of how many."""
+    host: str
+    """The machine that it ran on."""
+    attempts: int
+    """Processes that worked on the part, one after the other or side by side."""
+    seconds: float
+    """Wall time of the work, in seconds."""
+    bytes_by_stage: dict[str, int]
+    """Bytes read and written."""
+    measured_memory: int
+    """Peak private memory of the process, in bytes."""
+    memory_budget: int
+    """What the user allowed it, in bytes."""
+    workers: int
+    """Compute threads."""
+    device: str
+    """What computed."""
+    damaged: int
+    """Pieces of earlier attempts whose bytes had changed; they were made again."""
+
+
+@dataclass(frozen=True, slots=True)
 class RunRecord:
     """What this run took; the only part that differs between equal merges."""
 
@@ -99,6 +127,9 @@ class RunRecord:
     """How input files were read: ``mmap`` only where it was asked for and could be guarded."""
     identity: str = ""
     """BLAKE2b-128 of what decided every byte: recipe, work, inputs and versions; in hex."""
+    parts: tuple[PartRecord, ...] = ()
+    """What each process did that did a part of the merge; the other fields are about the one that put
+    the output in place. Empty for a merge by one process."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,6 +22,8 @@ from streammerge.checkpoint.attempts import (
     draw_token,
     epoch_of,
     fold,
+    parts_done,
+    parts_of,
     read_attempts,
     snapshot_name,
 )
@@ -194,9 +196,13 @@ class OutputDirectory:
             self.epoch = epoch_of(self._found.identity, journal)
             self.attempts = tuple(read_attempts(self.partial, self.epoch))
             own = parse_entries(self._found, journal)
+            parts = parts_of(own)
+            if parts is not None and len(parts_done(self.attempts, parts)) == parts:
+                # They have all of it, each cut in one way.
+                own = ()
             self.entries = (
-                *fold(self.attempts),
                 *(each for each in own if isinstance(each, PieceDone | ScopeFound)),
+                *fold(self.attempts),
             )
             self._continues = True
             return

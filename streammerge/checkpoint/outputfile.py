@@ -67,6 +67,7 @@ class OutputFile:
         self._unsynced = 0
         self._written: list[PieceDone] = []
         self._on_durable = on_durable
+        self._shared = shared
         exclusive = 0 if resumed else os.O_EXCL
         try:
             self._fd = open_own(path, os.O_RDWR | os.O_CREAT | exclusive)
@@ -76,7 +77,7 @@ class OutputFile:
             ) from error
         try:
             on_open()
-            self._set_size(reserve=not shared)
+            self._preallocate()
         except StreamMergeError:
             os.close(self._fd)
             raise
@@ -187,11 +188,11 @@ class OutputFile:
         self._sync()
         self._on_durable(written)
 
-    def _set_size(self, *, reserve: bool) -> None:
+    def _preallocate(self) -> None:
         if os.fstat(self._fd).st_size > self._nbytes:
             # Something was added to what an earlier run left.
             os.ftruncate(self._fd, self._nbytes)
-        reserve = reserve and hasattr(os, "posix_fallocate") and self._nbytes > 0
+        reserve = hasattr(os, "posix_fallocate") and self._nbytes > 0 and not self._shared
         if reserve and not lies_in_memory(self._fd):
             try:
                 os.posix_fallocate(self._fd, 0, self._nbytes)

@@ -1,0 +1,342 @@
+"""A merge in parts: several processes, on as many machines as see the same files, do one each.
+
+    process 1: part 1 of 3 ─▶ journal ┐
+    process 2: part 2 of 3 ─▶ journal ┼─▶ whichever is last: all of it, put in place as one
+    process 3: part 3 of 3 ─▶ journal ┘
+
+Each plans for itself, so nothing is sent between them: what must be the same is compared by name in the
+directory that they share (:mod:`streammerge.checkpoint.partdir`), and what a part is depends on the plan
+alone (:mod:`streammerge.plan.dividing`).
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from streammerge.adapters.combining.plans import CombinationPlan
+from streammerge.checkpoint.attempts import parts_done
+from streammerge.checkpoint.bytesource import (
+    ByteSource,
+    ByteSourceKind,
+    OpenByteSource,
+    check_unchanged,
+    choose_byte_source,
+)
+from streammerge.checkpoint.inputs import parse_path
+from streammerge.checkpoint.journal import PartDone, PieceDone
+from streammerge.checkpoint.manifest import Manifest
+from streammerge.checkpoint.outputform import form_of
+from streammerge.checkpoint.partdir import PartDirectory
+from streammerge.engine.progress import OnProgress, ProgressEvent
+from streammerge.engine.shelter import run_sheltered
+from streammerge.engine.twins import check_twins
+from streammerge.errors import BusyError, CheckpointError, OutputExistsError, RecipeError
+from streammerge.finishing import output_names, room_beside
+from streammerge.identity import identify
+from streammerge.limits import allow_open_files, naming_limits
+from streammerge.merging import MergeJob, Share, naming_errors, open_sources, write_shards
+from streammerge.plan.checking import check_runnable
+from streammerge.plan.dividing import divide, find_seams, is_near_seam, shards_of
+from streammerge.plan.types import MergePlan
+from streammerge.run import RecipeLike, as_output, find_complete, plan
+
+_SECONDS_BETWEEN_CHECKS = 5.0
+"""How often a part asks whether its merge is still the one that is done in the directory."""
+_PUBLISH_SECONDS = 10.0
+"""How long the last part waits for locks of others that are done too, and are about to leave."""
+_RETRY_SECONDS = 0.2
+
+
+@naming_limits()
+def merge_part(
+    recipe: RecipeLike | MergePlan,
+    out: str | os.PathLike[str],
+    *,
+    part: int,
+    parts: int,
+    memory: int | str | None = None,
+    workers: int | None = None,
+    device: str | None = None,
+    device_memory: int | str | None = None,
+    download: bool = False,
+    overwrite: bool = False,
+    resume: bool = False,
+    byte_source: ByteSourceKind | str = ByteSourceKind.PREAD,
+    on_progress: OnProgress | None = None,
+) -> Manifest | None:
+    """Do one part of a merge whose other parts other processes do, at any time and in any order.
+
+    The paths of the recipe and of ``out`` must lead to the same files for all of them. Which one is last
+    puts the output in place. A part that was interrupted is done by the same call again; one that is
+    done already, or whose merge is complete, by nothing.
+
+    Args:
+        recipe: As for :func:`streammerge.run.merge`.
+        out: As there.
+        part: Which part, from 1.
+        parts: Of how many; all processes give the same number.
+        memory: As there, for this process.
+        workers: As there.
+        device: As there.
+        device_memory: As there.
+        download: As there.
+        overwrite: Whether an earlier merge in ``out`` may be replaced, and an unfinished one of something
+            else, that nobody works on, discarded. What parts of this very merge have done is kept.
+        resume: Whether what a merge without parts has left is to be continued in parts.
+        byte_source: As there.
+        on_progress: As there.
+
+    Returns:
+        The manifest, if the output is in place; None while parts are left to do.
+
+    Raises:
+        StreamMergeError: As there; what is done stays for the same call again.
+        ValueError: There is no such part.
+    """
+    out = parse_path(out, "out")
+    check_part(part, parts)
+    if isinstance(recipe, MergePlan):
+        planned = recipe
+    else:
+        found = plan(
+            recipe,
+            memory=memory,
+            workers=workers,
+            device=device or "auto",
+            device_memory=device_memory,
+            download=download,
+        )
+        planned = check_divisible(found)
+    check_runnable(planned)
+    named = as_output(planned, out)
+    assert isinstance(named, MergePlan)  # noqa: S101 - as it was
+    kind = ByteSourceKind(byte_source)
+    job = PartJob(
+        named,
+        out,
+        part=part,
+        parts=parts,
+        overwrite=overwrite,
+        resume=resume,
+        opener=choose_byte_source(kind),
+        open_files=kind.open_files,
+    )
+    finished = find_complete(named, out)
+    if finished is not None:
+        return finished
+    try:
+        return run_sheltered(job.run, on_progress or (lambda _: None))
+    except OutputExistsError:
+        # Another process may have put the output in place since this one looked.
+        finished = find_complete(named, out)
+        if finished is None:
+            raise
+        return finished
+
+
+def check_part(part: int, parts: int) -> None:
+    """Return if there is such a part.
+
+    Raises:
+        ValueError: There is not.
+    """
+    # Not isinstance: True is an int.
+    if type(part) is not int or type(parts) is not int or not 1 <= part <= parts:
+        raise ValueError(
+            f"part: expected a number from 1 to that of all parts, got {part!r} of {parts!r}"
+        )
+
+
+def check_divisible(planned: MergePlan | CombinationPlan) -> MergePlan:
+    """Return a plan that can be done in parts.
+
+    Raises:
+        RecipeError: It cannot.
+    """
+    if isinstance(planned, CombinationPlan):
+        raise RecipeError(
+            "the recipe combines adapters, which one process does in seconds; leave --part and --on out"
+        )
+    return planned
+
+
+@dataclass(frozen=True, slots=True)
+class PartJob:
+    """A plan, which part of it is to be done, and the place for the result of all."""
+
+    planned: MergePlan
+    """What to do."""
+    out: Path
+    """The directory to make."""
+    part: int
+    """Which part, from 1."""
+    parts: int
+    """Of how many."""
+    overwrite: bool
+    """As for :func:`merge_part`."""
+    resume: bool
+    """As there."""
+    opener: OpenByteSource
+    """Opens an input file."""
+    open_files: int
+    """Files that the process has open for each input."""
+    watch: Callable[[PartDirectory], None] = PartDirectory.check_current
+    """Asked now and then; what it raises ends the work."""
+    publishes: bool = True
+    """Whether the output is put in place if this part is the last."""
+
+    def run(self, on_progress: OnProgress) -> Manifest | None:
+        """Do the part, and put the output in place if it is the last.
+
+        Raises:
+            StreamMergeError: What is done of the part stays for another attempt.
+        """
+        planned = self.planned
+        divided = divide(planned, self.parts)
+        own = divided[self.part - 1]
+        files = len(planned.files) * self.open_files + len(shards_of(planned, own))
+        allow_open_files(files)
+        directory = self.directory(own)
+        with ExitStack() as stack:
+            sources = open_sources(planned, self.opener, stack)
+            check_twins(planned, sources)
+            stack.enter_context(directory)
+            stack.enter_context(naming_errors(directory.partial))
+            if not directory.is_done():
+                watched = _watched(directory, self.watch, on_progress)
+                done = self._do(directory, sources, own, watched)
+                try:
+                    check_unchanged(planned.files, sources)
+                except CheckpointError:
+                    # Nobody knows which version of an input the pieces are of.
+                    directory.discard()
+                    raise
+                directory.finish(done)
+        # Others let go of the directory before they look whether they were the last, too.
+        return self._publish(directory, divided, on_progress) if self.publishes else None
+
+    def directory(self, own: frozenset[int]) -> PartDirectory:
+        """Return the directory of the merge, for a part of these tensors."""
+        planned = self.planned
+        with naming_errors(self.out):
+            return PartDirectory(
+                self.out,
+                part=self.part,
+                parts=self.parts,
+                inputs=[
+                    *(Path(model.path) for model in planned.models),
+                    *(file.path for file in planned.files),
+                ],
+                nbytes=planned.bytes_to_write,
+                nbytes_beside=room_beside(planned),
+                names=output_names(planned, form_of(self.out)),
+                identity=identify(planned),
+                overwrite=self.overwrite,
+                resume=self.resume,
+                wanted=own,
+                numel=sum(planned.tasks[index].numel for index in own),
+            )
+
+    def _do(
+        self,
+        directory: PartDirectory,
+        sources: list[ByteSource],
+        own: frozenset[int],
+        on_progress: OnProgress,
+    ) -> PartDone:
+        planned = self.planned
+        began = time.perf_counter()
+        # Without tensors there is nothing to look for either, as a sweep over the model would.
+        report, damaged = (
+            write_shards(
+                planned,
+                directory,
+                sources,
+                on_progress,
+                resumed=True,
+                share=Share(own, directory.check_current),
+            )
+            if own
+            else (None, 0)
+        )
+        return PartDone(
+            seconds=round(time.perf_counter() - began, 3),
+            read=0 if report is None else report.bytes_by_stage["read"],
+            written=0 if report is None else report.bytes_by_stage["write"],
+            measured_memory=0 if report is None else report.peak_memory,
+            memory_budget=planned.memory.budget,
+            workers=planned.resources.workers,
+            device="cpu" if planned.device is None else ",".join(planned.device.names),
+            damaged=damaged,
+        )
+
+    def _publish(
+        self, directory: PartDirectory, divided: list[frozenset[int]], on_progress: OnProgress
+    ) -> Manifest | None:
+        """Put the output in place if all parts are done and nobody else does it."""
+        deadline = time.monotonic() + _PUBLISH_SECONDS
+        while len(parts_done(directory.read_attempts(), self.parts)) == self.parts:
+            try:
+                return finish_parts(
+                    self, divided, overwrite=directory.overwrite, on_progress=on_progress
+                )
+            except BusyError:
+                if time.monotonic() > deadline:
+                    return None
+            time.sleep(_RETRY_SECONDS)
+        return None
+
+
+def finish_parts(
+    job: PartJob, divided: list[frozenset[int]], *, overwrite: bool, on_progress: OnProgress
+) -> Manifest:
+    """Put the output in place whose parts are all done.
+
+    What lies where two parts meet in one file is read again, and made again if it is not what was
+    written: of a page that processes on two machines write to, one may write back what it had read
+    before the other wrote.
+
+    Args:
+        job: Any of the parts.
+        divided: What :func:`~streammerge.plan.dividing.divide` returned.
+        overwrite: Whether an earlier merge may be replaced.
+        on_progress: Told how far the work is.
+
+    Raises:
+        StreamMergeError: As for :func:`streammerge.run.merge`; BusyError where a part still works.
+    """
+    seams = find_seams(job.planned, divided)
+
+    def is_apart(piece: PieceDone) -> bool:
+        return not is_near_seam(job.planned, seams, piece.task, piece.start, piece.numel)
+
+    return MergeJob(
+        job.planned,
+        job.out,
+        overwrite=overwrite,
+        resume=True,
+        opener=job.opener,
+        open_files=job.open_files,
+        vouched=is_apart,
+    ).run(on_progress)
+
+
+def _watched(
+    directory: PartDirectory, watch: Callable[[PartDirectory], None], on_progress: OnProgress
+) -> OnProgress:
+    """Return what is told how far the work is, and asks now and then whether it is still wanted."""
+    due = time.monotonic() + _SECONDS_BETWEEN_CHECKS
+
+    def hear(event: ProgressEvent) -> None:
+        nonlocal due
+        if time.monotonic() >= due:
+            watch(directory)
+            due = time.monotonic() + _SECONDS_BETWEEN_CHECKS
+        on_progress(event)
+
+    return hear
