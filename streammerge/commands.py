@@ -34,6 +34,8 @@ def run_merge(options: argparse.Namespace) -> int:
     from streammerge.display import show_progress
     from streammerge.recipe.types import Recipe
     from streammerge.run import find_complete, merge, plan
+    from streammerge.storage.targets import open_target
+    from streammerge.storage.urls import check_url, url_of
     from streammerge.together import Grid
 
     recipe = _recipes_of(options)
@@ -43,6 +45,9 @@ def run_merge(options: argparse.Namespace) -> int:
         return _merge_together(options, recipe)
     if not isinstance(recipe, Recipe):
         return _merge_chain(options, recipe)
+    if url_of(Path(options.out)) is not None:
+        # Its library belongs to what is in use before the plan is made.
+        open_target(check_url(options.out))
     planned = plan(recipe, **_resources_of(options))
     complete = find_complete(planned, options.out) if options.resume else None
     if complete is not None:

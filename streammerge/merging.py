@@ -6,7 +6,7 @@ It runs on a thread of its own (:mod:`streammerge.engine.shelter`), which owns e
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -75,6 +75,8 @@ class MergeJob:
     """Keeps to that of other merges over the same files; None without any."""
     vouched: Callable[[PieceDone], bool] | None = None
     """What an unfinished merge has done that need not be read again to be kept; None for nothing."""
+    sink: Sink | None = None
+    """Where files go from the directory; None for nowhere, which is where they stay."""
 
     @property
     def files_at_once(self) -> int:
@@ -119,7 +121,7 @@ class MergeJob:
                     *(Path(model.path) for model in planned.models),
                     *(file.path for file in planned.files),
                 ],
-                nbytes=planned.bytes_to_write,
+                nbytes=planned.bytes_to_write if self.sink is None else self.sink.room,
                 nbytes_beside=room_beside(planned),
                 names=output_names(planned, form_of(self.out)),
                 identity=identity,
@@ -131,6 +133,8 @@ class MergeJob:
             check_twins(planned, sources)
             stack.enter_context(output)
             stack.enter_context(naming_errors(output.partial))
+            if self.sink is not None:
+                stack.enter_context(self.sink.at_work(output.partial))
             # At once, so that what happens to them while the tensors are merged is of no matter.
             copied = copy_companions(planned, output.partial)
             report, damaged = write_shards(
@@ -140,7 +144,8 @@ class MergeJob:
                 on_progress,
                 resumed=output.continues,
                 pace=self.pace,
-                vouched=self.vouched,
+                vouched=self.vouched if self.sink is None else self.sink.has,
+                sink=self.sink,
             )
             try:
                 check_unchanged(planned.files, sources)
@@ -161,6 +166,8 @@ class MergeJob:
                 damaged=damaged,
                 byte_source=sources[0].kind,
             )
+            if self.sink is not None:
+                self.sink.publish(output.partial, manifest)
             output.publish()
         return manifest
 
@@ -248,6 +255,38 @@ def open_sources(planned: MergePlan, opener: OpenByteSource, stack: ExitStack) -
     return sources
 
 
+class Sink(Protocol):
+    """Where the files of a merge go while it runs."""
+
+    @property
+    def room(self) -> int:
+        """Bytes of disk that shards take here on their way, at most as far as can be told."""
+        ...
+
+    def at_work(self, partial: Path) -> AbstractContextManager[None]:
+        """Go on with, or begin, what goes there from a directory."""
+        ...
+
+    def has(self, piece: PieceDone) -> bool:
+        """Return whether it has all bytes of a piece already."""
+        ...
+
+    def open(
+        self,
+        shard: int,
+        path: Path,
+        *,
+        resumed: bool,
+        on_durable: Callable[[Sequence[PieceDone]], None],
+    ) -> OutputFile:
+        """Open a shard, by its index, that is at a path on its way."""
+        ...
+
+    def publish(self, partial: Path, manifest: Manifest) -> None:
+        """Put everything else there; with the last file the result counts as complete."""
+        ...
+
+
 class Unfinished(Protocol):
     """The directory of an unfinished merge, open for work."""
 
@@ -308,6 +347,7 @@ def write_shards(
     pace: Pace | None = None,
     share: Share | None = None,
     vouched: Callable[[PieceDone], bool] | None = None,
+    sink: Sink | None = None,
 ) -> tuple[RunReport, int]:
     """Do what is left to do of the shards; also return how many pieces were damaged meanwhile.
 
@@ -320,6 +360,7 @@ def write_shards(
         pace: Keeps to that of other merges over the same files.
         share: What of it is this process's; None for everything.
         vouched: As in :class:`MergeJob`.
+        sink: As in :class:`MergeJob`.
     """
     entries = output.entries
     check_entries(planned, entries)
@@ -335,14 +376,18 @@ def write_shards(
                 shards.append(_OfOthers())
                 continue
             make_folder(output.partial / shard.folder)
-            opened = OutputFile(
-                output.partial / shard.name,
-                shard.nbytes,
-                resumed=resumed,
-                shared=share is not None,
-                on_open=lambda: None if share is None else share.check(),
-                on_durable=output.journal.append,
-            )
+            path = output.partial / shard.name
+            if sink is None:
+                opened = OutputFile(
+                    path,
+                    shard.nbytes,
+                    resumed=resumed,
+                    shared=share is not None,
+                    on_open=lambda: None if share is None else share.check(),
+                    on_durable=output.journal.append,
+                )
+            else:
+                opened = sink.open(index, path, resumed=resumed, on_durable=output.journal.append)
             files.append(opened)
             shards.append(opened)
             opened.write_at(0, memoryview(render_header(planned, index)))

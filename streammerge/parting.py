@@ -44,6 +44,7 @@ from streammerge.plan.checking import check_runnable
 from streammerge.plan.dividing import divide, find_seams, is_near_seam, shards_of
 from streammerge.plan.types import MergePlan
 from streammerge.run import RecipeLike, as_output, find_complete, plan
+from streammerge.storage.urls import refuse_store
 
 _SECONDS_BETWEEN_CHECKS = 5.0
 """How often a part asks whether its merge is still the one that is done in the directory."""
@@ -99,6 +100,7 @@ def merge_part(
         ValueError: There is no such part.
     """
     out = parse_path(out, "out")
+    refuse_store(out, "processes that do a part each work in")
     check_part(part, parts)
     if isinstance(recipe, MergePlan):
         planned = recipe

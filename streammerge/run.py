@@ -55,6 +55,9 @@ from streammerge.recipe.resolving import build_resolver
 from streammerge.recipe.text import MAX_TEXT_BYTES, load_document
 from streammerge.recipe.types import Recipe
 from streammerge.sources import download_sources, locate_models, read_models
+from streammerge.storage.targets import open_target
+from streammerge.storage.urls import check_url, refuse_store, url_of
+from streammerge.storing import find_stored, store_job
 
 RecipeLike = str | os.PathLike[str] | Mapping[str, Any] | Recipe
 """A recipe file, its parsed document, or a parsed recipe."""
@@ -199,7 +202,8 @@ def merge(
     Args:
         recipe: What :func:`plan` takes, or its result; a plan brings its own memory, workers and
             device.
-        out: The directory to make, or the file.
+        out: The directory to make, or the file; or a folder in a store, ``s3://bucket/folder``, where the
+            result counts as complete when its manifest is there.
         memory: As for :func:`plan`.
         workers: As for :func:`plan`.
         device: As for :func:`plan`; None is ``"auto"``.
@@ -221,6 +225,10 @@ def merge(
             as it was before.
     """
     out = parse_path(out, "out")
+    url = url_of(out)
+    if url is not None:
+        # Its library belongs to what is in use before the plan is made.
+        open_target(check_url(url))
     kind = _parse_byte_source(byte_source)
     if isinstance(recipe, MergePlan | CombinationPlan):
         if any(each is not None for each in (memory, workers, device, device_memory)):
@@ -239,7 +247,8 @@ def merge(
         check_runnable(planned)
     if overwrite and resume:
         raise ValueError("resume continues an unfinished merge, overwrite discards it; choose one")
-    planned = as_output(planned, out)
+    if url is None:
+        planned = as_output(planned, out)
     finished = find_complete(planned, out) if resume else None
     if finished is not None:
         return finished
@@ -251,7 +260,8 @@ def merge(
         opener=choose_byte_source(kind),
         open_files=kind.open_files,
     )
-    return run_sheltered(job.run, on_progress or (lambda _: None))
+    work = job.run if url is None else store_job(job, url)
+    return run_sheltered(work, on_progress or (lambda _: None))
 
 
 def as_output(planned: MergePlan | CombinationPlan, out: Path) -> MergePlan | CombinationPlan:
@@ -292,6 +302,9 @@ def find_complete(
 
     That is what a merge leaves that was killed after its last rename, for ``resume`` to find.
     """
+    url = url_of(Path(out))
+    if url is not None:
+        return find_stored(planned, url) if isinstance(planned, MergePlan) else None
     # Who asks from the beginning, as scripts do, need not wait for what identifies 50,000 tensors.
     # Unlike pathlib, this has an answer for any name.
     form = form_of(Path(out))
@@ -341,6 +354,7 @@ def verify_against(
             laid out as the recipe says.
     """
     directory = parse_path(out, "out")
+    refuse_store(directory, "a sample is compared with")
     check_sample(fraction=fraction, seed=seed)
     planned = plan(recipe, memory=memory, device=device, download=download)
     planned = as_output(planned, directory)

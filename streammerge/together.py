@@ -40,6 +40,7 @@ from streammerge.plan.types import MergePlan
 from streammerge.recipe.types import Recipe
 from streammerge.run import RecipeLike, as_output, find_complete, load_recipe, merge, plan
 from streammerge.sources import locate_models
+from streammerge.storage.urls import refuse_store
 from streammerge.units import format_size
 
 AnyPlan = MergePlan | CombinationPlan
@@ -137,6 +138,8 @@ def merge_together(
         raise ValueError("merges: expected at least one recipe and its output")
     if overwrite and resume:
         raise ValueError("resume continues unfinished merges, overwrite discards them; choose one")
+    for _, out in merges:
+        refuse_store(parse_path(out, "out"), "several outputs from one read are made in")
     # Neither links nor dots: they are compared with each other.
     places = [parse_path(out, "out") for _, out in merges]
     outs = [Path(os.path.abspath(place)) for place in places]  # noqa: PTH100 - resolve() follows links

@@ -24,6 +24,7 @@ from streammerge.errors import CheckpointError
 from streammerge.plan.fusing import Earlier
 from streammerge.plan.types import MergePlan
 from streammerge.run import merge
+from streammerge.storage.urls import refuse_store
 from streammerge.together import check_room
 
 
@@ -51,6 +52,7 @@ def merge_chain(
     Raises:
         StreamMergeError: As for :func:`streammerge.run.merge`; what is done stays for a resume.
     """
+    refuse_store(out, "several recipes of a file are merged to")
     # Neither links nor dots: the results in between lie beside it.
     out = Path(os.path.abspath(out))  # noqa: PTH100 - resolve() would follow a link at OUT
     between = out.with_name(f"{out.name}.stages") if out.name else out

@@ -41,7 +41,12 @@ MARKER_NAME = ".streammerge-partial"
 """Lies in a directory that an interrupted merge may have left, and that may be thrown away."""
 _MOVING_NAME = ".streammerge-moving"
 """The note: a JSON list of the names that are moved out of the partial directory."""
-OWN_FILES = (SNAPSHOT_NAME, f"{SNAPSHOT_NAME}.new", MARKER_NAME, JOURNAL_NAME, _MOVING_NAME)
+UPLOADS_NAME = ".streammerge-uploads"
+"""Beside the journal: what was begun in a store."""
+OWN_FILES = (
+    *(SNAPSHOT_NAME, f"{SNAPSHOT_NAME}.new", MARKER_NAME, JOURNAL_NAME, _MOVING_NAME),
+    UPLOADS_NAME,
+)
 """What a merge that was cut off right after it was renamed leaves beside the model."""
 _OWN_OF_ATTEMPT = re.compile(
     rf"({re.escape(JOURNAL_NAME)}|{re.escape(SNAPSHOT_NAME)})-[0-9a-z]+(-[0-9a-z]+)*(\.new)?"

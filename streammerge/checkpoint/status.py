@@ -13,6 +13,7 @@ from streammerge.checkpoint.locking import FileLock
 from streammerge.checkpoint.permitting import absolute
 from streammerge.checkpoint.places import MARKER_NAME, choose_place
 from streammerge.errors import OutputError, printable
+from streammerge.storage.urls import refuse_store
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +81,9 @@ def read_status(out: str | os.PathLike[str]) -> Status:
     Raises:
         OutputError: There is neither an output of this tool nor an unfinished one.
     """
-    place = choose_place(absolute(parse_path(out, "out")))
+    path = parse_path(out, "out")
+    refuse_store(path, "the state of a merge is that of")
+    place = choose_place(absolute(path))
     complete = place.form.manifest_path.is_file()
     journal = place.partial / JOURNAL_NAME
     found = read_journal(journal)

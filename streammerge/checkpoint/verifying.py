@@ -25,6 +25,7 @@ from streammerge.checkpoint.manifest import find_manifest, manifest_files
 from streammerge.checkpoint.outputform import found_form
 from streammerge.checkpoint.places import is_own
 from streammerge.errors import CheckpointError
+from streammerge.storage.urls import refuse_store
 
 _KINDS = {
     stat.S_IFLNK: "a symbolic link",
@@ -77,6 +78,7 @@ def verify_files(
         HeaderError: There is no manifest, or it is not one.
     """
     path = parse_path(out, "out")
+    refuse_store(path, "files are compared with their manifest in")
     form = found_form(path)
     directory = form.folder
     manifest = find_manifest(path)

@@ -20,6 +20,7 @@ from streammerge.extracting.planning import Wishes, plan_extraction
 from streammerge.extracting.plans import ExtractionPlan
 from streammerge.lazily import torch_version
 from streammerge.limits import allow_open_files, naming_limits
+from streammerge.storage.urls import refuse_store
 from streammerge.version import VERSION
 
 _FACTOR_DTYPES = (DType.F32, DType.F16, DType.BF16)
@@ -74,6 +75,7 @@ def extract(
             f"{place}: is one file, and a PEFT adapter is a directory with adapter_config.json; name a "
             "directory as the output"
         )
+    refuse_store(place, "an adapter is extracted to")
     if rank < 1:
         raise RecipeError(f"--rank: expected a whole number of at least 1, got {rank}")
     began = time.perf_counter()
@@ -115,9 +117,7 @@ def _run(plan: ExtractionPlan, out: Path, *, overwrite: bool, on_progress: OnPro
     identity = {
         "recipe": digest_recipe(plan.recipe),
         "inputs": {
-            str(
-                file.path
-            ): f"{file.nbytes} bytes of {file.mtime_ns} ns, header {file.header_digest}"
+            file.origin: f"{file.nbytes} bytes of {file.mtime_ns} ns, header {file.header_digest}"
             for file in plan.files
         },
         "versions": {"streammerge": VERSION, "torch": torch_version()},

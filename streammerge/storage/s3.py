@@ -10,8 +10,8 @@ Memory: what boto3 takes, about 8 MiB and 1 MiB per connection; bytes go straigh
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
-from typing import Any, Never
+from collections.abc import Callable, Sequence
+from typing import Any, Never, TypeVar
 
 from streammerge.errors import CheckpointError
 from streammerge.storage.objects import Listed, RemoteObject
@@ -22,6 +22,8 @@ _CONNECTIONS = 64
 _CONNECT_SECONDS, _READ_SECONDS = 10, 60
 _MOST_LISTED = 10_000
 _BUSY = frozenset({408, 429, 500, 502, 503, 504})
+_REFUSED = object()
+_T = TypeVar("_T")
 _EXPIRED = frozenset({"ExpiredToken", "ExpiredTokenException", "RequestExpired"})
 
 
@@ -70,44 +72,32 @@ class S3Store:
             if own is not None:
                 return [Listed("", own)]
         prefix = f"{key.rstrip('/')}/" if key else ""
-        return persist(url, lambda: list(self._list(url, bucket, prefix)))
+        return persist(url, lambda: self._list(url, bucket, prefix))
 
     def _look(self, url: str, bucket: str, key: str) -> RemoteObject | None:
-        try:
-            found = self._client.head_object(Bucket=bucket, Key=key)
-        except self._errors.ClientError as error:
-            if _status(error) == 404:
-                return None
-            self._refuse(url, error)
-        except self._passing as error:
-            raise PassingError(type(error).__name__) from error
-        except self._errors.BotoCoreError as error:
-            _refuse_client(url, error)
-        return RemoteObject(url, found["ContentLength"], found["ETag"])
+        found = self.attempt(
+            url, lambda client: client.head_object(Bucket=bucket, Key=key), missing=None
+        )
+        return found and RemoteObject(url, found["ContentLength"], found["ETag"])
 
-    def _list(self, url: str, bucket: str, prefix: str) -> Iterator[Listed]:
-        count = 0
-        try:
-            pages = self._client.get_paginator("list_objects_v2")
+    def _list(self, url: str, bucket: str, prefix: str) -> Sequence[Listed]:
+        def ask(client: Any) -> list[Listed]:
+            found: list[Listed] = []
+            pages = client.get_paginator("list_objects_v2")
             for page in pages.paginate(Bucket=bucket, Prefix=prefix):
                 for each in page.get("Contents", ()):
-                    count += 1
-                    if count > _MOST_LISTED:
-                        raise CheckpointError(
-                            f"{url}: has more than {_MOST_LISTED} objects below it; name the folder of the model"
-                        )
                     name = each["Key"][len(prefix) :]
+                    place = f"s3://{bucket}/{each['Key']}"
                     if name and not name.endswith("/"):
-                        what = RemoteObject(
-                            f"s3://{bucket}/{each['Key']}", each["Size"], each["ETag"]
-                        )
-                        yield Listed(name, what)
-        except self._errors.ClientError as error:
-            self._refuse(url, error)
-        except self._passing as error:
-            raise PassingError(type(error).__name__) from error
-        except self._errors.BotoCoreError as error:
-            _refuse_client(url, error)
+                        what = RemoteObject(place, each["Size"], each["ETag"])
+                        found.append(Listed(name, what))
+                if len(found) > _MOST_LISTED:
+                    raise CheckpointError(
+                        f"{url}: has more than {_MOST_LISTED} objects below it; name the folder of the model"
+                    )
+            return found
+
+        return self.attempt(url, ask)
 
     def read_into(self, what: RemoteObject, offset: int, buffer: memoryview) -> None:
         """Fill a buffer by one request."""
@@ -140,6 +130,37 @@ class S3Store:
             _refuse_client(what.url, error)
         if done < len(buffer):
             raise PassingError(f"the answer ended after {done} of {len(buffer)} bytes")
+
+    def attempt(
+        self,
+        url: str,
+        action: Callable[[Any], _T],
+        *,
+        missing: Any = _REFUSED,
+        unmet: Sequence[int] = (),
+    ) -> _T:
+        """Return what an action with the client returns.
+
+        Args:
+            url: What it is about.
+            action: Asks once.
+            missing: What to return where the store has no such thing; without it, that is refused.
+            unmet: Answers for which that is returned too.
+
+        Raises:
+            PassingError: It may be tried again.
+            CheckpointError: The store refuses.
+        """
+        try:
+            return action(self._client)
+        except self._errors.ClientError as error:
+            if missing is not _REFUSED and (_status(error) == 404 or _status(error) in unmet):
+                return missing  # type: ignore[no-any-return]
+            self._refuse(url, error)
+        except self._passing as error:
+            raise PassingError(type(error).__name__) from error
+        except self._errors.BotoCoreError as error:
+            _refuse_client(url, error)
 
     def _refuse(self, url: str, error: Any) -> Never:
         """Raise what the store's refusal comes to. Its own text is not repeated: some name keys."""

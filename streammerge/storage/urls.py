@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from streammerge.errors import CheckpointError, rename_in_messages
+from streammerge.errors import CheckpointError, OutputError, rename_in_messages
 
 _REMOTE = re.compile(r"(s3|hf|https?):(?:/+(.*))?", re.DOTALL)
 
@@ -60,3 +60,18 @@ _EXPECTED = {
     "http": "host/path",
     "https": "host/path",
 }
+
+
+def refuse_store(path: Path, what: str) -> None:
+    """Return if a path is of a disk.
+
+    Args:
+        path: The path.
+        what: What would be done there: ``"grids are merged to"``.
+
+    Raises:
+        OutputError: It is the address of a store.
+    """
+    url = url_of(path)
+    if url is not None:
+        raise OutputError(f"{url}: {what} a directory on a disk; name one, and copy it there")

@@ -1,0 +1,381 @@
+"""A merge whose result goes to a store: its shards in parts as they are done, all else in the end.
+
+What must outlive the process lies in a directory of this machine, which a resume needs: the journal, and
+what was begun in the store. A result is complete when it has its manifest, which comes last. While a
+merge is at work an object says so, which no other merge writes over.
+
+Memory: as any merge.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import platform
+import secrets
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import psutil
+from pydantic import TypeAdapter
+
+from streammerge.assignment.types import Action
+from streammerge.checkpoint.journal import JOURNAL_NAME, PieceDone, read_journal
+from streammerge.checkpoint.manifest import (
+    MANIFEST_VERSION,
+    Manifest,
+    digest_identity,
+    read_manifest,
+)
+from streammerge.checkpoint.outputfile import OutputFile
+from streammerge.checkpoint.outputform import MANIFEST_NAME, form_of
+from streammerge.checkpoint.places import UPLOADS_NAME, choose_place, is_own
+from streammerge.checkpoint.uploading import UploadedFile, Uploads, is_sent, read_uploads
+from streammerge.engine.progress import OnProgress, ProgressEvent
+from streammerge.errors import CheckpointError, OutputError, OutputExistsError, StreamMergeError
+from streammerge.identity import identify
+from streammerge.merging import MergeJob
+from streammerge.plan.types import MergePlan
+from streammerge.storage.targets import Target, open_target
+from streammerge.storage.urls import check_url
+from streammerge.units import GIB
+
+LOCK_NAME = ".streammerge-at-work"
+"""The object that says that a merge is at work."""
+SCRATCH_VARIABLE = "STREAMMERGE_SCRATCH"
+"""Names the directory for what waits to be sent."""
+_BEAT_SECONDS = 60.0
+"""How often a merge says that it is still at work."""
+_STALE_SECONDS = 300.0
+"""After so long without that it is taken to be over."""
+
+
+def find_stored(planned: MergePlan, url: str) -> Manifest | None:
+    """Return the manifest at an address if that is the complete result of this very merge; else None."""
+    target = open_target(check_url(url))
+    manifest = _read_manifest(target)
+    if manifest is None or manifest.run.identity != digest_identity(identify(planned)):
+        return None
+    there = {each.name: each.object.nbytes for each in target.list()}
+    listed = {name: file.nbytes for name, file in manifest.files.items()}
+    if any(there.get(name) != nbytes for name, nbytes in listed.items()):
+        return None
+    if LOCK_NAME in there:
+        left = target.get(LOCK_NAME)
+        if left is not None and _is_over(left.content):
+            target.delete(LOCK_NAME)
+    shutil.rmtree(_scratch_of(url), ignore_errors=True)
+    return manifest
+
+
+def store_job(job: MergeJob, url: str) -> Callable[[OnProgress], Manifest]:
+    """Return what merges to an address.
+
+    Args:
+        job: The merge; its ``out`` is of no matter.
+        url: ``s3://bucket/folder``.
+
+    Raises:
+        OutputError: Nothing can be written there.
+        OutputExistsError: There is something else.
+    """
+    planned = job.planned
+    if not isinstance(planned, MergePlan):
+        raise OutputError(
+            f"{url}: adapters are combined to a directory on a disk, in seconds; copy it there"
+        )
+    if form_of(Path(url)).file is not None:
+        raise OutputError(
+            f"{url}: is one file; name a folder, s3://bucket/folder, for a result in a store has its manifest "
+            "beside it"
+        )
+    target = open_target(check_url(url))
+    scratch = _scratch_of(url)
+    try:
+        scratch.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(
+            f"{scratch}: cannot be made: {error.strerror}; name another directory for what waits to be sent "
+            f"by {SCRATCH_VARIABLE}"
+        ) from error
+    local = scratch / (Path(url).name or "result")
+    sink = _StoreSink(planned, target, url, local, job.overwrite, job.resume)
+
+    def run(on_progress: OnProgress) -> Manifest:
+        sink.check()
+        with sink.locked() as beat:
+
+            def report(event: ProgressEvent) -> None:
+                beat()
+                on_progress(event)
+
+            # What an earlier run has published here was on its way to the store.
+            shutil.rmtree(local, ignore_errors=True)
+            manifest = MergeJob(
+                planned,
+                local,
+                overwrite=job.overwrite,
+                resume=job.resume,
+                opener=job.opener,
+                open_files=job.open_files,
+                sink=sink,
+            ).run(report)
+        shutil.rmtree(scratch, ignore_errors=True)
+        return manifest
+
+    return run
+
+
+def _scratch_of(url: str) -> Path:
+    """Return the directory on this machine for a merge to an address."""
+    caches = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    root = os.environ.get(SCRATCH_VARIABLE) or f"{caches}/streammerge/uploads"
+    name = hashlib.sha256(url.rstrip("/").encode()).hexdigest()[:16]
+    return Path(os.path.abspath(os.path.expanduser(root))) / name  # noqa: PTH100, PTH111 - no link is followed, no home is no error
+
+
+def _read_manifest(target: Target) -> Manifest | None:
+    """Return the manifest in a store; None without one that this version can read."""
+    found = target.get(MANIFEST_NAME)
+    if found is None:
+        return None
+    with TemporaryDirectory(prefix="streammerge-") as directory:
+        (Path(directory) / MANIFEST_NAME).write_bytes(found.content)
+        try:
+            manifest = TypeAdapter(Manifest).validate_python(read_manifest(Path(directory)))
+        except (CheckpointError, ValueError):
+            return None
+    return manifest if manifest.version == MANIFEST_VERSION else None
+
+
+@dataclass
+class _StoreSink:
+    """Sends the files of one merge to a store; see :class:`streammerge.merging.Sink`."""
+
+    planned: MergePlan
+    target: Target
+    url: str
+    local: Path
+    overwrite: bool
+    resume: bool
+    uploads: Uploads | None = None
+    old: Sequence[str] = ()
+    """The files of an earlier merge that is replaced."""
+
+    @property
+    def room(self) -> int:
+        """A gigabyte for what waits, or the whole where that is less or has to stay until the end."""
+        whole = self.planned.bytes_to_write
+        return (
+            whole
+            if any(map(self._stays, range(len(self.planned.layout.shards))))
+            else min(whole, GIB)
+        )
+
+    def _stays(self, shard: int) -> bool:
+        """Return whether a shard stays here until its digest is known: of tensors made in parts it is read."""
+        tasks = self.planned.layout.shards[shard].tasks
+        return any(self.planned.tasks[index].region is not None for index in tasks)
+
+    def check(self) -> None:
+        """Raise if the result may not go there."""
+        partial = choose_place(self.local).partial
+        journal = read_journal(partial / JOURNAL_NAME) if partial.is_dir() else None
+        continues = self.resume and journal is not None
+        replaces = self.overwrite or (
+            continues and journal is not None and bool(journal.identity.get("overwrite"))
+        )
+        there = [each.name for each in self.target.list() if each.name != LOCK_NAME]
+        if not there:
+            return
+        if MANIFEST_NAME in there and not replaces:
+            raise OutputExistsError(
+                f"{self.url}: already holds a result; give --overwrite to replace it, or choose another place"
+            )
+        own = None if journal is None else read_uploads(partial / UPLOADS_NAME)[0]
+        ours = {MANIFEST_NAME}
+        if MANIFEST_NAME in there:
+            manifest = _read_manifest(self.target)
+            ours |= set() if manifest is None else manifest.files.keys()
+        tokens = {name: self.target.token_of(name) for name in there if name not in ours}
+        foreign = [name for name, token in tokens.items() if token is None]
+        if foreign:
+            raise OutputExistsError(
+                f"{self.url}: holds {len(foreign)} object(s) that no merge lists ({', '.join(foreign[:3])}); "
+                "they would be mixed with the result, move them away or choose another place"
+            )
+        if any(token != own for token in tokens.values()) and not replaces:
+            raise OutputExistsError(
+                f"{self.url}: holds {len(tokens)} object(s) of a merge that did not end, and of which this machine knows "
+                "nothing; give --overwrite to replace them, or resume it where it ran"
+            )
+        ours |= tokens.keys()
+        self.old = [name for name in there if name in ours]
+
+    @contextmanager
+    def locked(self) -> Iterator[Callable[[], None]]:
+        """Let no other merge write to the place; gives what says now and then that this one is at work."""
+        sign = secrets.token_hex(8)
+        version = self._lock(sign)
+        _signs.add(sign)
+        last = time.monotonic()
+        state = threading.Lock()
+
+        def beat() -> None:
+            nonlocal version, last
+            with state:
+                if time.monotonic() - last < _BEAT_SECONDS:
+                    return
+                last = time.monotonic()
+                # Looked at as well: not all stores know the condition.
+                found = self.target.get(LOCK_NAME)
+                new = None
+                if found is not None and found.version == version:
+                    new = self.target.put(LOCK_NAME, _sign_of_life(sign), instead_of=version)
+                if new is None:
+                    raise OutputError(
+                        f"{self.url}: another merge has begun to write there, because this one gave no sign for "
+                        f"{_STALE_SECONDS:.0f} s; this one ends here"
+                    )
+                version = new
+
+        try:
+            yield beat
+        finally:
+            _signs.discard(sign)
+            # Whoever comes next sees that it is over.
+            with contextlib.suppress(StreamMergeError):
+                self.target.delete(LOCK_NAME)
+
+    def _lock(self, sign: str) -> str:
+        version = self.target.put(LOCK_NAME, _sign_of_life(sign), new=True)
+        if version is not None:
+            return version
+        found = self.target.get(LOCK_NAME)
+        if found is not None and found.age < _STALE_SECONDS and not _is_over(found.content):
+            raise OutputExistsError(
+                f"{self.url}: another merge is at work there, by a sign of {found.age:.0f} s ago; wait for it, or if "
+                f"it was killed for {_STALE_SECONDS - found.age:.0f} s"
+            )
+        version = self.target.put(
+            LOCK_NAME, _sign_of_life(sign), instead_of=None if found is None else found.version
+        )
+        if version is None:
+            raise OutputExistsError(f"{self.url}: another merge has begun there at this moment")
+        return version
+
+    @contextmanager
+    def at_work(self, partial: Path) -> Iterator[None]:
+        """Go on with what an earlier run has begun in the store, or throw it away."""
+        token = read_uploads(partial / UPLOADS_NAME)[0]
+        self.uploads = Uploads(
+            self.target, partial, token or secrets.token_hex(8), before_first=self._unpublish
+        )
+        if token is not None:
+            self.uploads.recover({s.name: s.nbytes for s in self.planned.layout.shards})
+        going_on = set(self.uploads.begun.items())
+        for name, upload in self.target.uploads():
+            if (name, upload) not in going_on:
+                self.target.abort(name, upload)
+        try:
+            yield
+        except BaseException:
+            self.uploads.stop()
+            journal = read_journal(partial / JOURNAL_NAME)
+            if journal is None or not journal.lines:
+                # Nothing that a resume could go on from: the store need not keep it.
+                for name, upload in self.uploads.begun.items():
+                    if upload:
+                        self.target.abort(name, upload)
+            raise
+        self.uploads.stop()
+
+    def _unpublish(self) -> None:
+        """Let there be no complete result there until the new one is."""
+        if self.old:
+            self.target.delete(MANIFEST_NAME)
+
+    def has(self, piece: PieceDone) -> bool:
+        """Return whether the store has all bytes of a piece."""
+        assert self.uploads is not None  # noqa: S101 - at work
+        task = self.planned.tasks[piece.task]
+        shard = self.planned.layout.shards[task.shard]
+        size = task.dtype.itemsize
+        begin, nbytes = piece.start * size, piece.numel * size
+        spans = [(task.offset + begin, task.offset + begin + nbytes)]
+        if task.runs is not None:
+            spans = [
+                (task.offset + place, task.offset + place + last - first)
+                for place, first, last in task.runs.spans(begin, nbytes)
+            ]
+        if task.encoding is not None or task.action is Action.SCALES or task.region is not None:
+            # Its scales, or the whole of it, are needed here again.
+            return False
+        return is_sent(self.uploads.known, shard.name, shard.nbytes, spans)
+
+    def open(
+        self,
+        shard: int,
+        path: Path,
+        *,
+        resumed: bool,
+        on_durable: Callable[[Sequence[PieceDone]], None],
+    ) -> OutputFile:
+        """Open a shard on its way."""
+        assert self.uploads is not None  # noqa: S101 - at work
+        layout = self.planned.layout.shards[shard]
+        return UploadedFile(
+            path,
+            layout.nbytes,
+            name=layout.name,
+            keep=layout.nbytes if self._stays(shard) else layout.header_nbytes,
+            uploads=self.uploads,
+            resumed=resumed,
+            on_durable=on_durable,
+        )
+
+    def publish(self, partial: Path, manifest: Manifest) -> None:
+        """Send all that is no shard, the manifest last."""
+        assert self.uploads is not None  # noqa: S101 - at work
+        token = self.uploads.token
+        shards = {each.name for each in self.planned.layout.shards}
+        for name in self.old:
+            if name not in manifest.files and name != MANIFEST_NAME:
+                self.target.delete(name)
+        for path in sorted(partial.rglob("*")):
+            name = path.relative_to(partial).as_posix()
+            if path.is_file() and name not in shards and name != MANIFEST_NAME and not is_own(name):
+                self.target.put(name, path.read_bytes(), token=token)
+        self.target.put(MANIFEST_NAME, (partial / MANIFEST_NAME).read_bytes(), token=token)
+        for name in shards:
+            # Nothing that has holes in the place of values may look like a result.
+            (partial / name).unlink()
+
+
+_signs: set[str] = set()
+"""Of the merges of this process that are at work."""
+
+
+def _sign_of_life(sign: str) -> bytes:
+    said = {"host": platform.node(), "process": os.getpid(), "sign": sign}
+    return json.dumps(said).encode()
+
+
+def _is_over(content: bytes) -> bool:
+    """Return whether the merge that gave a sign is known to have ended: one of this machine that is gone."""
+    try:
+        said = json.loads(content)
+        host, process, sign = said["host"], int(said["process"]), said["sign"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return False
+    if host != platform.node():
+        return False
+    return sign not in _signs if process == os.getpid() else not psutil.pid_exists(process)
