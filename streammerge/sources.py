@@ -11,6 +11,7 @@ from streammerge.adapters.files.reading import is_adapter
 from streammerge.adapters.onto_base.adapted import AdaptedModel, read_adapted, read_tuned
 from streammerge.checkpoint.coded import read_codes
 from streammerge.checkpoint.composite import fit_parts, read_model
+from streammerge.checkpoint.header import ParsedHeaders
 from streammerge.checkpoint.hub import locate_model
 from streammerge.checkpoint.metadata import read_metadata
 from streammerge.checkpoint.quantised import check_not_quantized
@@ -96,9 +97,10 @@ def read_models(recipe: Recipe, *, shares_ties: bool) -> ReadModels:
         RecipeError: A source is an adapter, and there is no base for it, or the wrong one.
         CheckpointError: A model is not what it should be.
     """
-    base = None if recipe.base is None else _read_model(recipe.base, "base")
+    parsed: ParsedHeaders = {}
+    base = None if recipe.base is None else _read_model(recipe.base, "base", parsed)
     sources = [
-        _read_source(source, f"sources[{index}]", base, shares_ties=shares_ties)
+        _read_source(source, f"sources[{index}]", base, parsed, shares_ties=shares_ties)
         for index, source in enumerate(recipe.sources)
     ]
     first, left_out = _with_metadata(_first(sources) if base is None else base)
@@ -111,7 +113,12 @@ def read_models(recipe: Recipe, *, shares_ties: bool) -> ReadModels:
 
 
 def _read_source(
-    source: Source, label: str, base: Checkpoint | None, *, shares_ties: bool
+    source: Source,
+    label: str,
+    base: Checkpoint | None,
+    parsed: ParsedHeaders,
+    *,
+    shares_ties: bool,
 ) -> Checkpoint | AdaptedModel:
     with naming_source(label):
         adapted = is_adapter(source.path)
@@ -122,13 +129,13 @@ def _read_source(
         )
     if adapted:
         return read_adapted(source, label, base, shares_ties=shares_ties)
-    model = _read_model(source.path, label)
+    model = _read_model(source.path, label, parsed)
     return model if source.adapter is None else read_tuned(source, label, model)
 
 
-def _read_model(path: Path, label: str) -> Checkpoint:
+def _read_model(path: Path, label: str, parsed: ParsedHeaders) -> Checkpoint:
     with naming_source(label):
-        checkpoint = read_codes(read_model(path))
+        checkpoint = read_codes(read_model(path, parsed))
         check_gathered(checkpoint)
         for part in (checkpoint, *(part for _, part in checkpoint.parts)):
             check_not_quantized(part)

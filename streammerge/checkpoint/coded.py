@@ -103,10 +103,10 @@ def _packed_stacks(tensors: Mapping[str, TensorEntry]) -> Iterator[tuple[str, Te
     Source: ``convert_moe_packed_tensors`` of transformers: of a byte, the low half is the first code; a
     matrix ``[rows, columns]`` of codes is the transpose of the weight.
     """
-    for blocks in tensors.values():
+    for blocks in [entry for name, entry in tensors.items() if name.endswith(_BLOCKS)]:
         name = blocks.name.removesuffix(_BLOCKS)
         scales = tensors.get(name + _SCALES)
-        if name == blocks.name or scales is None or len(blocks.shape) < 3:
+        if scales is None or len(blocks.shape) < 3:
             continue
         bytes_each = {DType.U8} == {blocks.dtype, scales.dtype}
         if (

@@ -18,6 +18,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
+from streammerge.checkpoint.header import ParsedHeaders
 from streammerge.checkpoint.inputs import (
     absolute,
     check_inside,
@@ -26,7 +27,7 @@ from streammerge.checkpoint.inputs import (
     parse_path,
     read_limited,
 )
-from streammerge.checkpoint.reading import MAX_CONFIG_BYTES, read_checkpoint
+from streammerge.checkpoint.reading import MAX_CONFIG_BYTES, read_sharing
 from streammerge.checkpoint.types import Checkpoint, ShardFile, TensorEntry
 from streammerge.errors import CheckpointError, HeaderError, RecipeError, printable, suggestion
 
@@ -36,12 +37,14 @@ READ_SUFFIXES = (".safetensors", ".bin")
 """Of files whose tensors are read in the folder of a part."""
 
 
-def read_model(path: str | os.PathLike[str]) -> Checkpoint:
+def read_model(path: str | os.PathLike[str], parsed: ParsedHeaders | None = None) -> Checkpoint:
     """Return the model at ``path``, of one part or of several.
 
     Args:
         path: What :func:`~streammerge.checkpoint.reading.read_checkpoint` takes, or the directory of a
             pipeline of diffusers or of a model of sentence-transformers.
+        parsed: Headers of other models, which are not parsed again; extended by those of this one. None
+            for a model by itself.
 
     Returns:
         The checkpoint. Of several parts, its tensors are called after their folders, those of the
@@ -51,13 +54,14 @@ def read_model(path: str | os.PathLike[str]) -> Checkpoint:
         CheckpointError: As for ``read_checkpoint``, of the model or of any part.
     """
     path = absolute(parse_path(path, "path"))
+    parsed = {} if parsed is None else parsed
     folders = list_parts(path)
     if not folders:
-        return read_checkpoint(path)
-    parts = {folder: read_checkpoint(path / folder) for folder in folders}
+        return read_sharing(path, parsed)
+    parts = {folder: read_sharing(path / folder, parsed) for folder in folders}
     if not is_there(path / PIPELINE_INDEX) and _has_weights(path):
         # The transformer of sentence-transformers lies in the directory itself.
-        parts = {"": read_checkpoint(path), **parts}
+        parts = {"": read_sharing(path, parsed), **parts}
     return compose(path, parts)
 
 

@@ -39,12 +39,20 @@ _FIELDS = frozenset({"dtype", "shape", "data_offsets"})
 _Extent = tuple[int, int, str, DType, tuple[int, ...]]
 
 
-def read_safetensors_header(path: Path, *, file_index: int) -> tuple[ShardFile, list[TensorEntry]]:
+ParsedHeaders = dict[tuple[str, int, int], list[TensorEntry]]
+"""The tensors of headers that were parsed, by the digest of the header, the size of the file, and its
+number. Models that were tuned from one often have its headers, to the byte."""
+
+
+def read_safetensors_header(
+    path: Path, *, file_index: int, parsed: ParsedHeaders | None = None
+) -> tuple[ShardFile, list[TensorEntry]]:
     """Return a safetensors file's identity and its tensors, in the order of their bytes.
 
     Args:
         path: The file, absolute.
         file_index: What :attr:`TensorEntry.file` will hold.
+        parsed: Headers that need not be parsed again; this one is added. None where it is the only one.
 
     Returns:
         The file as it is now, and one entry per tensor, sorted by offset.
@@ -57,22 +65,31 @@ def read_safetensors_header(path: Path, *, file_index: int) -> tuple[ShardFile, 
         UnsupportedDTypeError: A tensor has a dtype that is not known.
     """
     raw, nbytes, mtime_ns = _read_raw(path)
-    header_nbytes = len(raw)
+    digest = blake2b(raw, digest_size=16).hexdigest()
+    known = (digest, nbytes, file_index)
+    entries = None if parsed is None else parsed.get(known)
+    if entries is None:
+        entries = _parse(path, raw, nbytes=nbytes, file_index=file_index)
+        if parsed is not None:
+            parsed[known] = entries
+    return ShardFile(path, nbytes, mtime_ns, digest, remote=find_object(path)), entries
+
+
+def _parse(path: Path, raw: bytes, *, nbytes: int, file_index: int) -> list[TensorEntry]:
+    """Return the tensors of a header, which agrees with itself and the size of its file."""
     header = parse_json_object(raw, where=f"{path}: header", parse_constant=refuse_constant)
     _check_metadata(path, header.pop("__metadata__", None))
     extents = sorted(_parse_extent(path, name, fields) for name, fields in header.items())
-    data_start = _LENGTH_BYTES + header_nbytes
+    data_start = _LENGTH_BYTES + len(raw)
     _check_coverage(path, extents, data_start=data_start, nbytes=nbytes)
     # Half a surrogate pair can only come from an escape; without one no name needs a look.
     if b"\\u" in raw:
         for name in header:
             check_name(name, path=path)
-    entries = [
+    return [
         TensorEntry(name, dtype, shape, file_index, data_start + begin)
         for begin, _, name, dtype, shape in extents
     ]
-    digest = blake2b(raw, digest_size=16).hexdigest()
-    return ShardFile(path, nbytes, mtime_ns, digest, remote=find_object(path)), entries
 
 
 def read_raw_header(path: Path) -> bytes:

@@ -25,7 +25,8 @@ _PACKED_DTYPES = frozenset({DType.U8, DType.I8, DType.U16, DType.I16, DType.U32,
 # U8 holds the exponents that F8_E8M0 is for, in files older than it.
 _SCALE_DTYPES = frozenset({DType.F64, DType.F32, DType.F16, DType.BF16, DType.F8_E8M0, DType.U8})
 
-_SCALE_NAME = re.compile(r"scale|amax", re.IGNORECASE)
+_SCALE_WORDS = ("scale", "amax")
+_SCALE_NAME = re.compile("|".join(_SCALE_WORDS), re.IGNORECASE)
 # modelopt keeps what it knows of a weight in a module of its own: `weight_quantizer._amax`.
 _QUANTIZER = re.compile(r"quantizer", re.IGNORECASE)
 # Scales of what attention computes, and factors that models learn: none belongs to a weight.
@@ -89,6 +90,10 @@ def find_scales(tensors: Mapping[str, TensorEntry]) -> dict[str, ScaledWeight]:
     Args:
         tensors: All tensors of a checkpoint, by name.
     """
+    # Nearly all models have none, and are told by one look at all names.
+    every_name = "\n".join(tensors).casefold()
+    if not any(word in every_name for word in _SCALE_WORDS):
+        return {}
     scales: defaultdict[str, list[tuple[str, TensorEntry]]] = defaultdict(list)
     for entry in tensors.values():
         module, _, last = entry.name.rpartition(".")
@@ -142,6 +147,8 @@ def check_not_quantized(checkpoint: Checkpoint) -> None:
                 "(if they are already, delete the entry)"
             )
     scaled = find_scales(checkpoint.tensors)
+    if not scaled and not _may_be_packed(checkpoint.tensors):
+        return
     for entry in checkpoint.tensors.values():
         reason = _quantization_of(entry, checkpoint.tensors, scaled)
         if reason is not None:
@@ -212,6 +219,16 @@ def _add(
         found[weight.name] = ScaledWeight(weight, None, tuple(entries))
     else:
         found[weight.name] = ScaledWeight(weight, entries[0], tuple(entries[1:]))
+
+
+def _may_be_packed(tensors: Mapping[str, TensorEntry]) -> bool:
+    """Return whether any name or type is one that packed weights have; False tells for certain."""
+    if not _PACKED_DTYPES.isdisjoint(entry.dtype for entry in tensors.values()):
+        return True
+    last_parts = {name.rpartition(".")[2] for name in tensors}
+    return not last_parts.isdisjoint(_PACKED_NAMES) or any(
+        last.startswith(_BITSANDBYTES_STATE) for last in last_parts
+    )
 
 
 def _quantization_of(

@@ -9,10 +9,11 @@ from __future__ import annotations
 import os
 import re
 import stat
+from functools import partial
 from pathlib import Path
 
 from streammerge.checkpoint.dequantising import gguf_advice
-from streammerge.checkpoint.header import read_safetensors_header
+from streammerge.checkpoint.header import ParsedHeaders, read_safetensors_header
 from streammerge.checkpoint.indexes import read_indexed
 from streammerge.checkpoint.inputs import (
     absolute,
@@ -61,6 +62,16 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         QuantizedCheckpointError: It is a GGUF file.
         UnsupportedDTypeError: A tensor has a dtype that is not known.
     """
+    return read_sharing(path, {})
+
+
+def read_sharing(path: str | os.PathLike[str], parsed: ParsedHeaders) -> Checkpoint:
+    """Return the checkpoint at ``path`` as :func:`read_checkpoint` does.
+
+    Args:
+        path: As there.
+        parsed: Headers of other models, which are not parsed again; extended by those of this one.
+    """
     path = absolute(parse_path(path, "path"))
     try:
         is_directory = stat.S_ISDIR(path.stat().st_mode)
@@ -70,9 +81,9 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     chosen = _choose_file(path) if is_directory else path
     notes: list[str] = []
     if chosen.suffix == ".json":
-        files, entries = read_indexed(chosen, read_file, notes)
+        files, entries = read_indexed(chosen, partial(read_file, parsed=parsed), notes)
     else:
-        shard, entries = read_file(chosen, 0)
+        shard, entries = read_file(chosen, 0, parsed=parsed)
         files = [shard]
     config = _read_config(chosen.parent / "config.json", notes)
     return Checkpoint(
@@ -132,19 +143,22 @@ def _only_single(directory: Path, names: list[str]) -> str:
     return _only(directory, names, "without an index")
 
 
-def read_file(path: Path, file_index: int) -> tuple[ShardFile, list[TensorEntry]]:
+def read_file(
+    path: Path, file_index: int, *, parsed: ParsedHeaders
+) -> tuple[ShardFile, list[TensorEntry]]:
     """Return one file's identity and its tensors, read as its name says.
 
     Args:
         path: The file, absolute.
         file_index: What :attr:`TensorEntry.file` will hold.
+        parsed: As for :func:`read_sharing`.
 
     Raises:
         CheckpointError: Files of this name are not read, or this one cannot be; as
             :func:`read_checkpoint`.
     """
     if path.suffix == ".safetensors":
-        return read_safetensors_header(path, file_index=file_index)
+        return read_safetensors_header(path, file_index=file_index, parsed=parsed)
     if path.suffix in TORCH_SUFFIXES:
         return read_torch_header(path, file_index=file_index)
     if path.suffix == ".gguf":

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from streammerge.checkpoint.header import MAX_HEADER_BYTES, read_safetensors_header
+from streammerge.checkpoint.header import MAX_HEADER_BYTES, ParsedHeaders, read_safetensors_header
 from streammerge.dtypes import DTYPES_BY_TORCH_NAME, DType
 from streammerge.errors import (
     CheckpointError,
@@ -107,6 +107,33 @@ def test_tensors_come_in_the_order_of_their_bytes(shard: Path) -> None:
     write(shard, {"a": later, "b": TENSOR}, bytes(16))
 
     assert [e.name for e in read_safetensors_header(shard, file_index=0)[1]] == ["b", "a"]
+
+
+def test_a_header_that_another_file_has_too_is_parsed_once(shard: Path, tmp_path: Path) -> None:
+    other = write(tmp_path / "other.safetensors", {"a": TENSOR}, bytes(8))
+    write(shard, {"a": TENSOR}, bytes(8))
+    parsed: ParsedHeaders = {}
+
+    first, entries = read_safetensors_header(shard, file_index=0, parsed=parsed)
+    second, again = read_safetensors_header(other, file_index=0, parsed=parsed)
+
+    assert again is entries
+    assert (first.path, second.path) == (shard, other)
+    assert first.header_digest == second.header_digest
+    # As the first file of one model and the second of another, tensors are not the same.
+    _, numbered = read_safetensors_header(other, file_index=1, parsed=parsed)
+    assert [entry.file for entry in numbered] == [1]
+
+
+def test_a_known_header_is_still_held_against_the_size_of_its_file(
+    shard: Path, tmp_path: Path
+) -> None:
+    parsed: ParsedHeaders = {}
+    read_safetensors_header(write(shard, {"a": TENSOR}, bytes(8)), file_index=0, parsed=parsed)
+    short = write(tmp_path / "short.safetensors", {"a": TENSOR}, bytes(7))
+
+    with pytest.raises(TruncatedShardError, match=r"short\.safetensors: header declares data"):
+        read_safetensors_header(short, file_index=0, parsed=parsed)
 
 
 def test_50000_tensors_are_parsed_within_two_seconds(shard: Path) -> None:
