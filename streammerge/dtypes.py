@@ -30,15 +30,15 @@ class DType(StrEnum):
     F4 = "F4"
     C64 = "C64"
 
-    @property
-    def itemsize(self) -> int:
-        """Bytes per item; an item is an element, but two of F4."""
-        return _ITEMSIZE[self]
-
-    @property
-    def elements_per_item(self) -> int:
-        """Elements that share an item; 1 for all but F4."""
-        return 2 if self is DType.F4 else 1
+    # Set once for each below: they are asked for a dozen times for each of 50,000 tensors.
+    itemsize: int
+    """Bytes per item; an item is an element, but two of F4."""
+    elements_per_item: int
+    """Elements that share an item; 1 for all but F4."""
+    is_float: bool
+    """Whether merge arithmetic applies; integers and bool are only ever copied."""
+    is_opaque: bool
+    """Whether elements are bytes to copy and nothing more: no arithmetic, no conversion."""
 
     def nbytes(self, numel: int) -> int:
         """Return the bytes that elements take side by side.
@@ -49,22 +49,11 @@ class DType(StrEnum):
         Raises:
             ValueError: They end inside a byte; the text completes "its shape".
         """
-        # Asked several times for each of 50,000 tensors.
-        if self is not DType.F4:
-            return numel * _ITEMSIZE[self]
+        if self.elements_per_item == 1:
+            return numel * self.itemsize
         if numel % 2:
             raise ValueError(f"has {numel} elements of {self}, which end inside a byte")
         return numel // 2
-
-    @property
-    def is_float(self) -> bool:
-        """Whether merge arithmetic applies; integers and bool are only ever copied."""
-        return self in _FLOATS
-
-    @property
-    def is_opaque(self) -> bool:
-        """Whether elements are bytes to copy and nothing more: no arithmetic, no conversion."""
-        return self in _OPAQUE
 
     @property
     def torch_name(self) -> str:
@@ -99,6 +88,11 @@ _ITEMSIZE = {
 }
 _OPAQUE = frozenset({DType.F8_E8M0, DType.F8_E4M3FNUZ, DType.F8_E5M2FNUZ, DType.F4, DType.C64})
 _FLOATS = frozenset({DType.F64, DType.F32, DType.F16, DType.BF16, DType.F8_E4M3, DType.F8_E5M2})
+for _dtype in DType:
+    _dtype.itemsize = _ITEMSIZE[_dtype]
+    _dtype.elements_per_item = 2 if _dtype is DType.F4 else 1
+    _dtype.is_float = _dtype in _FLOATS
+    _dtype.is_opaque = _dtype in _OPAQUE
 _TORCH_NAMES = {
     DType.F64: "float64",
     DType.F32: "float32",

@@ -7,12 +7,13 @@ import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import translate
+from fnmatch import fnmatchcase, translate
 
 from streammerge.assignment.common import differing_axis
 from streammerge.checkpoint.types import TensorEntry
 from streammerge.dtypes import DType
-from streammerge.errors import printable
+from streammerge.errors import RecipeError, printable
+from streammerge.recipe.types import Recipe
 
 _LISTED = 10
 """Names that a message lists before it counts the rest."""
@@ -272,3 +273,33 @@ def _prefixes(name: str) -> list[str]:
 
 def _escaped(name: str) -> str:
     return _GLOB_SIGNS.sub(r"[\1]", name)
+
+
+def check_rules_match(recipe: Recipe, names: Iterable[str], renamed: Mapping[str, str]) -> None:
+    """Raise if a rule is about no tensor at all: its glob is misspelt, or meant for another model.
+
+    Args:
+        recipe: What is asked for.
+        names: All names that rules may speak of.
+        renamed: Names that sources had, with those that rules have to use.
+
+    Raises:
+        RecipeError: A glob fits no name.
+    """
+    for index, rule in enumerate(recipe.rules):
+        if any(fnmatchcase(name, rule.tensors) for name in names):
+            continue
+        where = f'rules[{index}].tensors: "{printable(rule.tensors)}"'
+        old = next((name for name in renamed if fnmatchcase(name, rule.tensors)), None)
+        if old is not None:
+            raise RecipeError(
+                f'{where} matches names of a source alone: what is called "{printable(old)}" there is '
+                f'"{printable(renamed[old])}" in the result, by which rules speak of it; write it so'
+            )
+        example = printable(next(iter(names), "none"))
+        to_do = "correct the glob or remove the rule"
+        if f"rules[{index}].tensors" in recipe.keys:
+            to_do += ", in the recipe that `streammerge convert` prints"
+        raise RecipeError(
+            f'{where} matches no tensor of any input; the names look like "{example}", {to_do}'
+        )

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
-from fnmatch import fnmatchcase
+from itertools import chain
 from types import MappingProxyType
 
 from streammerge.adapters.onto_base.adapted import AdaptedModel, changes_of
@@ -13,6 +13,7 @@ from streammerge.adapters.onto_base.changes import Change
 from streammerge.assignment.advising import (
     Mismatch,
     Present,
+    check_rules_match,
     mismatch_message,
     missing_message,
     opaque_message,
@@ -34,6 +35,8 @@ from streammerge.recipe.types import BASE, MissingPolicy, Recipe
 
 _MASK = re.compile(r"(^|[._])(attn_mask|attention_mask|causal_mask|masked_bias|mask|tril|triu)$")
 """Names of buffers that hold minus infinity, or a large number for it, where attention may not look."""
+_MASK_ENDINGS = ("mask", "masked_bias", "tril", "triu", "\n")
+"""What all such names end with, which most names do not; the pattern's end is that of a line."""
 _SHOWN = 4
 _RESERVED_NAME = "__metadata__"
 """PyTorch files may use this name, safetensors headers may not."""
@@ -98,7 +101,11 @@ class _Aligner:
         self._method = method
         self._models_of = models_of
         self._base_of = base_of
+        self._tables = [each.tensors for each in checkpoints]
+        self._everyone = tuple(range(len(checkpoints)))
+        self._changing = any(changes_of(each) for each in checkpoints)
         self._settings: dict[Setting, int] = {}
+        self._numbers: dict[tuple[int, tuple[int, ...]], tuple[Resolved, int]] = {}
         self._dropped: list[str] = []
         self._copied: list[str] = []
         self._missing: dict[str, tuple[int, ...]] = {}
@@ -118,8 +125,8 @@ class _Aligner:
         self._only_adapted = len(self._adapted) == len(checkpoints) - self._has_base
 
     def run(self, known: Collection[str], renamed: Mapping[str, str]) -> Assignment:
-        names = dict.fromkeys(name for each in self._checkpoints for name in each.tensors)
-        _check_rules_match(self._recipe, [*names, *known], renamed)
+        names = dict.fromkeys(chain.from_iterable(self._tables))
+        check_rules_match(self._recipe, [*names, *known], renamed)
         tensors = [tensor for name in names if (tensor := self._decide(name)) is not None]
         self._refuse(names)
         self._describe(tensors)
@@ -189,13 +196,13 @@ class _Aligner:
             raise kind(mismatch_message(self._mismatched, names, has_base=self._has_base))
 
     def _decide(self, name: str) -> AssignedTensor | None:
-        if name == _RESERVED_NAME and not self._resolve(name).drop:
+        resolved = self._resolve(name)
+        if name == _RESERVED_NAME and not resolved.drop:
             raise UnsupportedDTypeError(
                 f"a tensor is called {name}, which safetensors keeps for itself; rename it, or drop "
                 f"it by a rule {{tensors: {name}, drop: true}}"
             )
-        resolved = self._resolve(name)
-        entries = [each.tensors.get(name) for each in self._checkpoints]
+        entries = [table.get(name) for table in self._tables]
         if lender := self._base_of(name):
             entries[0] = entries[lender]
         if resolved.drop:
@@ -206,7 +213,8 @@ class _Aligner:
         involved = self._models_of(name)
         if self._recipe.mixture is not None and involved == (0,):
             return self._taken(name, entries, 0)
-        entries = [each if index in involved else None for index, each in enumerate(entries)]
+        if involved != self._everyone:
+            entries = [each if index in involved else None for index, each in enumerate(entries)]
         if not any(entries) and not any(name in each.changes for each in self._adapted.values()):
             self._uninvolved.append(name)
             return None
@@ -214,6 +222,10 @@ class _Aligner:
             decided = self._decide_by_adapters(name, entries)
             if decided is not None:
                 return decided
+        if all(entries):
+            # As nearly always: nothing is lent, and nothing is missing.
+            inputs = (None, *entries[1:]) if self._first_merged else tuple(entries)
+            return self._merged(name, resolved, entries, inputs)
         base = entries[0] if self._has_base else None
         # An adapter that says nothing about a tensor leaves it as it is in the base; so does a
         # pipeline that lacks the part.
@@ -238,7 +250,7 @@ class _Aligner:
             self._missing[name] = absent
             return None
         inputs = tuple(entry if index in merged else None for index, entry in enumerate(entries))
-        return self._merged(name, entries, inputs)
+        return self._merged(name, resolved, entries, inputs)
 
     def _says_nothing(self, index: int, name: str) -> bool:
         """Return whether a model is an adapter, or has no part of a tensor's folder."""
@@ -252,30 +264,32 @@ class _Aligner:
     def _merged(
         self,
         name: str,
+        resolved: Resolved,
         entries: Sequence[TensorEntry | None],
         inputs: tuple[TensorEntry | None, ...],
     ) -> AssignedTensor | None:
         """Merge a tensor that all inputs have; note what is in the way."""
-        resolved = self._resolve(name)
-        opaque = [entry.dtype for entry in inputs if entry is not None and entry.dtype.is_opaque]
+        present = [entry for entry in inputs if entry is not None]
+        opaque = [entry.dtype for entry in present if entry.dtype.is_opaque]
         if opaque:
             self._opaque.append((name, opaque[0]))
             return None
         if resolved.common and (part := self._common(name, entries, inputs)) is not None:
             return part
-        if not self._agree(name, inputs):
+        first = present[0]
+        one_type = all(entry.dtype is first.dtype for entry in present)
+        alike = one_type and all(entry.shape == first.shape for entry in present)
+        if not alike and not self._agree(name, inputs):
             return None
-        first = next(entry for entry in inputs if entry is not None)
         changes = self._changes(name)
-        one_type = len({entry.dtype for entry in inputs if entry is not None}) == 1
         # Minus infinity less itself is no number.
-        is_mask = _MASK.search(name) is not None and one_type and not changes
+        is_mask = _is_mask(name) and one_type and not changes
         if is_mask and first.dtype.is_float:
             self._masks.append(name)
         if is_mask or not first.dtype.is_float:
             return AssignedTensor(name, first.shape, first.dtype, Action.COPY_IF_EQUAL, inputs, -1)
         dtype = self._merged_dtype(resolved, entries[0] or first, inputs)
-        setting = self._setting(name)
+        setting = self._setting(name, resolved)
         return AssignedTensor(name, first.shape, dtype, Action.MERGE, inputs, setting, changes)
 
     def _common(
@@ -329,7 +343,7 @@ class _Aligner:
             )
         )
         region = region_along(whole.shape, axis, 0, common, leads=True)
-        setting = self._setting(name)
+        setting = self._setting(name, resolved)
         return AssignedTensor(name, first.shape, dtype, Action.MERGE, parts, setting, region=region)
 
     def _merged_dtype(
@@ -341,6 +355,8 @@ class _Aligner:
         return asked or like.natural_dtype
 
     def _changes(self, name: str) -> tuple[Change, ...]:
+        if not self._changing:
+            return ()
         return tuple(
             replace(change, model=index)
             for index in self._models_of(name)
@@ -384,7 +400,7 @@ class _Aligner:
             return None
         dtype = self._merged_dtype(self._resolve(name), base or entry, (base, entry))
         inputs = (entry, *(None for _ in entries[1:]))
-        setting = self._setting(name)
+        setting = self._setting(name, self._resolve(name))
         return AssignedTensor(
             name, entry.shape, dtype, Action.MERGE, inputs, setting, changes, base_owner=index
         )
@@ -409,7 +425,7 @@ class _Aligner:
         assert entry is not None  # noqa: S101 - all callers looked
         only = tuple(entry if index == model else None for index in range(len(entries)))
         dtype = entry.natural_dtype
-        keeps = self._resolve(name).keeps_dtype or _MASK.search(name)
+        keeps = self._resolve(name).keeps_dtype or _is_mask(name)
         if entry.dtype.is_float and not keeps:
             dtype = self._recipe.output.dtype or (like or entry).natural_dtype
         same = dtype == entry.dtype and not entry.is_coded
@@ -455,33 +471,21 @@ class _Aligner:
             self._mismatched.append(Mismatch(name, tuple(present), shapes=shapes, brought=brought))
         return not (shapes or dtypes)
 
-    def _setting(self, name: str) -> int:
+    def _setting(self, name: str, resolved: Resolved) -> int:
         models = self._models_of(name)
-        has_base = self._has_base and 0 in models
-        setting = Setting(self._resolve(name).values, models, has_base)
-        return self._settings.setdefault(setting, len(self._settings))
+        # Names that are settled alike share one object, which is kept here so that its number stays its own.
+        numbered = self._numbers.get((id(resolved), models))
+        if numbered is None:
+            has_base = self._has_base and 0 in models
+            setting = Setting(resolved.values, models, has_base)
+            number = self._settings.setdefault(setting, len(self._settings))
+            self._numbers[id(resolved), models] = numbered = (resolved, number)
+        return numbered[1]
+
+
+def _is_mask(name: str) -> bool:
+    return name.endswith(_MASK_ENDINGS) and _MASK.search(name) is not None
 
 
 def _size(entry: TensorEntry | None, axis: int) -> int:
     return 0 if entry is None else entry.shape[axis]
-
-
-def _check_rules_match(recipe: Recipe, names: Iterable[str], renamed: Mapping[str, str]) -> None:
-    """Raise if a rule is about no tensor at all: its glob is misspelt, or meant for another model."""
-    for index, rule in enumerate(recipe.rules):
-        if any(fnmatchcase(name, rule.tensors) for name in names):
-            continue
-        where = f'rules[{index}].tensors: "{printable(rule.tensors)}"'
-        old = next((name for name in renamed if fnmatchcase(name, rule.tensors)), None)
-        if old is not None:
-            raise RecipeError(
-                f'{where} matches names of a source alone: what is called "{printable(old)}" there is '
-                f'"{printable(renamed[old])}" in the result, by which rules speak of it; write it so'
-            )
-        example = printable(next(iter(names), "none"))
-        to_do = "correct the glob or remove the rule"
-        if f"rules[{index}].tensors" in recipe.keys:
-            to_do += ", in the recipe that `streammerge convert` prints"
-        raise RecipeError(
-            f'{where} matches no tensor of any input; the names look like "{example}", {to_do}'
-        )

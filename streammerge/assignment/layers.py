@@ -119,18 +119,19 @@ def arrange_layers(models: Sequence[Model], labels: Sequence[str], recipe: Recip
     Raises:
         RecipeError: The models do not have these layers.
     """
-    stacks = find_stacks(models[0].tensors)
-    if not recipe.layers:
-        stacks += _stacks_of_rules(recipe, models[0].tensors, stacks)
-        everyone = tuple(range(len(models)))
-        return Arranged(
-            list(models),
-            depths(stacks),
-            lambda _: everyone,
-            lambda _: 0,
-            _describe_depths(stacks) if has_gradients(recipe) else (),
-        )
-    return _Arranging(models, labels, recipe, stacks).arrange()
+    if recipe.layers:
+        return _Arranging(models, labels, recipe, find_stacks(models[0].tensors)).arrange()
+    # Where nothing changes from layer to layer, nobody asks where a tensor stands.
+    stacks = find_stacks(models[0].tensors) if has_gradients(recipe) else []
+    stacks += _stacks_of_rules(recipe, models[0].tensors, stacks)
+    everyone = tuple(range(len(models)))
+    return Arranged(
+        list(models),
+        depths(stacks),
+        lambda _: everyone,
+        lambda _: 0,
+        _describe_depths(stacks) if has_gradients(recipe) else (),
+    )
 
 
 def _stacks_of_rules(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import TypeVar
 
 from streammerge.adapters.onto_base.adapted import AdaptedModel, TunedModel, changes_of
@@ -59,7 +60,7 @@ def settle_ties(
     Raises:
         CheckpointError: Tensors come apart in a model whose configuration cannot say so.
     """
-    names = dict.fromkeys(name for model in models for name in _names_of(model))
+    names = dict.fromkeys(chain.from_iterable(map(_names_of, models)))
     # Several families of models may know the same pair.
     pairs = list(dict.fromkeys(iter_pairs(names)))
     if not pairs:
@@ -113,9 +114,7 @@ def _joins(views: Sequence[_View], pairs: Sequence[Pair]) -> list[list[bool]]:
 
 
 def _names_of(model: Model) -> Iterable[str]:
-    yield from model.tensors
-    if isinstance(model, AdaptedModel):
-        yield from model.untied
+    return (*model.tensors, *model.untied) if isinstance(model, AdaptedModel) else model.tensors
 
 
 def _configs(models: Sequence[Model]) -> list[Mapping[str, object] | None]:

@@ -134,7 +134,7 @@ class TensorEntry:
     @property
     def nbytes(self) -> int:
         """Bytes of the tensor's data, as it is stored."""
-        if self.is_coded:
+        if self.parts and self.is_coded:
             return sum(part.numel * coded_bits(self.parts) // 8 for part in self.parts)
         return self.dtype.nbytes(prod(self.shape))
 
@@ -146,7 +146,7 @@ class TensorEntry:
     @property
     def natural_dtype(self) -> DType:
         """The type that a result has which says nothing else: of codes, what models are stored in."""
-        return DType.BF16 if self.is_coded else self.dtype
+        return DType.BF16 if self.parts and self.is_coded else self.dtype
 
 
 def coded_bits(parts: tuple[StoredPart, ...]) -> int:

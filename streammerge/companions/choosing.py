@@ -265,15 +265,17 @@ def _fit(
     for task in planned.tasks:
         if task.name in scales:
             continue
-        head, slash, rest = task.name.partition("/")
-        folder, name = (head, rest) if slash and head in folders else ("", task.name)
+        folder, name = "", task.name
+        if folders:
+            head, slash, rest = task.name.partition("/")
+            folder, name = (head, rest) if slash and head in folders else ("", task.name)
         results.setdefault(folder, {})[name] = task.output_shape
-        present = [index for index, entry in enumerate(task.inputs) if entry is not None]
-        copies = task.action in (Action.COPY, Action.CONVERT) and not task.changes
-        if copies and len(present) == 1 and present[0] in full:
-            copied.setdefault(folder, {})[name] = planned.models[present[0]].label
-        elif task.action is Action.MERGE:
+        if task.action is Action.MERGE:
             merged.setdefault(folder, set()).add(task.dtype)
+        elif task.action in (Action.COPY, Action.CONVERT) and not task.changes:
+            present = [index for index, entry in enumerate(task.inputs) if entry is not None]
+            if len(present) == 1 and present[0] in full:
+                copied.setdefault(folder, {})[name] = planned.models[present[0]].label
     changes: dict[str, tuple[JsonChange, ...]] = {}
     for folder, result in results.items():
         described = [

@@ -184,7 +184,11 @@ def around_numel(plan: MergePlan, task: TensorTask) -> int:
 
 def widest_input(task: TensorTask) -> int:
     """Return the largest element size among a tensor's inputs, in bytes."""
-    return max((entry.dtype.itemsize for entry in task.inputs if entry is not None), default=1)
+    widest = 0
+    for entry in task.inputs:
+        if entry is not None and entry.dtype.itemsize > widest:
+            widest = entry.dtype.itemsize
+    return widest or 1
 
 
 def padded(nbytes: int) -> int:

@@ -47,6 +47,7 @@ def measure_demand(
     needs = any(each.rounds or each.work.whole for each in programs)
     widest = {id(task): widest_input(task) for task in tasks}
     numels = [task.numel for task in merged] or [0]
+    nbytes = [_input_nbytes(task) for task in tasks]
     changed = [task for task in merged if task.changes]
     encoded = [task for task in tasks if task.encoding is not None]
     return Demand(
@@ -78,8 +79,11 @@ def measure_demand(
         else 0,
         resident_nbytes=0
         if model_scope or not needs
-        else max((_input_nbytes(task) for task in merged), default=0),
-        input_nbytes=sum(_input_nbytes(task) for task in tasks) + stored_nbytes(changed),
+        else max(
+            (n for n, task in zip(nbytes, tasks, strict=True) if task.action is Action.MERGE),
+            default=0,
+        ),
+        input_nbytes=sum(nbytes) + stored_nbytes(changed),
         tensors=len(tasks),
         blocks=sum(count_blocks(task.numel) for task in tasks),
         reader_bytes=DECODING_BYTES if any(map(_is_made, tasks)) else 0,
@@ -175,14 +179,24 @@ def count_plain_rows(programs: Sequence[Programs]) -> int:
 
 def _models_read(tasks: Sequence[TensorTask]) -> set[int]:
     """Return the models that any tensor is read from: a batch of small ones may need them all."""
-    return {model for task in tasks for model, entry in enumerate(task.inputs) if entry is not None}
+    # Most are read for the first tensor already.
+    count = len(tasks[0].inputs) if tasks else 0
+    return {
+        model for model in range(count) if any(task.inputs[model] is not None for task in tasks)
+    }
 
 
 def _is_made(task: TensorTask) -> bool:
     """Return whether a reader makes what it reads: numbers of codes, or rows of other rows."""
-    given = [entry for entry in task.inputs if entry is not None]
-    return any(coded_bits(entry.parts) or entry.rows is not None for entry in given)
+    for entry in task.inputs:
+        if entry is not None and (entry.rows is not None or coded_bits(entry.parts)):
+            return True
+    return False
 
 
 def _input_nbytes(task: TensorTask) -> int:
-    return sum(entry.stored_nbytes(task.numel) for entry in task.inputs if entry is not None)
+    nbytes = 0
+    for entry in task.inputs:
+        if entry is not None:
+            nbytes += entry.stored_nbytes(task.numel)
+    return nbytes

@@ -80,8 +80,10 @@ def _machine_takes(
                 if not (takes_products and alone and all(map(_is_product, task.changes))):
                     return False
                 inputs = [entry for entry in inputs if entry is not None]
-            stored = [entry.dtype if entry else None for entry in inputs]
-            return {task.made_dtype, *stored} <= DTYPE_CODES.keys()
+            for entry in inputs:
+                if entry is None or entry.dtype not in DTYPE_CODES:
+                    return False
+            return task.made_dtype in DTYPE_CODES
         case Action.CONVERT:
             kinds = {task.made_dtype, *(entry.dtype for entry in task.inputs if entry is not None)}
             return not task.changes and kinds <= DTYPE_CODES.keys()

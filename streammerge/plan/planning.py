@@ -381,15 +381,19 @@ def _tasks(
     model_scope: bool,
 ) -> list[TensorTask]:
     scope_blocks = _scope_blocks(tensors) if model_scope else {}
-    tasks = []
+    tasks: list[TensorTask] = []
+    inputs: list[TensorInput | None]
     for tensor, (shard, offset) in zip(tensors, places, strict=True):
-        inputs = tuple(
-            None
-            if entry is None
-            else _input(entry, file_index[model or tensor.base_owner], file_index)
-            for model, entry in enumerate(tensor.entries)
-        )
-        present = next((entry for entry in tensor.entries if entry is not None), None)
+        inputs = []
+        for model, entry in enumerate(tensor.entries):
+            files = file_index[model or tensor.base_owner]
+            if entry is None:
+                inputs.append(None)
+            elif entry.parts or entry.rows is not None:
+                inputs.append(_composed_input(entry, files, file_index))
+            else:
+                inputs.append(TensorInput(files[entry.file], entry.offset, entry.dtype))
+        present = tensor.entries[0] or next(filter(None, tensor.entries), None)
         numel = prod(tensor.shape) if present is None else present.numel
         tasks.append(
             TensorTask(
@@ -398,7 +402,7 @@ def _tasks(
                 numel=numel // tensor.dtype.elements_per_item,
                 dtype=tensor.dtype,
                 action=tensor.action,
-                inputs=inputs,
+                inputs=tuple(inputs),
                 setting=tensor.setting,
                 scope_block=scope_blocks.get(tensor.name, 0),
                 shard=shard,
@@ -423,7 +427,7 @@ def _with_locality(task: TensorTask, programs: Sequence[Programs]) -> TensorTask
     return replace(task, row=task.shape[-1] if task.shape else 1)
 
 
-def _input(
+def _composed_input(
     entry: TensorEntry, files: Sequence[int], file_index: Sequence[Sequence[int]]
 ) -> TensorInput:
     """Return an input that refers to the plan's files."""
@@ -433,8 +437,6 @@ def _input(
         )
         rows = replace(entry.rows, places=places)
         return TensorInput(places[0].file, places[0].offset, entry.dtype, rows=rows)
-    if not entry.parts:
-        return TensorInput(files[entry.file], entry.offset, entry.dtype)
     parts = tuple(
         replace(
             part,
@@ -466,12 +468,12 @@ def _scope_blocks(tensors: Sequence[AssignedTensor]) -> dict[str, int]:
 
 
 def _work_order(tasks: Sequence[TensorTask]) -> list[int]:
-    def first_read(index: int) -> tuple[int, int]:
-        entry = next((entry for entry in tasks[index].inputs if entry is not None), None)
+    first_read = []
+    for task in tasks:
+        entry = task.inputs[0] or next(filter(None, task.inputs), None)
         # Scales come from no file; they are made when their tensors are.
-        return (sys.maxsize, 0) if entry is None else (entry.file, entry.offset)
-
-    return sorted(range(len(tasks)), key=first_read)
+        first_read.append((sys.maxsize, 0) if entry is None else (entry.file, entry.offset))
+    return sorted(range(len(tasks)), key=first_read.__getitem__)
 
 
 def _reordered(layout: OutputLayout, order: Sequence[int]) -> OutputLayout:

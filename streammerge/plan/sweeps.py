@@ -177,8 +177,8 @@ def _groups(plan: MergePlan, runs: Sequence[Piece], most: int) -> Iterator[tuple
 
 def bytes_beyond_once(plan: MergePlan, needs: Needs) -> int:
     """Return the bytes that samples and sweeps read beyond every input byte once."""
-    total = sum(norms_nbytes(task) for task in plan.tasks)
-    total += sum(_stored_nbytes(task, around_numel(plan, task)) for task in plan.tasks)
+    total = sum(norms_nbytes(task) for task in plan.tasks if task.changes)
+    total += sum(_stored_nbytes(task, around_numel(plan, task)) for task in plan.tasks if task.row)
     total += sum(
         _stored_nbytes(task, task.numel)
         for task in plan.tasks
@@ -188,6 +188,8 @@ def bytes_beyond_once(plan: MergePlan, needs: Needs) -> int:
     if whole is not None:
         return total + _sweep_bytes(plan, *whole)
     for index, task in enumerate(plan.tasks):
+        if fits_one_slot(plan, task):
+            continue
         need = needs.of(task)
         if need is not None and reads_twice(plan, task) and needs.must_look(task):
             total += _sweep_bytes(plan, need, [index])

@@ -63,7 +63,7 @@ class TensorInput:
 
     def stored_nbytes(self, numel: int) -> int:
         """Return the bytes that some of its elements take in the file."""
-        bits = coded_bits(self.parts)
+        bits = coded_bits(self.parts) if self.parts else 0
         return numel * bits // 8 if bits else numel * self.dtype.itemsize
 
 

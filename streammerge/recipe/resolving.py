@@ -136,6 +136,9 @@ def build_resolver(
             rule = None if index is None else recipe.rules[index]
             made = _Settling(recipe, rule, _EVERYWHERE, "").settle(specs)
             settled[index, _EVERYWHERE, ""] = shared.setdefault(repr(made), made)
+    if not by_glob and not by_name:
+        everywhere = settled[None, _EVERYWHERE, ""]
+        return lambda _: everywhere
     return resolve_tensor
 
 

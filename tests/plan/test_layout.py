@@ -287,3 +287,27 @@ def test_headers_are_compact_json() -> None:
 
     assert int.from_bytes(header[:8], "little") == len(header) - 8
     assert re.fullmatch(rb'\{"__metadata__":\{"format":"pt"\},"\xc3\xbc":\{[^ ]*\}\} *', header[8:])
+
+
+@given(tensor_lists())
+@settings(deadline=None)
+def test_headers_are_what_the_standard_library_writes(tensors: list[AssignedTensor]) -> None:
+    layout, _ = plan_layout(tensors, None, metadata=(("format", "pt"), ("von", '\u00fc"\\')))
+    (shard,) = layout.shards
+    fields: dict[str, object] = {"__metadata__": {"format": "pt", "von": '\u00fc"\\'}}
+    begin = 0
+    for index in shard.tasks:
+        each = tensors[index]
+        end = begin + nbytes(each)
+        fields[each.name] = {
+            "dtype": each.dtype.value,
+            "shape": list(each.shape),
+            "data_offsets": [begin, end],
+        }
+        begin = end
+
+    header = render_header(plan_of(tensors, layout), 0)  # type: ignore[arg-type]
+
+    expected = json.dumps(fields, separators=(",", ":"), ensure_ascii=False).encode()
+    assert header[8:].rstrip(b" ") == expected
+    assert len(header) % 8 == 0
