@@ -9,9 +9,9 @@ from typing import NoReturn
 
 from streammerge.signals import leave_on_signals
 
-_COLLECT_AFTER = 50_000
-"""New objects between two searches for unreachable cycles; importing torch makes far more, and with
-the interpreter's 700 a tenth of its time goes into searching."""
+_COLLECT_AFTER = 150_000
+"""New objects between two searches for unreachable cycles. To start a merge makes 100,000, which are all
+kept, and torch far more: with the interpreter's 700 a tenth of its time goes into searching."""
 
 
 def run() -> NoReturn:
@@ -30,6 +30,9 @@ def run() -> NoReturn:
     # No product of matrices is left to more than one thread, and where the system allows few, BLAS
     # ends the process with SIGINT as it starts its own, one per core, while numpy is imported.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    # Else pydantic looks through the records of all packages for plugins, whose hooks on every validation
+    # are no business of recipes.
+    os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
     try:
         code = main()
     except SystemExit as end:

@@ -7,9 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from typing import Any, TextIO
-
-from tqdm import tqdm
+from typing import TextIO
 
 from streammerge.engine.progress import OnProgress, ProgressEvent
 from streammerge.streams import as_courtesy
@@ -33,30 +31,13 @@ def show_progress(*, quiet: bool, as_json: bool) -> Iterator[OnProgress]:
     elif quiet:
         yield lambda _: None
     elif sys.stderr.isatty():
-        with _Tqdm(
-            unit="B", unit_scale=True, unit_divisor=1024, dynamic_ncols=True, miniters=1
-        ) as bar:
-            yield _Bar(bar)
+        # Nothing else needs tqdm, which takes as long to import as numpy does by half.
+        from streammerge.bar import Bar, open_bar  # noqa: PLC0415 - see above
+
+        with open_bar() as bar:
+            yield Bar(bar)
     else:
         yield _Lines(sys.stderr)
-
-
-class _Tqdm(tqdm):  # type: ignore[type-arg]  # no generic class when it runs
-    """A bar that starts no thread: events come all the time, and drawing it is left to them."""
-
-    monitor_interval = 0
-
-
-class _Bar:
-    """A tqdm bar in bytes, with the pass in front."""
-
-    def __init__(self, bar: tqdm[Any]) -> None:
-        self._bar = bar
-
-    def __call__(self, event: ProgressEvent) -> None:
-        self._bar.total = event.bytes_total
-        self._bar.set_description(event.activity, refresh=False)
-        self._bar.update(event.bytes_done - self._bar.n)
 
 
 class _Lines:

@@ -58,6 +58,19 @@ def test_inspect_does_not_wait_for_torch(
     assert "torch" not in modules_after(["inspect", str(model), *options])
 
 
+def test_a_plan_does_not_wait_for_what_only_others_need(models: Models, tmp_path: Path) -> None:
+    """torch, other tools' recipes, and bars on terminals."""
+    base, source = (models.write({"a": torch.ones(3) * number}) for number in (1, 2))
+    recipe = tmp_path / "recipe.json"
+    recipe.write_text(json.dumps(recipe_of("ties", base, [source], parameters={"density": 0.5})))
+
+    modules = modules_after(["plan", str(recipe)])
+
+    assert "streammerge.plan.planning" in modules
+    mergekit = "streammerge.recipe.dialects.mergekit"
+    assert modules.isdisjoint({"torch", "tqdm", mergekit})
+
+
 def test_python_m_does_not_wait_for_torch() -> None:
     done = subprocess.run(
         [sys.executable, "-X", "importtime", "-m", "streammerge", "--help"],

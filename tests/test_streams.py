@@ -240,7 +240,7 @@ except BaseException:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 @pytest.mark.parametrize(
-    ("module", "command"), [("argparse", "--help"), ("yaml", "plan"), ("tqdm", "merge")]
+    ("module", "command"), [("argparse", "--help"), ("yaml", "plan"), ("psutil", "merge")]
 )
 def test_a_signal_during_an_import_is_one_line_and_130(  # noqa: PLR0917
     module: str, command: str, number: int, recipe: Path, out: Path, tmp_path: Path

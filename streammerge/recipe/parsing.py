@@ -12,12 +12,11 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from streammerge.errors import RecipeError, suggestion
 from streammerge.recipe.accepting import PROMOTED
-from streammerge.recipe.dialects.mergekit import is_mergekit
-from streammerge.recipe.dialects.mergekit import translate as translate_mergekit
+from streammerge.recipe.dialects.recognising import is_mergekit
 from streammerge.recipe.mixture import iter_mixture_problems
 from streammerge.recipe.refusing import key_path, shown
 from streammerge.recipe.resolving import Place, iter_parameter_problems, tables_of
@@ -40,6 +39,9 @@ from streammerge.recipe.types import (
 )
 from streammerge.recipe.varying import build_varying
 from streammerge.recipe.vocabulary import iter_vocabulary_problems
+
+if TYPE_CHECKING:
+    from streammerge.recipe.dialects.mergekit import Translated
 
 MAX_PROBLEMS = 100
 """Lines in one error message."""
@@ -91,7 +93,7 @@ def native_document(document: object, *, origin: str, methods: Methods) -> objec
     if not isinstance(document, dict) or not is_mergekit(document):
         return document
     with _naming(origin):
-        return translate_mergekit(document, methods).document
+        return _of_mergekit(document, methods).document
 
 
 @contextmanager
@@ -133,9 +135,16 @@ def _translate(document: object, methods: Methods) -> Recipe:
     return _build(document, frame, {spec.name: spec for spec in specs})
 
 
+def _of_mergekit(document: dict[Any, Any], methods: Methods) -> Translated:
+    # Ten modules that a recipe of this tool needs none of.
+    from streammerge.recipe.dialects.mergekit import translate  # noqa: PLC0415 - see above
+
+    return translate(document, methods)
+
+
 def _translate_mergekit(document: dict[Any, Any], methods: Methods) -> Recipe:
     """Return mergekit's recipe; the lines of an error start at the path of its key there."""
-    translated = translate_mergekit(document, methods)
+    translated = _of_mergekit(document, methods)
     try:
         recipe = _translate(translated.document, methods)
     except RecipeError as error:

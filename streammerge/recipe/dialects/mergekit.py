@@ -15,7 +15,7 @@ from typing import Any
 
 from streammerge.errors import RecipeError, suggestion
 from streammerge.recipe.dialects.methods import METHODS, BaseRole, Foreign
-from streammerge.recipe.dialects.mixtures import MixtureTranslation, is_mixture
+from streammerge.recipe.dialects.mixtures import MixtureTranslation
 from streammerge.recipe.dialects.modules import (
     Dividing,
     Part,
@@ -25,6 +25,7 @@ from streammerge.recipe.dialects.modules import (
 )
 from streammerge.recipe.dialects.parameters import Findings
 from streammerge.recipe.dialects.reading import DTYPES, Reader
+from streammerge.recipe.dialects.recognising import is_mixture
 from streammerge.recipe.dialects.references import Reference
 from streammerge.recipe.dialects.slices import Slices
 from streammerge.recipe.dialects.tokenizers import Vocabulary
@@ -32,8 +33,6 @@ from streammerge.recipe.dialects.values import with_default
 from streammerge.recipe.refusing import refuse_choice, shown, unknown_key
 from streammerge.recipe.types import ParameterSpec
 
-MARKERS = frozenset({"merge_method", "models", "slices", "modules", "base_model"})
-"""Top-level keys that only a recipe for mergekit has."""
 _TOP = (
     *("merge_method", "models", "slices", "modules", "base_model", "dtype", "out_dtype"),
     *("parameters", "tokenizer_source", "tokenizer", "chat_template", "name"),
@@ -58,15 +57,6 @@ class Translated:
     """Where in mergekit's recipe a mapping of the document stands, by its path in the document."""
     remarks: tuple[str, ...]
     """What has no effect, and what is done otherwise."""
-
-
-def is_mergekit(document: Mapping[Any, Any]) -> bool:
-    """Return whether a document is a recipe for mergekit, and none of this tool."""
-    return (
-        is_mixture(document)
-        or "merge_method" in document
-        or ("method" not in document and not MARKERS.isdisjoint(document))
-    )
 
 
 def translate(document: Mapping[Any, Any], methods: Methods) -> Translated:

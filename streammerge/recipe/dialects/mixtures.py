@@ -42,11 +42,6 @@ _DOWN = "[dw][2o]*.weight"
 """A glob of the projection back: w2 or down_proj."""
 
 
-def is_mixture(document: Mapping[Any, Any]) -> bool:
-    """Return whether a document is a recipe for mergekit-moe."""
-    return "experts" in document and "method" not in document and "merge_method" not in document
-
-
 @dataclass(slots=True)
 class MixtureTranslation:
     """Makes a native document of one of mergekit-moe's."""
