@@ -167,7 +167,15 @@ def _add_bake(added: Any) -> None:
 def _add_running(parser: argparse.ArgumentParser) -> None:
     """Add how a merge is run and told."""
     _add_resources(parser)
-    parser.add_argument(
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument(
+        "--on",
+        type=_engine,
+        metavar="ENGINE",
+        help="merge in parts on workers that see the same files: dask for workers on this machine, "
+        "dask://HOST:PORT for those of a scheduler",
+    )
+    where.add_argument(
         "--part",
         type=_part,
         metavar="K/N",
@@ -405,6 +413,16 @@ def _fraction(text: str) -> float:
     if not 0 < fraction <= 1:
         raise argparse.ArgumentTypeError(f"expected a number above 0 and up to 1, got {text!r}")
     return fraction
+
+
+def _engine(text: str) -> str:
+    from streammerge.executors.driving import check_engine
+
+    try:
+        check_engine(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error).removeprefix("on: ")) from error
+    return text
 
 
 def _part(text: str) -> tuple[int, int]:

@@ -41,6 +41,8 @@ def run_merge(options: argparse.Namespace) -> int:
     recipe = _recipes_of(options)
     if options.part is not None:
         return _merge_part(options, _one_recipe(options, recipe, "--part"))
+    if options.on is not None:
+        return _merge_on(options, _one_recipe(options, recipe, "--on"))
     if options.also or isinstance(recipe, Grid):
         return _merge_together(options, recipe)
     if not isinstance(recipe, Recipe):
@@ -79,6 +81,31 @@ def _one_recipe(options: argparse.Namespace, recipe: Recipe | Chain | Grid, opti
             "in a file and --also are merged by one, without it"
         )
     return recipe
+
+
+def _merge_on(options: argparse.Namespace, recipe: Recipe) -> int:
+    """Merge on the workers of an engine."""
+    from streammerge.display import show_progress
+    from streammerge.executors.driving import merge_on
+
+    before = time_of(options.out)
+    with (
+        stopping_signals(),
+        show_progress(quiet=options.quiet, as_json=options.json) as on_progress,
+    ):
+        manifest = merge_on(
+            recipe,
+            options.out,
+            on=options.on,
+            overwrite=options.overwrite,
+            resume=options.resume,
+            byte_source=options.byte_source,
+            on_progress=on_progress,
+            **_resources_of(options),
+        )
+    say = tell_complete if before is not None and before == time_of(options.out) else tell_done
+    say(options, manifest)
+    return 0
 
 
 def _merge_part(options: argparse.Namespace, recipe: Recipe) -> int:

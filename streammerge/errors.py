@@ -21,6 +21,7 @@
     │   ├── ResumeError                     what lies there belongs to another merge
     │   └── OutputExistsError           4   something is already there
     │       └── BusyError                   another merge is writing there now
+    ├── ClusterError                    1   an engine that runs parts elsewhere failed, or lost its workers
     ├── DeviceLostError                 1   an accelerator failed while it was in use
     └── StageError                      1   a part of the engine failed in a way nobody foresaw
 
@@ -140,6 +141,10 @@ class OutputError(StreamMergeError):
 
 class ResumeError(OutputError):
     """The unfinished merge differs from the one that is asked for."""
+
+
+class ClusterError(StreamMergeError):
+    """An engine that runs parts of a merge on other machines failed, or lost its workers."""
 
 
 class DeviceLostError(StreamMergeError):

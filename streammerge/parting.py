@@ -17,6 +17,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from streammerge.adapters.combining.plans import CombinationPlan
 from streammerge.checkpoint.attempts import parts_done
@@ -117,16 +118,14 @@ def merge_part(
     check_runnable(planned)
     named = as_output(planned, out)
     assert isinstance(named, MergePlan)  # noqa: S101 - as it was
-    kind = ByteSourceKind(byte_source)
-    job = PartJob(
+    job = part_job(
         named,
         out,
         part=part,
         parts=parts,
         overwrite=overwrite,
         resume=resume,
-        opener=choose_byte_source(kind),
-        open_files=kind.open_files,
+        byte_source=ByteSourceKind(byte_source),
     )
     finished = find_complete(named, out)
     if finished is not None:
@@ -191,6 +190,8 @@ class PartJob:
     """Asked now and then; what it raises ends the work."""
     publishes: bool = True
     """Whether the output is put in place if this part is the last."""
+    epoch: str | None = None
+    """That of the merge that another process has begun; None to begin one where there is none."""
 
     def run(self, on_progress: OnProgress) -> Manifest | None:
         """Do the part, and put the output in place if it is the last.
@@ -242,6 +243,7 @@ class PartJob:
                 resume=self.resume,
                 wanted=own,
                 numel=sum(planned.tasks[index].numel for index in own),
+                epoch=self.epoch,
             )
 
     def _do(
@@ -292,6 +294,30 @@ class PartJob:
                     return None
             time.sleep(_RETRY_SECONDS)
         return None
+
+
+def part_job(
+    planned: MergePlan,
+    out: Path,
+    *,
+    byte_source: ByteSourceKind,
+    **options: Any,
+) -> PartJob:
+    """Return a job that reads its inputs in some way.
+
+    Args:
+        planned: What to do, with the files that ``out`` asks for.
+        out: The directory to make.
+        byte_source: How inputs are read.
+        options: Other fields of :class:`PartJob`.
+    """
+    return PartJob(
+        planned,
+        out,
+        opener=choose_byte_source(byte_source),
+        open_files=byte_source.open_files,
+        **options,
+    )
 
 
 def finish_parts(

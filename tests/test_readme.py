@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import shlex
+import signal
+import socket
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -143,6 +146,8 @@ def test_every_block_is_run_or_named_here() -> None:
 
 @every("")
 def test_the_commands_of_a_block_work_one_after_the_other(block: Block, place: Path) -> None:
+    if "--on dask" in block.text:
+        pytest.importorskip("distributed")
     (place / "recipe.yaml").write_text(block.recipe)
     if block.name in BEFORE:
         run_command(place, BEFORE[block.name])
@@ -166,21 +171,74 @@ def test_the_commands_of_a_block_work_one_after_the_other(block: Block, place: P
             assert text.strip()
 
 
-@every("bash")
-def test_a_script_for_an_array_of_jobs_runs(block: Block, place: Path) -> None:
+@pytest.fixture
+def shell(place: Path) -> Callable[..., None]:
+    """Return a function that runs a script beside the models, with variables."""
+    programs = {"streammerge": "streammerge", "dask": "dask"}
+    for program, module in programs.items():
+        path = place / "bin" / program
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(f'#!/bin/sh\nPYTHONPATH={ROOT} exec {sys.executable} -m {module} "$@"\n')
+        path.chmod(0o755)
+
+    def run_script(text: str, **variables: str) -> None:
+        (place / "script").write_text(text)
+        search = f"{place / 'bin'}{os.pathsep}{os.environ['PATH']}"
+        with (place / "said").open("w+") as said:
+            process = subprocess.Popen(
+                ["bash", "-e", "script"],
+                cwd=place,
+                env={**os.environ, **variables, "PATH": search},
+                stdout=said,
+                stderr=said,
+                start_new_session=True,
+            )
+            try:
+                code = process.wait(timeout=120)
+            finally:
+                # What it started in the background, too.
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+        assert code == 0, (place / "said").read_text()
+
+    return run_script
+
+
+SCRIPTS = [block for block in BLOCKS if block.language == "bash"]
+
+
+def scripts(mark: str) -> pytest.MarkDecorator:
+    chosen = [block for block in SCRIPTS if mark in block.text]
+    return pytest.mark.parametrize("block", chosen, ids=lambda block: f"line {block.line}")
+
+
+def test_every_script_is_run() -> None:
+    kinds = [[mark for mark in ("#SBATCH", "dask scheduler") if mark in b.text] for b in SCRIPTS]
+    assert sorted(kinds) == [["#SBATCH"], ["dask scheduler"]]
+
+
+@scripts("#SBATCH")
+def test_a_script_for_an_array_of_jobs_runs(
+    block: Block, place: Path, shell: Callable[..., None]
+) -> None:
     (place / "recipe.yaml").write_text(block.recipe)
-    program = place / "bin" / "streammerge"
-    program.parent.mkdir()
-    program.write_text(f'#!/bin/sh\nPYTHONPATH={ROOT} exec {sys.executable} -m streammerge "$@"\n')
-    program.chmod(0o755)
-    (place / "job").write_text(block.text)
     count = int(re.findall(r"^#SBATCH --array=1-(\d+)$", block.text, re.MULTILINE)[0])
 
     for index in range(1, count + 1):
-        variables = {"SLURM_ARRAY_TASK_ID": str(index), "SLURM_ARRAY_TASK_COUNT": str(count)}
-        path = f"{program.parent}{os.pathsep}{os.environ['PATH']}"
-        environment = {**os.environ, **variables, "PATH": path}
-        subprocess.run(["bash", "job"], cwd=place, env=environment, check=True)
+        shell(block.text, SLURM_ARRAY_TASK_ID=str(index), SLURM_ARRAY_TASK_COUNT=str(count))
+
+    assert streammerge.verify_files(place / "merged").damages == ()
+
+
+@scripts("dask scheduler")
+def test_a_script_for_an_engine_runs(block: Block, place: Path, shell: Callable[..., None]) -> None:
+    pytest.importorskip("distributed")
+    (place / "recipe.yaml").write_text(block.recipe)
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        port = unused.getsockname()[1]
+
+    shell(block.text, HOST="127.0.0.1", PORT=str(port))
 
     assert streammerge.verify_files(place / "merged").damages == ()
 

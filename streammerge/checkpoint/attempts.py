@@ -104,7 +104,7 @@ class Attempt:
     path: Path
     """The journal."""
     part: int
-    """Which part, from 1."""
+    """Which part, from 1; 0 for the process that has others do them."""
     parts: int
     """Of how many."""
     host: str
@@ -139,6 +139,12 @@ class Attempt:
             return not lock.acquire(shared=True)
         finally:
             lock.close()
+
+
+def is_attempt_of(name: str, epoch: str) -> bool:
+    """Return whether a file of that name is the journal of an attempt in an epoch."""
+    match = _NAME.fullmatch(name)
+    return match is not None and match["epoch"] == epoch
 
 
 def journal_path(partial: Path, epoch: str, part: int, parts: int, attempt: str) -> Path:

@@ -139,6 +139,11 @@ class Journal:
         except OSError as error:
             raise _journal_error(path, error) from error
 
+    @property
+    def path(self) -> Path:
+        """The file."""
+        return self._path
+
     def begin(self, identity: Mapping[str, Any]) -> None:
         """Write the first line, and make it durable.
 
@@ -249,6 +254,19 @@ def parse_entries(found: Found, path: Path) -> tuple[Record, ...]:
         _as_entry(_parse(text, where=f"{path}: line {number}"), where=f"{path}: line {number}")
         for number, text in enumerate(found.lines, start=2)
     )
+
+
+def parse_line(line: bytes) -> Record | None:
+    """Return what a whole line holds; None for the first one of a journal, and for a torn one.
+
+    Raises:
+        ResumeError: It is an entry of no known kind.
+    """
+    text = _checked(line)
+    if text is None:
+        return None
+    document = _parse(text, where="a journal")
+    return _as_entry(document, where="a journal") if "entry" in document else None
 
 
 def _line(document: dict[str, Any]) -> bytes:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import socket
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -63,6 +64,8 @@ from streammerge.errors import BusyError, OutputError, OutputExistsError, Resume
 _JOIN_SECONDS = 20.0
 """How long to wait while another process has the directory alone: it begins a merge, or ends one."""
 _RETRY_SECONDS = 0.1
+_SEEN_SECONDS = 60.0
+"""How long a merge that another machine has begun may take to be seen."""
 
 
 class PartDirectory:
@@ -83,6 +86,7 @@ class PartDirectory:
         resume: bool,
         wanted: frozenset[int],
         numel: int,
+        epoch: str | None = None,
     ) -> None:
         """Say what is to be done; nothing is touched yet.
 
@@ -101,6 +105,8 @@ class PartDirectory:
                 parts of this very merge have left always is.
             wanted: The tensors of the part, by index.
             numel: Their elements.
+            epoch: That of the merge that another process has begun there; None to begin one where there
+                is none.
 
         Raises:
             OutputExistsError: Something is there, or would be destroyed.
@@ -122,6 +128,7 @@ class PartDirectory:
         self._identity = dict(identity)
         self._overwrite, self._resume = overwrite, resume
         self._wanted, self._numel = wanted, numel
+        self._expected = epoch
         self._token = draw_token()
         self._marker: FileLock | None = None
         self._journal: Journal | None = None
@@ -155,6 +162,7 @@ class PartDirectory:
 
     def _join(self) -> None:
         """Share the lock of a directory in which this very merge has begun, in as many parts."""
+        self._await_merge()
         deadline = time.monotonic() + _JOIN_SECONDS
         while True:
             with contextlib.suppress(FileNotFoundError):
@@ -163,6 +171,27 @@ class PartDirectory:
                     return
             if time.monotonic() > deadline:
                 raise busy(self.partial)
+            time.sleep(_RETRY_SECONDS)
+
+    def _await_merge(self) -> None:
+        """Wait until the merge that another process has begun is seen here, too.
+
+        Clients of network file systems may not look at a directory again for half a minute.
+        """
+        if self._expected is None:
+            return
+        deadline = time.monotonic() + _SEEN_SECONDS
+        while True:
+            try:
+                check_epoch(self.partial, self._expected)
+            except OutputError as error:
+                if time.monotonic() > deadline:
+                    raise OutputError(
+                        f"{self.partial}: this process ({socket.gethostname()}) does not see the merge that is "
+                        "begun there; all need the same files under the same paths, or the merge was given up"
+                    ) from error
+            else:
+                return
             time.sleep(_RETRY_SECONDS)
 
     def _try_to_join(self) -> bool:
@@ -181,7 +210,7 @@ class PartDirectory:
                     f"{self.partial}: the file system knows no locks, by which processes see each other; "
                     "mount it with them, or merge without --part"
                 )
-            if alone and marker.still_at(marker_path):
+            if alone and marker.still_at(marker_path) and self._expected is None:
                 self._settle()
             if marker.acquire(shared=True) and marker.still_at(marker_path) and self._finds_merge():
                 self._marker, marker = marker, None
@@ -263,6 +292,8 @@ class PartDirectory:
             raise self._other_division(parts)
         check_foreign(self.partial, self._names)
         self.epoch = epoch_of(found.identity, path)
+        if self._expected is not None:
+            check_epoch(self.partial, self._expected)
         self._overwrite = self._overwrite or bool(found.identity.get("overwrite"))
         own = (each for each in records if isinstance(each, PieceDone | ScopeFound))
         self.entries = tuple(
@@ -284,8 +315,6 @@ class PartDirectory:
         )
 
     def _begin_attempt(self) -> None:
-        if not self.part:
-            return
         path = journal_path(self.partial, self.epoch, self.part, self.parts, self._token)
         self._journal = Journal(path)
         self._journal.begin(describe_process(self.part, self.parts, self._numel))
@@ -297,6 +326,10 @@ class PartDirectory:
     def read_attempts(self) -> list[Attempt]:
         """Return all attempts at parts of this merge, as they are now."""
         return read_attempts(self.partial, self.epoch)
+
+    def read_drivers(self) -> list[Attempt]:
+        """Return the processes that have others do the parts, those that have ended too."""
+        return [attempt for attempt in self.read_attempts() if attempt.part == 0]
 
     def is_done(self) -> bool:
         """Return whether an attempt has done all of this part."""
@@ -340,9 +373,8 @@ class PartDirectory:
     ) -> None:
         self._leave()
         if error is not None and self.partial.exists() and not isinstance(error, BusyError):
-            error.add_note(
-                f"{self.partial} keeps what is done; the same command goes on with part {self.part}/{self.parts}"
-            )
+            what = f" with part {self.part}/{self.parts}" if self.part else ""
+            error.add_note(f"{self.partial} keeps what is done; the same command goes on{what}")
 
     def _leave(self) -> None:
         """Let go of the directory; remove it if nobody else is there and it holds nothing of worth."""
@@ -369,3 +401,20 @@ class PartDirectory:
             return
         if not any(self.partial.glob(f"{snapshot_name(self.epoch)}*")):
             shutil.rmtree(self.partial, ignore_errors=True)
+
+
+def recorded_parts(out: Path, identity: Mapping[str, Any]) -> int | None:
+    """Return in how many parts this very merge is being done; None if it is not, or not in parts.
+
+    Args:
+        out: The output.
+        identity: What must not differ.
+
+    Raises:
+        OutputError: What lies there cannot be read.
+    """
+    path = choose_place(absolute(out)).partial / JOURNAL_NAME
+    found = read_journal(path)
+    if found is None or any(differences(found.identity, identity)):
+        return None
+    return parts_of(parse_entries(found, path))

@@ -79,13 +79,30 @@ def _groups(plan: MergePlan) -> list[_Group]:
     for indices in by_name.values():
         tasks = [plan.tasks[index] for index in indices]
         first = tasks[0]
-        groups.append(_Group(first.shard, _begin(first), sum(map(_work, tasks)), tuple(indices)))
+        groups.append(
+            _Group(
+                first.shard, _begin(first), sum(_work(t, t.numel) for t in tasks), tuple(indices)
+            )
+        )
     return sorted(groups, key=lambda group: (group.shard, group.offset))
 
 
-def _work(task: TensorTask) -> int:
-    read = sum(entry.stored_nbytes(task.numel) for entry in task.inputs if entry is not None)
-    return read + task.numel * task.dtype.itemsize
+def work_of(plan: MergePlan, task: int | None = None, numel: int = 0) -> int:
+    """Return the bytes that are read and written, each once, for all, or for some elements of one tensor.
+
+    Args:
+        plan: A merge.
+        task: The tensor, by index; None for all tensors.
+        numel: Elements of it.
+    """
+    if task is not None:
+        return _work(plan.tasks[task], numel)
+    return sum(_work(each, each.numel) for each in plan.tasks)
+
+
+def _work(task: TensorTask, numel: int) -> int:
+    read = sum(entry.stored_nbytes(numel) for entry in task.inputs if entry is not None)
+    return read + numel * task.dtype.itemsize
 
 
 def _cut(ends: Sequence[int], borders: Sequence[int], part: int, parts: int) -> int:

@@ -1,0 +1,517 @@
+"""Merges on the workers of Dask: real processes on loopback, undisturbed, killed and given up."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+import yaml
+from clusters import OTHER_VERSION, ROOT, SLOW, DaskCluster, needs_dask, wait_until
+from models import MEMORY, recipe_of, write_model
+from test_kill_loops import JOBS
+
+import streammerge
+from streammerge.checkpoint.outputform import MANIFEST_NAME
+from streammerge.checkpoint.verifying import verify_files
+from streammerge.cli import main
+from streammerge.errors import (
+    ClusterError,
+    DependencyError,
+    NonFiniteError,
+    OutputError,
+    RecipeError,
+    ResumeError,
+)
+from streammerge.executors import dask, driving
+from streammerge.executors.driving import choose_parts, merge_on
+from streammerge.executors.seam import Outcome
+from streammerge.executors.unit import run_unit
+from streammerge.parting import merge_part
+from streammerge.plan.types import MergePlan
+from streammerge.statistics import BLOCK
+
+pytestmark = [
+    pytest.mark.timeout(300),
+    pytest.mark.skipif(os.name != "posix", reason="processes share locks as POSIX does"),
+]
+UNIT = "streammerge.executors.unit"
+BUDGET = "700MiB"
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DaskCluster]:
+    """A scheduler and two workers."""
+    with DaskCluster(tmp_path_factory.mktemp("cluster")) as started:
+        started.start_worker()
+        started.start_worker()
+        executor = dask.DaskExecutor(started.on.partition("://")[2])
+        wait_until(lambda: executor.workers() == 2)
+        executor.close()
+        yield started
+
+
+@pytest.fixture
+def slow(tmp_path: Path) -> Iterator[DaskCluster]:
+    """A scheduler whose workers a test starts itself."""
+    (tmp_path / "cluster").mkdir()
+    with DaskCluster(tmp_path / "cluster") as started:
+        yield started
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> dict[str, Any]:
+    """Work of a few seconds for slow workers: several files, several pieces of each tensor."""
+    generator = torch.Generator().manual_seed(5)
+
+    def draw(name: str) -> Path:
+        tensors = {f"{i}": torch.randn(8 * BLOCK, generator=generator) for i in range(8)}
+        return write_model(tmp_path / name, tensors)
+
+    base, *sources = (draw(name) for name in ("base", "one", "two"))
+    return recipe_of(
+        "ties",
+        base,
+        sources,
+        parameters={"density": 0.3},
+        output={"max_shard_size": "6MB", "dtype": "float32"},
+    )
+
+
+def bytes_of(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(directory.glob("*.safetensors"))}
+
+
+def units() -> list[psutil.Process]:
+    """Return the processes that do parts now."""
+    found = psutil.process_iter(["cmdline"])
+    return [process for process in found if UNIT in (process.info["cmdline"] or ())]
+
+
+def command(recipe: dict[str, Any], out: Path, *options: str) -> list[str]:
+    path = out.with_suffix(".yaml")
+    path.write_text(yaml.safe_dump(recipe))
+    return [sys.executable, "-m", "streammerge", "merge", str(path), str(out), *options]
+
+
+def start(recipe: dict[str, Any], out: Path, *options: str) -> subprocess.Popen[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(
+        command(recipe, out, *options),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
+
+
+def has_work(out: Path) -> bool:
+    """Return whether something of a part that is under way is safely on the disk."""
+    try:
+        status = streammerge.read_status(out)
+    except OutputError:
+        return False
+    return any(0 < part.done < 1 for part in status.parts)
+
+
+# -- undisturbed
+
+
+@needs_dask
+@pytest.mark.parametrize("job", ["ties over the model", "float8 codes", "adapters as task vectors"])
+def test_workers_of_a_scheduler_make_the_same_bytes(
+    job: str, cluster: DaskCluster, tmp_path: Path
+) -> None:
+    recipe = JOBS[job](tmp_path)
+    alone = streammerge.merge(recipe, tmp_path / "alone", memory=MEMORY)
+
+    manifest = merge_on(recipe, tmp_path / "out", on=cluster.on, memory=BUDGET)
+
+    assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "alone")
+    assert manifest.tensors == alone.tensors
+    assert not verify_files(tmp_path / "out").damages
+    assert not list(tmp_path.glob("out.*"))
+    assert [part.part for part in manifest.run.parts] == [1, 2]
+    # One thread per worker; each process keeps to what it was allowed.
+    assert all(part.workers == 1 for part in manifest.run.parts)
+    assert all(0 < part.measured_memory <= part.memory_budget for part in manifest.run.parts)
+
+
+@needs_dask
+def test_progress_and_the_end_are_told_for_all_workers_together(
+    cluster: DaskCluster, recipe: dict[str, Any], tmp_path: Path
+) -> None:
+    process = start(recipe, tmp_path / "out", "--on", cluster.on, "--json", "--memory", BUDGET)
+    said, complaints = process.communicate(timeout=120)
+
+    assert process.returncode == 0, complaints
+    events = [json.loads(line) for line in said.splitlines()]
+    done = [event["bytes_done"] for event in events if event["event"] == "progress"]
+    planned = streammerge.plan(recipe, memory=MEMORY)
+    assert isinstance(planned, MergePlan)
+    assert done == sorted(done)
+    assert events[-1]["event"] == "done"
+    assert events[-1]["parts"] == 2
+    assert events[-1]["bytes_by_stage"] == {
+        "read": planned.input_nbytes,
+        "write": planned.layout.data_nbytes,
+    }
+
+
+@needs_dask
+def test_workers_of_this_machine_need_no_scheduler(recipe: dict[str, Any], tmp_path: Path) -> None:
+    streammerge.merge(recipe, tmp_path / "alone", memory=MEMORY)
+
+    process = start(recipe, tmp_path / "out", "--on", "dask", "--memory", BUDGET, "--quiet")
+    said, complaints = process.communicate(timeout=120)
+    again = start(recipe, tmp_path / "out", "--on", "dask", "--resume", "--memory", BUDGET)
+    _, complete = again.communicate(timeout=120)
+
+    assert (process.returncode, again.returncode) == (0, 0), complaints
+    assert not said + complaints
+    assert "is complete already" in complete
+    assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "alone")
+    parts = json.loads((tmp_path / "out" / MANIFEST_NAME).read_text())["run"]["parts"]
+    assert len(parts) == max(1, min(4, len(os.sched_getaffinity(0))))
+
+
+@needs_dask
+def test_the_engine_goes_on_with_what_parts_began_and_the_reverse(
+    cluster: DaskCluster, recipe: dict[str, Any], tmp_path: Path
+) -> None:
+    streammerge.merge(recipe, tmp_path / "alone", memory=MEMORY)
+    merge_part(recipe, tmp_path / "out", part=2, parts=3, memory=MEMORY)
+
+    manifest = merge_on(recipe, tmp_path / "out", on=cluster.on, memory=BUDGET)
+
+    # As many as it was begun in.
+    assert [(part.part, part.parts, part.attempts) for part in manifest.run.parts] == [
+        (1, 3, 1),
+        (2, 3, 1),
+        (3, 3, 1),
+    ]
+    assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "alone")
+
+
+# -- errors
+
+
+@needs_dask
+def test_one_bad_input_is_one_error(
+    cluster: DaskCluster, recipe: dict[str, Any], tmp_path: Path
+) -> None:
+    bad = {f"{i}": torch.zeros(8 * BLOCK) for i in range(8)}
+    bad["5"][7] = float("nan")
+    write_model(tmp_path / "two", bad)
+
+    process = start(recipe, tmp_path / "out", "--on", cluster.on, "--memory", BUDGET)
+    _, said = process.communicate(timeout=120)
+
+    assert process.returncode == 1
+    assert said.count("NonFiniteError") == 1, said
+    assert "part 2/2, on " in said
+    assert "Traceback" not in said
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(NonFiniteError):
+        merge_on(recipe, tmp_path / "out", on=cluster.on, memory=BUDGET)
+
+
+@needs_dask
+def test_a_worker_of_another_version_is_refused_by_name(
+    slow: DaskCluster, recipe: dict[str, Any], tmp_path: Path
+) -> None:
+    slow.start_worker(OTHER_VERSION)
+
+    with pytest.raises(ResumeError, match=r"versions streammerge was .*, is 9\.9") as caught:
+        merge_on(recipe, tmp_path / "out", on=slow.on, memory=BUDGET)
+
+    assert any("part 1/1, on " in note for note in caught.value.__notes__)
+
+
+@needs_dask
+def test_a_budget_that_is_too_small_for_a_worker_is_refused_by_it(
+    cluster: DaskCluster, recipe: dict[str, Any], tmp_path: Path
+) -> None:
+    with pytest.raises(streammerge.StreamMergeError, match="give --memory"):
+        merge_on(recipe, tmp_path / "out", on=cluster.on, memory="60MiB")
+
+
+def test_paths_that_a_worker_does_not_have_are_named() -> None:
+    outcome = run_unit({"part": 1, "directory": "/no/such/directory"})
+
+    assert outcome.error is not None
+    assert "/no/such/directory: no such directory on" in outcome.error["message"]
+
+
+def test_a_merge_that_a_worker_does_not_see_is_not_begun_there(
+    recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another disk under the same path: nothing may be made on it."""
+    monkeypatch.setattr("streammerge.checkpoint.partdir._SEEN_SECONDS", 0.3)
+    planned = streammerge.plan(recipe, memory=MEMORY)
+    assert isinstance(planned, MergePlan)
+    job = driving.part_job(
+        planned,
+        tmp_path / "out",
+        part=1,
+        parts=2,
+        overwrite=False,
+        resume=True,
+        byte_source=streammerge.checkpoint.bytesource.ByteSourceKind.PREAD,
+        epoch="0123456789abcdef",
+    )
+
+    with pytest.raises(OutputError, match="does not see the merge that is begun there"):
+        job.run(lambda _: None)
+
+    assert not list(tmp_path.glob("out*"))
+
+
+@needs_dask
+def test_a_scheduler_that_is_not_there_is_named(
+    recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dask, "_CONNECT_SECONDS", 1)
+
+    with pytest.raises(ClusterError, match=r"dask://127\.0\.0\.1:9: no scheduler answers"):
+        merge_on(recipe, tmp_path / "out", on="dask://127.0.0.1:9", memory=MEMORY)
+
+    assert not list(tmp_path.glob("out*"))
+
+
+@needs_dask
+def test_a_scheduler_without_workers_is_not_waited_for_for_ever(
+    slow: DaskCluster, recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(driving, "_LONELY_SECONDS", 1.0)
+
+    with pytest.raises(ClusterError, match="no worker has been there"):
+        merge_on(recipe, tmp_path / "out", on=slow.on, memory=MEMORY)
+
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_the_library_that_is_missing_is_named(
+    recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "distributed", None)
+
+    with pytest.raises(DependencyError, match=r"pip install 'streammerge\[dask\]'"):
+        merge_on(recipe, tmp_path / "out", on="dask", memory=MEMORY)
+
+
+@pytest.mark.parametrize(
+    "on", ["", "ray", "dask:", "dask://", "dask://host", "dask://:80", "spark://a:1"]
+)
+def test_engines_that_are_not_known_are_refused(
+    on: str, recipe: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(ValueError, match=r"expected dask or dask://HOST:PORT"):
+        merge_on(recipe, tmp_path / "out", on=on)
+    with pytest.raises(SystemExit) as refused:
+        main(["merge", "recipe.yaml", "out", f"--on={on}"])
+    assert refused.value.code == 2
+    assert repr(on) in capsys.readouterr().err
+
+
+@needs_dask
+def test_combinations_of_adapters_are_not_done_on_an_engine(tmp_path: Path) -> None:
+    from models import write_adapter
+
+    adapters = [
+        write_adapter(tmp_path / name, {"layer.weight": (8, 8)}, seed=seed)
+        for seed, name in enumerate("ab")
+    ]
+    recipe = {"method": "linear", "sources": [{"path": str(path)} for path in adapters]}
+    with pytest.raises(RecipeError, match="leave --part and --on out"):
+        merge_on(recipe, tmp_path / "out", on="dask")
+
+
+# -- faults
+
+
+@needs_dask
+def test_a_worker_that_is_lost_costs_no_byte(
+    slow: DaskCluster, recipe: dict[str, Any], tmp_path: Path
+) -> None:
+    streammerge.merge(recipe, tmp_path / "alone", memory=MEMORY)
+    lost = slow.start_worker(SLOW)
+    out = tmp_path / "out"
+    process = start(recipe, out, "--on", slow.on, "--memory", BUDGET)
+    wait_until(lambda: has_work(out))
+
+    # The worker, its nanny and the process of the part.
+    for each in units():
+        each.kill()
+    lost.kill()
+    slow.start_worker()
+    _, said = process.communicate(timeout=120)
+
+    assert process.returncode == 0, said
+    assert bytes_of(out) == bytes_of(tmp_path / "alone")
+    run = json.loads((out / MANIFEST_NAME).read_text())["run"]
+    assert max(part["attempts"] for part in run["parts"]) >= 2
+
+
+@needs_dask
+def test_a_process_that_is_killed_is_started_again_and_not_for_ever(
+    slow: DaskCluster, recipe: dict[str, Any], tmp_path: Path
+) -> None:
+    streammerge.merge(recipe, tmp_path / "alone", memory=MEMORY)
+    slow.start_worker(SLOW)
+    out = tmp_path / "out"
+    process = start(recipe, out, "--on", slow.on, "--memory", BUDGET)
+    while process.poll() is None:
+        if has_work(out):
+            for each in units():
+                each.kill()
+        time.sleep(0.1)
+    _, said = process.communicate()
+    assert process.returncode == 1
+    assert "part 1/1 was lost 3 times" in said, said
+    assert "its process was ended by signal 9" in said
+
+    manifest = streammerge.merge(recipe, out, memory=MEMORY, resume=True)
+
+    assert manifest.run.resumed
+    assert bytes_of(out) == bytes_of(tmp_path / "alone")
+
+
+@needs_dask
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_a_driver_that_ends_leaves_work_and_nobody_who_works(
+    number: int, slow: DaskCluster, recipe: dict[str, Any], tmp_path: Path
+) -> None:
+    alone = streammerge.merge(recipe, tmp_path / "alone", memory=MEMORY)
+    slow.start_worker(SLOW)
+    out = tmp_path / "out"
+    process = start(recipe, out, "--on", slow.on, "--memory", BUDGET)
+    wait_until(lambda: has_work(out))
+
+    process.send_signal(number)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode in {-number, 130}, said
+    # Parts look after their driver every few seconds.
+    wait_until(lambda: not units(), 30)
+    manifest = streammerge.merge(recipe, out, memory=MEMORY, resume=True)
+
+    assert bytes_of(out) == bytes_of(tmp_path / "alone")
+    assert manifest.run.bytes_by_stage["read"] < alone.run.bytes_by_stage["read"]
+
+
+@needs_dask
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("job", ["ties", "ties over the model"])
+def test_whatever_is_killed_at_random_the_bytes_are_the_same(
+    job: str, slow: DaskCluster, tmp_path: Path
+) -> None:
+    """Drivers, processes of parts, workers with their nannies; twenty times."""
+    recipe = JOBS[job](tmp_path)
+    streammerge.merge(recipe, tmp_path / "alone", memory=MEMORY)
+    chance = random.Random(job)  # noqa: S311 - it only chooses what to kill, and when
+    workers = [slow.start_worker(SLOW) for _ in range(2)]
+    out = tmp_path / "out"
+    kills = 0
+    while kills < 20:
+        process = start(recipe, out, "--on", slow.on, "--memory", BUDGET, "--overwrite")
+        while process.poll() is None:
+            time.sleep(chance.uniform(0.5, 4.0))
+            what = chance.choice(["driver", "part", "worker", "nothing"])
+            if what == "driver":
+                process.kill()
+            elif what == "part":
+                for each in units()[:1]:
+                    each.kill()
+            elif what == "worker":
+                workers.pop(0).kill()
+                workers.append(slow.start_worker(SLOW))
+            kills += what != "nothing"
+        _, said = process.communicate()
+        assert process.returncode in {0, 1, -9}, said
+        assert process.returncode != 1 or "was lost 3 times" in said, said
+        if out.exists():
+            assert bytes_of(out) == bytes_of(tmp_path / "alone")
+            assert not verify_files(out).damages
+            shutil.rmtree(out)
+    merge_on(recipe, out, on=slow.on, memory=BUDGET)
+    assert bytes_of(out) == bytes_of(tmp_path / "alone")
+
+
+# -- the driver, without an engine
+
+
+@pytest.mark.parametrize(
+    ("work", "workers", "parts"),
+    [
+        (0, 1, 1),
+        (1, 3, 3),
+        (10 * 2**30, 2, 5),
+        (100 * 2**30, 2, 8),  # four for each worker
+        (2**40, 100, 400),
+        (100 * 2**30, 100, 100),
+    ],
+)
+def test_parts_are_a_few_for_each_worker_if_they_are_worth_it(
+    work: int, workers: int, parts: int
+) -> None:
+    assert choose_parts(work, workers) == parts
+
+
+class InTurn:
+    """An engine whose workers are this process, one part after the other."""
+
+    def __init__(self, lost: set[int]) -> None:
+        self._lost = lost
+        self._ended: list[Outcome] = []
+        self.submitted: list[int] = []
+
+    def workers(self) -> int:
+        return 3
+
+    def idle(self) -> int:
+        return 3 - len(self._ended)
+
+    def running(self) -> int:
+        return len(self._ended)
+
+    def submit(self, request: dict[str, Any]) -> None:
+        part = request["part"]
+        self.submitted.append(part)
+        if part in self._lost:
+            self._lost.discard(part)
+            self._ended.append(Outcome(part, "here", lost="it was lost"))
+        else:
+            self._ended.append(run_unit({**request, "workers": 1}))
+
+    def gather(self, _seconds: float) -> list[Outcome]:
+        ended, self._ended = self._ended, []
+        return ended
+
+    def close(self) -> None:
+        pass
+
+
+def test_only_what_was_lost_is_done_again(
+    recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = InTurn({2})
+    monkeypatch.setattr(driving, "open_executor", lambda _: engine)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    streammerge.merge(recipe, tmp_path / "alone", memory=MEMORY)
+
+    merge_on(recipe, tmp_path / "out", on="dask", memory=BUDGET)
+
+    assert sorted(engine.submitted) == [1, 2, 2, 3]
+    assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "alone")
