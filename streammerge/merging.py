@@ -36,6 +36,7 @@ from streammerge.engine.pipeline import RunReport, run_pipeline
 from streammerge.engine.progress import OnProgress, ProgressEvent
 from streammerge.engine.rechecking import check_entries, keep_sound
 from streammerge.engine.resuming import Recovered, scope_found
+from streammerge.engine.shop import SweepShare
 from streammerge.engine.twins import check_twins
 from streammerge.errors import CheckpointError, OutputError
 from streammerge.finishing import (
@@ -348,6 +349,7 @@ def write_shards(
     share: Share | None = None,
     vouched: Callable[[PieceDone], bool] | None = None,
     sink: Sink | None = None,
+    sweep: SweepShare | None = None,
 ) -> tuple[RunReport, int]:
     """Do what is left to do of the shards; also return how many pieces were damaged meanwhile.
 
@@ -361,6 +363,7 @@ def write_shards(
         share: What of it is this process's; None for everything.
         vouched: As in :class:`MergeJob`.
         sink: As in :class:`MergeJob`.
+        sweep: What to do of a sweep over the model, and nothing else; None for a merge.
     """
     entries = output.entries
     check_entries(planned, entries)
@@ -404,10 +407,11 @@ def write_shards(
                 planned, [*known, *kept], wanted=None if share is None else share.has
             ),
             on_scope=lambda task, found: output.journal.append([scope_found(task, found)]),
-            snapshot=output.take_snapshot(),
+            snapshot=None if sweep is not None else output.take_snapshot(),
             keep_cached=fits_page_cache(planned),
             on_progress=on_progress,
             pace=pace,
+            sweep=sweep,
         )
         while files:
             files.pop(0).close()

@@ -35,6 +35,7 @@ from streammerge.checkpoint.outputform import form_of
 from streammerge.checkpoint.partdir import PartDirectory
 from streammerge.engine.progress import OnProgress, ProgressEvent
 from streammerge.engine.shelter import run_sheltered
+from streammerge.engine.shop import SweepShare
 from streammerge.engine.twins import check_twins
 from streammerge.errors import BusyError, CheckpointError, OutputExistsError, RecipeError
 from streammerge.finishing import output_names, room_beside
@@ -175,7 +176,7 @@ class PartJob:
     out: Path
     """The directory to make."""
     part: int
-    """Which part, from 1."""
+    """Which part, from 1; 0 for none, as of the process that hands them out."""
     parts: int
     """Of how many."""
     overwrite: bool
@@ -192,6 +193,8 @@ class PartJob:
     """Whether the output is put in place if this part is the last."""
     epoch: str | None = None
     """That of the merge that another process has begun; None to begin one where there is none."""
+    sweep: SweepShare | None = None
+    """What to do of a sweep over the model, in place of a part; None for a part."""
 
     def run(self, on_progress: OnProgress) -> Manifest | None:
         """Do the part, and put the output in place if it is the last.
@@ -201,7 +204,7 @@ class PartJob:
         """
         planned = self.planned
         divided = divide(planned, self.parts)
-        own = divided[self.part - 1]
+        own = divided[self.part - 1] if self.part else frozenset()
         files = len(planned.files) * self.open_files + len(shards_of(planned, own))
         allow_open_files(files)
         directory = self.directory(own)
@@ -210,8 +213,10 @@ class PartJob:
             check_twins(planned, sources)
             stack.enter_context(directory)
             stack.enter_context(naming_errors(directory.partial))
-            if not directory.is_done():
-                watched = _watched(directory, self.watch, on_progress)
+            watched = _watched(directory, self.watch, on_progress)
+            if self.sweep is not None:
+                self._sweep(directory, sources, self.sweep, watched)
+            elif not directory.is_done():
                 done = self._do(directory, sources, own, watched)
                 try:
                     check_unchanged(planned.files, sources)
@@ -245,6 +250,23 @@ class PartJob:
                 numel=sum(planned.tasks[index].numel for index in own),
                 epoch=self.epoch,
             )
+
+    def _sweep(
+        self,
+        directory: PartDirectory,
+        sources: list[ByteSource],
+        sweep: SweepShare,
+        on_progress: OnProgress,
+    ) -> None:
+        share = Share(frozenset(), directory.check_current)
+        write_shards(
+            self.planned, directory, sources, on_progress, resumed=True, share=share, sweep=sweep
+        )
+        try:
+            check_unchanged(self.planned.files, sources)
+        except CheckpointError:
+            sweep.answers.unlink(missing_ok=True)
+            raise
 
     def _do(
         self,

@@ -81,6 +81,17 @@ def snapshot_name(epoch: str, attempt: str | None = None) -> str:
     return "-".join(filter(None, (SNAPSHOT_NAME, epoch, attempt)))
 
 
+def sweep_name(epoch: str, question: int, what: str = "") -> str:
+    """Return what a sweep that several processes do together saves: its questions, or one's answers.
+
+    Args:
+        epoch: Of the merge.
+        question: Which sweep, from 1.
+        what: Whose answers, as ``"2of4"``; nothing for the questions.
+    """
+    return "-".join(filter(None, (SNAPSHOT_NAME, f"q{epoch}", str(question), what)))
+
+
 def claim_snapshot(partial: Path, epoch: str, own: Path) -> None:
     """Make the sweep that was saved last in an epoch, by whomever, that of one process.
 

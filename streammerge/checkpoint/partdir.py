@@ -59,6 +59,7 @@ from streammerge.checkpoint.permitting import (
     differences,
 )
 from streammerge.checkpoint.places import MARKER_NAME, choose_place, undo_moves
+from streammerge.checkpoint.snapshot import SNAPSHOT_NAME
 from streammerge.errors import BusyError, OutputError, OutputExistsError, ResumeError
 
 _JOIN_SECONDS = 20.0
@@ -399,7 +400,7 @@ class PartDirectory:
             return
         if any(attempt.records for attempt in self.read_attempts()):
             return
-        if not any(self.partial.glob(f"{snapshot_name(self.epoch)}*")):
+        if not any(self.partial.glob(f"{SNAPSHOT_NAME}*")):
             shutil.rmtree(self.partial, ignore_errors=True)
 
 

@@ -33,7 +33,7 @@ from streammerge.engine.results import Results, TensorResult
 from streammerge.engine.resuming import Recovered
 from streammerge.engine.scheduling import Schedule
 from streammerge.engine.shelf import FactorShelf
-from streammerge.engine.shop import OnScope, Shop, Work
+from streammerge.engine.shop import OnScope, Shop, SweepShare, Work
 from streammerge.engine.writing import Output, WriteJob, run_writer
 from streammerge.errors import StageError, StreamMergeError
 from streammerge.lazily import torch
@@ -78,6 +78,7 @@ def run_pipeline(
     keep_cached: bool,
     on_progress: OnProgress,
     pace: Pace | None = None,
+    sweep: SweepShare | None = None,
 ) -> RunReport:
     """Merge everything in the plan, but for what was recovered, into the output files.
 
@@ -92,6 +93,7 @@ def run_pipeline(
         keep_cached: Whether the page cache holds all inputs, so that a first sweep leaves them.
         on_progress: Told how far the work is, on the calling thread.
         pace: Keeps to that of other merges over the same files; None without any.
+        sweep: What to do of a sweep over the model, and nothing else; None for a merge.
 
     Raises:
         StreamMergeError: Whatever ended the first stage that failed; later errors are its notes.
@@ -107,6 +109,7 @@ def run_pipeline(
         snapshot=snapshot,
         keep_cached=keep_cached,
         pace=pace,
+        sweep=sweep,
     )
     if not takes_torch(plan):
         return running.run(on_progress)
@@ -133,6 +136,7 @@ class _Running:
         snapshot: Path | None,
         keep_cached: bool,
         pace: Pace | None,
+        sweep: SweepShare | None,
     ) -> None:
         resources = plan.resources
         self._takes_torch = takes_torch(plan)
@@ -182,6 +186,7 @@ class _Running:
             on_scope=on_scope,
             snapshot=snapshot,
             keep_cached=keep_cached,
+            sweep=sweep,
         )
         self._loader = Loader(
             plan,

@@ -32,12 +32,14 @@ from streammerge.engine.resident import ResidentTensor, Users, measure, sample_p
 from streammerge.engine.resuming import WHOLE_MODEL
 from streammerge.engine.rows import memory_of
 from streammerge.engine.scopes import ScopeStatistics
-from streammerge.engine.shop import Shop
+from streammerge.engine.shop import Shop, SweepShare
+from streammerge.errors import ResumeError
 from streammerge.methods.programs import Programs
 from streammerge.plan.budgeting import private_limit, scattered_bytes
 from streammerge.plan.chunking import Chunk, Piece, Residence, Unit, iter_units
 from streammerge.plan.demanding import rows_to_remember
 from streammerge.plan.sweeps import (
+    Needs,
     collecting_limit,
     pack_sample,
     scope_bytes,
@@ -235,22 +237,9 @@ class Schedule:
         known = shop.recovered.found_of(WHOLE_MODEL)
         if known is not None:
             return known
-        need, merged = whole
-        tasks = [shop.plan.tasks[index] for index in merged]
-        numel = sum(task.numel for task in tasks)
-        blocks = sum(count_blocks(task.numel) for task in tasks)
-        scattered = scattered_bytes(need.counts, numel, blocks)
-        searching = min(
-            scope_bytes(shop.plan, need, numel), shop.plan.resources.statistics_bytes - scattered
-        )
-        reserved = shop.statistics.reserve(searching + scattered)
-        statistics = ScopeStatistics(
-            need,
-            numel=numel,
-            blocks=blocks,
-            compute_dtype=shop.plan.compute_dtype,
-            limit=collecting_limit(shop.plan, need, numel, searching),
-        )
+        _, merged = whole
+        statistics, nbytes = open_model_statistics(shop.plan, shop.needs)
+        reserved = shop.statistics.reserve(nbytes)
         chunks = [
             Chunk(pieces, chunk.models)
             for unit in iter_units(shop.plan, must_look=lambda _: False)
@@ -258,6 +247,9 @@ class Schedule:
             if (pieces := _merged_pieces(shop.plan, chunk))
         ]
         shop.progress.activity = "statistics"
+        if shop.sweep is not None:
+            yield from self._sweep_share(statistics, merged, chunks, shop.sweep)
+            return None
         yield from self._sweep(
             statistics, merged, chunks, keep_cached=shop.keep_cached, snapshot=shop.snapshot
         )
@@ -285,13 +277,8 @@ class Schedule:
             scope.restore(snapshot)
         due = time.monotonic() + SNAPSHOT_SECONDS
         while statistics.found is None:
-            runs = spread_runs(self._shop.plan, tasks, statistics.sample_runs)
-            if scope is not None and runs:
-                scope.prepare_sample(sum(piece.numel for piece in runs))
-                for chunk in pack_sample(self._shop.plan, runs):
-                    yield self._sample_load(chunk, scope, measuring)
-                measuring.wait()
-                scope.conclude_sample()
+            if scope is not None:
+                yield from self._sample(scope, tasks, measuring)
             for chunk in chunks:
                 rest = _unanswered(self._shop.plan, statistics, chunk)
                 if rest is None:
@@ -303,6 +290,42 @@ class Schedule:
                     due = time.monotonic() + SNAPSHOT_SECONDS
             measuring.wait()
             statistics.conclude()
+
+    def _sample(
+        self, scope: ScopeStatistics, tasks: Sequence[int], measuring: Outstanding
+    ) -> Iterator[Load]:
+        """Load a sample for the first questions of a round, where one helps."""
+        runs = spread_runs(self._shop.plan, tasks, scope.sample_runs)
+        if not runs:
+            return
+        scope.prepare_sample(sum(piece.numel for piece in runs))
+        for chunk in pack_sample(self._shop.plan, runs):
+            yield self._sample_load(chunk, scope, measuring)
+        measuring.wait()
+        scope.conclude_sample()
+
+    def _sweep_share(
+        self,
+        statistics: ScopeStatistics,
+        tasks: Sequence[int],
+        chunks: Sequence[Chunk],
+        share: SweepShare,
+    ) -> Iterator[Load]:
+        """Load what one process measures of a sweep that several do, or the sample before it."""
+        if not statistics.restore(share.question, sampled=not share.samples):
+            raise ResumeError(
+                f"{share.question}: the questions of this sweep are gone; merge again"
+            )
+        measuring = Outstanding(self._shop.monitor)
+        if share.samples:
+            yield from self._sample(statistics, tasks, measuring)
+        else:
+            for chunk in chunks:
+                pieces = tuple(piece for piece in chunk.pieces if piece.task in share.tasks)
+                if pieces:
+                    yield self._measure_load(Chunk(pieces, chunk.models), statistics, measuring)
+            measuring.wait()
+        statistics.save(share.answers)
 
     def _sample_load(
         self, chunk: Chunk, statistics: ScopeStatistics, measuring: Outstanding
@@ -339,6 +362,34 @@ class Schedule:
             self._shop.work.put(lambda stage: work(stage, loaded))
 
         return Load(chunk, then, last_use=False)
+
+
+def open_model_statistics(plan: MergePlan, needs: Needs) -> tuple[ScopeStatistics, int]:
+    """Return the statistics of a scope that is the whole model, at their first question.
+
+    Args:
+        plan: A merge that has such a scope.
+        needs: What its tensors need.
+
+    Returns:
+        The statistics, and the bytes that they take.
+    """
+    whole = needs.of_model()
+    assert whole is not None  # noqa: S101 - the caller looked
+    need, merged = whole
+    tasks = [plan.tasks[index] for index in merged]
+    numel = sum(task.numel for task in tasks)
+    blocks = sum(count_blocks(task.numel) for task in tasks)
+    scattered = scattered_bytes(need.counts, numel, blocks)
+    searching = min(scope_bytes(plan, need, numel), plan.resources.statistics_bytes - scattered)
+    statistics = ScopeStatistics(
+        need,
+        numel=numel,
+        blocks=blocks,
+        compute_dtype=plan.compute_dtype,
+        limit=collecting_limit(plan, need, numel, searching),
+    )
+    return statistics, searching + scattered
 
 
 def _unanswered(

@@ -5,6 +5,7 @@ Memory: what :func:`streammerge.plan.sweeps.scope_bytes` says, reserved by the c
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Sequence
 from dataclasses import astuple, replace
@@ -18,6 +19,7 @@ from streammerge.checkpoint.snapshot import load_snapshot, save_snapshot
 from streammerge.dtypes import DType
 from streammerge.engine.asking import Asking, BlockAnswer
 from streammerge.engine.buffers import allocate
+from streammerge.errors import ResumeError
 from streammerge.methods.programs import Programs
 from streammerge.plan.sweeps import count_sample_runs
 from streammerge.statistics.magnitude import STATE_ARRAYS, MagnitudeSearch
@@ -184,8 +186,43 @@ class ScopeStatistics:
             }
             save_snapshot(path, facts, arrays)
 
-    def restore(self, path: Path) -> bool:
-        """Go on from what :meth:`save` saved; return whether there was something that fits."""
+    def absorb(self, path: Path) -> None:
+        """Add the answers of other blocks that another process saved, which asked the same questions.
+
+        Raises:
+            ResumeError: They are not there, or to other questions.
+        """
+        loaded = load_snapshot(path)
+        if loaded is None:
+            raise ResumeError(
+                f"{path}: the answers of a process are not there any more; merge again"
+            )
+        facts, arrays = loaded
+        own = [search.state()[0] for search in self._searches]
+        asked = [(each["band"], each["bins"], each["result"]) for each in own]
+        theirs = [(each["band"], each["bins"], each["result"]) for each in facts["searches"]]
+        # As JSON has them: what was saved has lists for tuples.
+        if json.dumps([self._round, asked]) != json.dumps([facts["round"], theirs]):
+            raise ResumeError(f"{path}: answers other questions than are asked; merge again")
+        answered = arrays["answered"]
+        self._answered |= answered
+        if self._totals.size:
+            self._totals[answered] = arrays["totals"][answered]
+        for index, (search, mine) in enumerate(zip(self._searches, facts["searches"], strict=True)):
+            if search.result is None:
+                search.absorb(mine, {name: arrays[f"{index} {name}"] for name in STATE_ARRAYS})
+
+    def is_answered(self) -> bool:
+        """Return whether all blocks have been asked the present questions."""
+        return bool(self._answered.all())
+
+    def restore(self, path: Path, *, sampled: bool = True) -> bool:
+        """Go on from what :meth:`save` saved; return whether there was something that fits.
+
+        Args:
+            path: What was saved.
+            sampled: Whether its questions are those that a sample led to, if one helps.
+        """
         found = load_snapshot(path)
         if found is None:
             return False
@@ -211,5 +248,6 @@ class ScopeStatistics:
             search.restore(own, mine)
         self._answered, self._totals = answered, arrays["totals"]
         self._has_totals = facts["has_totals"]
-        self._sample_runs = 0
+        if sampled:
+            self._sample_runs = 0
         return True

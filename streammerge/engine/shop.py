@@ -25,6 +25,20 @@ of that scope, one per source, on the thread that found them."""
 
 
 @dataclass(frozen=True, slots=True)
+class SweepShare:
+    """What of one sweep over the model this process does; another one puts the shares together."""
+
+    question: Path
+    """The questions, as :meth:`~streammerge.engine.scopes.ScopeStatistics.save` left them."""
+    answers: Path
+    """Where to save the answers, or the questions that a sample leads to."""
+    tasks: frozenset[int]
+    """Tensors that are measured here, by index."""
+    samples: bool
+    """Whether a sample of the whole model is to lead to better questions, and nothing is measured."""
+
+
+@dataclass(frozen=True, slots=True)
 class Shop:
     """What all parts of a running merge share."""
 
@@ -54,3 +68,5 @@ class Shop:
     """Where to save the state of a sweep over the model, now and then; None for nowhere."""
     keep_cached: bool
     """Whether all inputs fit the page cache, so that a second sweep finds them there."""
+    sweep: SweepShare | None = None
+    """What to do of a sweep over the model, and nothing else; None for a merge."""

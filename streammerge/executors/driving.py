@@ -26,6 +26,7 @@ from streammerge.engine.progress import OnProgress, ProgressEvent
 from streammerge.engine.shelter import run_sheltered
 from streammerge.errors import BusyError, ClusterError, StageError, StreamMergeError
 from streammerge.executors.seam import Executor, Outcome, Request
+from streammerge.executors.sweeping import find_model_statistics
 from streammerge.identity import identify
 from streammerge.limits import naming_limits
 from streammerge.parting import PartJob, check_divisible, finish_parts, part_job
@@ -219,8 +220,6 @@ class _Driver:
         return choose_parts(work_of(self._planned), self._executor.workers())
 
     def _drive(self, directory: PartDirectory, parts: int, on_progress: OnProgress) -> None:
-        done = parts_done(directory.read_attempts(), parts)
-        waiting = [part for part in range(1, parts + 1) if part not in done]
         request = {
             **self._request,
             "parts": parts,
@@ -228,23 +227,59 @@ class _Driver:
             "driver": str(directory.journal.path),
             "overwrite": directory.overwrite,
         }
+        find_model_statistics(
+            self._planned,
+            directory,
+            parts,
+            lambda shares: self._run_all([{**request, **share} for share in shares], on_progress),
+        )
+        done = parts_done(directory.read_attempts(), parts)
+        left = [part for part in range(1, parts + 1) if part not in done]
         tail = JournalTail(directory.partial, directory.epoch)
+        self._run_all([{**request, "part": part} for part in left], on_progress, tail)
+
+    def _run_all(
+        self,
+        requests: Sequence[Request],
+        on_progress: OnProgress,
+        tail: JournalTail | None = None,
+    ) -> None:
+        """Have all of this done, what is lost again.
+
+        Args:
+            requests: One for each process.
+            on_progress: Told how far they are together.
+            tail: Tells what is durable; None where shares of a sweep are done, which are told by number.
+        """
+        waiting = {int(request["part"]): request for request in requests}
+        doing: dict[int, Request] = {}
         began = time.perf_counter()
         total = work_of(self._planned)
         moved = 0
-        while waiting or self._executor.running():
+        while waiting or doing:
             self._look_for_workers()
             while waiting and self._executor.idle():
-                self._executor.submit({**request, "part": waiting.pop(0)})
-            ended = self._executor.gather(_TICK_SECONDS)
-            waiting += [outcome.part for outcome in ended if self._is_lost(outcome, parts)]
-            if not self._executor.running():
+                part = min(waiting)
+                request = waiting.pop(part)
+                self._executor.submit(request)
+                doing[part] = request
+            for outcome in self._executor.gather(_TICK_SECONDS):
+                request = doing.pop(outcome.part)
+                if self._is_lost(outcome, int(request["parts"])):
+                    waiting[outcome.part] = request
+            if waiting and not doing:
                 # Nothing to wait for: no worker is idle, or none is there.
                 time.sleep(_TICK_SECONDS)
-            moved += sum(
-                work_of(self._planned, piece.task, piece.numel) for piece in tail.read_new()
-            )
-            _report(on_progress, moved, total, time.perf_counter() - began)
+            if tail is None:
+                left = len(waiting) + len(doing)
+                done, activity = total * (len(requests) - left) // len(requests), "statistics"
+            else:
+                moved += sum(
+                    work_of(self._planned, piece.task, piece.numel) for piece in tail.read_new()
+                )
+                done, activity = moved, "merge"
+            seconds = time.perf_counter() - began
+            on_progress(ProgressEvent.at(activity, done, total, seconds))
 
     def _look_for_workers(self) -> None:
         """Raise if there have been no workers for a while."""

@@ -25,10 +25,12 @@ from streammerge.checkpoint.bytesource import ByteSourceKind
 from streammerge.checkpoint.partdir import PartDirectory
 from streammerge.engine.memory import default_budget
 from streammerge.engine.shelter import run_sheltered
+from streammerge.engine.shop import SweepShare
 from streammerge.errors import OutputError, StreamMergeError
 from streammerge.executors.seam import Outcome, Request
 from streammerge.limits import naming_limits
 from streammerge.parting import check_divisible, part_job
+from streammerge.plan.dividing import divide
 from streammerge.plan.types import MergePlan
 from streammerge.recipe.text import load_document
 from streammerge.run import as_output, parse_document, plan
@@ -40,7 +42,7 @@ _TAIL_CHARACTERS = 2_000
 
 
 def run_unit(request: Request) -> Outcome:
-    """Start a process that does a part, and return what became of it; runs on a worker."""
+    """Start a process that does a part, or a share of a sweep, and return what became of it; runs on a worker."""
     part, host = int(request["part"]), socket.gethostname()
     directory = str(request["directory"])
     if not os.path.isdir(directory):  # noqa: PTH112 - a name of another machine
@@ -148,10 +150,18 @@ def _do(request: Request, worker_gone: threading.Event) -> None:
                 f"{directory.partial}: the process that hands out the parts has gone; what is done is kept"
             )
 
+    asked, sweep = request.get("sweep"), None
+    if asked is not None:
+        sweep = SweepShare(
+            question=Path(asked["question"]),
+            answers=Path(asked["answers"]),
+            tasks=divide(named, request["parts"])[request["part"] - 1],
+            samples=asked["samples"],
+        )
     job = part_job(
         named,
         out,
-        part=request["part"],
+        part=request["part"] if sweep is None else 0,
         parts=request["parts"],
         overwrite=request["overwrite"],
         resume=True,
@@ -159,6 +169,7 @@ def _do(request: Request, worker_gone: threading.Event) -> None:
         watch=watch,
         epoch=request["epoch"],
         publishes=False,
+        sweep=sweep,
     )
     run_sheltered(job.run, lambda _: None)
 

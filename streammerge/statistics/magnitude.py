@@ -235,6 +235,20 @@ class MagnitudeSearch:
         self._segments = [(int(block), int(begin)) for block, begin in arrays["segments"]]
         self._crowds, self._histogram = arrays["crowds"], arrays["histogram"]
 
+    def absorb(self, facts: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> None:
+        """Add the answers of other blocks that another search has, which was asked the same question."""
+        values, begin = arrays["values"], self._inside
+        self._above += facts["above"]
+        self._inside += facts["inside"]
+        self._crowds += arrays["crowds"]
+        self._histogram += arrays["histogram"]
+        if facts["inside"] > values.size:
+            # It had too little room, so some are lost: there are more than fit, whatever room is here.
+            self._inside = max(self._inside, self._room.size + 1)
+        if self._inside <= self._room.size:
+            self._room[begin : self._inside] = values
+            self._segments += [(int(block), begin + int(at)) for block, at in arrays["segments"]]
+
     def conclude(self) -> None:
         """Set :attr:`result`, or the next :attr:`question`, from the answers of all blocks."""
         question = self.question
