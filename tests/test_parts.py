@@ -9,6 +9,7 @@ import random
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -599,6 +600,42 @@ def test_parts_wait_for_one_process_that_has_the_directory_and_then_say_so(
     streammerge.merge(planned, tmp_path / "out", on_progress=look)
 
     assert refused
+
+
+def test_parts_of_another_merge_that_live_are_not_overwritten_but_named(
+    models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("streammerge.checkpoint.partdir._JOIN_SECONDS", 0.3)
+    one, other = plan_of(ties_of(models, seed=1)), plan_of(ties_of(models, seed=2))
+    refused: list[BusyError] = []
+
+    def look(_: Any) -> None:
+        if not refused:
+            with pytest.raises(BusyError) as caught:
+                merge_parts(other, tmp_path / "out", 2, order=[1], overwrite=True)
+            refused.append(caught.value)
+
+    merge_parts(one, tmp_path / "out", 2, order=[2], on_progress=look)
+
+    assert f"(part 2/2: process {os.getpid()} on " in str(refused[0])
+    assert merge_parts(one, tmp_path / "out", 2, order=[1])[0] is not None
+
+
+def test_parts_of_another_merge_that_are_about_to_end_are_waited_for(
+    models: Models, tmp_path: Path
+) -> None:
+    one, other = plan_of(ties_of(models, seed=1)), plan_of(ties_of(models, seed=2))
+    streammerge.merge(other, tmp_path / "alone")
+    merge_parts(one, tmp_path / "out", 2, order=[2])
+    lock = locking.FileLock(partial_of(tmp_path / "out") / ".streammerge-partial")
+    assert lock.acquire(shared=True)
+    ending = threading.Timer(1.0, lock.close)
+    ending.start()
+
+    merge_parts(other, tmp_path / "out", 2, overwrite=True)
+
+    ending.join()
+    assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "alone")
 
 
 def test_a_file_system_without_locks_is_refused(

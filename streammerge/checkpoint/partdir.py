@@ -131,6 +131,7 @@ class PartDirectory:
         self._wanted, self._numel = wanted, numel
         self._expected = epoch
         self._token = draw_token()
+        self._others: list[str] = []
         self._marker: FileLock | None = None
         self._journal: Journal | None = None
         self._journal_lock: FileLock | None = None
@@ -171,7 +172,7 @@ class PartDirectory:
                 if self._try_to_join():
                     return
             if time.monotonic() > deadline:
-                raise busy(self.partial)
+                raise busy(self.partial, self._others)
             time.sleep(_RETRY_SECONDS)
 
     def _await_merge(self) -> None:
@@ -283,7 +284,10 @@ class PartDirectory:
         if found is None:
             return False
         if self._overwrite and any(differences(found.identity, self._identity)):
-            raise busy(self.partial, self._living(epoch_of(found.identity, path)))
+            # Others work on that now; parts whose driver was ended are about to stop.
+            attempts = read_attempts(self.partial, epoch_of(found.identity, path))
+            self._others = [str(attempt) for attempt in attempts if attempt.is_alive()]
+            return False
         check_same(self.partial, found.identity, self._identity)
         records = parse_entries(found, path)
         parts = parts_of(records)
@@ -303,10 +307,6 @@ class PartDirectory:
             if each.task in self._wanted or each.task < 0
         )
         return True
-
-    def _living(self, epoch: str) -> list[str]:
-        attempts = read_attempts(self.partial, epoch)
-        return [str(attempt) for attempt in attempts if attempt.is_alive()]
 
     def _other_division(self, parts: int) -> ResumeError:
         return ResumeError(
