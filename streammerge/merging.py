@@ -385,7 +385,8 @@ def write_shards(
                     path,
                     shard.nbytes,
                     resumed=resumed,
-                    shared=share is not None,
+                    # Of parts that are done, every byte has its room already.
+                    shared=share is not None or vouched is not None,
                     on_open=lambda: None if share is None else share.check(),
                     on_durable=output.journal.append,
                 )

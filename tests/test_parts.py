@@ -488,6 +488,19 @@ def test_inputs_that_change_meanwhile_spoil_the_part_alone(
         merge_parts(plan_of(recipe), tmp_path / "out", 2, order=[2])
 
 
+def test_no_room_is_reserved_where_several_write(
+    recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a file system cannot, the C library would read a byte of every block, and write zeros."""
+
+    def reserve(*_: Any) -> None:
+        raise AssertionError("reserved")
+
+    monkeypatch.setattr(os, "posix_fallocate", reserve)
+
+    assert merge_parts(plan_of(recipe), tmp_path / "out", 2)[-1] is not None
+
+
 # -- what is refused
 
 
