@@ -314,7 +314,7 @@ ALWAYS_INLINE void divide_memory(run *now, float *memory) {
 ALWAYS_INLINE void begin_totals(run *now) {
     for (int32_t i = 0; i < now->program->n_steps; i++) {
         const sm_step *step = &now->program->steps[i];
-        if (step->op >= OP_SUM && step->op <= OP_LARGEST)
+        if (step->op >= OP_SUM && step->op <= OP_OPPOSED)
             begin_total((enum op)step->op, now->sums + step->out * SUMS);
     }
 }
@@ -322,7 +322,7 @@ ALWAYS_INLINE void begin_totals(run *now) {
 ALWAYS_INLINE void end_totals(run *now, double *totals) {
     for (int32_t i = 0; i < now->program->n_steps; i++) {
         const sm_step *step = &now->program->steps[i];
-        if (step->op >= OP_SUM && step->op <= OP_LARGEST)
+        if (step->op >= OP_SUM && step->op <= OP_OPPOSED)
             totals[step->out] = end_total((enum op)step->op, now->sums + step->out * SUMS);
     }
 }

@@ -10,7 +10,6 @@ enum { SUMS = 16 };
 ALWAYS_INLINE double larger(double a, double b) { return (b > a) | (b != b) ? b : a; }
 
 ALWAYS_INLINE double totalled(enum op op, double so_far, const float *a, const float *b, int64_t i) {
-    if (op == OP_LARGEST) return larger(so_far, a[i]);
     if (op == OP_DOT) return so_far + (double)a[i] * (double)b[i];
     return so_far + (double)a[i];
 }
@@ -27,12 +26,46 @@ ALWAYS_INLINE void total_tile_by(enum op op, double *kept, const float *a, const
     memcpy(kept, sums, sizeof sums);
 }
 
+/* Float32 is wide enough to compare in, and holds twice as many numbers. */
+ALWAYS_INLINE float larger_float(float a, float b) { return (b > a) | (b != b) ? b : a; }
+
+ALWAYS_INLINE void total_largest(double *kept, const float *a, int64_t count) {
+    float best[SUMS];
+    int64_t whole = count / SUMS * SUMS;
+    for (int64_t k = 0; k < SUMS; k++) best[k] = (float)kept[k];
+    for (int64_t at = 0; at < whole; at += SUMS)
+        for (int64_t k = 0; k < SUMS; k++) best[k] = larger_float(best[k], a[at + k]);
+    for (int64_t at = whole; at < count; at++)
+        best[at - whole] = larger_float(best[at - whole], a[at]);
+    for (int64_t k = 0; k < SUMS; k++) kept[k] = best[k];
+}
+
+/* Whole numbers below 2^53, which no order changes. */
+ALWAYS_INLINE void total_count(double *kept, const float *a, const float *b, int64_t count) {
+    int32_t chosen = 0;
+    if (b) {
+        for (int64_t i = 0; i < count; i++) chosen += (a[i] != 0.0f) & (b[i] != 0.0f);
+    } else {
+        for (int64_t i = 0; i < count; i++) chosen += a[i] != 0.0f;
+    }
+    kept[0] += chosen;
+}
+
+ALWAYS_INLINE void total_opposed(double *kept, const float *a, const float *b, int64_t count) {
+    int32_t chosen = 0;
+    for (int64_t i = 0; i < count; i++)
+        chosen += ((a[i] > 0.0f) & (b[i] < 0.0f)) | ((a[i] < 0.0f) & (b[i] > 0.0f));
+    kept[0] += chosen;
+}
+
 ALWAYS_INLINE void total_tile(enum op op, double *sums, const float *a, const float *b,
                               int64_t count) {
     switch (op) {
         case OP_SUM: total_tile_by(OP_SUM, sums, a, b, count); break;
         case OP_DOT: total_tile_by(OP_DOT, sums, a, b, count); break;
-        default: total_tile_by(OP_LARGEST, sums, a, b, count);
+        case OP_COUNT: total_count(sums, a, b, count); break;
+        case OP_OPPOSED: total_opposed(sums, a, b, count); break;
+        default: total_largest(sums, a, count);
     }
 }
 

@@ -115,23 +115,36 @@ def _count_(chosen: Tensor, column: Tensor) -> None:
         column[whole].copy_(chosen[whole * BLOCK :].sum())
 
 
-def total_blocks_(op: Op, a: Tensor, b: Tensor, column: Tensor) -> None:
+def total_blocks_(op: Op, a: Tensor, b: Tensor | None, column: Tensor) -> None:
     """Write the total of each block into ``[blocks]`` float64.
 
     Args:
         op: What kind of total.
         a: ``[m]``, whole blocks but for the last one.
-        b: ``[m]``, for products.
+        b: ``[m]``, for products and counts of two rows; None for one row.
         column: Receives the totals.
     """
-    terms = a.to(torch.float64, copy=True)
-    if op is Op.DOT:
-        terms *= b
+    terms = _terms(op, a, b)
     whole = terms.numel() // BLOCK
     if whole:
         column[:whole].copy_(_total_(op, terms[: whole * BLOCK].view(whole, BLOCK)))
     if terms.numel() > whole * BLOCK:
         column[whole:].copy_(_total_(op, terms[None, whole * BLOCK :]))
+
+
+def _terms(op: Op, a: Tensor, b: Tensor | None) -> Tensor:
+    """Return what is totalled of each element, ``[m]`` float64."""
+    if op is Op.COUNT:
+        chosen = a != 0
+        return (chosen if b is None else chosen & (b != 0)).to(torch.float64)
+    if op is Op.OPPOSED:
+        assert b is not None  # noqa: S101 - it is about two
+        return (((a > 0) & (b < 0)) | ((a < 0) & (b > 0))).to(torch.float64)
+    terms = a.to(torch.float64, copy=True)
+    if op is Op.DOT:
+        assert b is not None  # noqa: S101 - it is about two
+        terms *= b
+    return terms
 
 
 def _total_(op: Op, terms: Tensor) -> Tensor:

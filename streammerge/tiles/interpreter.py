@@ -75,7 +75,7 @@ class Sinks(Protocol):
         """Take ``[m]`` of values that are ranked, in a register."""
         ...
 
-    def total(self, index: int, op: Op, a: Tensor, b: Tensor) -> None:
+    def total(self, index: int, op: Op, a: Tensor, b: Tensor | None) -> None:
         """Take ``[m]``, or two of them, in registers, whose total of this kind is asked for."""
         ...
 
@@ -116,7 +116,7 @@ def run_program(
             if step.op is Op.RANK:
                 sinks.rank(step.out, row)
             else:
-                sinks.total(step.out, step.op, row, machine.rows[step.b])
+                sinks.total(step.out, step.op, row, machine.rows[step.b] if step.b >= 0 else None)
         else:
             machine.run(step)
     return result

@@ -79,18 +79,22 @@ class Op(IntEnum):
     """Adds ``a * b``, in float64, to a total."""
     LARGEST = 31
     """A total becomes the largest ``a``, if it was smaller."""
-    RANK = 32
+    COUNT = 32
+    """Counts in a total where ``a`` is not 0, or neither ``a`` nor ``b`` is."""
+    OPPOSED = 33
+    """Counts in a total where ``a`` and ``b`` have opposite signs, and neither is 0."""
+    RANK = 34
     """``a``, none of them negative, are values among which a rank is looked for."""
 
 
-SINKS = frozenset({Op.STORE, Op.SUM, Op.DOT, Op.LARGEST, Op.RANK})
+TOTALS = frozenset({Op.SUM, Op.DOT, Op.LARGEST, Op.COUNT, Op.OPPOSED})
+"""Sinks that leave one number."""
+SINKS = TOTALS | {Op.STORE, Op.RANK}
 """Steps that leave something behind; the others only fill a register."""
 FUNCTIONS = frozenset({
     Op.SQUARE_ROOT, Op.EXPONENTIAL, Op.LOGARITHM, Op.EXPONENTIAL_LESS_ONE, Op.LOGARITHM_OF_ONE_MORE,
 })  # fmt: skip
 """Steps of :mod:`streammerge.tiles.functions`, whose bits no library has."""
-TOTALS = frozenset({Op.SUM, Op.DOT, Op.LARGEST})
-"""Sinks that leave one number."""
 
 
 class Origin(Enum):

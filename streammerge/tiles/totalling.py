@@ -24,21 +24,34 @@ _LANES = 16
 
 # What is computed may be infinite, or no number; who merges it says so.
 @np.errstate(all="ignore")
-def total_rows(op: Op, a: Floats, b: Floats) -> NDArray[np.float64]:
+def total_rows(op: Op, a: Floats, b: Floats | None) -> NDArray[np.float64]:
     """Return the total of each row, ``[rows]``.
 
     Args:
         op: What kind of total.
         a: ``[rows, m]``.
-        b: ``[rows, m]``, for products.
+        b: ``[rows, m]``, for products and counts of two rows; None for one row.
     """
+    if op is Op.COUNT:
+        chosen = a != 0 if b is None else (a != 0) & (b != 0)
+        return _counted(chosen)
+    if op is Op.OPPOSED:
+        assert b is not None  # noqa: S101 - it is about two
+        opposed = ((a > 0) & (b < 0)) | ((a < 0) & (b > 0))
+        return _counted(opposed)
     if op is Op.LARGEST:
         largest: NDArray[np.float64] = a.max(axis=1, initial=-np.inf).astype(np.float64) + 0.0
         return largest
     terms = a.astype(np.float64)
     if op is Op.DOT:
+        assert b is not None  # noqa: S101 - it is about two
         terms *= b
     return add_up(terms)
+
+
+def _counted(chosen: NDArray[np.bool_]) -> NDArray[np.float64]:
+    counts: NDArray[np.float64] = np.count_nonzero(chosen, axis=1).astype(np.float64)
+    return counts
 
 
 def add_up(terms: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -74,7 +87,8 @@ class HostSinks:
         """``[rows, totals]``."""
         self.rank = on_ranked
 
-    def total(self, index: int, op: Op, a: Tensor, b: Tensor) -> None:
+    def total(self, index: int, op: Op, a: Tensor, b: Tensor | None) -> None:
         """Total every row."""
         rows = len(self.totals), a.numel() // max(len(self.totals), 1)
-        self.totals[:, index] = total_rows(op, a.numpy().reshape(rows), b.numpy().reshape(rows))
+        other = None if b is None else b.numpy().reshape(rows)
+        self.totals[:, index] = total_rows(op, a.numpy().reshape(rows), other)

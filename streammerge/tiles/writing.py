@@ -276,6 +276,21 @@ def largest(row: Row) -> Sink:
     return Sink(Op.LARGEST, (row,))
 
 
+def count(row: Row) -> Sink:
+    """Ask for the number of elements of a scope that are not 0."""
+    return Sink(Op.COUNT, (row,))
+
+
+def count_both(row: Row, other: Row) -> Sink:
+    """Ask for the number of elements of a scope that are 0 in neither of two rows."""
+    return Sink(Op.COUNT, (row, other))
+
+
+def count_opposed(row: Row, other: Row) -> Sink:
+    """Ask for the number of elements of a scope that are positive in one row and negative in the other."""
+    return Sink(Op.OPPOSED, (row, other))
+
+
 def ranked(row: Row) -> Sink:
     """Ask for a rank among the magnitudes of a row over a scope."""
     return Sink(Op.RANK, (abs(row),))

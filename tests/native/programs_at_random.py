@@ -22,6 +22,9 @@ from streammerge.tiles.writing import (
     Row,
     Sheet,
     Sink,
+    count,
+    count_both,
+    count_opposed,
     dot,
     equal,
     exponential,
@@ -232,11 +235,11 @@ def programs(draw: st.DrawFn, *, sources: int, has_base: bool) -> Program:
     some = st.sampled_from(pool[-6:])
     sinks: list[Sink] = []
     for _ in range(draw(st.integers(1, 4))):
-        kind = draw(st.integers(0, 3))
+        kind = draw(st.integers(0, 6))
         sinks.append(
-            dot(draw(some), draw(some))
-            if kind == 0
-            else (total, largest, ranked)[kind - 1](draw(some))
+            (dot, count_both, count_opposed)[kind](draw(some), draw(some))
+            if kind < 3
+            else (total, largest, ranked, count)[kind - 3](draw(some))
         )
     return compile_sinks(sinks)
 

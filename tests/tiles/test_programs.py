@@ -15,10 +15,11 @@ from hypothesis import strategies as st
 
 from streammerge import functional
 from streammerge.rng import keep_mask, keep_mask_by, stream_key
+from streammerge.statistics.in_tensors import total_blocks_
 from streammerge.tiles import functions
 from streammerge.tiles.compiling import compile_result, compile_sinks
 from streammerge.tiles.interpreter import count_rows, run_program
-from streammerge.tiles.program import Number, Op, Origin, Program, Vote
+from streammerge.tiles.program import TOTALS, Number, Op, Origin, Program, Vote
 from streammerge.tiles.totalling import HostSinks, total_rows
 from streammerge.tiles.writing import (
     Factor,
@@ -433,7 +434,7 @@ def test_every_step_that_fills_a_register_is_tested() -> None:
         done |= {step.op for step in compile_result(write(sheet, *sheet.values)).steps}
 
     # Rows within rows and adapters' changes have tests of their own.
-    sinks = {Op.SUM, Op.DOT, Op.LARGEST, Op.RANK}
+    sinks = TOTALS | {Op.RANK}
     assert done == set(Op) - sinks - {Op.COMPUTED, Op.CHANGED}
 
 
@@ -600,6 +601,23 @@ def test_totals_are_sums_to_the_last_places_of_float64(numel: int) -> None:
 
     assert (np.abs(total_rows(Op.DOT, a, b) - exact) <= 1e-13 * size).all()
     assert (total_rows(Op.LARGEST, a, b) == a.max(axis=1)).all()
+
+
+def test_counts_are_of_elements_that_are_not_zero_and_of_opposite_signs() -> None:
+    a = np.array([[1.0, -0.0, 0.0, -2.0, 3.0, 1e-45, -1.0]], dtype=np.float32)
+    b = np.array([[-1.0, 5.0, 0.0, 2.0, 4.0, -1e-45, -3.0]], dtype=np.float32)
+
+    found = [
+        total_rows(Op.COUNT, a, None),
+        total_rows(Op.COUNT, a, b),
+        total_rows(Op.OPPOSED, a, b),
+    ]
+
+    assert [each.tolist() for each in found] == [[5.0], [5.0], [3.0]]
+    for op, expected in ((Op.COUNT, 5.0), (Op.OPPOSED, 3.0)):
+        column = torch.zeros(1, dtype=torch.float64)
+        total_blocks_(op, torch.from_numpy(a[0]), torch.from_numpy(b[0]), column)
+        assert column.tolist() == [expected]
 
 
 def test_totals_of_what_is_not_finite_come_without_a_warning() -> None:

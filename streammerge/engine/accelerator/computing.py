@@ -226,7 +226,7 @@ class _DeviceSinks:
         if question is not None:
             self.ring.answers[index].add_(question, row, self.step.begin // BLOCK)
 
-    def total(self, index: int, op: Op, a: Tensor, b: Tensor) -> None:
+    def total(self, index: int, op: Op, a: Tensor, b: Tensor | None) -> None:
         if not self.asking.totals:
             return
         first = self.step.begin // BLOCK
