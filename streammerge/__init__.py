@@ -16,6 +16,7 @@ from streammerge.version import VERSION
 
 if TYPE_CHECKING:
     from streammerge import functional
+    from streammerge.analysing import analyze
     from streammerge.checkpoint.manifest import Manifest
     from streammerge.checkpoint.reading import read_checkpoint
     from streammerge.checkpoint.types import Checkpoint
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from streammerge.extracting.extraction import extract
     from streammerge.plan.types import MergePlan
     from streammerge.recipe.types import Recipe
+    from streammerge.report.document import Report
+    from streammerge.report.writing import read_report
     from streammerge.run import load_recipe, merge, plan, verify_against
     from streammerge.together import merge_together, plan_together
 
@@ -36,8 +39,10 @@ __all__ = [
     "MergePlan",
     "ProgressEvent",
     "Recipe",
+    "Report",
     "StreamMergeError",
     "__version__",
+    "analyze",
     "extract",
     "functional",
     "load_recipe",
@@ -47,6 +52,7 @@ __all__ = [
     "plan",
     "plan_together",
     "read_checkpoint",
+    "read_report",
     "read_status",
     "verify_against",
     "verify_files",
@@ -59,7 +65,9 @@ _HOMES = {
     "MergePlan": "streammerge.plan.types",
     "ProgressEvent": "streammerge.engine.progress",
     "Recipe": "streammerge.recipe.types",
+    "Report": "streammerge.report.document",
     "StreamMergeError": "streammerge.errors",
+    "analyze": "streammerge.analysing",
     "extract": "streammerge.extracting.extraction",
     "load_recipe": "streammerge.run",
     "merge": "streammerge.run",
@@ -68,6 +76,7 @@ _HOMES = {
     "plan": "streammerge.run",
     "plan_together": "streammerge.together",
     "read_checkpoint": "streammerge.checkpoint.reading",
+    "read_report": "streammerge.report.writing",
     "read_status": "streammerge.checkpoint.status",
     "verify_against": "streammerge.run",
     "verify_files": "streammerge.checkpoint.verifying",

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from streammerge import answering, commands
+from streammerge import answering, commands, looking
 from streammerge.errors import StreamMergeError, printable
 from streammerge.limits import check_address_space, naming_limits
 from streammerge.options import (
@@ -102,6 +102,7 @@ def build_parser() -> argparse.ArgumentParser:
         _add_merge,
         _add_plan,
         _add_bake,
+        _add_analyze,
         _add_inspect,
         _add_verify,
         _add_status,
@@ -182,6 +183,7 @@ def _add_running(parser: argparse.ArgumentParser) -> None:
         help="do only part K of N; other processes, here or where the same files are seen, do the others, "
         "and the last one puts the output in place",
     )
+    _add_report(parser)
     anew = parser.add_mutually_exclusive_group()
     anew.add_argument(
         "--resume",
@@ -219,6 +221,7 @@ def _add_plan(added: Any) -> None:
         help="show another recipe, merged from the same read (may be repeated)",
     )
     _add_resources(plan)
+    _add_report(plan)
     plan.add_argument(
         "--estimate",
         action="store_true",
@@ -227,6 +230,23 @@ def _add_plan(added: Any) -> None:
     )
     plan.add_argument("--json", action="store_true", help="the whole plan as JSON")
     plan.set_defaults(command=commands.run_plan)
+
+
+def _add_analyze(added: Any) -> None:
+    analyze = add_command(
+        added,
+        "analyze",
+        "tell what a merge would keep of its sources, without merging",
+        "streammerge analyze recipe.yaml --json",
+        usage="streammerge analyze RECIPE [options]\n"
+        "       streammerge analyze --method METHOD [--base BASE] SOURCE... [options]",
+    )
+    add_words(analyze)
+    add_line(analyze)
+    _add_resources(analyze)
+    analyze.add_argument("--quiet", action="store_true", help="no progress on standard error")
+    analyze.add_argument("--json", action="store_true", help="the whole report as JSON")
+    analyze.set_defaults(command=looking.run_analyze, also=None)
 
 
 def _add_inspect(added: Any) -> None:
@@ -385,6 +405,14 @@ def _add_download(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="fetch models named as org/model[@revision] from the Hugging Face hub, where its cache "
         "here has them not",
+    )
+
+
+def _add_report(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--report",
+        action="store_true",
+        help="also tell what the models differ in and what the merge kept, as data and as a page",
     )
 
 

@@ -50,7 +50,7 @@ def run_merge(options: argparse.Namespace) -> int:
     if url_of(Path(options.out)) is not None:
         # Its library belongs to what is in use before the plan is made.
         open_target(check_url(options.out))
-    planned = plan(recipe, **_resources_of(options))
+    planned = plan(recipe, **resources_of(options))
     complete = find_complete(planned, options.out) if options.resume else None
     if complete is not None:
         tell_complete(options, complete)
@@ -128,7 +128,7 @@ def _merge_part(options: argparse.Namespace, recipe: Recipe) -> int:
             resume=options.resume,
             byte_source=options.byte_source,
             on_progress=on_progress,
-            **_resources_of(options),
+            **resources_of(options),
         )
     if manifest is not None:
         say = tell_complete if before is not None and before == time_of(options.out) else tell_done
@@ -160,7 +160,7 @@ def _merge_chain(options: argparse.Namespace, chain: Chain) -> int:
             overwrite=options.overwrite,
             byte_source=options.byte_source,
             on_progress=on_progress,
-            **_resources_of(options),
+            **resources_of(options),
         )
     tell_done(options, manifest)
     return 0
@@ -185,7 +185,7 @@ def _merge_together(options: argparse.Namespace, first: Recipe | Chain | Grid) -
             resume=options.resume,
             byte_source=options.byte_source,
             on_progress=on_progress,
-            **_resources_of(options),
+            **resources_of(options),
         )
     for (out, _), manifest, time in zip(merges, manifests, before, strict=True):
         # A resume leaves those alone that are complete.
@@ -227,10 +227,28 @@ def _read_recipes(path: str, options: argparse.Namespace) -> Recipe | Chain | Gr
     return read_recipes(Path(path), download=options.download)
 
 
-def _resources_of(options: argparse.Namespace) -> dict[str, Any]:
+def read_one_recipe(options: argparse.Namespace) -> Recipe:
+    """Return the recipe of one output that a command names.
+
+    Raises:
+        RecipeError: The file makes several.
+    """
+    from streammerge.recipe.types import Recipe
+
+    found = _recipes_of(options)
+    if not isinstance(found, Recipe):
+        raise RecipeError(
+            f"{options.recipe}: makes several outputs, one after the other or of a grid; name a recipe of one"
+        )
+    return found
+
+
+def resources_of(options: argparse.Namespace) -> dict[str, Any]:
+    """Return what a command may use, as :func:`streammerge.run.plan` takes it."""
     return {
         name: getattr(options, name)
-        for name in ("memory", "workers", "device", "device_memory", "download")
+        for name in ("memory", "workers", "device", "device_memory", "download", "report")
+        if hasattr(options, name)
     }
 
 
@@ -245,7 +263,7 @@ def run_plan(options: argparse.Namespace) -> int:
         return _plan_together(options, recipe)
     if not isinstance(recipe, Recipe):
         return _plan_chain(options, recipe)
-    planned = plan(recipe, **_resources_of(options))
+    planned = plan(recipe, **resources_of(options))
     if not options.json:
         # Not by its name, which it has no more once it is removed.
         free = format_size(shutil.disk_usage(".").free)
@@ -280,7 +298,7 @@ def _plan_chain(options: argparse.Namespace, chain: Chain) -> int:
     """Show what several recipes of one file would do."""
     from streammerge.chaining.foreseeing import plan_chain
 
-    plans = plan_chain(chain, **_resources_of(options))
+    plans = plan_chain(chain, **resources_of(options))
     names = [stage.name for stage in chain.stages]
     _print_plans(options, names, plans)
     written = _written(names, plans)
@@ -295,7 +313,7 @@ def _plan_together(options: argparse.Namespace, first: Recipe | Chain | Grid) ->
     recipes = _named(first, options.recipe, "")
     for path in options.also or ():
         recipes += _named(_read_recipes(path, options), path, "")
-    groups = plan_together([recipe for _, recipe in recipes], **_resources_of(options))
+    groups = plan_together([recipe for _, recipe in recipes], **resources_of(options))
     plans = [planned for group in groups for planned in group.plans]
     names = [name or recipe.method for name, recipe in recipes]
     heads = [f"{index} of {len(plans)}: {name}" for index, name in enumerate(names, 1)]

@@ -48,6 +48,8 @@ from streammerge.plan.rendering import changed_keys
 from streammerge.plan.types import MergePlan, TensorTask
 from streammerge.recipe.parsing import parse_recipe
 from streammerge.recipe.types import Recipe
+from streammerge.report.document import report_of
+from streammerge.report.writing import room_for_report, write_report
 from streammerge.units import MIB
 from streammerge.version import VERSION
 
@@ -86,6 +88,7 @@ def output_names(planned: MergePlan, form: OutputForm) -> tuple[str, ...]:
         *(companion.name for companion in planned.companions),
         *(*render_indexes(planned), form.recipe, form.manifest),
         *(() if form.card is None else (form.card,)),
+        *(form.reports if planned.survey else ()),
     )
 
 
@@ -94,7 +97,8 @@ def room_beside(planned: MergePlan) -> int:
     copied = sum(companion.nbytes for companion in planned.companions)
     names = sum(len(task.name) for task in planned.tasks)
     # Of each tensor: its record, its place in the index, an entry of the journal.
-    return copied + 4 * names + 1_000 * len(planned.tasks) + planned.bytes_to_write // 500 + MIB
+    room = copied + 4 * names + 1_000 * len(planned.tasks) + planned.bytes_to_write // 500 + MIB
+    return room + room_for_report(planned) if planned.survey else room
 
 
 def copy_companions(planned: MergePlan, directory: Path) -> dict[str, FileDigest]:
@@ -177,7 +181,7 @@ def write_companions(
         write_durably(directory / name, [content])
     files = copied | {name: digest_file(directory / name) for name in texts}
     files |= _digest_shards(planned, report, directory)
-    run = _run_record(
+    run = record_run(
         planned,
         report,
         identity=identity,
@@ -186,6 +190,9 @@ def write_companions(
         damaged=damaged,
         byte_source=byte_source,
     )
+    if planned.survey:
+        made = report_of(planned, report, recipe_of(planned), kind="merge", record=run)
+        files |= write_report(made, directory, form.reports)
     manifest = _manifest(planned, report, dict(sorted(files.items())), run)
     write_manifest(manifest, directory / form.manifest)
     return manifest
@@ -263,7 +270,7 @@ def _manifest(
     )
 
 
-def _run_record(
+def record_run(
     planned: MergePlan,
     report: RunReport,
     *,
@@ -273,6 +280,7 @@ def _run_record(
     damaged: int,
     byte_source: ByteSourceKind,
 ) -> RunRecord:
+    """Return what a run took, as the manifest has it; see :func:`write_companions`."""
     resources = planned.resources
     return RunRecord(
         versions=collect_versions(torch_version()),

@@ -38,6 +38,12 @@ def identify(planned: MergePlan | CombinationPlan) -> dict[str, Any]:
                 for each in planned.companions
             }
         ),
+        # Pieces that were merged without one have no numbers for it.
+        **(
+            {"report": "made"}
+            if not isinstance(planned, CombinationPlan) and planned.survey
+            else {}
+        ),
         # Another build may round differently.
         "versions": {"streammerge": VERSION, "torch": torch_version()},
     }

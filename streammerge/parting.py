@@ -69,6 +69,7 @@ def merge_part(
     download: bool = False,
     overwrite: bool = False,
     resume: bool = False,
+    report: bool = False,
     byte_source: ByteSourceKind | str = ByteSourceKind.PREAD,
     on_progress: OnProgress | None = None,
 ) -> Manifest | None:
@@ -91,6 +92,7 @@ def merge_part(
         overwrite: Whether an earlier merge in ``out`` may be replaced, and an unfinished one of something
             else, that nobody works on, discarded. What parts of this very merge have done is kept.
         resume: Whether what a merge without parts has left is to be continued in parts.
+        report: As there; the same for all of them.
         byte_source: As there.
         on_progress: As there.
 
@@ -114,6 +116,7 @@ def merge_part(
             device=device or "auto",
             device_memory=device_memory,
             download=download,
+            report=report,
         )
         planned = check_divisible(found)
     check_runnable(planned)

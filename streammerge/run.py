@@ -74,6 +74,7 @@ def plan(
     download: bool = False,
     at_once: int = 1,
     earlier: Sequence[Earlier] = (),
+    report: bool = False,
 ) -> MergePlan | CombinationPlan:
     """Return what a merge would do, having read headers only.
 
@@ -92,6 +93,7 @@ def plan(
         at_once: Merges that share memory and workers, as in :mod:`streammerge.together`.
         earlier: Recipes whose results are sources, and are computed where they are read, as in
             :mod:`streammerge.chaining`.
+        report: Whether the merge finds what a report tells, which it then writes.
 
     Raises:
         RecipeError: The recipe asks for something that cannot be.
@@ -119,6 +121,7 @@ def plan(
                 download=download,
                 at_once=at_once,
                 earlier=earlier,
+                report=report,
             )
     except (RecipeError, CheckpointError) as error:
         # Messages are about this tool's keys; those of another tool's recipe are called otherwise.
@@ -136,6 +139,7 @@ def _plan(
     download: bool,
     at_once: int,
     earlier: Sequence[Earlier],
+    report: bool,
 ) -> MergePlan | CombinationPlan:
     parsed = locate_models(asked, download=download)
     _check_planning_room(parsed, memory)
@@ -143,6 +147,11 @@ def _plan(
         if names:
             raise DeviceError(
                 f"device: {','.join(names)!r}, but adapters are combined on the cpu, in seconds; leave it out"
+            )
+        if report:
+            raise RecipeError(
+                "report: tells of tensors that are merged element by element, and this recipe combines "
+                "adapters without a base; add `base: PATH`, or leave the report out"
             )
         combination = plan_combination(
             parsed,
@@ -169,7 +178,9 @@ def _plan(
         from_store=any(file.remote is not None for model in read.models for file in model.files),
     )
     tokens = match_tokens(parsed, read.models, labels_of(parsed))
-    planned = plan_merge(parsed, read.base, read.sources, machine, tokens, earlier=earlier)
+    planned = plan_merge(
+        parsed, read.base, read.sources, machine, tokens, earlier=earlier, survey=report
+    )
     return replace(
         accompany(planned, parsed, read.models, tokens),
         # As it was given: another machine has its cache elsewhere.
@@ -190,6 +201,7 @@ def merge(
     download: bool = False,
     overwrite: bool = False,
     resume: bool = False,
+    report: bool = False,
     byte_source: ByteSourceKind | str = ByteSourceKind.PREAD,
     on_progress: OnProgress | None = None,
 ) -> Manifest:
@@ -213,6 +225,7 @@ def merge(
             replaced.
         resume: Whether to continue an unfinished merge, if there is one; if this very merge is
             complete already, nothing is left to do.
+        report: Whether ``streammerge_report.json`` and ``.html`` are written, too; a plan says so itself.
         byte_source: How input files are read: ``"pread"``, or ``"mmap"``, which maps them only where
             compiled kernels guard it.
         on_progress: Told several times per second how far the work is.
@@ -231,6 +244,8 @@ def merge(
         open_target(check_url(url))
     kind = _parse_byte_source(byte_source)
     if isinstance(recipe, MergePlan | CombinationPlan):
+        if report and not (isinstance(recipe, MergePlan) and recipe.survey):
+            raise ValueError("the plan was made without a report; give plan() report=True")
         if any(each is not None for each in (memory, workers, device, device_memory)):
             raise ValueError("a plan already says what memory, workers and device it takes")
         planned = recipe
@@ -242,6 +257,7 @@ def merge(
             device=device or "auto",
             device_memory=device_memory,
             download=download,
+            report=report,
         )
     if isinstance(planned, MergePlan):
         check_runnable(planned)

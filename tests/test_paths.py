@@ -43,7 +43,7 @@ def root(models: Models) -> Path:
     model = models.write({"a": torch.arange(6.0)}, "model")
     recipe = recipe_of("linear", None, [model, models.write({"a": torch.ones(6)}, "other")])
     (models.root / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    streammerge.merge(recipe, models.root / "merged", memory=MEMORY)
+    streammerge.merge(recipe, models.root / "merged", memory=MEMORY, report=True)
     return models.root
 
 
@@ -87,6 +87,12 @@ def extract(root: Path, convert: Convert) -> object:
 
 
 CALLS: dict[str, tuple[Callable[[Path, Convert], object], object]] = {
+    "analyze": (
+        lambda root, convert: streammerge.analyze(
+            convert(root / "recipe.yaml"), memory=MEMORY
+        ).document["method"],
+        "linear",
+    ),
     "extract": (extract, "extract"),
     "load_recipe": (
         lambda root, convert: streammerge.load_recipe(convert(root / "recipe.yaml")).method,
@@ -103,6 +109,10 @@ CALLS: dict[str, tuple[Callable[[Path, Convert], object], object]] = {
     "read_checkpoint": (
         lambda root, convert: list(streammerge.read_checkpoint(convert(root / "model")).tensors),
         ["a"],
+    ),
+    "read_report": (
+        lambda root, convert: streammerge.read_report(convert(root / "merged")).document["kind"],
+        "merge",
     ),
     "read_status": (
         lambda root, convert: streammerge.read_status(convert(root / "merged")).complete,

@@ -148,6 +148,8 @@ def test_every_block_is_run_or_named_here() -> None:
 def test_the_commands_of_a_block_work_one_after_the_other(block: Block, place: Path) -> None:
     if "--on dask" in block.text:
         pytest.importorskip("distributed")
+    if "--report" in block.text:
+        pytest.importorskip("vl_convert", reason="pages are drawn by streammerge[report]")
     (place / "recipe.yaml").write_text(block.recipe)
     if block.name in BEFORE:
         run_command(place, BEFORE[block.name])
@@ -249,7 +251,8 @@ def test_a_python_block_runs(block: Block, place: Path) -> None:
 
     run(place, "-c", block.text)
 
-    assert streammerge.verify_files(place / "merged").damages == ()
+    if "sm.merge(" in block.text:
+        assert streammerge.verify_files(place / "merged").damages == ()
 
 
 @every("yaml")

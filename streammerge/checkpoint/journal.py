@@ -55,6 +55,9 @@ class PieceDone:
     """Threshold per ranked value; empty without statistics."""
     numbers: tuple[float, ...]
     """What else its statistics came to; empty where that is nothing."""
+    survey: tuple[tuple[Any, ...], ...] = ()
+    """What a report knows of the range: the fields of :class:`~streammerge.statistics.surveying.Surveyed`;
+    empty without a report."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -359,6 +362,34 @@ def _is_top(value: Any) -> bool:
     )
 
 
+def _is_survey(value: Any) -> bool:
+    """Return whether these are the fields of a survey, or none."""
+    if value == ():
+        return True
+    if type(value) is not tuple or len(value) != len(_SURVEY_FIELDS):
+        return False
+    return all(_are(check)(each) for check, each in zip(_SURVEY_FIELDS, value, strict=True))
+
+
+def _is_pair(value: Any, *checks: Callable[[Any], bool]) -> bool:
+    return (
+        type(value) is tuple
+        and len(value) == len(checks)
+        and all(check(each) for check, each in zip(checks, value, strict=True))
+    )
+
+
+def _is_integer(value: Any) -> bool:
+    return type(value) is int
+
+
+_SURVEY_FIELDS: tuple[Callable[[Any], bool], ...] = (
+    lambda value: _is_pair(value, _is_integer, _is_integer),
+    _is_count,
+    lambda value: _is_pair(value, _is_number, _is_index),
+    _are(lambda value: _is_pair(value, _is_count, _is_count)),
+)
+"""What each entry of the fields of a survey must be: a sum, a count, a largest value, a histogram."""
 _KINDS: dict[str, type[Record]] = {
     each.__name__: each for each in (PieceDone, ScopeFound, Divided, PartDone)
 }
@@ -382,6 +413,7 @@ _CHECKS: dict[str, Callable[[Any], bool]] = {
     "workers": _is_count,
     "device": _is_text,
     "damaged": _is_count,
+    "survey": _is_survey,
 }
 """What the value of a field must be."""
 

@@ -14,6 +14,7 @@ from pathlib import Path
 MANIFEST_NAME = "streammerge_manifest.json"
 RECIPE_NAME = "streammerge_recipe.yaml"
 CARD_NAME = "README.md"
+REPORT_NAMES = ("streammerge_report.json",)
 _ONE_FILE = ".safetensors"
 
 
@@ -33,6 +34,8 @@ class OutputForm:
     """Name of the model card; None without one."""
     file: str | None
     """Name of the one file with tensors; None for a directory."""
+    reports: tuple[str, ...]
+    """Names of the files of a report, where one is made."""
 
     @property
     def manifest_path(self) -> Path:
@@ -47,20 +50,26 @@ class OutputForm:
     @property
     def entries(self) -> tuple[str, ...] | None:
         """The only names that belong to the output; None for a directory, where all do."""
-        return None if self.file is None else (self.file, self.manifest, self.recipe)
+        return None if self.file is None else (self.file, self.manifest, self.recipe, *self.reports)
 
 
 def form_of(out: Path) -> OutputForm:
     """Return the form that a merge into ``out`` makes: one file if its name says so."""
     if out.suffix != _ONE_FILE:
-        return OutputForm(out, out, MANIFEST_NAME, RECIPE_NAME, CARD_NAME, None)
+        return OutputForm(out, out, MANIFEST_NAME, RECIPE_NAME, CARD_NAME, None, REPORT_NAMES)
     return OutputForm(
-        out, out.parent, f"{out.stem}.manifest.json", f"{out.stem}.recipe.yaml", None, out.name
+        out,
+        out.parent,
+        f"{out.stem}.manifest.json",
+        f"{out.stem}.recipe.yaml",
+        None,
+        out.name,
+        (f"{out.stem}.report.json",),
     )
 
 
 def found_form(out: Path) -> OutputForm:
     """Return the form of what lies at ``out``: a directory may have any name."""
     if out.suffix == _ONE_FILE and out.is_dir():
-        return OutputForm(out, out, MANIFEST_NAME, RECIPE_NAME, CARD_NAME, None)
+        return OutputForm(out, out, MANIFEST_NAME, RECIPE_NAME, CARD_NAME, None, REPORT_NAMES)
     return form_of(out)

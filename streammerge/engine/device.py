@@ -19,6 +19,7 @@ from streammerge.engine.asking import Asking, BlockAnswer
 from streammerge.engine.pieces import PieceInMemory, Stored
 from streammerge.statistics.magnitude import SampleRun
 from streammerge.statistics.rounds import Found
+from streammerge.statistics.surveying import Surveyed
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +49,16 @@ class DeviceStage(Protocol):
 
         Raises:
             NonFiniteError: An input or the result is not finite and the recipe forbids it.
+        """
+        ...
+
+    def survey(self, piece: PieceInMemory, found: Sequence[Found], out: Stored) -> list[Surveyed]:
+        """Return what a report knows of a piece that was merged, for each of its parts.
+
+        Args:
+            piece: The inputs.
+            found: What it was merged with.
+            out: The result, ``[numel]``.
         """
         ...
 

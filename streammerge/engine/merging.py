@@ -23,6 +23,7 @@ from streammerge.errors import CheckpointError, printable
 from streammerge.plan.chunking import padded
 from streammerge.plan.types import MergePlan, find_scale_tasks
 from streammerge.statistics.rounds import NOTHING, Found
+from streammerge.statistics.surveying import Surveyed
 
 FindStatistics = Callable[[PieceInMemory], Sequence[Found]]
 """Gives the statistics of a piece: one per source, for each of its parts."""
@@ -87,7 +88,11 @@ class ChunkMerger:
             nbytes = piece.numel * task.made_dtype.itemsize
             memory = slots[0].memory[cursor : cursor + nbytes]
             cursor += padded(nbytes)
-            found, applied = _make(stage, piece, find_statistics, Stored(memory, task.made_dtype))
+            out = Stored(memory, task.made_dtype)
+            found, applied = _make(stage, piece, find_statistics, out)
+            surveyed: Sequence[Surveyed | None] = [None] * len(piece.parts)
+            if self._plan.survey and task.action is Action.MERGE:
+                surveyed = stage.survey(piece, found, out)
             if task.encoding is not None:
                 own = scales or _scales_of_whole(piece, memory)
                 memory = _encode(piece, memory, own)
@@ -96,7 +101,7 @@ class ChunkMerger:
                     cursor += padded(own.stored.size)
                     room[:] = own.stored
                     merged.append(self._scales_extent(own, room.data))
-            merged.extend(_extents(piece, memory.data, applied, found))
+            merged.extend(_extents(piece, memory.data, applied, found, surveyed))
         if copied:
             loaded.hold()
         loaded.release()
@@ -138,7 +143,7 @@ class ChunkMerger:
 
     def _copy(self, piece: PieceInMemory) -> Extent:
         copied = find_copied(self._plan, piece)
-        return next(_extents(piece, copied.memory.data, [_COPIED], [NOTHING]))
+        return next(_extents(piece, copied.memory.data, [_COPIED], [NOTHING], [None]))
 
 
 def find_copied(plan: MergePlan, piece: PieceInMemory) -> Stored:
@@ -197,12 +202,13 @@ def _extents(
     memory: memoryview,
     applied: Sequence[Applied],
     found: Sequence[Found],
+    surveyed: Sequence[Surveyed | None],
 ) -> Iterator[Extent]:
     """Say where the parts of a piece go; neighbours in the file go there together."""
     first = 0
     claims: list[Claim] = []
-    for (part, begin, end), part_applied, part_found in zip(
-        piece.ranges(), applied, found, strict=True
+    for (part, begin, end), part_applied, part_found, part_surveyed in zip(
+        piece.ranges(), applied, found, surveyed, strict=True
     ):
         itemsize = part.task.dtype.itemsize
         if claims and not _follows(claims[-1].part, part):
@@ -211,7 +217,14 @@ def _extents(
         if not claims:
             first = begin * itemsize
         claims.append(
-            Claim(part, part_applied, part_found, begin * itemsize - first, end * itemsize - first)
+            Claim(
+                part,
+                part_applied,
+                part_found,
+                begin * itemsize - first,
+                end * itemsize - first,
+                part_surveyed,
+            )
         )
     yield _extent(memory, first, claims)
 

@@ -17,6 +17,9 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
 from streammerge.checkpoint.bytesource import ByteSource
 from streammerge.engine.accelerator.sharing import Accelerators
 from streammerge.engine.buffers import Allowance, SlotPool
@@ -62,6 +65,8 @@ class RunReport:
     """Wall time."""
     peak_memory: int
     """Largest private memory of the process that was seen, in bytes."""
+    histograms: NDArray[np.int64]
+    """``[models, bins]`` of sampled magnitudes, for a report; zeros without one."""
     device_peak_memory: int
     """Most memory that the process had of any one accelerator, in bytes; 0 without one."""
 
@@ -246,6 +251,7 @@ class _Running:
         on_progress(event)
         return RunReport(
             results=self._results.by_task(),
+            histograms=self._results.histograms(),
             bytes_by_stage=self._progress.bytes_by_stage(),
             seconds_by_stage=self._progress.seconds_by_stage(),
             seconds=event.seconds,

@@ -31,6 +31,7 @@ from streammerge.engine.finite import (
 )
 from streammerge.engine.gathering import make_whole
 from streammerge.engine.pieces import PieceInMemory, Stored, torch_dtype
+from streammerge.engine.plain_surveying import PlainSurveys
 from streammerge.engine.reading import Bench, BlockReader
 from streammerge.engine.rows import (
     KnownRows,
@@ -54,12 +55,13 @@ from streammerge.lazily import torch
 from streammerge.methods.base import MergeMethod
 from streammerge.methods.programs import Programs, found_of_nothing
 from streammerge.plan.demanding import count_plain_rows
-from streammerge.plan.sweeps import programs_of_plan
+from streammerge.plan.sweeps import programs_of_plan, surveys_of_plan
 from streammerge.plan.types import MergePlan
 from streammerge.statistics import BLOCK
 from streammerge.statistics.magnitude import Counted, SampleRun, answer_block
 from streammerge.statistics.rounds import NOTHING, Answers, Found, Rank, RowAnswers
 from streammerge.statistics.selecting import select_block, select_rows
+from streammerge.statistics.surveying import Surveyed
 from streammerge.statistics.topk import TopK
 from streammerge.statistics.totals import join_totals
 from streammerge.tiles.interpreter import run_program
@@ -83,13 +85,15 @@ class PlainStage:
         self._method = method
         self._programs = programs_of_plan(plan, method)
         self._in_turn = [method.in_turn(method.bind(each.values)) for each in plan.settings]
-        rows = count_plain_rows(self._programs)
+        surveys = surveys_of_plan(plan, self._programs)
+        rows = count_plain_rows(self._programs, surveys)
         width = max([BLOCK, *(task.row for task in plan.tasks)])
         memory = torch.empty(rows * width, dtype=torch_dtype(plan.compute_dtype)).view(rows, width)
         masks = np.empty((2, width), dtype=np.bool_)
         self._bench = Bench(plan, ChangeWork(plan), memory[0], memory[1], masks)
         self._registers = memory[2:]
         self._tells = method.random or plan.model_scope
+        self._surveys = PlainSurveys(self._bench, self._registers, surveys)
 
     @property
     def bench(self) -> Bench:
@@ -263,6 +267,10 @@ class PlainStage:
             row_numel=numel if rows is None else rows.numel,
             sinks=sinks,
         )
+
+    def survey(self, piece: PieceInMemory, found: Sequence[Found], out: Stored) -> list[Surveyed]:
+        """Return what a report knows of a piece; see :class:`DeviceStage`."""
+        return self._surveys.survey(piece, found, out)
 
     def convert(self, piece: PieceInMemory, out: Stored) -> Applied:
         """Convert the values of a piece; see :class:`DeviceStage`."""

@@ -69,6 +69,7 @@ class BlockReader:
         check: bool,
         count: bool = False,
         rows: KnownRows | None = None,
+        sources: Sequence[int] | None = None,
     ) -> None:
         """Prepare to read.
 
@@ -83,6 +84,7 @@ class BlockReader:
             check: Whether operands that are not finite are an error.
             count: Whether to count what trims keep.
             rows: What is known of the block's rows, where that matters.
+            sources: Which of the piece's inputs the sources are; None for those of the tensor.
         """
         self._bench = bench
         self._piece = piece
@@ -97,7 +99,7 @@ class BlockReader:
         self._base: Tensor | None = None
         setting = bench.plan.settings[piece.first.task.setting]
         self._base_model = setting.models[0]
-        self._sources = setting.sources
+        self._sources = setting.sources if sources is None else sources
 
     def base(self, out: Tensor) -> None:
         """Write the base's values."""

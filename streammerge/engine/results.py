@@ -6,11 +6,15 @@ import threading
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
+import numpy as np
+from numpy.typing import NDArray
+
 from streammerge.checkpoint.digests import DIGEST_BYTES, LEAF_ELEMENTS
 from streammerge.checkpoint.journal import PieceDone
 from streammerge.methods import discover_methods
 from streammerge.plan.sweeps import programs_of_plan
 from streammerge.plan.types import MergePlan
+from streammerge.statistics.surveying import BINS, Surveyed
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +33,8 @@ class TensorResult:
     """Input values that were NaN or infinite and let through."""
     leaves: bytes
     """Digests of its leaves, joined in the order of the data."""
+    survey: NDArray[np.float64] | None = None
+    """What a report knows of it, as :meth:`~streammerge.statistics.surveying.Surveyed.row` has it."""
 
 
 class Results:
@@ -43,6 +49,7 @@ class Results:
         self._programs = programs_of_plan(plan, discover_methods()[plan.method])
         self._lock = threading.Lock()
         self._by_task: dict[int, _Sum] = {}
+        self._histograms = np.zeros((len(plan.models), BINS), dtype=np.int64)
         self.add(done_before)
 
     def add(self, pieces: Iterable[PieceDone]) -> None:
@@ -54,6 +61,20 @@ class Results:
                     found = _Sum(self._plan.tasks[piece.task].numel)
                     self._by_task[piece.task] = found
                 found.add(piece)
+                if piece.survey:
+                    self._add_survey(found, piece)
+
+    def _add_survey(self, found: _Sum, piece: PieceDone) -> None:
+        surveyed = Surveyed(*piece.survey)
+        found.add_survey(surveyed, piece.numel)
+        sources = self._plan.settings[self._plan.tasks[piece.task].setting].sources
+        for model, histogram in zip(sources, surveyed.histograms, strict=True):
+            for place, count in histogram:
+                self._histograms[model, place] += count
+
+    def histograms(self) -> NDArray[np.int64]:
+        """Return how many sampled elements of each model's vector lie in each bin, ``[models, bins]``."""
+        return self._histograms
 
     def by_task(self) -> dict[int, TensorResult]:
         """Return the result of every tensor, by task index."""
@@ -74,9 +95,15 @@ class Results:
 class _Sum:
     """The pieces of one tensor, added up."""
 
-    __slots__ = ("_kept", "_leaves", "_not_finite", "_numbers", "_tensor_kept", "_thresholds")
+    __slots__ = (
+        "_kept", "_leaves", "_not_finite", "_numbers", "_survey", "_surveyed", "_tensor_kept",
+        "_thresholds", "_unsurveyed",
+    )  # fmt: skip
 
     def __init__(self, numel: int) -> None:
+        self._unsurveyed = numel
+        self._surveyed: Surveyed | None = None
+        self._survey: NDArray[np.float64] | None = None
         self._leaves = bytearray(-(-numel // LEAF_ELEMENTS) * DIGEST_BYTES)
         self._kept: tuple[int, ...] = ()
         self._tensor_kept: tuple[int, ...] = ()
@@ -95,6 +122,15 @@ class _Sum:
         self._tensor_kept, self._thresholds = piece.tensor_kept, piece.thresholds
         self._numbers = piece.numbers
 
+    def add_survey(self, surveyed: Surveyed, numel: int) -> None:
+        """Add what a report knows of some elements; rounded, and shorter, when it is all there."""
+        known = self._surveyed
+        self._surveyed = surveyed if known is None else known.joined(surveyed)
+        self._unsurveyed -= numel
+        if self._unsurveyed == 0:
+            self._survey = self._surveyed.row()
+            self._surveyed = None
+
     def result(self) -> TensorResult:
         return TensorResult(
             kept=self._kept,
@@ -103,4 +139,5 @@ class _Sum:
             numbers=self._numbers,
             not_finite=self._not_finite,
             leaves=bytes(self._leaves),
+            survey=self._survey,
         )

@@ -18,6 +18,7 @@ from streammerge.engine.progress import Progress, Stage
 from streammerge.engine.queues import WorkQueue
 from streammerge.engine.results import Results
 from streammerge.statistics.rounds import Found
+from streammerge.statistics.surveying import Surveyed, fields_of
 
 
 class Output(Protocol):
@@ -50,6 +51,8 @@ class Claim:
     """First byte in the extent."""
     end: int
     """End in the extent."""
+    surveyed: Surveyed | None = None
+    """What a report knows of it; None without one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,4 +126,5 @@ def _record(claim: Claim, memory: memoryview) -> PieceDone:
         tensor_kept=tuple(top.kept for top in found.tops),
         thresholds=tuple(top.threshold for top in found.tops),
         numbers=found.numbers,
+        survey=() if claim.surveyed is None else fields_of(claim.surveyed),
     )

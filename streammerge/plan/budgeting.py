@@ -30,6 +30,9 @@ _RECORD_BYTES = 1024
 """What the engine knows of a finished tensor until the manifest is written; measured: 600 to 900."""
 _BLOCK_RECORD_BYTES = 160
 """The digest of a block, and where an interrupted run had got to with it."""
+_SURVEY_RECORD_BYTES = 512
+"""Of a tensor in a report, beside eight bytes per number: an array, its place, and its share of those
+tensors that are not finished, whose sums are exact and longer."""
 LARGEST_SLOT = 8 * MIB
 """Requests of 8 to 16 MiB saturate disks; larger slots only make the pipeline coarser."""
 _DEPTH = 3
@@ -105,6 +108,8 @@ class Demand:
     """Scratch memory of a worker for what becomes codes; 0 where nothing does."""
     scales_nbytes: int = 0
     """Largest magnitudes and scales of the tensor that has most of them."""
+    survey_bytes: int = 0
+    """What is known of finished tensors for a report, until it is written."""
     device_worker_bytes: int = 0
     """Host memory of a worker for what comes back from an accelerator; 0 without one."""
     device_growth: int = 0
@@ -138,7 +143,7 @@ def choose_resources(
     smallest_slot = _smallest_slot(demand)
     scratch = workers * _worker_bytes(demand) + readers * demand.reader_bytes
     growth = GROWTH_BYTES // at_once + records_bytes(demand.tensors, demand.blocks)
-    growth += demand.device_growth
+    growth += demand.device_growth + demand.survey_bytes
     beside = max(0, budget - baseline) // at_once * (at_once - 1)
     fixed = baseline + beside + growth + scratch + demand.factors_largest
     least = demand.inputs * smallest_slot + 2 * _output_bytes(demand, smallest_slot)
@@ -215,6 +220,15 @@ def _demanded_whole(demand: Demand, numel: int) -> int:
 def records_bytes(tensors: int, blocks: int) -> int:
     """Return the memory of what is known of finished tensors until the manifest is written."""
     return tensors * _RECORD_BYTES + blocks * _BLOCK_RECORD_BYTES
+
+
+def survey_bytes(width: int) -> int:
+    """Return the memory of what a report knows of a finished tensor.
+
+    Args:
+        width: Its numbers.
+    """
+    return 8 * width + _SURVEY_RECORD_BYTES
 
 
 def values_limit(numel: int) -> int:

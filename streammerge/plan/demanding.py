@@ -9,7 +9,8 @@ from streammerge.adapters.onto_base.changes import DELTA_ROWS
 from streammerge.assignment.types import Action
 from streammerge.checkpoint.types import coded_bits
 from streammerge.methods.programs import Counts, Programs
-from streammerge.plan.budgeting import LARGEST_SLOT, Demand, scattered_bytes
+from streammerge.methods.surveying import Survey
+from streammerge.plan.budgeting import LARGEST_SLOT, Demand, scattered_bytes, survey_bytes
 from streammerge.plan.chunking import DECODING_BYTES, most_around, output_bytes, widest_input
 from streammerge.plan.factors import factors_nbytes, stored_nbytes
 from streammerge.plan.types import TensorTask
@@ -31,6 +32,7 @@ def measure_demand(
     itemsize: int,
     model_scope: bool,
     torch: bool,
+    surveys: Sequence[Survey] = (),
 ) -> Demand:
     """Return what a merge asks of memory.
 
@@ -40,6 +42,7 @@ def measure_demand(
         itemsize: Bytes per element in the compute dtype.
         model_scope: Whether statistics cover the whole model.
         torch: Whether torch computes anything.
+        surveys: What a report asks about tensors, for each of the settings; nothing without one.
     """
     merged = [task for task in tasks if task.action is Action.MERGE]
     made = [task for task in tasks if task.action in (Action.MERGE, Action.CONVERT)]
@@ -63,6 +66,7 @@ def measure_demand(
         ),
         compute_rows=_compute_rows(
             programs,
+            surveys,
             torch=torch,
             changed=most_changed_sources(programs, tasks),
         ),
@@ -86,6 +90,9 @@ def measure_demand(
         input_nbytes=sum(nbytes) + stored_nbytes(changed),
         tensors=len(tasks),
         blocks=sum(count_blocks(task.numel) for task in tasks),
+        survey_bytes=sum(
+            survey_bytes(surveys[task.setting].layout.width) for task in merged if surveys
+        ),
         reader_bytes=DECODING_BYTES if any(map(_is_made, tasks)) else 0,
         encoding_bytes=_encoding_bytes(encoded) if encoded else 0,
         scales_nbytes=max((_scales_nbytes(task) for task in encoded), default=0),
@@ -144,13 +151,16 @@ def _scales_nbytes(task: TensorTask) -> int:
     return 0 if task.encoding is None else task.encoding.nbytes
 
 
-def _compute_rows(programs: Sequence[Programs], *, torch: bool, changed: int) -> int:
+def _compute_rows(
+    programs: Sequence[Programs], surveys: Sequence[Survey], *, torch: bool, changed: int
+) -> int:
     """Return how many blocks a worker keeps in the compute dtype."""
-    kernels = count_rooms(programs)
+    # A survey copies magnitudes of a block, and looks at them.
+    kernels = count_rooms(programs) + 2 * bool(surveys)
     if not torch:
         return kernels + changed + (1 if changed else 0)
     # For changes, a product and one more row, and what they come to of each source.
-    plain = count_plain_rows(programs) + (DELTA_ROWS if changed else 0) + changed
+    plain = count_plain_rows(programs, surveys) + (DELTA_ROWS if changed else 0) + changed
     # An answer has a copy of what is ranked of a block; as much again is taken while it is made, and
     # stays with the worker's heap.
     return kernels + plain + 2 * max((each.ranked for each in programs), default=0)
@@ -172,9 +182,10 @@ def count_rooms(programs: Sequence[Programs]) -> int:
     return max(1, min(ranked, _MOST_ROOMS))
 
 
-def count_plain_rows(programs: Sequence[Programs]) -> int:
+def count_plain_rows(programs: Sequence[Programs], surveys: Sequence[Survey]) -> int:
     """Return how many blocks the plain way keeps: the base, magnitudes, and what programs need."""
-    return 2 + max((count_rows(each) for one in programs for each in one.all), default=0)
+    every = [*(one.all for one in programs), *(one.all for one in surveys)]
+    return 2 + max((count_rows(each) for some in every for each in some), default=0)
 
 
 def _models_read(tasks: Sequence[TensorTask]) -> set[int]:

@@ -186,7 +186,7 @@ def shape_step(
         models=models,
         input_itemsize=max(widest_input(task) for task in there),
         output_itemsize=max(task.made_dtype.itemsize for task in there),
-        rows=count_plain_rows(programs),
+        rows=count_plain_rows(programs, ()),
         compute_itemsize=compute_itemsize,
         searches=counts.ranked,
         totals=counts.totals,

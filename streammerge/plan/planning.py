@@ -27,6 +27,7 @@ from streammerge.dtypes import DType
 from streammerge.errors import RecipeError
 from streammerge.methods.base import Operand
 from streammerge.methods.programs import Programs
+from streammerge.methods.surveying import survey_of
 from streammerge.plan.adapting import describe_changes
 from streammerge.plan.asking import (
     check_in_turn,
@@ -102,6 +103,7 @@ def plan_merge(
     tokens: Tokens | None = None,
     *,
     earlier: Sequence[Earlier] = (),
+    survey: bool = False,
 ) -> MergePlan:
     """Decide everything about a merge.
 
@@ -112,6 +114,7 @@ def plan_merge(
         machine: What may be used.
         tokens: The vocabulary of the result, if rows of embeddings are drawn for one.
         earlier: Recipes whose results are sources, and are computed where they are read.
+        survey: Whether what a report tells is found while tensors are merged.
 
     Raises:
         RecipeError: The method cannot do what the recipe asks.
@@ -186,6 +189,7 @@ def plan_merge(
         itemsize=_compute_dtype(recipe).itemsize,
         model_scope=model_scope,
         torch=torch,
+        surveys=[survey_of(each) for each in programs] if survey else (),
     )
     if machine.devices:
         demand = add_devices(
@@ -240,6 +244,7 @@ def plan_merge(
         twins=_twins(ties.twins, labels, file_index),
         needs_torch=torch,
         fused=fused,
+        survey=survey,
     )
     adapting = [
         Note("adapter", f"{labels[index]}: {sentence}")

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from streammerge.assignment.types import Action, Setting
 from streammerge.methods.base import MergeMethod
 from streammerge.methods.programs import Programs, programs_of
+from streammerge.methods.surveying import Survey, survey_of
 from streammerge.plan.budgeting import affordable_limit, search_bytes, values_limit, whole_bytes
 from streammerge.plan.chunking import (
     Chunk,
@@ -45,6 +46,16 @@ def programs_of_settings(method: MergeMethod, settings: Iterable[Setting]) -> li
 def programs_of_plan(plan: MergePlan, method: MergeMethod) -> list[Programs]:
     """Return what a method does in a plan, for each of its settings."""
     return programs_of_settings(method, plan.settings)
+
+
+def surveys_of_plan(plan: MergePlan, programs: Sequence[Programs]) -> list[Survey]:
+    """Return what is surveyed of the tensors of each setting; nothing unless the plan is to.
+
+    Args:
+        plan: The plan.
+        programs: What its method does, for each of its settings.
+    """
+    return [survey_of(each) for each in programs] if plan.survey else []
 
 
 class Needs:

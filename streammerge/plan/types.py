@@ -367,6 +367,8 @@ class MergePlan:
     """Whether anything is measured or merged with torch; compiled kernels do what is usual."""
     fused: tuple[FusedStage, ...] = ()
     """Earlier recipes whose results are computed where they are read, each after those that it reads."""
+    survey: bool = False
+    """Whether what a report tells is found while tensors are merged."""
 
     @property
     def bytes_to_write(self) -> int:

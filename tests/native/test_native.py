@@ -232,7 +232,7 @@ def measuring_of(plan: MergePlan, programs: list[Programs] | None = None) -> Com
     """Return what measures for one worker."""
     assert KERNELS is not None
     programs = programs or programs_of_plan(plan, METHODS[plan.method])
-    bench = Bench(KERNELS, plan, programs)
+    bench = Bench(KERNELS, plan, programs, [])
     return CompiledMeasuring(bench, CompiledRows(bench, programs), programs, None)
 
 

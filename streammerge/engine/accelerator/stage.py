@@ -29,6 +29,7 @@ from streammerge.plan.types import DeviceResources, MergePlan
 from streammerge.statistics import BLOCK
 from streammerge.statistics.magnitude import SampleRun
 from streammerge.statistics.rounds import Found
+from streammerge.statistics.surveying import Surveyed
 from streammerge.units import format_size
 
 Result = TypeVar("Result")
@@ -64,6 +65,10 @@ class AcceleratorStage:
         except Suspicion:
             self._host.apply(piece, found, out)
             raise _unnamed(piece) from None
+
+    def survey(self, piece: PieceInMemory, found: Sequence[Found], out: Stored) -> list[Surveyed]:
+        """Return what a report knows of a piece; both are in the host's memory."""
+        return self._host.survey(piece, found, out)
 
     def convert(self, piece: PieceInMemory, out: Stored) -> Applied:
         """Convert a piece."""

@@ -17,6 +17,7 @@ from streammerge.engine.compiled.operands import CALLS, StoredOperand
 from streammerge.engine.rows import KnownRows
 from streammerge.engine.segments import Segment
 from streammerge.methods.programs import Programs
+from streammerge.methods.surveying import Survey
 from streammerge.native.library import DTYPE_CODES, Kernels
 from streammerge.native.machine import ALL_TIES, EncodedProgram, JobCall, Jobs, RoomCall
 from streammerge.plan.demanding import count_rooms
@@ -54,7 +55,13 @@ class Encoded:
 class Bench:
     """One worker's own; its users take turns."""
 
-    def __init__(self, kernels: Kernels, plan: MergePlan, programs: Sequence[Programs]) -> None:
+    def __init__(
+        self,
+        kernels: Kernels,
+        plan: MergePlan,
+        programs: Sequence[Programs],
+        surveys: Sequence[Survey],
+    ) -> None:
         """Encode all programs and allocate everything."""
         self.kernels = kernels
         self.plan = plan
@@ -74,11 +81,20 @@ class Bench:
             None if each.row_ranks is None else encode(each.row_ranks, each) for each in programs
         ]
         """What offers the values that are ranked within rows, of every setting that has some."""
+        self.surveys = [
+            tuple(
+                Encoded(program, sources=each.sources, has_base=each.has_base)
+                for program in each.all
+            )
+            for each in surveys
+        ]
+        """What a report asks of every setting: its totals, and magnitudes; nothing without one."""
         one = compile_result(Sheet(1, has_base=False).values[0])
         self.conversion = Encoded(one, sources=1, has_base=False)
         """Stores what it loads."""
         asking = [each for rounds in (*self.rounds, *self.row_rounds) for each in rounds]
         every = [*self.merges, *asking, *(each for each in self.row_ranks if each is not None)]
+        every += [each for pair in self.surveys for each in pair]
         codes = [each.code for each in (*every, self.conversion)]
         self.jobs = Jobs(codes, CALLS)
         most = max(each.memory_numel for each in codes)

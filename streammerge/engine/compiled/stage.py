@@ -18,16 +18,18 @@ from streammerge.engine.compiled.changed import ChangedOperands
 from streammerge.engine.compiled.measuring import CompiledMeasuring
 from streammerge.engine.compiled.merging import CompiledMerging
 from streammerge.engine.compiled.rows import CompiledRows
+from streammerge.engine.compiled.surveying import CompiledSurveys
 from streammerge.engine.device import Applied
 from streammerge.engine.pieces import PieceInMemory, Stored
 from streammerge.engine.plain import PlainStage, count_kept_of
 from streammerge.engine.segments import split_piece
 from streammerge.methods.base import MergeMethod
 from streammerge.native.library import Kernels
-from streammerge.plan.sweeps import programs_of_plan
+from streammerge.plan.sweeps import programs_of_plan, surveys_of_plan
 from streammerge.plan.types import MergePlan
 from streammerge.statistics.magnitude import SampleRun
 from streammerge.statistics.rounds import Found
+from streammerge.statistics.surveying import Surveyed
 
 
 class CompiledStage:
@@ -46,7 +48,8 @@ class CompiledStage:
         """
         self._programs = programs_of_plan(plan, method)
         self._tells = method.random or plan.model_scope
-        bench = Bench(kernels, plan, self._programs)
+        surveys = surveys_of_plan(plan, self._programs)
+        bench = Bench(kernels, plan, self._programs, surveys)
         rows = CompiledRows(bench, self._programs)
         changed = None
         if any(task.changes for task in plan.tasks):
@@ -54,6 +57,7 @@ class CompiledStage:
             changed = ChangedOperands(plan, self._programs, bench_of_plain)
         self._merging = CompiledMerging(bench, rows, changed, counts=self._tells)
         self._measuring = CompiledMeasuring(bench, rows, self._programs, changed)
+        self._surveys = CompiledSurveys(bench, surveys, changed)
         self._maybe_plain = plain
 
     @property
@@ -74,6 +78,11 @@ class CompiledStage:
             return self._plain.apply(piece, found, out)
         told = [programs.kept(each) if self._tells else () for each in kept]
         return [Applied(0, each) for each in told]
+
+    def survey(self, piece: PieceInMemory, found: Sequence[Found], out: Stored) -> list[Surveyed]:
+        """Return what a report knows of a piece."""
+        surveyed = self._surveys.survey(piece, found, out)
+        return self._plain.survey(piece, found, out) if surveyed is None else surveyed
 
     def convert(self, piece: PieceInMemory, out: Stored) -> Applied:
         """Convert a piece."""
