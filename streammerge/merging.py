@@ -54,6 +54,7 @@ from streammerge.plan.chunking import Piece
 from streammerge.plan.dividing import shards_of
 from streammerge.plan.layout import render_header
 from streammerge.plan.types import MergePlan
+from streammerge.report.drawing import check_drawing
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +115,9 @@ class MergeJob:
             )
 
     def _merge(self, planned: MergePlan, on_progress: OnProgress) -> Manifest:
+        if planned.survey:
+            # Before anything is read for it.
+            check_drawing()
         identity = identify(planned)
         with naming_errors(self.out):
             output = OutputDirectory(

@@ -14,7 +14,7 @@ from pathlib import Path
 MANIFEST_NAME = "streammerge_manifest.json"
 RECIPE_NAME = "streammerge_recipe.yaml"
 CARD_NAME = "README.md"
-REPORT_NAMES = ("streammerge_report.json",)
+REPORT_NAMES = ("streammerge_report.json", "streammerge_report.html")
 _ONE_FILE = ".safetensors"
 
 
@@ -34,8 +34,8 @@ class OutputForm:
     """Name of the model card; None without one."""
     file: str | None
     """Name of the one file with tensors; None for a directory."""
-    reports: tuple[str, ...]
-    """Names of the files of a report, where one is made."""
+    reports: tuple[str, str]
+    """Names of a report as data and as a page, where one is made."""
 
     @property
     def manifest_path(self) -> Path:
@@ -64,7 +64,7 @@ def form_of(out: Path) -> OutputForm:
         f"{out.stem}.recipe.yaml",
         None,
         out.name,
-        (f"{out.stem}.report.json",),
+        (f"{out.stem}.report.json", f"{out.stem}.report.html"),
     )
 
 

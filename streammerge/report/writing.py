@@ -18,6 +18,7 @@ from streammerge.checkpoint.outputform import found_form
 from streammerge.errors import HeaderError
 from streammerge.plan.types import MergePlan
 from streammerge.report.document import FORMAT, REPORT_VERSION, Report
+from streammerge.report.page import render_page
 from streammerge.units import MIB, format_size
 
 _MAX_REPORT_BYTES = 2048 * MIB
@@ -26,20 +27,22 @@ _CELL_NBYTES = 24
 """A number with its digits in JSON."""
 
 
-def write_report(report: Report, directory: Path, names: tuple[str, ...]) -> dict[str, FileDigest]:
-    """Write a report; return what was written.
+def write_report(report: Report, directory: Path, names: tuple[str, str]) -> dict[str, FileDigest]:
+    """Write a report as data and as a page; return what was written.
 
     Args:
         report: The report.
         directory: Where to.
-        names: What its files are called.
+        names: What the two files are called.
 
     Raises:
         DiskSpaceError: The disk is full.
         OutputError: A file cannot be written.
+        RecipeError: The library that draws pages is not installed.
     """
-    (data,) = names
+    data, page = names
     write_durably(directory / data, [report.as_json().encode()])
+    write_durably(directory / page, [render_page(report).encode()])
     return {name: digest_file(directory / name) for name in names}
 
 
