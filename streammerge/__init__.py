@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from streammerge.checkpoint.reading import read_checkpoint
     from streammerge.checkpoint.types import Checkpoint
     from streammerge.checkpoint.verifying import verify_files
+    from streammerge.differing import diff
     from streammerge.engine.progress import ProgressEvent
     from streammerge.errors import StreamMergeError
     from streammerge.extracting.extraction import extract
@@ -43,6 +44,7 @@ __all__ = [
     "StreamMergeError",
     "__version__",
     "analyze",
+    "diff",
     "extract",
     "functional",
     "load_recipe",
@@ -68,6 +70,7 @@ _HOMES = {
     "Report": "streammerge.report.document",
     "StreamMergeError": "streammerge.errors",
     "analyze": "streammerge.analysing",
+    "diff": "streammerge.differing",
     "extract": "streammerge.extracting.extraction",
     "load_recipe": "streammerge.run",
     "merge": "streammerge.run",

@@ -103,6 +103,7 @@ def build_parser() -> argparse.ArgumentParser:
         _add_plan,
         _add_bake,
         _add_analyze,
+        _add_diff,
         _add_inspect,
         _add_verify,
         _add_status,
@@ -247,6 +248,23 @@ def _add_analyze(added: Any) -> None:
     analyze.add_argument("--quiet", action="store_true", help="no progress on standard error")
     analyze.add_argument("--json", action="store_true", help="the whole report as JSON")
     analyze.set_defaults(command=looking.run_analyze, also=None)
+
+
+def _add_diff(added: Any) -> None:
+    diff = add_command(
+        added,
+        "diff",
+        "tell what models or adapters differ in; exit code 1 where they do",
+        "streammerge diff models/base models/math models/code",
+    )
+    diff.add_argument("first", metavar="A", help="a checkpoint or adapter, or org/model[@revision]")
+    diff.add_argument("others", metavar="B", nargs="+", help="what is compared with it")
+    diff.add_argument("--memory", type=_size, metavar="SIZE", help="as for merge")
+    diff.add_argument("--workers", type=_count, metavar="N", help="as for merge")
+    _add_download(diff)
+    diff.add_argument("--quiet", action="store_true", help="no progress on standard error")
+    diff.add_argument("--json", action="store_true", help="the whole comparison as JSON")
+    diff.set_defaults(command=looking.run_diff)
 
 
 def _add_inspect(added: Any) -> None:

@@ -93,6 +93,12 @@ CALLS: dict[str, tuple[Callable[[Path, Convert], object], object]] = {
         ).document["method"],
         "linear",
     ),
+    "diff": (
+        lambda root, convert: streammerge.diff(
+            [convert(root / "model"), convert(root / "other")], memory=MEMORY
+        ).document["changed"],
+        ["a"],
+    ),
     "extract": (extract, "extract"),
     "load_recipe": (
         lambda root, convert: streammerge.load_recipe(convert(root / "recipe.yaml")).method,

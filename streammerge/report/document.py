@@ -13,9 +13,12 @@ from __future__ import annotations
 import fnmatch
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from streammerge.assignment.types import Action
 from streammerge.checkpoint.manifest import RunRecord
@@ -35,7 +38,7 @@ from streammerge.report.tables import (
     build_tables,
     describe_measures,
 )
-from streammerge.statistics.surveying import SAMPLED, bin_edges
+from streammerge.statistics.surveying import BINS, SAMPLED, bin_edges
 
 FORMAT = "streammerge report"
 REPORT_VERSION = 1
@@ -83,7 +86,7 @@ def report_of(
         record: What the run took; None leaves that out.
     """
     sources = planned.models[planned.has_base :]
-    tables = build_tables(list(_surveyed(planned, run)), len(sources))
+    tables = build_tables(list(surveyed_tensors(planned, run)), len(sources))
     document: dict[str, Any] = {
         "format": FORMAT,
         "version": REPORT_VERSION,
@@ -105,10 +108,7 @@ def report_of(
             "sampled": SAMPLED,
         },
         "copied": _copied(planned, recipe),
-        "densities": [
-            {str(fraction): density_for(counts, fraction) for fraction in FRACTIONS}
-            for counts in run.histograms[planned.has_base :].tolist()
-        ],
+        "densities": _densities(run.histograms[planned.has_base :].tolist()),
         "dropped": sorted(planned.dropped, key=natural),
         "notes": [f"{note.topic}: {note.text}" for note in planned.notes],
     }
@@ -118,7 +118,66 @@ def report_of(
     return Report(document)
 
 
-def _surveyed(planned: MergePlan, run: RunReport) -> Iterator[SurveyedTensor]:
+def comparison_of(
+    paths: Sequence[str],
+    tensors: Sequence[SurveyedTensor],
+    histograms: NDArray[np.int64] | None,
+    lists: Mapping[str, Any],
+) -> Report:
+    """Return the report of a comparison of models with the first of them.
+
+    Args:
+        paths: The models.
+        tensors: What is known of the tensors that the first one shares with others.
+        histograms: ``[models - 1, bins]``; None where there are no such tensors.
+        lists: Which tensors are equal, changed, or not everywhere the same thing.
+    """
+    tables = {
+        title: {name: each for name, each in table.items() if not _is_of_a_result(name)}
+        for title, table in build_tables(tensors, len(paths) - 1).items()
+    }
+    counts = [[0] * BINS] * (len(paths) - 1) if histograms is None else histograms.tolist()
+    document: dict[str, Any] = {
+        "format": FORMAT,
+        "version": REPORT_VERSION,
+        "kind": "comparison",
+        "method": "diff",
+        "semantics": "values",
+        "recipe": "",
+        "vectors": "task vectors",
+        "base": paths[0],
+        "sources": [
+            {"number": number, "label": f"models[{number + 1}]", "path": path, "adapter": None}
+            for number, path in enumerate(paths[1:])
+        ],
+        "measures": describe_measures(tables),
+        "tables": tables,
+        "histograms": {"edges": bin_edges().tolist(), "counts": counts, "sampled": SAMPLED},
+        "copied": {"name": [], "action": [], "numel": [], "reason": []},
+        "densities": _densities(counts),
+        "dropped": [],
+        "notes": [],
+        **lists,
+    }
+    document["advice"] = advise(document, [], has_base=True)
+    document["run"] = None
+    return Report(document)
+
+
+def _is_of_a_result(column: str) -> bool:
+    """Return whether a column tells of what a merge has made."""
+    kept = {"density", "threshold", "kept_norm", "overlap", "kept_conflicts"}
+    return column.partition(".")[0] in {"change", "change_norm", "carried", "aligned", *kept}
+
+
+def _densities(counts: Sequence[Sequence[int]]) -> list[dict[str, float | None]]:
+    return [
+        {str(fraction): density_for(each, fraction) for fraction in FRACTIONS} for each in counts
+    ]
+
+
+def surveyed_tensors(planned: MergePlan, run: RunReport) -> Iterator[SurveyedTensor]:
+    """Yield what a run has found of its tensors."""
     programs = programs_of_plan(planned, find_method(planned.method))
     surveys = surveys_of_plan(planned, programs)
     for index, task in enumerate(planned.tasks):

@@ -9,6 +9,8 @@ from streammerge.report.document import Report
 from streammerge.report.tables import Cell, Table
 
 _OF_SOURCE = ("norm", "relative", "unchanged", "density", "kept_norm", "carried", "aligned")
+_SHOWN_NAMES = 20
+"""Names in a list; the data has all."""
 _SHOWN_LAYERS = 100
 """Lines of layers; the data has all."""
 
@@ -29,6 +31,50 @@ def render_report(report: Report) -> str:
     return "\n".join(map(printable, lines))
 
 
+def render_comparison(report: Report) -> str:
+    """Return what a terminal shows of a comparison."""
+    document = report.document
+    lines = [f"models[0]    {document['base']}"]
+    lines += [f"{each['label']:<12} {each['path']}" for each in document["sources"]]
+    identical, changed = len(document["identical"]), len(document["changed"])
+    lines += ["", f"{identical} tensor(s) identical, {changed} changed"]
+    for name, what in (
+        ("partial", "not in all models"),
+        ("shapes", "of different shapes"),
+        ("types", "of different types"),
+    ):
+        table = document[name]
+        if not table["name"]:
+            continue
+        lines.append(f"{len(table['name'])} {what}")
+        values = next(column for head, column in table.items() if head != "name")
+        pairs = zip(table["name"], values, strict=True)
+        lines += [f"  {each}: {_listed(value)}" for each, value in list(pairs)[:_SHOWN_NAMES]]
+        if len(table["name"]) > _SHOWN_NAMES:
+            lines.append(f"  and {len(table['name']) - _SHOWN_NAMES} more")
+    if document["changed"]:
+        lines += ["", *_model_lines(report), "", *_layer_lines(report), "", *_largest_lines(report)]
+    if report.advice:
+        lines += ["", *(f"- {each['text']}" for each in report.advice)]
+    return "\n".join(map(printable, lines))
+
+
+def _largest_lines(report: Report) -> Iterator[str]:
+    model = report.table("model")
+    for each in report.document["sources"]:
+        number = each["number"]
+        largest = _first(model, f"largest.{number}")
+        if largest:
+            where = (
+                f"{_first(model, f'largest_in.{number}')}[{_first(model, f'largest_at.{number}')}]"
+            )
+            yield f"largest change of {each['label']}: {_shown(largest)} in {where}"
+
+
+def _listed(values: Sequence[object]) -> str:
+    return ", ".join("-" if value is None else str(value) for value in values)
+
+
 def _model_lines(report: Report) -> Iterator[str]:
     model = report.table("model")
     sources = range(len(report.document["sources"]))
@@ -39,7 +85,10 @@ def _model_lines(report: Report) -> Iterator[str]:
     yield from _aligned(
         ["", *measures],
         [
-            [f"sources[{at}]", *(_shown(_first(model, f"{name}.{at}")) for name in measures)]
+            [
+                str(report.document["sources"][at]["label"]),
+                *(_shown(_first(model, f"{name}.{at}")) for name in measures),
+            ]
             for at in sources
         ],
     )
