@@ -26,18 +26,33 @@ ALWAYS_INLINE void total_tile_by(enum op op, double *kept, const float *a, const
     memcpy(kept, sums, sizeof sums);
 }
 
-/* Float32 is wide enough to compare in, and holds twice as many numbers. */
-ALWAYS_INLINE float larger_float(float a, float b) { return (b > a) | (b != b) ? b : a; }
+/* The pattern of a value, ordered as values are, zeros and infinities too. */
+ALWAYS_INLINE int32_t ordered(float value) {
+    int32_t bits = (int32_t)bits_of(value);
+    return bits ^ (int32_t)((uint32_t)(bits >> 31) & MAGNITUDE_BITS);
+}
 
+/* In integers, of which vectors find the larger at once; and it is told if there is no number. */
 ALWAYS_INLINE void total_largest(double *kept, const float *a, int64_t count) {
-    float best[SUMS];
+    int32_t best = INT32_MIN, odd = 0;
+    for (int64_t i = 0; i < count; i++) {
+        int32_t place = ordered(a[i]);
+        best = place > best ? place : best;
+        odd |= a[i] != a[i];
+    }
+    int32_t bits = best ^ (int32_t)((uint32_t)(best >> 31) & MAGNITUDE_BITS);
+    if (count) kept[0] = larger(kept[0], odd ? __builtin_nan("") : float_of((uint32_t)bits));
+}
+
+/* A row times itself, each element of which becomes a double once. */
+ALWAYS_INLINE void total_square(double *kept, const float *a, int64_t count) {
+    double sums[SUMS];
     int64_t whole = count / SUMS * SUMS;
-    for (int64_t k = 0; k < SUMS; k++) best[k] = (float)kept[k];
+    memcpy(sums, kept, sizeof sums);
     for (int64_t at = 0; at < whole; at += SUMS)
-        for (int64_t k = 0; k < SUMS; k++) best[k] = larger_float(best[k], a[at + k]);
-    for (int64_t at = whole; at < count; at++)
-        best[at - whole] = larger_float(best[at - whole], a[at]);
-    for (int64_t k = 0; k < SUMS; k++) kept[k] = best[k];
+        for (int64_t k = 0; k < SUMS; k++) sums[k] += (double)a[at + k] * (double)a[at + k];
+    for (int64_t at = whole; at < count; at++) sums[at - whole] += (double)a[at] * (double)a[at];
+    memcpy(kept, sums, sizeof sums);
 }
 
 /* Whole numbers below 2^53, which no order changes. */
@@ -53,8 +68,11 @@ ALWAYS_INLINE void total_count(double *kept, const float *a, const float *b, int
 
 ALWAYS_INLINE void total_opposed(double *kept, const float *a, const float *b, int64_t count) {
     int32_t chosen = 0;
-    for (int64_t i = 0; i < count; i++)
-        chosen += ((a[i] > 0.0f) & (b[i] < 0.0f)) | ((a[i] < 0.0f) & (b[i] > 0.0f));
+    for (int64_t i = 0; i < count; i++) {
+        int32_t differ = (int32_t)(bits_of(a[i]) ^ bits_of(b[i])) < 0;
+        /* Magnitudes of what is no number are not above 0. */
+        chosen += differ & (__builtin_fabsf(a[i]) > 0.0f) & (__builtin_fabsf(b[i]) > 0.0f);
+    }
     kept[0] += chosen;
 }
 
@@ -62,7 +80,10 @@ ALWAYS_INLINE void total_tile(enum op op, double *sums, const float *a, const fl
                               int64_t count) {
     switch (op) {
         case OP_SUM: total_tile_by(OP_SUM, sums, a, b, count); break;
-        case OP_DOT: total_tile_by(OP_DOT, sums, a, b, count); break;
+        case OP_DOT:
+            if (a == b) total_square(sums, a, count);
+            else total_tile_by(OP_DOT, sums, a, b, count);
+            break;
         case OP_COUNT: total_count(sums, a, b, count); break;
         case OP_OPPOSED: total_opposed(sums, a, b, count); break;
         default: total_largest(sums, a, count);
