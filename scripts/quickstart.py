@@ -7,7 +7,8 @@ adapter; and the LoRAs, merged into the base. The script fails if a merge does n
 everything that was trained on one half, on the whole.
 
 Everything is written to quickstart-output/: checkpoints as Hugging Face lays them out, in several
-shards, adapters as PEFT saves them, and the recipes, to be changed and merged again.
+shards, adapters as PEFT saves them, the recipes, to be changed and merged again, and a page about each
+merge: streammerge_report.html.
 """
 
 from __future__ import annotations
@@ -133,6 +134,9 @@ def merge(name: str, recipe: str, merged: Path) -> int:
     kind = "lora" if name.startswith("lora") else "expert"
     place.write_text(recipe.format(output=OUTPUT, kind=kind), encoding="utf-8")
     arguments = ["merge", str(place), str(merged), "--memory", "1GiB", "--overwrite"]
+    if BASE in recipe:
+        # What the models differ in, as a page to look at.
+        arguments.append("--report")
     print(f"\n$ streammerge {shlex.join(arguments)}", flush=True)
     return subprocess.run([STREAMMERGE, *arguments], check=False).returncode
 
@@ -231,6 +235,8 @@ def check_merges(accuracies: dict[str, dict[str, float]]) -> int:
     if failures:
         return 1
     print(f"Every merge beats the base, the experts and the LoRAs on all digits. Files: {OUTPUT}/")
+    page = ROOT / OUTPUT / "merged-ties" / "streammerge_report.html"
+    print(f"What the experts differ in, and what their merge kept of each: {page}")
     return 0
 
 

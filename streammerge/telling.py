@@ -83,6 +83,15 @@ def tell_done(options: argparse.Namespace, manifest: Manifest, place: str | None
             f"{format_size(run.measured_memory)} of {format_size(run.memory_budget)}",
             file=sys.stderr,
         )
+        from streammerge.checkpoint.outputform import form_of
+
+        form = form_of(Path(out))
+        page = form.reports[1]
+        if page in manifest.files:
+            print(
+                f"{printable(out)}: its report is {printable(str(form.folder / page))}",
+                file=sys.stderr,
+            )
 
 
 def tell_part(options: argparse.Namespace, part: int, parts: int) -> None:

@@ -113,8 +113,8 @@ def _about_layers(layers: Mapping[str, list[Any]], model: Mapping[str, Any]) -> 
         yield _advice(
             "conflicts",
             share,
-            f"Signs conflict in {share:.1%} of {layer or 'what is in no layer'}, and in {whole:.1%} of the "
-            "model.",
+            f"Signs conflict in {share:.1%} of {f'layer {layer}' if layer else 'what is in no layer'}, and in "
+            f"{whole:.1%} of the model.",
             layer=layer,
         )
 

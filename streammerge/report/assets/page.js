@@ -164,11 +164,15 @@
       });
     }
     if (rows.length === 0) { byId("curve").replaceChildren(make("p", "No tensor lies in a numbered layer.", { class: "quiet" })); return; }
+    // A tick is called by its layer's number; only digits go into the expression.
+    const labels = numbered.map(([layer]) => (layer.match(/[0-9]+$/) || [""])[0]);
+    const every = Math.ceil(numbered.length / Math.max(4, Math.floor(byId("curve").clientWidth / 50)));
+    const ticks = numbered.map((_, place) => place).filter((place) => place % every === 0);
     const tip = [{ field: "layer", title: "layer" }, { field: "line", title: "of" }, { field: "value", title: kind.replaceAll("_", " "), format: ".5~g" }];
     await draw("curve", {
       data: { values: rows }, height: 260,
       encoding: {
-        x: { field: "place", type: "quantitative", axis: { title: "layer, in order", tickMinStep: 1, format: "d" }, scale: { nice: false } },
+        x: { field: "place", type: "quantitative", axis: { title: "layer", values: ticks, grid: false, labelExpr: `${JSON.stringify(labels)}[datum.value]` }, scale: { nice: false } },
         y: { field: "value", type: "quantitative", title: kind.replaceAll("_", " "), scale: { zero: false } },
         color: { field: "line", type: "nominal", legend: { title: null, orient: "bottom", columns: 2 } },
       },
