@@ -412,3 +412,55 @@ def test_a_report_counts_in_the_memory_of_a_plan(models: Models) -> None:
     assert dataclasses.asdict(planned)["survey"]
     assert planned.memory.growth > without.memory.growth
     assert load_kernels() is None or planned.memory.scratch > without.memory.scratch
+
+
+def test_a_device_finds_the_numbers_of_the_cpu(models: Models, devices: Any) -> None:
+    base = draw(torch.float32, 0)
+    sources = [models.write(draw(torch.float32, seed, base)) for seed in (1, 2)]
+    recipe = recipe_of("ties", models.write(base), sources, parameters={"density": 0.3})
+    expected = _without_run(streammerge.analyze(recipe, memory=MEMORY))
+    devices()
+
+    found = streammerge.analyze(recipe, memory=MEMORY, device="cuda:0")
+
+    assert _without_run(found) == expected
+    assert found.document["run"]["device"] == "cuda:0"
+
+
+def test_parts_of_a_tensor_that_differ_in_size_have_rows_of_their_own(models: Models) -> None:
+    base, other = {"w": torch.zeros(8, 4)}, {"w": torch.ones(10, 4)}
+    recipe = recipe_of(
+        "task_arithmetic", models.write(base), [models.write(other)], mismatch="common"
+    )
+
+    report = streammerge.analyze(recipe, memory=MEMORY)
+
+    table = report.table("tensors")
+    assert (table["name"], table["numel"], table["norm.0"]) == (["w"], [32], [math.sqrt(32)])
+
+
+def test_each_output_of_a_grid_has_a_report(models: Models) -> None:
+    pytest.importorskip("vl_convert", reason="pip install 'streammerge[report]'")
+    base = draw(torch.float32, 0)
+    recipe = recipe_of("ties", models.write(base), [models.write(draw(torch.float32, 1, base))])
+    outs = [models.new_output() for _ in range(2)]
+    recipes = [recipe | {"parameters": {"density": density}} for density in (0.1, 0.4)]
+
+    streammerge.merge_together(list(zip(recipes, outs, strict=True)), memory=MEMORY, report=True)
+
+    found = [streammerge.read_report(out).table("model")["density.0"][0] for out in outs]
+    assert found == [pytest.approx(0.1, rel=1e-2), pytest.approx(0.4, rel=1e-2)]
+
+
+def test_results_of_earlier_recipes_are_compared_as_they_are_computed(models: Models) -> None:
+    base = draw(torch.float32, 0)
+    tuned = [draw(torch.float32, seed, base) for seed in (1, 2)]
+    paths = [models.write(each) for each in tuned]
+    earlier = recipe_of("linear", None, paths)
+    made, _ = models.merge(earlier)
+    recipe = recipe_of("task_arithmetic", models.write(base), [models.write(made)])
+    merged, _ = models.merge(recipe)
+
+    report = streammerge.analyze(recipe, memory=MEMORY)
+
+    check(report, base, [made], merged)
