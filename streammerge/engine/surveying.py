@@ -8,7 +8,7 @@ Memory: totals of a piece's blocks, one source's magnitudes of a block, and a sa
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from streammerge.engine.pieces import PieceInMemory, Stored
 from streammerge.engine.segments import Segment, split_piece
-from streammerge.statistics.exact import exact_sums
+from streammerge.statistics.exact import exact_rows, exact_sums
 from streammerge.statistics.rounds import Found
 from streammerge.statistics.surveying import (
     Surveyed,
@@ -91,34 +91,23 @@ class Surveying:
         if not jobs:
             return surveyed
         totals = answers.totals(jobs)
-        histograms = self._histograms(piece, jobs, layout, answers)
-        ends = layout.n_sums, layout.n_sums + layout.n_counts
-        for part in sorted({job.part for job in jobs}):
-            own = [index for index, job in enumerate(jobs) if job.part == part]
-            rows = totals[own[0] : own[-1] + 1]
-            surveyed[part] = Surveyed(
-                exact_sums(rows[:, : ends[0]]),
-                tuple(int(each) for each in rows[:, ends[0] : ends[1]].sum(axis=0).tolist()),
-                self._find_largest([jobs[index] for index in own], rows[:, ends[1] :], answers),
-                tuple(histograms[source][part] for source in range(layout.sources)),
-            )
-        return surveyed
-
-    def _histograms(
-        self,
-        piece: PieceInMemory,
-        jobs: Sequence[SurveyJob],
-        layout: SurveyLayout,
-        answers: BlockAnswers,
-    ) -> list[list[tuple[tuple[int, int], ...]]]:
-        """Return, per source, the histogram of each part."""
+        if len(piece.parts) > 1:
+            for job, numbers in zip(
+                jobs, _survey_whole(jobs, totals, layout, answers), strict=True
+            ):
+                surveyed[job.part] = numbers
+            return surveyed
+        sums, counts, largest = np.split(totals, _ends_of(layout), axis=1)
         runs = [job.cut(*sampled_run(job.segment.start, job.end - job.begin)) for job in jobs]
-        values = answers.magnitudes(runs, range(layout.sources))
-        numels = np.zeros(len(piece.parts), dtype=np.int64)
-        for job in runs:
-            numels[job.part] += job.end - job.begin
-        joined = np.concatenate(values, axis=1).astype(np.float32)
-        return [count_bins(numels.tolist(), row, len(piece.parts)) for row in joined]
+        sample = np.concatenate(answers.magnitudes(runs, range(layout.sources)), axis=1)
+        numels = [sample.shape[1]]
+        surveyed[0] = Surveyed(
+            exact_sums(sums),
+            tuple(map(int, counts.sum(axis=0).tolist())),
+            self._find_largest(jobs, largest, answers),
+            tuple(count_bins(numels, row.astype(np.float32))[0] for row in sample),
+        )
+        return surveyed
 
     def _find_largest(
         self, jobs: Sequence[SurveyJob], largest: NDArray[np.float64], answers: BlockAnswers
@@ -148,6 +137,43 @@ class Surveying:
             self._records[source] = value
             found.append((value, element))
         return tuple(found)
+
+
+def _ends_of(layout: SurveyLayout) -> list[int]:
+    """Return where sums end, and counts."""
+    return [layout.n_sums, layout.n_sums + layout.n_counts]
+
+
+def _survey_whole(
+    jobs: Sequence[SurveyJob],
+    totals: NDArray[np.float64],
+    layout: SurveyLayout,
+    answers: BlockAnswers,
+) -> Iterator[Surveyed]:
+    """Yield the numbers of small tensors, each of which is whole in one job.
+
+    They come by the ten thousand, so that what can be is done for all of them at once.
+    """
+    sums, counts, largest = np.split(totals, _ends_of(layout), axis=1)
+    values = answers.magnitudes(jobs, range(layout.sources))
+    runs = [sampled_run(job.segment.start, job.end - job.begin) for job in jobs]
+    sample = np.concatenate(
+        [own[:, first : first + numel] for own, (first, numel) in zip(values, runs, strict=True)],
+        axis=1,
+    ).astype(np.float32)
+    numels = [numel for _, numel in runs]
+    histograms = zip(*(count_bins(numels, row) for row in sample), strict=True)
+    # Of what is no number there is no larger; of all zeros the first is.
+    places = [own.argmax(axis=1).tolist() for own in values]
+    for own, count, best, at, bins in zip(
+        exact_rows(sums),
+        counts.astype(np.int64).tolist(),
+        largest.tolist(),
+        places,
+        histograms,
+        strict=True,
+    ):
+        yield Surveyed(own, tuple(count), tuple(zip(best, at, strict=True)), bins)
 
 
 def _jobs_of(piece: PieceInMemory, found: Sequence[Found]) -> list[SurveyJob]:

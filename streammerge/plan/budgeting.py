@@ -30,9 +30,11 @@ _RECORD_BYTES = 1024
 """What the engine knows of a finished tensor until the manifest is written; measured: 600 to 900."""
 _BLOCK_RECORD_BYTES = 160
 """The digest of a block, and where an interrupted run had got to with it."""
-_SURVEY_RECORD_BYTES = 512
-"""Of a tensor in a report, beside eight bytes per number: an array, its place, and its share of those
-tensors that are not finished, whose sums are exact and longer."""
+_SURVEY_RECORD_BYTES = 1024
+"""Of a tensor in a report, beside its numbers: its record, its name in tables and texts, and its share of
+those tensors that are not finished, whose sums are exact and longer."""
+_SURVEY_NUMBER_BYTES = 100
+"""Of each of its numbers: as a row, in sums and measures, as an object in a table, and twice as text."""
 LARGEST_SLOT = 8 * MIB
 """Requests of 8 to 16 MiB saturate disks; larger slots only make the pipeline coarser."""
 _DEPTH = 3
@@ -223,12 +225,12 @@ def records_bytes(tensors: int, blocks: int) -> int:
 
 
 def survey_bytes(width: int) -> int:
-    """Return the memory of what a report knows of a finished tensor.
+    """Return the memory of what a report knows of a tensor, until it is written.
 
     Args:
         width: Its numbers.
     """
-    return 8 * width + _SURVEY_RECORD_BYTES
+    return _SURVEY_NUMBER_BYTES * width + _SURVEY_RECORD_BYTES
 
 
 def values_limit(numel: int) -> int:

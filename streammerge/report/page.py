@@ -32,7 +32,7 @@ def render_page(report: Report) -> str:
         RecipeError: The library that draws pages is not installed.
     """
     document = report.document
-    packed = base64.b64encode(zlib.compress(_data_of(document).encode(), 9)).decode()
+    packed = base64.b64encode(zlib.compress(_data_of(document).encode())).decode()
     title = f"{document['method']} of {len(document['sources'])} sources"
     parts = {
         "title": html.escape(title),

@@ -25,21 +25,39 @@ _MANTISSA_BITS = 53
 
 def exact_sums(totals: NDArray[np.float64]) -> tuple[Exact, ...]:
     """Return the sum of every column of ``[blocks, totals]``."""
-    finite = np.isfinite(totals)
-    fractions, exponents = np.frexp(np.where(finite, totals, 0.0))
-    mantissas = np.ldexp(fractions, _MANTISSA_BITS).astype(np.int64)
-    exponents = exponents.astype(np.int64) - _MANTISSA_BITS
     if len(totals) == 1:
-        pairs = zip(mantissas[0].tolist(), exponents[0].tolist(), finite[0].tolist(), strict=True)
-        return tuple(
-            (((mantissa, exponent) if mantissa else ZERO) if good else NOT_FINITE)
-            for mantissa, exponent, good in pairs
-        )
-    columns = zip(mantissas.T.tolist(), exponents.T.tolist(), finite.T.tolist(), strict=True)
+        return exact_rows(totals)[0]
+    mantissas, exponents, finite = _parts_of(totals.T)
+    columns = zip(mantissas.tolist(), exponents.tolist(), finite.tolist(), strict=True)
     return tuple(
         _sum_of(zip(mantissa, exponent, strict=True)) if all(good) else NOT_FINITE
         for mantissa, exponent, good in columns
     )
+
+
+def exact_rows(totals: NDArray[np.float64]) -> list[tuple[Exact, ...]]:
+    """Return every number of ``[rows, totals]`` by itself, row by row."""
+    mantissas, exponents, finite = _parts_of(totals)
+    rows = [
+        tuple(pair if pair[0] else ZERO for pair in zip(mantissa, exponent, strict=True))
+        for mantissa, exponent in zip(mantissas.tolist(), exponents.tolist(), strict=True)
+    ]
+    if not finite.all():
+        rows = [
+            tuple(each if good else NOT_FINITE for each, good in zip(row, goods, strict=True))
+            for row, goods in zip(rows, finite.tolist(), strict=True)
+        ]
+    return rows
+
+
+def _parts_of(
+    totals: NDArray[np.float64],
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.bool_]]:
+    """Return numbers as integers and powers of two, and which of them are finite."""
+    finite = np.isfinite(totals)
+    fractions, exponents = np.frexp(np.where(finite, totals, 0.0))
+    mantissas = np.ldexp(fractions, _MANTISSA_BITS).astype(np.int64)
+    return mantissas, exponents.astype(np.int64) - _MANTISSA_BITS, finite
 
 
 def added(one: Exact, other: Exact) -> Exact:

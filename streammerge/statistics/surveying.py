@@ -218,19 +218,18 @@ def bin_edges() -> NDArray[np.float64]:
 
 
 def count_bins(
-    parts: Sequence[int], values: NDArray[np.float32], n_parts: int
+    numels: Sequence[int], values: NDArray[np.float32]
 ) -> list[tuple[tuple[int, int], ...]]:
     """Return the histogram of each of several parts, as the bins that hold anything.
 
     Args:
-        parts: How many of the values, in order, are of each part.
-        values: Magnitudes, ``[sum of parts]``.
-        n_parts: How many parts there are.
+        numels: How many of the values, in order, are of each part.
+        values: Magnitudes, ``[sum of numels]``.
     """
-    owners = np.repeat(np.arange(n_parts), parts)
-    counts = np.bincount(owners * BINS + bins_of(values), minlength=n_parts * BINS)
-    found: list[tuple[tuple[int, int], ...]] = []
-    for row in counts.reshape(n_parts, BINS):
-        (places,) = row.nonzero()
-        found.append(tuple(zip(places.tolist(), row[places].tolist(), strict=True)))
-    return found
+    owners = np.repeat(np.arange(len(numels)), numels)
+    counts = np.bincount(owners * BINS + bins_of(values), minlength=len(numels) * BINS)
+    (places,) = counts.nonzero()
+    found: list[list[tuple[int, int]]] = [[] for _ in numels]
+    for place, count in zip(places.tolist(), counts[places].tolist(), strict=True):
+        found[place // BINS].append((place % BINS, count))
+    return list(map(tuple, found))
