@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from streammerge.plan.types import MergePlan
     from streammerge.recipe.types import Recipe
     from streammerge.report.document import Report
+    from streammerge.report.page import render_page
     from streammerge.report.writing import read_report
     from streammerge.run import load_recipe, merge, plan, verify_against
     from streammerge.together import merge_together, plan_together
@@ -56,6 +57,7 @@ __all__ = [
     "read_checkpoint",
     "read_report",
     "read_status",
+    "render_page",
     "verify_against",
     "verify_files",
 ]
@@ -80,6 +82,7 @@ _HOMES = {
     "plan_together": "streammerge.together",
     "read_checkpoint": "streammerge.checkpoint.reading",
     "read_report": "streammerge.report.writing",
+    "render_page": "streammerge.report.page",
     "read_status": "streammerge.checkpoint.status",
     "verify_against": "streammerge.run",
     "verify_files": "streammerge.checkpoint.verifying",

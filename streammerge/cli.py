@@ -247,6 +247,7 @@ def _add_analyze(added: Any) -> None:
     _add_resources(analyze)
     analyze.add_argument("--quiet", action="store_true", help="no progress on standard error")
     analyze.add_argument("--json", action="store_true", help="the whole report as JSON")
+    _add_page(analyze)
     analyze.set_defaults(command=looking.run_analyze, also=None)
 
 
@@ -264,6 +265,7 @@ def _add_diff(added: Any) -> None:
     _add_download(diff)
     diff.add_argument("--quiet", action="store_true", help="no progress on standard error")
     diff.add_argument("--json", action="store_true", help="the whole comparison as JSON")
+    _add_page(diff)
     diff.set_defaults(command=looking.run_diff)
 
 
@@ -431,6 +433,12 @@ def _add_report(parser: argparse.ArgumentParser) -> None:
         "--report",
         action="store_true",
         help="also tell what the models differ in and what the merge kept, as data and as a page",
+    )
+
+
+def _add_page(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--page", metavar="FILE", help="also draw it as a page, one HTML file that asks no server"
     )
 
 

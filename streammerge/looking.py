@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from streammerge.commands import read_one_recipe, resources_of
+from streammerge.errors import OutputExistsError, printable
 from streammerge.signals import stopping_signals
 from streammerge.streams import print_result
+
+if TYPE_CHECKING:
+    from streammerge.report.document import Report
 
 
 def run_diff(options: argparse.Namespace) -> int:
@@ -15,6 +23,7 @@ def run_diff(options: argparse.Namespace) -> int:
     from streammerge.display import show_progress
     from streammerge.report.rendering import render_comparison
 
+    page = _check_page(options)
     with (
         stopping_signals(),
         show_progress(quiet=options.quiet or options.json, as_json=False) as on_progress,
@@ -26,6 +35,7 @@ def run_diff(options: argparse.Namespace) -> int:
             download=options.download,
             on_progress=on_progress,
         )
+    _write_page(page, report)
     print_result(report.as_json() if options.json else render_comparison(report))
     return 1 if differs(report) else 0
 
@@ -37,10 +47,40 @@ def run_analyze(options: argparse.Namespace) -> int:
     from streammerge.report.rendering import render_report
 
     recipe = read_one_recipe(options)
+    page = _check_page(options)
     with (
         stopping_signals(),
         show_progress(quiet=options.quiet or options.json, as_json=False) as on_progress,
     ):
         report = analyze(recipe, **resources_of(options), on_progress=on_progress)
+    _write_page(page, report)
     print_result(report.as_json() if options.json else render_report(report))
     return 0
+
+
+def _check_page(options: argparse.Namespace) -> Path | None:
+    """Return where a page is to be, before anything is read for it; None for nowhere.
+
+    Raises:
+        OutputExistsError: Something is there.
+        RecipeError: The library that draws pages is not installed.
+    """
+    if options.page is None:
+        return None
+    from streammerge.report.drawing import check_drawing
+
+    path = Path(options.page)
+    if os.path.lexists(path):
+        raise OutputExistsError(f"{path}: is already there; name another file, or remove it")
+    check_drawing()
+    return path
+
+
+def _write_page(path: Path | None, report: Report) -> None:
+    if path is None:
+        return
+    from streammerge.checkpoint.outputfile import write_durably
+    from streammerge.report.page import render_page
+
+    write_durably(path, [render_page(report).encode()])
+    print(f"{printable(str(path))}: is the page", file=sys.stderr)

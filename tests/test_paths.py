@@ -43,7 +43,9 @@ def root(models: Models) -> Path:
     model = models.write({"a": torch.arange(6.0)}, "model")
     recipe = recipe_of("linear", None, [model, models.write({"a": torch.ones(6)}, "other")])
     (models.root / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    streammerge.merge(recipe, models.root / "merged", memory=MEMORY, report=True)
+    streammerge.merge(recipe, models.root / "merged", memory=MEMORY)
+    report = streammerge.analyze(recipe, memory=MEMORY)
+    (models.root / "report.json").write_text(report.as_json())
     return models.root
 
 
@@ -72,6 +74,12 @@ def plan_together(root: Path, convert: Convert) -> object:
     recipes = [convert(root / "recipe.yaml")] * 2
     groups = streammerge.plan_together(recipes, memory=MEMORY)
     return [planned.method for group in groups for planned in group.plans]
+
+
+def render_page(root: Path, convert: Convert) -> object:
+    report = streammerge.read_report(convert(root / "report.json"))
+    pytest.importorskip("vl_convert", reason="pip install 'streammerge[report]'")
+    return streammerge.render_page(report)[:15]
 
 
 def verify_against(root: Path, convert: Convert) -> object:
@@ -117,13 +125,16 @@ CALLS: dict[str, tuple[Callable[[Path, Convert], object], object]] = {
         ["a"],
     ),
     "read_report": (
-        lambda root, convert: streammerge.read_report(convert(root / "merged")).document["kind"],
-        "merge",
+        lambda root, convert: streammerge.read_report(convert(root / "report.json")).document[
+            "kind"
+        ],
+        "analysis",
     ),
     "read_status": (
         lambda root, convert: streammerge.read_status(convert(root / "merged")).complete,
         True,
     ),
+    "render_page": (render_page, "<!doctype html>"),
     "verify_against": (verify_against, ()),
     "verify_files": (
         lambda root, convert: streammerge.verify_files(convert(root / "merged")).damages,

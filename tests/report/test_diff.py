@@ -207,3 +207,17 @@ def test_an_analysis_is_text_and_json(models: Models, capsys: pytest.CaptureFixt
     code, text = run(capsys, "analyze", recipe, "--json")
     assert code == 0
     assert json.loads(text)["kind"] == "analysis"
+
+
+def test_a_comparison_is_a_page_on_request_and_nothing_is_overwritten(
+    models: Models, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("vl_convert", reason="pip install 'streammerge[report]'")
+    paths = [models.write(model(seed)) for seed in (0, 1)]
+    page = models.root / "page.html"
+
+    assert run(capsys, "diff", *paths, "--page", page)[0] == 1
+    text = page.read_text()
+    assert text.startswith("<!doctype html>")
+    assert run(capsys, "diff", *paths, "--page", page)[0] == 4
+    assert page.read_text() == text

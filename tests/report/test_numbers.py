@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import math
 from collections.abc import Mapping, Sequence
 from itertools import combinations
@@ -29,6 +30,10 @@ from streammerge.checkpoint import outputfile
 from streammerge.native.library import load_kernels
 from streammerge.statistics import BLOCK
 
+draws = pytest.mark.skipif(
+    importlib.util.find_spec("vl_convert") is None, reason="pip install 'streammerge[report]'"
+)
+"""Of tests that write a report beside a merge, with its page."""
 SHAPES = {
     "model.embed.weight": (700, 802),
     "model.layers.0.mlp.weight": (2 * BLOCK // 512 + 3, 512),
@@ -296,6 +301,7 @@ def stop_after(writes: int, planned: Any, out: Path) -> None:
             streammerge.merge(planned, out)
 
 
+@draws
 def test_a_resumed_merge_has_the_report_of_an_undisturbed_one(
     models: Models, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -318,6 +324,7 @@ def test_a_resumed_merge_has_the_report_of_an_undisturbed_one(
     assert _without_run(made) == expected
 
 
+@draws
 def test_a_merge_in_parts_has_the_report_of_one_process(models: Models) -> None:
     base = draw(torch.bfloat16, 0)
     sources = [models.write(draw(torch.bfloat16, seed, base)) for seed in (1, 2)]
@@ -333,6 +340,7 @@ def test_a_merge_in_parts_has_the_report_of_one_process(models: Models) -> None:
     assert _without_run(streammerge.read_report(out)) == expected
 
 
+@draws
 def test_a_merge_that_began_without_a_report_is_not_resumed_with_one(models: Models) -> None:
     base = draw(torch.float32, 0)
     recipe = recipe_of("linear", None, [models.write(base), models.write(draw(torch.float32, 1))])
@@ -439,8 +447,8 @@ def test_parts_of_a_tensor_that_differ_in_size_have_rows_of_their_own(models: Mo
     assert (table["name"], table["numel"], table["norm.0"]) == (["w"], [32], [math.sqrt(32)])
 
 
+@draws
 def test_each_output_of_a_grid_has_a_report(models: Models) -> None:
-    pytest.importorskip("vl_convert", reason="pip install 'streammerge[report]'")
     base = draw(torch.float32, 0)
     recipe = recipe_of("ties", models.write(base), [models.write(draw(torch.float32, 1, base))])
     outs = [models.new_output() for _ in range(2)]

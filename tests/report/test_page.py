@@ -190,6 +190,23 @@ def test_what_was_copied_is_shown_with_its_reason(browser: Any, path: Path) -> N
     assert "rules[0] says copy: base" in opened.page.locator("#copied").inner_text()
 
 
+def test_a_comparison_shows_what_is_equal_and_what_only_some_have(
+    browser: Any, models: Models, tmp_path: Path
+) -> None:
+    one, other = {"a": torch.ones(4), "b": torch.ones(2)}, {"a": torch.ones(4), "c": torch.ones(3)}
+    report = streammerge.diff([models.write(one), models.write(other)], memory=MEMORY)
+    path = tmp_path / "diff.html"
+    path.write_text(streammerge.render_page(report), encoding="utf-8")
+
+    opened = Opened(browser, path)
+
+    shown = opened.page.locator("#copied").inner_text()
+    assert "1 tensors are identical, 0 changed" in shown
+    assert "models[0]" in shown
+    assert opened.said == []
+    assert opened.page.locator("#recipe").is_hidden()
+
+
 def test_hostile_names_are_text(report: Report, browser: Any, tmp_path: Path) -> None:
     document = json.loads(report.as_json())
     tensors = document["tables"]["tensors"]

@@ -315,7 +315,15 @@
   const copied = report.copied;
   if (copied.name.length) plainTable(byId("copied"), ["tensor", "what", "elements", "why"], copied.name.slice(0, 1000).map((name, at) => [name, copied.action[at], copied.numel[at], copied.reason[at]]),
     copied.name.length > 1000 ? `The first 1,000 of ${copied.name.length}; the data has all.` : undefined);
-  else byId("copied").append(make("p", "Every tensor was merged.", { class: "quiet" }));
+  else if (report.kind !== "comparison") byId("copied").append(make("p", "Every tensor was merged.", { class: "quiet" }));
+  if (report.kind === "comparison") {
+    byId("kept").querySelector("h2").textContent = "Equal, and not comparable";
+    byId("copied").append(make("p", `${report.identical.length.toLocaleString("en")} tensors are identical, ${report.changed.length.toLocaleString("en")} changed.`));
+    for (const [name, what] of [["partial", "only in"], ["shapes", "shapes"], ["types", "types"]]) {
+      const table = report[name], values = table[Object.keys(table).find((head) => head !== "name")];
+      if (table.name.length) plainTable(byId("copied"), ["tensor", what], table.name.slice(0, 1000).map((each, at) => [each, values[at].map((value) => (value === null ? "–" : Array.isArray(value) ? `[${value.join(", ")}]` : String(value))).join(", ")]));
+    }
+  }
   if (report.dropped.length) byId("copied").append(make("p", `Dropped: ${short(report.dropped.join(", "), 2000)}`));
   const run = report.run;
   const size = (bytes) => { let unit = 0; while (bytes >= 1024 && unit < 4) { bytes /= 1024; unit++; } return `${bytes.toFixed(unit ? 1 : 0)} ${["B", "KiB", "MiB", "GiB", "TiB"][unit]}`; };
@@ -325,6 +333,7 @@
       `${run.seconds} s in all; memory ${size(run.measured_memory)} of ${size(run.memory_budget)} allowed, ${size(run.projected_memory)} planned`);
   }
   byId("recipe").textContent = report.recipe;
+  if (report.recipe === "") for (const element of [byId("recipe"), byId("recipe").previousElementSibling]) element.hidden = true;
   if (report.notes.length) {
     const notes = make("ul");
     for (const each of report.notes.slice(0, 200)) notes.append(make("li", each));
