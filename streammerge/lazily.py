@@ -15,6 +15,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.metadata
+import importlib.util
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -49,16 +50,21 @@ def _import_torch() -> ModuleType:
     try:
         return importlib.import_module("torch")
     except (ImportError, OSError, MemoryError) as error:
-        raise name_limit(error) or DependencyError(
-            f"this merge needs torch, which cannot be imported: {error}; install it again"
-        ) from error
+        what = (
+            "is not installed: pip install torch"
+            if isinstance(error, ModuleNotFoundError) and error.name == "torch"
+            else f"cannot be imported: {error}; install it again"
+        )
+        raise name_limit(error) or DependencyError(f"that needs torch, which {what}") from error
 
 
 @functools.cache
 def torch_version() -> str:
-    """Return the version of the torch that is installed, which need not be loaded."""
+    """Return the version of the torch that is installed, which need not be loaded; ``none`` without."""
     try:
         return importlib.metadata.version("torch")
     except importlib.metadata.PackageNotFoundError:
+        if importlib.util.find_spec("torch") is None:
+            return "none"
         # On the path, but installed by something that leaves no record.
         return str(torch.__version__)

@@ -17,6 +17,7 @@ import contextlib
 import errno
 import mmap
 import os
+import signal
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -368,7 +369,8 @@ OpenByteSource = Callable[[Path], ByteSource]
 def choose_byte_source(kind: ByteSourceKind) -> OpenByteSource:
     """Return what opens a file in this way on this system, and an object of a store in its own."""
     local: OpenByteSource = PreadSource if hasattr(os, "preadv") else SeekSource
-    if kind is ByteSourceKind.MMAP and load_kernels() is not None:
+    guarded = load_kernels() is not None and hasattr(signal, "SIGBUS")
+    if kind is ByteSourceKind.MMAP and guarded:
         local = MmapSource
 
     def open_source(path: Path) -> ByteSource:

@@ -14,15 +14,15 @@ from streammerge.plan.types import MergePlan, TensorTask
 from streammerge.tiles.program import Op
 
 
-def needs_torch(
+def why_torch(
     programs: Sequence[Programs],
     settings: Sequence[Setting],
     tasks: Sequence[TensorTask],
     *,
     compute_dtype: DType,
     keep_non_finite: bool,
-) -> bool:
-    """Return whether the compiled machine leaves something of a merge undone.
+) -> str | None:
+    """Return what of a merge the compiled machine leaves undone; None if it does all.
 
     Args:
         programs: What the method does, for each of its settings.
@@ -31,20 +31,30 @@ def needs_torch(
         compute_dtype: F32 or F64.
         keep_non_finite: Whether NaN and infinity are let through.
     """
+    if load_kernels() is None:
+        return "there are no compiled kernels (`streammerge doctor` says why)"
     if not _serve(compute_dtype, keep_non_finite=keep_non_finite):
-        return True
+        return "non_finite: keep" if keep_non_finite else "compute_dtype: float64"
     if any(one.work.whole is not None for one in programs):
-        return True
+        return "the method decomposes whole matrices"
     every = [program for one in programs for program in one.all]
     if any(program.uses(Op.CHANGED) for program in every):
-        return True
+        return "what the method does is not for the compiled kernels"
     loads_base = any(program.uses(Op.BASE, Op.TASK_VECTOR) for program in every)
     loaded = [each.models if loads_base else each.sources for each in settings]
     # Products of factors are task vectors, of any part of a tensor.
     takes_products = not any(program.uses(Op.SOURCE) for program in every) and not any(
         one.by_rows for one in programs
     )
-    return not all(_machine_takes(task, loaded, takes_products=takes_products) for task in tasks)
+    left = [
+        task for task in tasks if not _machine_takes(task, loaded, takes_products=takes_products)
+    ]
+    if not left:
+        return None
+    kinds = {entry.dtype for entry in left[0].inputs if entry is not None} | {left[0].made_dtype}
+    others = ", ".join(sorted(map(str, kinds - DTYPE_CODES.keys())))
+    what = f"stored as {others}" if others else "changed by an adapter in a way of its own"
+    return f"{len(left)} tensors, {left[0].name} the first, are {what}"
 
 
 def takes_torch(plan: MergePlan) -> bool:

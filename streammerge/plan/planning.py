@@ -24,7 +24,7 @@ from streammerge.checkpoint.hub import hub_revision
 from streammerge.checkpoint.ties import TIE_KEY
 from streammerge.checkpoint.types import Checkpoint, Note, ShardFile, TensorEntry
 from streammerge.dtypes import DType
-from streammerge.errors import RecipeError
+from streammerge.errors import DependencyError, RecipeError
 from streammerge.methods.base import Operand
 from streammerge.methods.programs import Programs
 from streammerge.methods.surveying import survey_of
@@ -42,7 +42,7 @@ from streammerge.plan.budgeting import choose_resources
 from streammerge.plan.demanding import measure_demand
 from streammerge.plan.devices import add_devices, choose_device_resources
 from streammerge.plan.fusing import Earlier, fuse, note_of, reader_nbytes, shared_nbytes
-from streammerge.plan.kernels import needs_torch
+from streammerge.plan.kernels import why_torch
 from streammerge.plan.layout import place_parts, plan_layout_like
 from streammerge.plan.rendering import PrintedPlan
 from streammerge.plan.requantising import encode_as_base
@@ -176,13 +176,14 @@ def plan_merge(
     tasks = _tasks(assignment.tensors, places, file_index, model_scope=model_scope)
     programs = programs_of_settings(method, assignment.settings)
     tasks = [_with_locality(task, programs) for task in tasks]
-    torch = bool(machine.devices) or needs_torch(
+    reason = why_torch(
         programs,
         assignment.settings,
         tasks,
         compute_dtype=_compute_dtype(recipe),
         keep_non_finite=recipe.non_finite is NonFinitePolicy.KEEP,
     )
+    torch = bool(machine.devices) or reason is not None
     demand = measure_demand(
         programs,
         tasks,
@@ -199,7 +200,7 @@ def plan_merge(
     resources, memory = choose_resources(
         demand,
         budget=machine.budget,
-        baseline=machine.baseline(torch=torch)
+        baseline=_measure_baseline(machine, torch=torch, reason=reason)
         + sum(file.made.peak_nbytes for file in files if file.made is not None)
         + shared_nbytes(fused),
         workers=machine.workers,
@@ -263,6 +264,14 @@ def plan_merge(
         free=machine.device_free,
     )
     return replace(plan, device=device)
+
+
+def _measure_baseline(machine: Machine, *, torch: bool, reason: str | None) -> int:
+    """Return what the process takes before the merge, with torch if it will need it."""
+    try:
+        return machine.baseline(torch=torch)
+    except DependencyError as error:
+        raise DependencyError(f"{reason}; {error}" if reason else str(error)) from error
 
 
 def _first(checkpoints: Sequence[Model]) -> Checkpoint:

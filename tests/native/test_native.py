@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -499,3 +501,24 @@ def test_a_conversion_that_overflows_is_refused_by_name(models: Models) -> None:
     recipe = recipe_of("linear", None, [path], rules=rules, output={"dtype": "float16"})
     with pytest.raises(NonFiniteError, match=r"x: the merged value 70000 at element \[1\]"):
         models.merge(recipe)
+
+
+@pytest.mark.skipif(
+    shutil.which("x86_64-w64-mingw32-gcc") is None, reason="no compiler for Windows is installed"
+)
+def test_the_sources_compile_for_windows(tmp_path: Path) -> None:
+    project = Path(streammerge.__file__).parents[1]
+    extension = tomllib.loads((project / "pyproject.toml").read_text())["tool"]["setuptools"]
+    (kernels,) = extension["ext-modules"]
+    library = tmp_path / "_kernels.pyd"
+    compiler = ["x86_64-w64-mingw32-gcc", "-shared", "-Wall", "-Werror"]
+
+    subprocess.run(
+        [*compiler, *kernels["extra-compile-args"], "-o", str(library), *kernels["sources"]],
+        cwd=project,
+        check=True,
+    )
+
+    exported = library.read_bytes()
+    wanted = ("sm_run", "sm_rank_rows", "sm_product", "sm_copy_mapped", "sm_machine_size_of")
+    assert [name for name in wanted if name.encode() not in exported] == []

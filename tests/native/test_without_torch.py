@@ -254,3 +254,86 @@ def test_what_is_wrong_is_named_in_the_words_of_the_plain_way(
         models.merge(recipe)
 
     assert str(refused.value) == str(plain.value)
+
+
+WITHOUT = """
+import importlib.metadata, sys
+sys.modules["torch"] = None
+version = importlib.metadata.version
+def hide(name):
+    if name == "torch":
+        raise importlib.metadata.PackageNotFoundError(name)
+    return version(name)
+importlib.metadata.version = hide
+from streammerge.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+"""The command line where torch is not installed."""
+
+
+def run_without(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", WITHOUT, *arguments], capture_output=True, text=True, check=False
+    )
+
+
+def test_what_takes_no_torch_does_not_miss_it(models: Models) -> None:
+    """From the plan to the comparison of a sample, with the same bytes."""
+    paths = [models.write(tensors) for tensors in draw(2)]
+    base, *sources = map(str, paths)
+    recipe = recipe_of("ties", paths[0], paths[1:], parameters={"density": 0.3})
+    line = ["--method", "ties", "--base", base, *sources, "-p", "density=0.3"]
+    merged, expected = models.root / "merged", models.root / "expected"
+    (models.root / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+
+    for command in (
+        ["plan", *line],
+        ["merge", *line, "-o", str(merged)],
+        ["verify", str(merged), "--against", str(models.root / "recipe.yaml")],
+        ["inspect", base],
+        ["methods", "iso_c"],
+        ["doctor", "--no-probe"],
+    ):
+        done = run_without(*command)
+        assert done.returncode == 0, done.stderr
+
+    streammerge.merge(recipe, expected, memory=MEMORY)
+    assert_same_model(load_model(merged), load_model(expected))
+
+
+@pytest.mark.parametrize(
+    ("recipe", "says"),
+    [
+        ({"method": "iso_c"}, "the method decomposes whole matrices; that needs torch"),
+        ({"compute_dtype": "float64"}, "compute_dtype: float64; that needs torch"),
+        ({"non_finite": "keep"}, "non_finite: keep; that needs torch"),
+        (
+            {"output": {"dtype": "float64"}},
+            "7 tensors, copied the first, are stored as F64; that needs torch",
+        ),
+    ],
+)
+def test_what_needs_torch_says_so_by_name(
+    recipe: dict[str, Any], says: str, models: Models
+) -> None:
+    base, *sources = [models.write(tensors) for tensors in draw(2)]
+    asked = recipe_of("task_arithmetic", base, sources) | recipe
+    (models.root / "recipe.yaml").write_text(yaml.safe_dump(asked))
+    out = models.root / "out"
+
+    done = run_without("merge", str(models.root / "recipe.yaml"), str(out))
+
+    assert done.returncode == 1
+    assert done.stderr == f"DependencyError: {says}, which is not installed: pip install torch\n"
+    assert not out.exists()
+
+
+def test_combining_adapters_says_that_it_needs_torch(models: Models) -> None:
+    paths = [models.root / name for name in ("first", "second")]
+    for seed, path in enumerate(paths):
+        write_adapter(path, {"layer.weight": (12, 8)}, seed=seed)
+
+    done = run_without("merge", "--method", "cat", *map(str, paths), "-o", str(models.root / "out"))
+
+    assert done.returncode == 1
+    assert "that needs torch, which is not installed: pip install torch" in done.stderr
