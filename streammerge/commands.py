@@ -101,7 +101,7 @@ def _merge_on(options: argparse.Namespace, recipe: Recipe) -> int:
             resume=options.resume,
             byte_source=options.byte_source,
             on_progress=on_progress,
-            **_resources_of(options),
+            **resources_of(options),
         )
     say = tell_complete if before is not None and before == time_of(options.out) else tell_done
     say(options, manifest)
