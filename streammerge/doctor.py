@@ -49,7 +49,7 @@ class Machine:
     versions: dict[str, str | None]
     """Of this package, Python, and what it is installed with; None for what is missing."""
     system: str
-    """The operating system and the processor's kind."""
+    """The operating system, its version and the processor's kind."""
     kernels: str | None
     """The file of the compiled kernels in use."""
     why_no_kernels: str | None
@@ -98,7 +98,7 @@ def examine(directory: Path | None) -> Machine:
     found = isinstance(kernels, Kernels)
     return Machine(
         versions=versions,
-        system=f"{platform.system()} {platform.release()}, {platform.machine()}",
+        system=platform.platform(),
         kernels=str(kernels.path) if isinstance(kernels, Kernels) else None,
         why_no_kernels=kernels if isinstance(kernels, str) else None,
         devices=devices,

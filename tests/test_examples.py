@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from documented import ROOT, SHAPES, command_on_path, write_documented_models
-from models import load_model, write_model
+from models import MEMORY, load_model, write_model
 from safetensors.torch import load_file, save_file
 
 import streammerge
@@ -42,7 +42,7 @@ def expected(place: Path) -> Path:
     """Return what the recipe of the examples makes."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)
-        streammerge.merge("recipe.yaml", "expected", memory="1GiB")
+        streammerge.merge("recipe.yaml", "expected", memory=MEMORY)
     return place / "expected"
 
 

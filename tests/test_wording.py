@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from models import Models, load_model, write_adapter
+from models import MEMORY, Models, load_model, write_adapter
 
 import streammerge
 from streammerge.cli import main
@@ -138,7 +138,7 @@ def test_baking_adds_every_adapter_times_its_weight(place: Path) -> None:
 def test_baking_takes_what_merging_takes(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     line = ["bake", "base", "first", "one.safetensors", "--dtype", "float16"]
 
-    assert main([*line, "--memory", "1GiB", "--json"]) == 0
+    assert main([*line, "--memory", MEMORY, "--json"]) == 0
     assert main([*line, "--resume", "--json"]) == 0
 
     events = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
@@ -166,7 +166,7 @@ def test_a_plan_takes_a_line_too(place: Path, capsys: pytest.CaptureFixture[str]
 def test_words_may_stand_behind_options(place: Path) -> None:
     Path("recipe.yaml").write_text("{method: linear, sources: [{path: math}, {path: code}]}")
 
-    assert main(["merge", "recipe.yaml", "--memory", "1GiB", "one", "--quiet"]) == 0
+    assert main(["merge", "recipe.yaml", "--memory", MEMORY, "one", "--quiet"]) == 0
     assert main(["merge", "--quiet", "recipe.yaml", "-o", "two"]) == 0
     line = ["merge", "math", "--method", "linear", "code", "--quiet", "-o", "three"]
     assert main(line) == 0
