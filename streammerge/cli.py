@@ -22,9 +22,13 @@ from streammerge.options import (
     add_line,
     add_values,
     add_words,
+    read_count,
+    read_engine,
+    read_fraction,
+    read_part,
+    read_size,
 )
 from streammerge.streams import print_result
-from streammerge.units import parse_size
 from streammerge.version import VERSION
 from streammerge.wording import settle_words
 
@@ -172,14 +176,14 @@ def _add_running(parser: argparse.ArgumentParser) -> None:
     where = parser.add_mutually_exclusive_group()
     where.add_argument(
         "--on",
-        type=_engine,
+        type=read_engine,
         metavar="ENGINE",
         help="merge in parts on workers that see the same files: dask for workers on this machine, "
         "dask://HOST:PORT for those of a scheduler",
     )
     where.add_argument(
         "--part",
-        type=_part,
+        type=read_part,
         metavar="K/N",
         help="do only part K of N; other processes, here or where the same files are seen, do the others, "
         "and the last one puts the output in place",
@@ -260,8 +264,8 @@ def _add_diff(added: Any) -> None:
     )
     diff.add_argument("first", metavar="A", help="a checkpoint or adapter, or org/model[@revision]")
     diff.add_argument("others", metavar="B", nargs="+", help="what is compared with it")
-    diff.add_argument("--memory", type=_size, metavar="SIZE", help="as for merge")
-    diff.add_argument("--workers", type=_count, metavar="N", help="as for merge")
+    diff.add_argument("--memory", type=read_size, metavar="SIZE", help="as for merge")
+    diff.add_argument("--workers", type=read_count, metavar="N", help="as for merge")
     _add_download(diff)
     diff.add_argument("--quiet", action="store_true", help="no progress on standard error")
     diff.add_argument("--json", action="store_true", help="the whole comparison as JSON")
@@ -301,13 +305,13 @@ def _add_verify(added: Any) -> None:
     )
     verify.add_argument(
         "--sample",
-        type=_fraction,
+        type=read_fraction,
         default=0.05,
         metavar="FRACTION",
         help="how much of the model --against merges again (default: 0.05)",
     )
     verify.add_argument(
-        "--memory", type=_size, metavar="SIZE", help="most memory that --against may use"
+        "--memory", type=read_size, metavar="SIZE", help="most memory that --against may use"
     )
     _add_device(verify)
     _add_download(verify)
@@ -351,7 +355,7 @@ def _add_extract(added: Any) -> None:
     extract.add_argument("out", metavar="OUT", help="directory to make")
     extract.add_argument(
         "--rank",
-        type=_count,
+        type=read_count,
         required=True,
         metavar="N",
         help="of every matrix, or its smaller side",
@@ -373,8 +377,8 @@ def _add_extract(added: Any) -> None:
         action="store_true",
         help="find all singular values, which takes many times as long",
     )
-    extract.add_argument("--memory", type=_size, metavar="SIZE", help="as for merge")
-    extract.add_argument("--workers", type=_count, metavar="N", help="as for merge")
+    extract.add_argument("--memory", type=read_size, metavar="SIZE", help="as for merge")
+    extract.add_argument("--workers", type=read_count, metavar="N", help="as for merge")
     _add_download(extract)
     extract.add_argument(
         "--overwrite", action="store_true", help="replace an earlier result in OUT"
@@ -402,17 +406,17 @@ def _add_methods(added: Any) -> None:
 def _add_resources(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--memory",
-        type=_size,
+        type=read_size,
         metavar="SIZE",
         help="most private memory of the process, such as 2GiB (default: a quarter of what is free)",
     )
     parser.add_argument(
-        "--workers", type=_count, metavar="N", help="compute threads (default: one per core)"
+        "--workers", type=read_count, metavar="N", help="compute threads (default: one per core)"
     )
     _add_device(parser)
     parser.add_argument(
         "--device-memory",
-        type=_size,
+        type=read_size,
         metavar="SIZE",
         help="most memory on each accelerator (default: what is useful, of what is free)",
     )
@@ -450,50 +454,6 @@ def _add_device(parser: argparse.ArgumentParser) -> None:
         help="where merges are computed: cpu, cuda:0, cuda:0,cuda:1, or auto, which is the cpu "
         "(default: auto)",
     )
-
-
-def _size(text: str) -> int:
-    try:
-        return parse_size(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
-
-
-def _fraction(text: str) -> float:
-    try:
-        fraction = float(text)
-    except ValueError:
-        fraction = 0.0
-    if not 0 < fraction <= 1:
-        raise argparse.ArgumentTypeError(f"expected a number above 0 and up to 1, got {text!r}")
-    return fraction
-
-
-def _engine(text: str) -> str:
-    from streammerge.executors.driving import check_engine
-
-    try:
-        check_engine(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error).removeprefix("on: ")) from error
-    return text
-
-
-def _part(text: str) -> tuple[int, int]:
-    part, slash, parts = text.partition("/")
-    if not slash or not part.isdecimal() or not parts.isdecimal():
-        raise argparse.ArgumentTypeError(f"expected K/N, such as 2/4, got {text!r}")
-    if not 1 <= int(part) <= int(parts):
-        raise argparse.ArgumentTypeError(
-            f"expected a part from 1 to {int(parts)} of {int(parts)}, got {text!r}"
-        )
-    return int(part), int(parts)
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a number of at least 1, got {text!r}")
-    return int(text)
 
 
 if __name__ == "__main__":

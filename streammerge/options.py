@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from streammerge import answering
+from streammerge.units import parse_size
 
 
 def add_command(added: Any, name: str, summary: str, example: str, **more: str) -> Any:
@@ -89,3 +90,52 @@ def add_completion(added: Any, build: Callable[[], argparse.ArgumentParser]) -> 
     )
     completion.add_argument("shell", choices=("bash", "zsh", "fish"), help="the shell")
     completion.set_defaults(command=lambda options: answering.run_completion(options, build()))
+
+
+def read_size(text: str) -> int:
+    """Return the bytes that a text says."""
+    try:
+        return parse_size(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def read_fraction(text: str) -> float:
+    """Return a share above 0 and up to 1."""
+    try:
+        fraction = float(text)
+    except ValueError:
+        fraction = 0.0
+    if not 0 < fraction <= 1:
+        raise argparse.ArgumentTypeError(f"expected a number above 0 and up to 1, got {text!r}")
+    return fraction
+
+
+def read_engine(text: str) -> str:
+    """Return an engine, as ``--on`` names it."""
+    from streammerge.executors.driving import check_engine  # noqa: PLC0415 - most commands have no use for it
+
+    try:
+        check_engine(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error).removeprefix("on: ")) from error
+    return text
+
+
+def read_part(text: str) -> tuple[int, int]:
+    """Return a part and of how many, as ``--part`` names them."""
+    part, slash, parts = text.partition("/")
+    if not slash or not part.isdecimal() or not parts.isdecimal():
+        raise argparse.ArgumentTypeError(f"expected K/N, such as 2/4, got {text!r}")
+    if not 1 <= int(part) <= int(parts):
+        raise argparse.ArgumentTypeError(
+            f"expected a part from 1 to {int(parts)} of {int(parts)}, got {text!r}"
+        )
+    return int(part), int(parts)
+
+
+def read_count(text: str) -> int:
+    """Return a whole number of at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a number of at least 1, got {text!r}")
+    return int(text)

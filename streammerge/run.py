@@ -45,8 +45,9 @@ from streammerge.plan.asking import find_method, takes_in_turn, with_base_layers
 from streammerge.plan.checking import check_runnable
 from streammerge.plan.fusing import Earlier
 from streammerge.plan.layout import in_one_file
+from streammerge.plan.participants import labels_of
 from streammerge.plan.partners import settle_parts
-from streammerge.plan.planning import labels_of, plan_merge
+from streammerge.plan.planning import plan_merge
 from streammerge.plan.types import MergePlan
 from streammerge.recipe.dumping import dump_recipe
 from streammerge.recipe.grid import GRID_KEY

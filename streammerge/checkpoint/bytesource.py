@@ -17,7 +17,6 @@ import contextlib
 import errno
 import mmap
 import os
-import signal
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -368,13 +367,17 @@ OpenByteSource = Callable[[Path], ByteSource]
 
 def choose_byte_source(kind: ByteSourceKind) -> OpenByteSource:
     """Return what opens a file in this way on this system, and an object of a store in its own."""
-    local: OpenByteSource = PreadSource if hasattr(os, "preadv") else SeekSource
-    guarded = load_kernels() is not None and hasattr(signal, "SIGBUS")
-    if kind is ByteSourceKind.MMAP and guarded:
-        local = MmapSource
+    open_file = choose_file_source(kind)
 
     def open_source(path: Path) -> ByteSource:
         what = find_object(path)
-        return local(path) if what is None else RemoteSource(what)
+        return open_file(path) if what is None else RemoteSource(what)
 
     return open_source
+
+
+def choose_file_source(kind: ByteSourceKind) -> type[ByteSource]:
+    """Return the implementation for files on a disk in this way on this system."""
+    if kind is ByteSourceKind.MMAP and load_kernels() is not None:
+        return MmapSource
+    return PreadSource if hasattr(os, "preadv") else SeekSource

@@ -20,7 +20,6 @@ from streammerge.assignment.tokens import Tokens
 from streammerge.assignment.types import Action, AssignedTensor, Model, Twins
 from streammerge.assignment.vocabularies import Drawn, draw_rows
 from streammerge.checkpoint.coded import QUANTIZATION_KEY
-from streammerge.checkpoint.hub import hub_revision
 from streammerge.checkpoint.ties import TIE_KEY
 from streammerge.checkpoint.types import Checkpoint, Note, ShardFile, TensorEntry
 from streammerge.dtypes import DType
@@ -44,12 +43,12 @@ from streammerge.plan.devices import add_devices, choose_device_resources
 from streammerge.plan.fusing import Earlier, fuse, note_of, reader_nbytes, shared_nbytes
 from streammerge.plan.kernels import why_torch
 from streammerge.plan.layout import place_parts, plan_layout_like
+from streammerge.plan.participants import labels_of, models_of
 from streammerge.plan.rendering import PrintedPlan
 from streammerge.plan.requantising import encode_as_base
 from streammerge.plan.sweeps import Needs, bytes_beyond_once, programs_of_settings
 from streammerge.plan.types import (
     PLAN_VERSION,
-    InputModel,
     MergePlan,
     OutputLayout,
     StoredTwins,
@@ -60,7 +59,6 @@ from streammerge.recipe.dumping import dump_recipe
 from streammerge.recipe.resolving import build_resolver
 from streammerge.recipe.types import ComputeDType, NonFinitePolicy, Recipe
 from streammerge.statistics import count_blocks
-from streammerge.storage.copies import address_of, origin_of
 
 
 class Baseline(Protocol):
@@ -131,7 +129,7 @@ def plan_merge(
             f"base: {method.name} merges task vectors and needs the model that the sources were "
             "tuned from; add `base: PATH`"
         )
-    models = _models(recipe)
+    models = models_of(recipe)
     labels = labels_of(recipe)
     given = [*([base] if base is not None else []), *sources]
     matched, renamings, renamed = match_names(given, labels, recipe)
@@ -279,33 +277,6 @@ def _first(checkpoints: Sequence[Model]) -> Checkpoint:
     first = checkpoints[0]
     assert isinstance(first, Checkpoint)  # noqa: S101 - sources that are all adapters make an adapter
     return first
-
-
-def labels_of(recipe: Recipe) -> list[str]:
-    """Return how messages name the base, if any, and the sources."""
-    return [f"{model.label} ({model.origin})" for model in _models(recipe)]
-
-
-def _models(recipe: Recipe) -> tuple[InputModel, ...]:
-    models = [
-        InputModel(
-            f"sources[{index}]",
-            str(source.path),
-            hub_revision(source.path),
-            adapter=None if source.adapter is None else origin_of(source.adapter),
-            address=address_of(source.path),
-        )
-        for index, source in enumerate(recipe.sources)
-    ]
-    if recipe.base is not None:
-        base = InputModel(
-            "base",
-            str(recipe.base),
-            hub_revision(recipe.base),
-            address=address_of(recipe.base),
-        )
-        models.insert(0, base)
-    return tuple(models)
 
 
 def _compute_dtype(recipe: Recipe) -> DType:

@@ -29,7 +29,7 @@ from streammerge.checkpoint.bytesource import (
     OpenByteSource,
     PreadSource,
     SeekSource,
-    choose_byte_source,
+    choose_file_source,
 )
 from streammerge.errors import CheckpointError, TruncatedShardError
 from streammerge.native.library import load_kernels
@@ -326,7 +326,7 @@ def test_what_a_mapping_does_not_guard_is_left_to_who_handled_it(
 def test_what_cannot_be_guarded_is_not_mapped(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bytesource, "load_kernels", lambda: None)
 
-    assert choose_byte_source(ByteSourceKind.MMAP) is PreadSource
+    assert choose_file_source(ByteSourceKind.MMAP) is PreadSource
     with pytest.raises(CheckpointError, match="is not mapped without compiled kernels; use pread"):
         MmapSource(file)
 
@@ -405,4 +405,4 @@ def test_the_implementation_is_what_the_system_has(
     if not has_preadv:
         monkeypatch.delattr(os, "preadv", raising=False)
 
-    assert choose_byte_source(kind) is implementation
+    assert choose_file_source(kind) is implementation
