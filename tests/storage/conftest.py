@@ -7,21 +7,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
-from models import Models, Tensors
+from models import Models
 from servers import Server, serving
+from stored_models import draw
 
 from streammerge.checkpoint import remote
 from streammerge.storage import retrying, stores
-
-
-def draw(seed: int) -> Tensors:
-    """Return a model with tensors of less than a block and one of several."""
-    generator = torch.Generator().manual_seed(seed)
-    tensors = {f"layers.{i}.w": torch.randn((40, 30), generator=generator) for i in range(6)}
-    return {name: tensor.bfloat16() for name, tensor in tensors.items()} | {
-        "large": torch.randn((600, 1000), generator=generator)
-    }
 
 
 @pytest.fixture
@@ -49,13 +40,3 @@ def server(root: Path) -> Iterator[Server]:
     """A web server of the directory, which also speaks as the hub does."""
     with serving(root) as made:
         yield made
-
-
-def recipe_at(place: str) -> dict[str, object]:
-    """Return a recipe of the three models."""
-    return {
-        "method": "ties",
-        "base": f"{place}/base",
-        "sources": [{"path": f"{place}/a"}, {"path": f"{place}/b", "weight": 0.5}],
-        "parameters": {"density": 0.3},
-    }

@@ -10,9 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import recipe_at
 from models import assert_same_model, load_model
 from servers import serving
+from stored_models import recipe_at
 
 import streammerge
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from conftest import recipe_at
 from models import assert_same_model, load_model
 from servers import COMMIT, Server
+from stored_models import recipe_at
 
 import streammerge
 from streammerge.errors import CheckpointError

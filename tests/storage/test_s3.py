@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 from adapters import tiny
-from conftest import draw, recipe_at
 from models import Models, assert_same_model, load_model
+from stored_models import draw, recipe_at
 
 import streammerge
 from streammerge.checkpoint import remote

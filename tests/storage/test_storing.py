@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import recipe_at
 from models import Models, assert_same_model, load_model
+from stored_models import recipe_at
 
 import streammerge
 from streammerge import storing

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from conftest import draw, recipe_at
 from models import Models, assert_same_model, load_model
 from servers import Server
+from stored_models import draw, recipe_at
 
 import streammerge
 from streammerge.checkpoint import remote
