@@ -20,6 +20,7 @@ from streammerge.options import (
     add_completion,
     add_doctor,
     add_line,
+    add_methods,
     add_values,
     add_words,
     read_count,
@@ -113,7 +114,7 @@ def build_parser() -> argparse.ArgumentParser:
         _add_status,
         _add_convert,
         _add_extract,
-        _add_methods,
+        add_methods,
         add_doctor,
     ):
         add(added)
@@ -386,21 +387,6 @@ def _add_extract(added: Any) -> None:
     extract.add_argument("--quiet", action="store_true", help="nothing on standard error")
     extract.add_argument("--json", action="store_true", help="events as JSON lines on stdout")
     extract.set_defaults(command=commands.run_extract)
-
-
-def _add_methods(added: Any) -> None:
-    methods = add_command(
-        added,
-        "methods",
-        "list merge methods, or explain one",
-        "streammerge methods ties",
-    )
-    methods.add_argument("name", metavar="NAME", nargs="?", help="a method")
-    methods.add_argument("--json", action="store_true", help="the same as JSON")
-    methods.add_argument(
-        "--schema", action="store_true", help="the JSON Schema of recipes, for editors"
-    )
-    methods.set_defaults(command=answering.run_methods)
 
 
 def _add_resources(parser: argparse.ArgumentParser) -> None:

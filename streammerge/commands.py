@@ -88,6 +88,12 @@ def _merge_on(options: argparse.Namespace, recipe: Recipe) -> int:
     from streammerge.display import show_progress
     from streammerge.executors.driving import merge_on
 
+    resources = resources_of(options)
+    if resources.pop("report"):
+        raise RecipeError(
+            "--report: is made by one process, or by parts (--part); leave out --on, or --report and see "
+            "`streammerge analyze`"
+        )
     before = time_of(options.out)
     with (
         stopping_signals(),
@@ -101,7 +107,7 @@ def _merge_on(options: argparse.Namespace, recipe: Recipe) -> int:
             resume=options.resume,
             byte_source=options.byte_source,
             on_progress=on_progress,
-            **resources_of(options),
+            **resources,
         )
     say = tell_complete if before is not None and before == time_of(options.out) else tell_done
     say(options, manifest)

@@ -61,6 +61,22 @@ def add_values(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_methods(added: Any) -> None:
+    """Add the command that lists methods, or explains one."""
+    methods = add_command(
+        added,
+        "methods",
+        "list merge methods, or explain one",
+        "streammerge methods ties",
+    )
+    methods.add_argument("name", metavar="NAME", nargs="?", help="a method")
+    methods.add_argument("--json", action="store_true", help="the same as JSON")
+    methods.add_argument(
+        "--schema", action="store_true", help="the JSON Schema of recipes, for editors"
+    )
+    methods.set_defaults(command=answering.run_methods)
+
+
 def add_doctor(added: Any) -> None:
     """Add the command that looks at the machine."""
     doctor = add_command(

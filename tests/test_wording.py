@@ -198,6 +198,10 @@ def test_a_saved_recipe_overwrites_nothing(place: Path, capsys: pytest.CaptureFi
         (["merge", "recipe.yaml", "one", "--base", "base"], "--base: .* no --method"),
         (["merge", "recipe.yaml", "one", "--seed", "0"], "--seed: .* no --method"),
         (["merge", "--method", "linear", "math", "code"], "--output: is missing"),
+        (
+            ["merge", "--method", "linear", "math", "-o", "one", "--on", "dask", "--report"],
+            "--report:",
+        ),
         (["merge", "--method", "tise", "math", "-o", "one"], "did you mean"),
         (["merge", "--method", "linear", "math,wieght=1", "-o", "one"], r"sources\[0\].wieght"),
         (["merge", "--method", "linear", "math", "-p", "density", "-o", "one"], "KEY=VALUE"),

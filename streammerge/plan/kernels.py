@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from streammerge.adapters.onto_base.changes import Change
 from streammerge.assignment.types import Action, Setting
 from streammerge.dtypes import DType
+from streammerge.errors import DependencyError
 from streammerge.floats import KINDS
 from streammerge.methods.programs import Programs
 from streammerge.native.library import DTYPE_CODES, load_kernels
@@ -55,6 +56,18 @@ def why_torch(
     others = ", ".join(sorted(map(str, kinds - DTYPE_CODES.keys())))
     what = f"stored as {others}" if others else "changed by an adapter in a way of its own"
     return f"{len(left)} tensors, {left[0].name} the first, are {what}"
+
+
+def measure_baseline(baseline: Callable[..., int], *, torch: bool, reason: str | None) -> int:
+    """Return what the process takes before a merge, with torch if it will need it.
+
+    Raises:
+        DependencyError: It cannot have torch; the message begins with the reason to need it.
+    """
+    try:
+        return baseline(torch=torch)
+    except DependencyError as error:
+        raise DependencyError(f"{reason}; {error}" if reason else str(error)) from error
 
 
 def takes_torch(plan: MergePlan) -> bool:

@@ -23,7 +23,7 @@ from streammerge.checkpoint.coded import QUANTIZATION_KEY
 from streammerge.checkpoint.ties import TIE_KEY
 from streammerge.checkpoint.types import Checkpoint, Note, ShardFile, TensorEntry
 from streammerge.dtypes import DType
-from streammerge.errors import DependencyError, RecipeError
+from streammerge.errors import RecipeError
 from streammerge.methods.base import Operand
 from streammerge.methods.programs import Programs
 from streammerge.methods.surveying import survey_of
@@ -41,7 +41,7 @@ from streammerge.plan.budgeting import choose_resources
 from streammerge.plan.demanding import measure_demand
 from streammerge.plan.devices import add_devices, choose_device_resources
 from streammerge.plan.fusing import Earlier, fuse, note_of, reader_nbytes, shared_nbytes
-from streammerge.plan.kernels import why_torch
+from streammerge.plan.kernels import measure_baseline, why_torch
 from streammerge.plan.layout import place_parts, plan_layout_like
 from streammerge.plan.participants import labels_of, models_of
 from streammerge.plan.rendering import PrintedPlan
@@ -198,7 +198,7 @@ def plan_merge(
     resources, memory = choose_resources(
         demand,
         budget=machine.budget,
-        baseline=_measure_baseline(machine, torch=torch, reason=reason)
+        baseline=measure_baseline(machine.baseline, torch=torch, reason=reason)
         + sum(file.made.peak_nbytes for file in files if file.made is not None)
         + shared_nbytes(fused),
         workers=machine.workers,
@@ -262,14 +262,6 @@ def plan_merge(
         free=machine.device_free,
     )
     return replace(plan, device=device)
-
-
-def _measure_baseline(machine: Machine, *, torch: bool, reason: str | None) -> int:
-    """Return what the process takes before the merge, with torch if it will need it."""
-    try:
-        return machine.baseline(torch=torch)
-    except DependencyError as error:
-        raise DependencyError(f"{reason}; {error}" if reason else str(error)) from error
 
 
 def _first(checkpoints: Sequence[Model]) -> Checkpoint:
