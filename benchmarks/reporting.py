@@ -96,7 +96,7 @@ def render_method(name: str, result: Mapping[str, Any]) -> str:
 
 
 def render_performance_table(results: Mapping[str, Any]) -> str:
-    """Return the README's table of a results document, as Markdown, with what it was measured on."""
+    """Return the table of a results document, as Markdown, with what it was measured on."""
     lines = [
         "| method | streammerge | mergekit | faster by | time / raw I/O | peak memory | mergekit's |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
@@ -109,7 +109,7 @@ def render_performance_table(results: Mapping[str, Any]) -> str:
 
 
 def render_baking_table(results: Mapping[str, Any]) -> str:
-    """Return the README's table of merging adapters into a base."""
+    """Return the table of merging adapters into a base."""
     lines = [
         "| job | streammerge | PEFT | faster by | time / raw I/O | peak memory | PEFT's |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
@@ -126,6 +126,11 @@ def render_baking_table(results: Mapping[str, Any]) -> str:
             own, floor = _succeeded(contenders, name), _succeeded(contenders, FLOOR)
             lines.append(_row(label, own, other, floor))
     return "\n".join([*lines, "", describe_conditions(results, others=(PEFT, "transformers"))])
+
+
+def render_measures(summary: Mapping[str, Any] | None) -> str:
+    """Return a contender's time and peak memory for a cell of a table; nothing if it has none."""
+    return "" if summary is None else f"{_seconds(summary)}, {_memory(summary)}"
 
 
 def _row(

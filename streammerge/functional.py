@@ -132,11 +132,11 @@ def calculate_majority_sign_mask(tensor: Tensor, method: SignMethod = "total") -
     sum is negative or NaN. Zeros and NaN never have the elected sign.
 
     Args:
-        tensor: The stacked tasks, [n_tasks, *shape].
+        tensor: The stacked tasks, ``[n_tasks, *shape]``.
         method: "total" sums values, "frequency" sums signs.
 
     Returns:
-        A bool tensor, [n_tasks, *shape].
+        A bool tensor, ``[n_tasks, *shape]``.
 
     Raises:
         RecipeError: The method is unknown, there is no task, or the dtype has no arithmetic.
@@ -159,11 +159,11 @@ def disjoint_merge(task_tensors: Tensor, majority_sign_mask: Tensor) -> Tensor:
     position NaN.
 
     Args:
-        task_tensors: The stacked tasks, already weighted, [n_tasks, *shape].
-        majority_sign_mask: Which tasks to count, [n_tasks, *shape].
+        task_tensors: The stacked tasks, already weighted, ``[n_tasks, *shape]``.
+        majority_sign_mask: Which tasks to count, ``[n_tasks, *shape]``.
 
     Returns:
-        The merged tensor, [*shape], float64 for float64, otherwise float32.
+        The merged tensor, ``[*shape]``, float64 for float64, otherwise float32.
 
     Raises:
         RecipeError: The two shapes differ, there is no task, or the dtype has no arithmetic.
@@ -340,14 +340,14 @@ def dare_ties(
 
 
 def _stack_trimmed(tasks: list[Tensor], densities: list[float]) -> Tensor:
-    """Return the tasks trimmed by magnitude, [n_tasks, *shape]."""
+    """Return the tasks trimmed by magnitude, ``[n_tasks, *shape]``."""
     return torch.stack([prune(*pair, "magnitude") for pair in zip(tasks, densities, strict=True)])
 
 
 def _stack_dropped(
     tasks: list[Tensor], densities: list[float], generator: torch.Generator | None
 ) -> Tensor:
-    """Return the tasks dropped at random and rescaled, [n_tasks, *shape]."""
+    """Return the tasks dropped at random and rescaled, ``[n_tasks, *shape]``."""
     pairs = list(zip(tasks, densities, strict=True))
     for task, density in pairs:  # all of them before the first random number is drawn
         _check_random(task, density, rescale=True)

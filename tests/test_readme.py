@@ -1,9 +1,8 @@
-"""What README tells people to type works as it is written there, with models under its names."""
+"""What README and the documentation tell people to type works as it is written there."""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
 import shlex
@@ -11,37 +10,35 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
-from models import write_adapter, write_model
+from documented import ROOT, SHAPES, command_on_path, write_documented_models
 
 import streammerge
 from streammerge.checkpoint.outputform import MANIFEST_NAME
 
-ROOT = Path(__file__).resolve().parent.parent
-CHANGED = tuple(
-    f"model.layers.{layer}.{part}.weight"
-    for layer in range(4)
-    for part in ("self_attn.q_proj", "mlp.up_proj")
-)
-SHAPES = {
-    "model.embed_tokens.weight": (48, 32),
-    **{name: (40 if "up_proj" in name else 32, 32) for name in CHANGED},
-    **{f"model.layers.{layer}.mlp.gate_proj.weight": (40, 32) for layer in range(4)},
-    **{f"model.layers.{layer}.mlp.down_proj.weight": (32, 40) for layer in range(4)},
-    "lm_head.weight": (48, 32),
-}
+OWN_TESTS = {"adding-a-method.md", "design.md", "contributing.md", "changelog.md"}
+"""Pages that tests of their own read, or that are other files."""
+PAGES = [
+    ROOT / "README.md",
+    *(path for path in sorted((ROOT / "docs").rglob("*.md")) if path.name not in OWN_TESTS),
+]
 NOT_RUN = {
     "streammerge merge --method ties --base s3://models/base hf://org/tuned@main:0.5 s3://models/other "
     "-p density=0.2 -o merged": "needs stores: tests/storage/test_as_written.py has them",
     "scripts/quickstart": "installs packages and trains for minutes",
     "pip install .": "changes the environment",
+    "pip install --no-deps streammerge-0.1.0-py3-none-PLATFORM.whl": (
+        "changes the environment: tests/test_installing.py does it in an empty one"
+    ),
+    "docker build -t streammerge -f examples/container/Dockerfile .": (
+        "needs docker: tests/test_examples.py runs what it would"
+    ),
     "streammerge merge recipe.yaml merged --memory 4GiB --device cuda:0 --device-memory 2GiB": (
         "needs two GPUs"
     ),
@@ -53,8 +50,10 @@ BEFORE = {"streammerge verify merged": "streammerge merge recipe.yaml merged"}
 
 @dataclass(frozen=True)
 class Block:
-    """A fenced block of README."""
+    """A fenced block of a page."""
 
+    page: str
+    """The page's name."""
     language: str
     """What stands behind the fence."""
     line: int
@@ -62,7 +61,7 @@ class Block:
     text: str
     """What stands between the fences."""
     recipe: str
-    """The YAML block that README has shown last."""
+    """The YAML block that the page has shown last; of pages without one, that of the examples."""
 
     @property
     def commands(self) -> list[str]:
@@ -76,52 +75,42 @@ class Block:
         return self.language or self.commands[0]
 
 
-def read_blocks() -> list[Block]:
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+def read_blocks(page: Path) -> list[Block]:
+    text = page.read_text(encoding="utf-8")
+    name = str(page.relative_to(ROOT)).removeprefix("docs/")
     blocks: list[Block] = []
-    recipe = ""
-    for found in re.finditer(r"^```(\w*)\n(.*?)^```$", readme, re.DOTALL | re.MULTILINE):
-        language, text = found.groups()
-        recipe = text if language == "yaml" else recipe
-        blocks.append(Block(language, readme.count("\n", 0, found.start()) + 1, text, recipe))
+    recipe = (ROOT / "examples/recipe.yaml").read_text(encoding="utf-8")
+    for found in re.finditer(r"^```([^\n]*)\n(.*?)^```$", text, re.DOTALL | re.MULTILINE):
+        language, block = found.groups()
+        # Directives of the site, and what is only shown.
+        if language.startswith("{") or language == "text":
+            continue
+        recipe = block if language == "yaml" else recipe
+        line = text.count("\n", 0, found.start()) + 1
+        blocks.append(Block(name, language, line, block, recipe))
     return blocks
 
 
-BLOCKS = read_blocks()
+BLOCKS = [block for page in PAGES for block in read_blocks(page)]
 
 
 def every(language: str) -> pytest.MarkDecorator:
     chosen = [block for block in BLOCKS if block.language == language]
     chosen = [block for block in chosen if language or block.name not in NOT_RUN]
-    return pytest.mark.parametrize("block", chosen, ids=lambda block: f"line {block.line}")
+    return pytest.mark.parametrize("block", chosen, ids=lambda block: f"{block.page} {block.line}")
 
 
 @pytest.fixture
 def place(tmp_path: Path) -> Path:
-    """Return a directory with what README's recipes name."""
-    for seed, name in enumerate(("base", "math", "code", "chat")):
-        generator = torch.Generator().manual_seed(seed)
-        tensors = {
-            tensor: torch.randn(shape, generator=generator).to(torch.bfloat16)
-            for tensor, shape in SHAPES.items()
-        }
-        path = write_model(tmp_path / "models" / name, tensors)
-        config = {"model_type": "llama", "tie_word_embeddings": False, "num_hidden_layers": 4}
-        (path / "config.json").write_text(json.dumps(config))
-    for seed, name in enumerate(("math", "code")):
-        adapted = {tensor: SHAPES[tensor] for tensor in CHANGED}
-        write_adapter(tmp_path / "adapters" / name, adapted, seed=seed)
-    return tmp_path
+    """Return a directory with what the pages' recipes name."""
+    return write_documented_models(tmp_path)
 
 
 def run(place: Path, *arguments: str) -> str:
-    # What the tests themselves run on, and this project first.
-    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     done = subprocess.run(
         [sys.executable, *arguments],
         cwd=place,
-        env=environment,
+        env=command_on_path(place),
         check=False,
         capture_output=True,
         text=True,
@@ -143,7 +132,6 @@ def test_every_block_is_run_or_named_here() -> None:
     assert {block.language for block in BLOCKS} == known
     commands = {block.name for block in BLOCKS if block.language == ""}
     assert {*NOT_RUN, *BEFORE} <= commands
-    assert len(commands) == sum(block.language == "" for block in BLOCKS)
 
 
 @every("")
@@ -160,12 +148,11 @@ def test_the_commands_of_a_block_work_one_after_the_other(block: Block, place: P
 
     for command, text in said.items():
         _, verb, *rest = shlex.split(command)
-        if verb == "merge":
-            manifests = [each.read_text() for each in (place / rest[1]).rglob(MANIFEST_NAME)]
-            recipe = yaml.safe_load(block.recipe)
-            method = recipe.get("method", recipe.get("merge_method"))
+        if verb in {"merge", "bake"}:
+            method, out = _what_is_made(verb, rest, block.recipe)
+            manifests = [each.read_text() for each in (place / out).rglob(MANIFEST_NAME)]
             assert manifests
-            assert all(method in each for each in manifests)
+            assert all(f'"method": "{method}"' in each for each in manifests)
         elif verb == "extract":
             assert (place / rest[2] / MANIFEST_NAME).exists()
         elif verb == "verify":
@@ -173,6 +160,17 @@ def test_the_commands_of_a_block_work_one_after_the_other(block: Block, place: P
             assert ("equal, bit by bit" in text) == ("--against" in rest)
         else:
             assert text.strip()
+
+
+def _what_is_made(verb: str, arguments: Sequence[str], recipe: str) -> tuple[str, str]:
+    """Return the method and the output of a command."""
+    if verb == "bake":
+        return "task_arithmetic", arguments[-1]
+    if "--method" in arguments:
+        method, out = (arguments[arguments.index(name) + 1] for name in ("--method", "-o"))
+        return method, out
+    document = yaml.safe_load(recipe)
+    return document.get("method", document.get("merge_method")), arguments[1]
 
 
 @pytest.fixture
@@ -213,7 +211,7 @@ SCRIPTS = [block for block in BLOCKS if block.language == "bash"]
 
 def scripts(mark: str) -> pytest.MarkDecorator:
     chosen = [block for block in SCRIPTS if mark in block.text]
-    return pytest.mark.parametrize("block", chosen, ids=lambda block: f"line {block.line}")
+    return pytest.mark.parametrize("block", chosen, ids=lambda block: f"{block.page} {block.line}")
 
 
 def test_every_script_is_run() -> None:
@@ -264,7 +262,8 @@ def test_a_recipe_merges(block: Block, place: Path) -> None:
     run_command(place, "streammerge merge recipe.yaml merged")
 
     recipe = yaml.safe_load(block.text)
-    makes_a_model = not {"base", "layers", "merge_method"}.isdisjoint(recipe)
+    combines = all(each["path"].startswith("adapters/") for each in recipe.get("sources", ()))
+    makes_a_model = "base" in recipe or "merge_method" in recipe or not combines
     name = "model.safetensors" if makes_a_model else "adapter_model.safetensors"
     made = [each.parent for each in (place / "merged").rglob(MANIFEST_NAME)]
     assert len(made) == prod(map(len, recipe.get("grid", {}).values()))

@@ -1,4 +1,4 @@
-"""The registry as text, for the command line and for the README's table."""
+"""The registry as text, for the command line and for the documentation."""
 
 from __future__ import annotations
 
@@ -144,7 +144,7 @@ def parameter_lines(
 
 
 def render_methods_table(methods: Iterable[MergeMethod]) -> str:
-    """Return the README's table in Markdown."""
+    """Return the documentation's table in Markdown."""
     heads = ("method", "what it does", "sources", "semantics", "sweeps", "parameters", "reference")
     rows: list[tuple[str, ...]] = [heads, ("---",) * len(heads)]
     for method in methods:

@@ -1,4 +1,4 @@
-"""What README tells people to type about stores works as it is written there."""
+"""What the documentation tells people to type about stores works as it is written there."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ import streammerge
 boto3 = pytest.importorskip("boto3")
 moto = pytest.importorskip("moto.server")
 
-README = Path(__file__).resolve().parents[2] / "README.md"
+PAGE = Path(__file__).resolve().parents[2] / "docs/howto/object-stores.md"
 
 
-def test_the_command_of_readme_merges_what_lies_in_stores(root: Path, tmp_path: Path) -> None:
-    text = README.read_text(encoding="utf-8")
+def test_the_command_of_the_page_merges_what_lies_in_stores(root: Path, tmp_path: Path) -> None:
+    text = PAGE.read_text(encoding="utf-8")
     command = next(
         line
         for line in text.splitlines()
