@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 from fake_backend import FakeBackend, MakeDevices
+from fast import choose_fast
 from models import Models
 from old_transformers import install_old_transformers
 
@@ -26,9 +27,18 @@ from streammerge.engine.accelerator import opening
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--runslow", action="store_true", help="run tests marked slow too")
+    parser.addoption(
+        "--fast",
+        action="store_true",
+        help="run one case of each test, and leave out what takes long",
+    )
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--fast"):
+        kept = choose_fast(items)
+        config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+        items[:] = [item for item in items if item in kept]
     if config.getoption("--runslow"):
         return
     skip = pytest.mark.skip(reason="slow; run with --runslow")
