@@ -27,7 +27,7 @@ from models import MEMORY, Models, load_model, recipe_of, write_shard_in_order
 import streammerge
 from streammerge import run
 from streammerge.checkpoint import bytesource
-from streammerge.checkpoint.bytesource import ByteSourceKind, PreadSource, choose_byte_source
+from streammerge.checkpoint.bytesource import ByteSourceKind, PreadSource, choose_file_source
 from streammerge.checkpoint.outputform import MANIFEST_NAME
 from streammerge.checkpoint.places import MARKER_NAME
 from streammerge.cli import main
@@ -1131,7 +1131,7 @@ def test_an_input_that_is_rewritten_in_place_is_noticed_though_its_times_are_old
     model = models.write({name: torch.ones(300_000) for name in "abcd"})
     file = model / "model.safetensors"
     status = file.stat()
-    opener = choose_byte_source(kind)
+    opener = choose_file_source(kind)
     reads = []
 
     def rewrite() -> None:
@@ -1168,7 +1168,7 @@ def test_links_and_rights_of_an_input_may_change_while_it_is_merged(
     model = models.write({"a": torch.ones(100_000)})
     file = model / "model.safetensors"
 
-    class Linked(choose_byte_source(kind)):  # type: ignore[misc]
+    class Linked(choose_file_source(kind)):  # type: ignore[misc]
         def read_into(self, offset: int, buffer: memoryview) -> None:
             (models.root / "link").unlink(missing_ok=True)
             os.link(file, models.root / "link")
@@ -1192,7 +1192,7 @@ class Shortened(MmapSource):
         os.truncate(self.path, 1000)
         return super()._read_some(offset, buffer)
 
-run.choose_byte_source = lambda _: Shortened
+run.choose_file_source = lambda _: Shortened
 sys.exit(main(sys.argv[1:]))
 """
 
