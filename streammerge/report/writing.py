@@ -85,5 +85,8 @@ def room_for_report(planned: MergePlan) -> int:
     names = sum(len(task.name) for task in planned.tasks)
     sources = len(planned.models) - planned.has_base
     columns = 8 + 12 * sources + 2 * sources * sources
-    # By tensor, and by layer and kind of module, which are no more; the page has both packed.
-    return 12 * names + 5 * columns * _CELL_NBYTES * len(planned.tasks) + 4 * MIB
+    # By tensor, and by layer and kind of module, which are no more; the page has both packed. And a
+    # line of the journal for every piece.
+    tables = 12 * names + 5 * columns * _CELL_NBYTES * len(planned.tasks) + 4 * MIB
+    pieces = planned.bytes_to_write // planned.resources.slot_bytes + len(planned.tasks)
+    return tables + columns * _CELL_NBYTES * pieces
