@@ -88,10 +88,9 @@ def tell_done(options: argparse.Namespace, manifest: Manifest, place: str | None
         form = form_of(Path(out))
         page = form.reports[1]
         if page in manifest.files:
-            print(
-                f"{printable(out)}: its report is {printable(str(form.folder / page))}",
-                file=sys.stderr,
-            )
+            # An address is no path, whose slashes would be put together.
+            where = f"{str(out).rstrip('/')}/{page}" if form.file is None else form.folder / page
+            print(f"{printable(out)}: its report is {printable(str(where))}", file=sys.stderr)
 
 
 def tell_part(options: argparse.Namespace, part: int, parts: int) -> None:
