@@ -329,7 +329,9 @@ class _Collected:
     def rank(self, index: int, row: Tensor) -> None:
         self.ranked[index] = row.numpy().copy()
 
-    def total(self, index: int, op: Op, a: Tensor, b: Tensor) -> None:
+    def total(self, index: int, op: Op, a: Tensor, b: Tensor | None) -> None:
+        # Of one row alone, what is counted of it and itself is the same.
+        b = a if b is None else b
         if self._row is not None:
             self._totals[index] = self._of_rows(op, a.numpy(), b.numpy(), self._row)
             return
