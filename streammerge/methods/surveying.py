@@ -44,6 +44,9 @@ class Survey:
     """Leaves them, in the order of the layout. It reads one source more than the merge: its result."""
     magnitudes: Program
     """Offers the magnitudes of every source's vector."""
+    merging: Program
+    """Merges as the method does, and leaves the totals, too; what it has stored is its own result. Only
+    for machines that store each tile at once."""
     sources: int
     """Sources that both read: those of the merge, and the result."""
     has_base: bool
@@ -51,14 +54,15 @@ class Survey:
 
     @property
     def all(self) -> tuple[Program, ...]:
-        """Both programs."""
-        return self.totals, self.magnitudes
+        """Every program."""
+        return self.totals, self.magnitudes, self.merging
 
 
 def survey_of(programs: Programs) -> Survey:
     """Return what is surveyed of tensors that a method merges with some parameters."""
     sheet = Sheet(programs.sources, programs.has_base)
-    kept = _kept_rows(programs.work.merge(sheet), sheet)
+    merged = programs.work.merge(sheet)
+    kept = _kept_rows(merged, sheet)
     layout = SurveyLayout(programs.sources, programs.has_base, bool(kept))
     vectors = sheet.vectors
     # Computed once more than the merge's own rows: what those keep is the merge's affair.
@@ -67,8 +71,15 @@ def survey_of(programs: Programs) -> Survey:
     sinks = _sums(layout, sheet, result, kept)
     sinks += _counts(layout, vectors, kept)
     sinks += [largest(abs(vector)) for vector in vectors]
-    sources = programs.sources + 1
-    return Survey(layout, compile_sinks(sinks), magnitudes, sources, programs.has_base)
+    merging = compile_sinks([Sink(Op.STORE, (merged,)), *sinks])
+    return Survey(
+        layout,
+        compile_sinks(sinks),
+        magnitudes,
+        merging,
+        programs.sources + 1,
+        programs.has_base,
+    )
 
 
 def _sums(layout: SurveyLayout, sheet: Sheet, result: Row, kept: Sequence[Row]) -> list[Sink]:

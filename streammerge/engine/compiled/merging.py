@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Never
 
 import numpy as np
+from numpy.typing import NDArray
 
 from streammerge.dtypes import DType
 from streammerge.engine.compiled.bench import Bench, Encoded
@@ -29,7 +30,12 @@ class CompiledMerging:
     """Merges blocks for one worker."""
 
     def __init__(
-        self, bench: Bench, rows: CompiledRows, changed: ChangedOperands | None, *, counts: bool
+        self,
+        bench: Bench,
+        rows: CompiledRows,
+        changed: ChangedOperands | None,
+        *,
+        counts: bool,
     ) -> None:
         """Prepare.
 
@@ -47,6 +53,8 @@ class CompiledMerging:
         self._spare = np.empty(4 * widest if in_rows else 0, dtype=np.uint8)
         self._plan = bench.plan
         self._counts = counts
+        self._surveyed: list[NDArray[np.float64]] = []
+        self.surveyed_piece: PieceInMemory | None = None
 
     def merge(self, piece: PieceInMemory, blocks: Sequence[Block], out: Stored) -> bool:
         """Merge the blocks of a piece; return whether the machine can.
@@ -61,30 +69,61 @@ class CompiledMerging:
         """
         setting = piece.first.task.setting
         encoded = self._bench.merges[setting]
-        operands = find_operands(piece, self._plan.settings[setting], loads_base=encoded.loads_base)
         if out.dtype not in DTYPE_CODES:
             return False
+        surveying = self._surveying_of(piece)
+        loads_base = (surveying or encoded).loads_base
+        operands = find_operands(piece, self._plan.settings[setting], loads_base=loads_base)
         jobs = [
             _Job(block.begin + segment.begin, block.begin + segment.end, segment)
             for block in blocks
             for segment in block.segments
         ]
         if operands is None:
-            return self._merge_changed(piece, encoded, jobs, out)
+            return self._merge_changed(piece, encoded, surveying, jobs, out)
         for batch in in_batches(jobs):
-            self._run(encoded, operands, batch, out=out, piece=piece)
+            refused = self._run_jobs(encoded, operands, batch, out, surveying)
+            if refused:
+                first = self._bench.first_refused(len(batch))
+                self._refuse(piece, encoded, operands, batch[first])
         return True
 
+    def _surveying_of(self, piece: PieceInMemory) -> Encoded | None:
+        """Return what merges a piece and surveys it at once; None where it is surveyed apart, or not."""
+        self._surveyed = []
+        self.surveyed_piece = None
+        if not self._bench.surveys:
+            return None
+        surveying = self._bench.surveys[piece.first.task.setting][2]
+        if any(piece.deltas) and not (self._changed and self._changed.serve(piece, surveying)):
+            return None
+        self.surveyed_piece = piece
+        return surveying
+
+    def take_totals(self, piece: PieceInMemory) -> NDArray[np.float64] | None:
+        """Return what merging a piece has left of totals, job by job; None where it has left none."""
+        if piece is not self.surveyed_piece or not self._surveyed:
+            return None
+        return np.concatenate(self._surveyed)
+
     def _merge_changed(
-        self, piece: PieceInMemory, encoded: Encoded, jobs: Sequence[_Job], out: Stored
+        self,
+        piece: PieceInMemory,
+        encoded: Encoded,
+        surveying: Encoded | None,
+        jobs: Sequence[_Job],
+        out: Stored,
     ) -> bool:
         """Merge what adapters make of a piece; return whether the machine can."""
         changed = self._changed
         if changed is None or not changed.serve(piece, encoded):
+            self.surveyed_piece = None
             return False
         for job in jobs:
-            operands = changed.of_range(piece, encoded, job.begin, job.end, job.segment)
-            if self._run_jobs(encoded, operands, [job], out):
+            operands = changed.of_range(
+                piece, surveying or encoded, job.begin, job.end, job.segment
+            )
+            if self._run_jobs(encoded, operands, [job], out, surveying):
                 changed.refuse(piece, encoded, job.begin, job.end, job.segment)
                 self._refuse_result(piece, encoded, operands, job)
         return True
@@ -180,35 +219,29 @@ class CompiledMerging:
         )
         return self._bench.run(0, 1, collects=False)[1]
 
-    def _run(
-        self,
-        encoded: Encoded,
-        operands: Sequence[StoredOperand],
-        batch: Sequence[_Job],
-        *,
-        out: Stored,
-        piece: PieceInMemory,
-    ) -> None:
-        refused = self._run_jobs(encoded, operands, batch, out)
-        if refused:
-            first = self._bench.first_refused(len(batch))
-            self._refuse(piece, encoded, operands, batch[first])
-
     def _run_jobs(
         self,
         encoded: Encoded,
         operands: Sequence[StoredOperand],
         batch: Sequence[_Job],
         out: Stored,
+        surveying: Encoded | None,
     ) -> int:
-        """Run jobs, and count what they keep; return how many were refused."""
+        """Run jobs, and count what they keep; return how many were refused.
+
+        Where they are surveyed at once, what they leave is kept for :meth:`take_totals`.
+        """
         target, limit = StoredOperand.of(out), LARGEST[out.dtype]
-        bench = self._bench
+        bench, program = self._bench, surveying or encoded
+        totals = np.empty((len(batch), len(program.program.totals)))
+        if surveying is not None:
+            # What was stored of a tile is read as if it were one more source.
+            operands = [*operands, target]
         bench.begin()
         for index, job in enumerate(batch):
             bench.fill(
                 index,
-                encoded,
+                program,
                 operands,
                 begin=job.begin,
                 end=job.end,
@@ -216,10 +249,14 @@ class CompiledMerging:
                 out=target.at(job.begin),
                 out_code=target.code,
                 limit=limit,
+                totals=totals[index:].ctypes.data if surveying is not None else 0,
             )
         _, refused = bench.run(0, len(batch), collects=False)
         if self._counts and not refused:
-            self._count(encoded, batch)
+            self._count(program, batch)
+        if surveying is not None:
+            # Of a tensor without elements nothing is asked.
+            self._surveyed.append(totals[[job.end > job.begin for job in batch]])
         return refused
 
     def _count(self, encoded: Encoded, batch: Sequence[_Job]) -> None:

@@ -81,7 +81,8 @@ class CompiledStage:
 
     def survey(self, piece: PieceInMemory, found: Sequence[Found], out: Stored) -> list[Surveyed]:
         """Return what a report knows of a piece."""
-        surveyed = self._surveys.survey(piece, found, out)
+        totals = self._merging.take_totals(piece)
+        surveyed = self._surveys.survey(piece, found, out, totals)
         return self._plain.survey(piece, found, out) if surveyed is None else surveyed
 
     def convert(self, piece: PieceInMemory, out: Stored) -> Applied:

@@ -45,12 +45,23 @@ class CompiledSurveys:
         self._surveying = Surveying()
 
     def survey(
-        self, piece: PieceInMemory, found: Sequence[Found], out: Stored
+        self,
+        piece: PieceInMemory,
+        found: Sequence[Found],
+        out: Stored,
+        totals: NDArray[np.float64] | None,
     ) -> list[Surveyed] | None:
-        """Return the numbers of every part of a merged piece; None if the machine cannot read it."""
+        """Return the numbers of every part of a merged piece; None if the machine cannot read it.
+
+        Args:
+            piece: The inputs.
+            found: What it was merged with.
+            out: The result.
+            totals: What merging has left, for each tensor's part of each block; None for nothing.
+        """
         setting = piece.first.task.setting
         answers = _CompiledAnswers(
-            self._bench, with_result(piece, out), self._surveys[setting], self._changed
+            self._bench, with_result(piece, out), self._surveys[setting], self._changed, totals
         )
         if out.dtype not in DTYPE_CODES or not answers.serve():
             return None
@@ -66,12 +77,14 @@ class _CompiledAnswers:
         piece: PieceInMemory,
         survey: Survey,
         changed: ChangedOperands | None,
+        known: NDArray[np.float64] | None,
     ) -> None:
+        self._known = known
         self._bench = bench
         self._piece = piece
         self._changed = changed
         setting = bench.plan.settings[piece.first.task.setting]
-        self._totals, self._magnitudes = bench.surveys[piece.first.task.setting]
+        self._totals, self._magnitudes, _ = bench.surveys[piece.first.task.setting]
         self._sources = survey.layout.sources
         result = piece.inputs[-1]
         assert result is not None  # noqa: S101 - it was put there
@@ -97,6 +110,8 @@ class _CompiledAnswers:
 
     def totals(self, jobs: Sequence[SurveyJob]) -> NDArray[np.float64]:
         """Return what the jobs leave."""
+        if self._known is not None:
+            return self._known
         bench, encoded = self._bench, self._totals
         totals = np.empty((len(jobs), len(encoded.program.totals)))
         done = 0
