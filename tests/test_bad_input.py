@@ -1192,7 +1192,7 @@ class Shortened(MmapSource):
         os.truncate(self.path, 1000)
         return super()._read_some(offset, buffer)
 
-run.choose_file_source = lambda _: Shortened
+run.choose_byte_source = lambda _: Shortened
 sys.exit(main(sys.argv[1:]))
 """
 
