@@ -236,8 +236,8 @@ def test_parts_are_disjoint_complete_and_nearly_equal(parts: int, recipe: dict[s
     numels = [sum(planned.tasks[index].numel for index in part) for part in divided]
     largest = max(task.numel for task in planned.tasks)
     even = sum(numels) / parts
-    # As near as whole tensors allow, and an eighth for the sake of ending with a shard.
-    assert all(abs(numel - even) <= largest + even / 4 for numel in numels)
+    # As near as whole tensors allow, and a sixteenth at each end for the sake of ending with a shard.
+    assert all(abs(numel - even) <= largest + even / 8 for numel in numels)
 
 
 def test_parts_depend_on_the_work_alone(recipe: dict[str, Any]) -> None:

@@ -16,7 +16,7 @@ import contextlib
 import os
 import re
 import socket
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,9 +29,8 @@ from streammerge.checkpoint.journal import (
     PieceDone,
     Record,
     ScopeFound,
-    parse_entries,
     read_head,
-    read_journal,
+    scan_journal,
 )
 from streammerge.checkpoint.locking import FileLock
 from streammerge.checkpoint.snapshot import SNAPSHOT_NAME
@@ -137,19 +136,27 @@ class Attempt:
 
     @property
     def done_numel(self) -> int:
-        """Elements that are durable."""
+        """Elements that are durable, if pieces are among the records."""
         return sum(each.numel for each in self.records if isinstance(each, PieceDone))
 
     def is_alive(self) -> bool:
         """Return whether its process holds its journal, where the file system knows locks."""
-        try:
-            lock = FileLock(self.path)
-        except (OSError, OutputError):
-            return False
-        try:
-            return not lock.acquire(shared=True)
-        finally:
-            lock.close()
+        return is_held(self.path)
+
+
+def is_held(path: Path) -> bool:
+    """Return whether a process has the lock of a file for itself; not of one that is gone."""
+    if not path.exists():
+        # To ask for the lock would make it.
+        return False
+    try:
+        lock = FileLock(path)
+    except (OSError, OutputError):
+        return False
+    try:
+        return not lock.acquire(shared=True)
+    finally:
+        lock.close()
 
 
 def is_attempt_of(name: str, epoch: str) -> bool:
@@ -174,8 +181,16 @@ def describe_process(part: int, parts: int, numel: int) -> dict[str, Any]:
     }
 
 
-def read_attempts(partial: Path, epoch: str) -> list[Attempt]:
+def read_attempts(
+    partial: Path, epoch: str, *, with_pieces: Container[int] | None = None
+) -> list[Attempt]:
     """Return all attempts at parts of the merge of an epoch, in the order of parts.
+
+    Args:
+        partial: Where the merge is done.
+        epoch: Of it.
+        with_pieces: Parts of which pieces of tensors are wanted among the records; None for all. Of a
+            model of a terabyte they are hundreds of megabytes.
 
     Raises:
         ResumeError: One's journal holds what this version does not write.
@@ -191,12 +206,12 @@ def read_attempts(partial: Path, epoch: str) -> list[Attempt]:
         if match is None or match["epoch"] != epoch:
             continue
         path = partial / name
-        journal = read_journal(path)
+        part, parts = int(match["part"]), int(match["parts"])
+        journal = scan_journal(path, pieces=with_pieces is None or part in with_pieces)
         # Before its first line is whole, nothing else is.
         if journal is None:
             continue
-        head = journal.identity
-        part, parts = int(match["part"]), int(match["parts"])
+        head, records = journal
         said = [head.get(key) for key in ("part", "parts", "pid", "numel")]
         if any(type(each) is not int for each in said) or said[:2] != [part, parts]:
             raise ResumeError(
@@ -204,7 +219,6 @@ def read_attempts(partial: Path, epoch: str) -> list[Attempt]:
             )
         _, _, pid, numel = said
         host = str(head.get("host"))
-        records = parse_entries(journal, path)
         found.append(Attempt(path, part, parts, host, pid or 0, numel or 0, records))
     return sorted(found, key=lambda attempt: attempt.part)
 

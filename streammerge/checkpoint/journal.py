@@ -31,6 +31,8 @@ _CHECKSUM_BYTES = 8
 _TOP_FIELDS = len(fields(TopK))
 _ENCODER = json.JSONEncoder(separators=(",", ":"))
 """Kept, because json.dumps makes a new one for every line."""
+_PIECE = b'{"entry":"PieceDone"'
+"""How the text of a line about a piece begins."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -257,6 +259,43 @@ def parse_entries(found: Found, path: Path) -> tuple[Record, ...]:
         _as_entry(_parse(text, where=f"{path}: line {number}"), where=f"{path}: line {number}")
         for number, text in enumerate(found.lines, start=2)
     )
+
+
+def scan_journal(path: Path, *, pieces: bool) -> tuple[dict[str, Any], tuple[Record, ...]] | None:
+    """Return the first line and the entries of a journal, as far as its lines are whole.
+
+    Args:
+        path: The journal.
+        pieces: Whether pieces of tensors are wanted; their lines are nearly all of it, and are passed
+            over unread if they are not.
+
+    Returns:
+        None when there is no journal, or not even its first line is whole.
+
+    Raises:
+        ResumeError: A line is whole, and no entry of this version.
+        OutputError: The system refuses to read it, or another file is linked there.
+    """
+    head: dict[str, Any] | None = None
+    records: list[Record] = []
+    try:
+        with os.fdopen(open_own(path, os.O_RDONLY), "rb") as stream:
+            for number, line in enumerate(stream, 1):
+                if not pieces and line.startswith(_PIECE, 2 * _CHECKSUM_BYTES + 1):
+                    continue
+                text = _checked(line[:-1]) if line.endswith(b"\n") else None
+                if text is None:
+                    break
+                where = f"{path}: line {number}"
+                if head is None:
+                    head = _parse(text, where=where)
+                else:
+                    records.append(_as_entry(_parse(text, where=where), where=where))
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise _journal_error(path, error) from error
+    return None if head is None else (head, tuple(records))
 
 
 def parse_line(line: bytes) -> Record | None:

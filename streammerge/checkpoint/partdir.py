@@ -13,7 +13,7 @@ import os
 import shutil
 import socket
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -285,7 +285,8 @@ class PartDirectory:
             return False
         if self._overwrite and any(differences(found.identity, self._identity)):
             # Others work on that now; parts whose driver was ended are about to stop.
-            attempts = read_attempts(self.partial, epoch_of(found.identity, path))
+            epoch = epoch_of(found.identity, path)
+            attempts = read_attempts(self.partial, epoch, with_pieces=())
             self._others = [str(attempt) for attempt in attempts if attempt.is_alive()]
             return False
         check_same(self.partial, found.identity, self._identity)
@@ -303,7 +304,7 @@ class PartDirectory:
         own = (each for each in records if isinstance(each, PieceDone | ScopeFound))
         self.entries = tuple(
             each
-            for each in (*fold(self.read_attempts()), *own)
+            for each in (*fold(self.read_attempts(with_pieces=(self.part,))), *own)
             if each.task in self._wanted or each.task < 0
         )
         return True
@@ -324,13 +325,13 @@ class PartDirectory:
         while not self._journal_lock.acquire():
             time.sleep(_RETRY_SECONDS)
 
-    def read_attempts(self) -> list[Attempt]:
-        """Return all attempts at parts of this merge, as they are now."""
-        return read_attempts(self.partial, self.epoch)
+    def read_attempts(self, with_pieces: Container[int] = ()) -> list[Attempt]:
+        """Return all attempts at parts of this merge, as they are now.
 
-    def read_drivers(self) -> list[Attempt]:
-        """Return the processes that have others do the parts, those that have ended too."""
-        return [attempt for attempt in self.read_attempts() if attempt.part == 0]
+        Args:
+            with_pieces: Parts of which pieces of tensors are wanted among the records.
+        """
+        return read_attempts(self.partial, self.epoch, with_pieces=with_pieces)
 
     def is_done(self) -> bool:
         """Return whether an attempt has done all of this part."""
@@ -398,7 +399,8 @@ class PartDirectory:
         found = read_journal(self.partial / JOURNAL_NAME)
         if found is None or found.identity.get("epoch") != self.epoch or len(found.lines) > 1:
             return
-        if any(attempt.records for attempt in self.read_attempts()):
+        parts = range(self.parts + 1)
+        if any(attempt.records for attempt in self.read_attempts(with_pieces=parts)):
             return
         if not any(self.partial.glob(f"{SNAPSHOT_NAME}*")):
             shutil.rmtree(self.partial, ignore_errors=True)

@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from streammerge import errors
 from streammerge.checkpoint.attempts import parts_done
@@ -106,10 +107,9 @@ def merge_on(
         finished = find_complete(named, out) if resume else None
         if finished is not None:
             return finished
-        driver = _Driver(
+        return drive(
             named,
-            # The same place for all of them, whatever directory they are in.
-            Path(os.path.abspath(out)),  # noqa: PTH100 - resolve() would follow a link at OUT
+            out,
             executor,
             memory=memory,
             workers=workers,
@@ -118,8 +118,28 @@ def merge_on(
             overwrite=overwrite,
             resume=resume,
             byte_source=ByteSourceKind(byte_source),
+            on_progress=on_progress or (lambda _: None),
         )
-        return run_sheltered(driver.run, on_progress or (lambda _: None))
+
+
+def drive(
+    planned: MergePlan, out: Path, executor: Executor, *, on_progress: OnProgress, **options: Any
+) -> Manifest:
+    """Merge on an engine that is connected.
+
+    Args:
+        planned: What to do, with the files that ``out`` asks for.
+        out: The directory to make.
+        executor: The engine.
+        on_progress: As for :func:`merge_on`.
+        options: The other ones of :func:`merge_on`.
+
+    Raises:
+        StreamMergeError: As there.
+    """
+    # The same place for all of them, whatever directory they are in.
+    place = Path(os.path.abspath(out))  # noqa: PTH100 - resolve() would follow a link at OUT
+    return run_sheltered(_Driver(planned, place, executor, **options).run, on_progress)
 
 
 def check_engine(on: str) -> None:

@@ -21,6 +21,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+from streammerge.checkpoint.attempts import is_held
 from streammerge.checkpoint.bytesource import ByteSourceKind
 from streammerge.checkpoint.partdir import PartDirectory
 from streammerge.engine.memory import default_budget
@@ -145,7 +146,7 @@ def _do(request: Request, worker_gone: threading.Event) -> None:
         directory.check_current()
         if worker_gone.is_set():
             raise OutputError(f"{directory.partial}: the worker that began this part has gone")
-        if not any(each.path == driver and each.is_alive() for each in directory.read_drivers()):
+        if not is_held(driver):
             raise OutputError(
                 f"{directory.partial}: the process that hands out the parts has gone; what is done is kept"
             )

@@ -19,7 +19,7 @@ from math import prod
 from streammerge.assignment.types import Action
 from streammerge.plan.types import MergePlan, TensorTask, find_scale_tasks
 
-_SLACK = 1 / 8
+_SLACK = 1 / 16
 """Of a part's work: how far its end may lie from where it would be equal, to lie between two shards."""
 SEAM_BYTES = 2**20
 """Bytes around the place where two parts meet in a file that may be on one page of a file system's
