@@ -7,6 +7,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -20,7 +21,7 @@ import pytest
 import torch
 import yaml
 from models import MEMORY, Models, recipe_of
-from test_kill_loops import JOBS, NUMBERS, command
+from test_kill_loops import JOBS, command
 
 import streammerge
 from streammerge import merging, parting
@@ -923,7 +924,9 @@ def _shake(recipe: Path, out: Path, chance: random.Random) -> int:
             process = subprocess.Popen(
                 [*command(recipe, out, chance), *options], stderr=subprocess.PIPE, text=True
             )
-            processes.append((process, chance.choice(NUMBERS), chance.uniform(0.5, 1.5) * seconds))
+            # Not SIGINT, which Python takes for an error before the command line has begun.
+            number = chance.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM])
+            processes.append((process, number, chance.uniform(0.5, 1.5) * seconds))
         for process, number, patience in processes:
             try:
                 _, said = process.communicate(timeout=patience)
