@@ -6,7 +6,6 @@ none of its own.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
@@ -14,7 +13,7 @@ from pathlib import Path, PurePosixPath
 from streammerge.checkpoint.bytesource import RemoteSource
 from streammerge.checkpoint.hubfiles import choose_files
 from streammerge.errors import CheckpointError, HeaderError
-from streammerge.storage.copies import make_place, stand_for
+from streammerge.storage.copies import find_place, make_place, remember_place, stand_for
 from streammerge.storage.objects import Listed, RemoteObject
 from streammerge.storage.stores import open_store
 from streammerge.storage.urls import check_url
@@ -27,12 +26,11 @@ _LONGEST_HEADER = 100_000_000
 _LARGEST_COPY = 128 * 2**20
 """Bytes of a file beside the tensors that is copied here: the largest tokenizers have a third of it."""
 _FRESH_SECONDS = 300.0
-"""How long what was brought is taken for what is there. What has changed since is refused when it is read."""
+"""How long what was brought is taken for what is there. What has changed since is refused when it is read, and
+then all is looked at anew."""
 _WEIGHTS = ".safetensors"
 _INDEX = ".safetensors.index.json"
 _OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt")
-
-_brought: dict[str, tuple[float, Path]] = {}
 
 
 def bring(url: str) -> Path:
@@ -46,9 +44,9 @@ def bring(url: str) -> Path:
         CheckpointError: There is nothing of the kind, or the store does not give it.
         DependencyError: The library for this kind of store is not installed.
     """
-    known = _brought.get(url)
-    if known is not None and time.monotonic() - known[0] < _FRESH_SECONDS:
-        return known[1]
+    known = find_place(url, younger=_FRESH_SECONDS)
+    if known is not None:
+        return known
     found = open_store(check_url(url)).find(url)
     if not found:
         raise CheckpointError(f"{url}: there is nothing there; check the address")
@@ -64,13 +62,8 @@ def bring(url: str) -> Path:
     with ThreadPoolExecutor(_AT_ONCE) as pool:
         for done in [pool.submit(_copy, each, folder) for each in chosen]:
             done.result()
-    _brought[url] = (time.monotonic(), place)
+    remember_place(url, place)
     return place
-
-
-def forget() -> None:
-    """Look at stores anew from now on."""
-    _brought.clear()
 
 
 def _check(url: str, chosen: Sequence[Listed]) -> None:

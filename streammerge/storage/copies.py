@@ -8,9 +8,11 @@ from the store, is told that the file is too short, and never gets zeros.
 from __future__ import annotations
 
 import itertools
+import math
 import re
 import tempfile
 import threading
+import time
 from functools import cache
 from pathlib import Path
 
@@ -19,6 +21,7 @@ from streammerge.storage.objects import RemoteObject
 
 _lock = threading.Lock()
 _objects: dict[str, RemoteObject] = {}
+_places: dict[str, tuple[float, Path]] = {}
 _numbers = itertools.count(1)
 
 
@@ -54,6 +57,25 @@ def make_place(url: str) -> Path:
     scheme, _, rest = url.partition("://")
     with _lock:
         return Path(_directory().name, str(next(_numbers)), scheme, rest)
+
+
+def remember_place(url: str, place: Path) -> None:
+    """Remember where copies of what lies at and below an address are, as it is now."""
+    with _lock:
+        _places[url] = (time.monotonic(), place)
+
+
+def find_place(url: str, *, younger: float) -> Path | None:
+    """Return where copies of what lies at and below an address are; None if they are older than so many seconds."""
+    with _lock:
+        made, place = _places.get(url, (-math.inf, None))
+    return place if time.monotonic() - made < younger else None
+
+
+def forget_places() -> None:
+    """Look at everything anew from now on: something has changed."""
+    with _lock:
+        _places.clear()
 
 
 def stand_for(path: Path, what: RemoteObject) -> None:

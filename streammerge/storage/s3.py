@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Never, TypeVar
 
 from streammerge.errors import CheckpointError
+from streammerge.storage.copies import forget_places
 from streammerge.storage.objects import Listed, RemoteObject
 from streammerge.storage.retrying import PassingError, persist
 from streammerge.storage.stores import import_library
@@ -178,7 +179,8 @@ class S3Store:
 
 
 def refuse_changed(what: RemoteObject) -> Never:
-    """Raise the error about an object that is another one than was planned."""
+    """Raise the error about an object that is another one than was planned, so that planning again helps."""
+    forget_places()
     raise CheckpointError(
         f"{what.url}: changed since it was planned: it is no longer version {what.version} of {what.nbytes} "
         "bytes; plan again"

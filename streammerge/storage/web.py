@@ -16,6 +16,7 @@ from typing import Any, Never
 from urllib.parse import urljoin, urlsplit
 
 from streammerge.errors import CheckpointError
+from streammerge.storage.copies import forget_places
 from streammerge.storage.objects import Listed, RemoteObject
 from streammerge.storage.retrying import PassingError, persist
 from streammerge.storage.s3 import pause_of, refuse_changed
@@ -142,6 +143,7 @@ class WebStore:
         if answer.status == 412:
             refuse_changed(what)
         if answer.status in {404, 410}:
+            forget_places()
             raise CheckpointError(f"{what.url}: is gone since it was planned; plan again")
         if self._check_range(what.url, answer, offset, nbytes) != what.nbytes:
             refuse_changed(what)

@@ -11,8 +11,7 @@ from models import Models
 from servers import Server, serving
 from stored_models import draw
 
-from streammerge.checkpoint import remote
-from streammerge.storage import retrying, stores
+from streammerge.storage import copies, retrying, stores
 
 
 @pytest.fixture
@@ -31,7 +30,7 @@ def root(tmp_path: Path) -> Path:
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let nobody wait, and nothing be remembered of an earlier test."""
     monkeypatch.setattr(retrying, "_FIRST_PAUSE_SECONDS", 0.001)
-    remote.forget()
+    copies.forget_places()
     stores.close_stores()
 
 

@@ -14,10 +14,9 @@ from models import Models, assert_same_model, load_model
 from stored_models import draw, recipe_at
 
 import streammerge
-from streammerge.checkpoint import remote
 from streammerge.cli import main
 from streammerge.errors import CheckpointError
-from streammerge.storage import stores
+from streammerge.storage import copies, stores
 
 boto3 = pytest.importorskip("boto3")
 moto = pytest.importorskip("moto.server")
@@ -119,7 +118,7 @@ def test_a_merge_that_was_killed_goes_on_in_another_process(
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("AWS_ENDPOINT_URL", bucket.meta.endpoint_url)
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    remote.forget()
+    copies.forget_places()
     stores.close_stores()
 
     streammerge.merge(recipe_at("s3://models"), tmp_path / "out", resume=True)
@@ -193,11 +192,11 @@ def test_files_of_pytorch_are_refused(bucket: Any, root: Path) -> None:
 def test_names_lead_nowhere_else(bucket: Any, tmp_path: Path) -> None:
     bucket.upload_fileobj(io.BytesIO(b"{}"), "models", "base/../../../evil.json")
     planned = streammerge.plan(recipe_at("s3://models"))
-    copies = Path(planned.models[0].path)
-    assert not list(copies.parents[3].rglob("evil.json"))
+    place = Path(planned.models[0].path)
+    assert not list(place.parents[3].rglob("evil.json"))
 
     bucket.upload_fileobj(io.BytesIO(b"{}"), "models", "base//evil.json")
-    remote.forget()
+    copies.forget_places()
     with pytest.raises(CheckpointError, match="is no name of a file"):
         streammerge.plan(recipe_at("s3://models"))
 

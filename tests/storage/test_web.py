@@ -10,10 +10,9 @@ from servers import Server
 from stored_models import draw, recipe_at
 
 import streammerge
-from streammerge.checkpoint import remote
 from streammerge.cli import main
 from streammerge.errors import CheckpointError
-from streammerge.storage import retrying
+from streammerge.storage import copies, retrying
 from streammerge.storage.web import WebStore
 
 
@@ -59,7 +58,7 @@ def test_each_request_may_fail_in_turn(root: Path, server: Server, tmp_path: Pat
     requests = server.counts.total()
 
     for number in range(requests):
-        remote.forget()
+        copies.forget_places()
         first, second = FAULTS[number % 5], FAULTS[(number + number // 5) % 5]
         server.faults[:] = [*[""] * number, first, second]
         streammerge.merge(recipe_at(server.address), tmp_path / f"out{number}")
@@ -83,7 +82,7 @@ def test_what_fails_again_and_again_ends_resumable(
 
     assert not (tmp_path / "out").exists()
     server.faults.clear()
-    remote.forget()
+    copies.forget_places()
     manifest = streammerge.merge(recipe_at(server.address), tmp_path / "out", resume=True)
     assert_same_model(load_model(tmp_path / "out"), load_model(tmp_path / "local"))
     assert manifest.run.bytes_by_stage["read"] > 0
@@ -91,7 +90,7 @@ def test_what_fails_again_and_again_ends_resumable(
 
 def test_a_complete_result_is_found_to_be(server: Server, tmp_path: Path) -> None:
     streammerge.merge(recipe_at(server.address), tmp_path / "out")
-    remote.forget()
+    copies.forget_places()
     before = len([1 for path, _ in server.requests if path.endswith(".safetensors")])
 
     streammerge.merge(recipe_at(server.address), tmp_path / "out", resume=True)
@@ -111,8 +110,7 @@ def test_a_file_that_changes_meanwhile_is_refused(
     ):
         streammerge.merge(planned, tmp_path / "out")
 
-    # Who plans again gets what is there now.
-    remote.forget()
+    # Who plans again, as the message says, gets what is there now.
     streammerge.merge(recipe_at(server.address), tmp_path / "out")
     streammerge.merge(recipe_at(str(root)), tmp_path / "local")
     assert_same_model(load_model(tmp_path / "out"), load_model(tmp_path / "local"))
