@@ -378,8 +378,8 @@ def test_the_budget_holds_what_readers_compute_with(chain: Make) -> None:
     made = chain(MEAN, LAST)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(foreseeing, "why_apart", lambda _: "the test says so")
-        plain = plan_chain(made, memory="1GiB")[-1]
-    fused = plan_chain(made, memory="1GiB")[-1]
+        plain = plan_chain(made, memory="6GiB")[-1]
+    fused = plan_chain(made, memory="6GiB")[-1]
 
     # Two inputs and the result of at most 2 MiB each, and 3 MiB of their work, for each reader.
     more = fused.memory.scratch - plain.memory.scratch

@@ -131,7 +131,7 @@ def test_no_more_than_some_parts_lie_here(
         return version
 
     monkeypatch.setattr(S3Target, "put_part", watch)
-    streammerge.merge(recipe_at(str(large)), OUT, memory="1GiB")
+    streammerge.merge(recipe_at(str(large)), OUT, memory="4GiB")
 
     # The file is 20 MiB, and what was sent is cut out of it.
     assert len(most) == 5
@@ -195,7 +195,7 @@ def test_what_was_cut_off_goes_on_with_the_parts_that_are_there(
         return send(self, name, upload, number, part)
 
     monkeypatch.setattr(S3Target, "put_part", watch)
-    manifest = streammerge.merge(recipe, OUT, resume=True, memory="3GiB", workers=1)
+    manifest = streammerge.merge(recipe, OUT, resume=True, memory="4GiB", workers=1)
 
     # Nothing is sent twice.
     assert len(sent) == len(set(sent))
