@@ -136,7 +136,7 @@ def test_workers_of_a_scheduler_make_the_same_bytes(
     recipe = JOBS[job](tmp_path)
     alone = streammerge.merge(recipe, tmp_path / "alone", memory=MEMORY)
 
-    manifest = merge_on(recipe, tmp_path / "out", on=cluster.on, memory=BUDGET)
+    manifest = merge_on(recipe, tmp_path / "out", on=cluster.on, memory=MEMORY)
 
     assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "alone")
     assert manifest.tensors == alone.tensors
@@ -193,7 +193,7 @@ def test_the_engine_goes_on_with_what_parts_began_and_the_reverse(
     streammerge.merge(recipe, tmp_path / "alone", memory=MEMORY)
     merge_part(recipe, tmp_path / "out", part=2, parts=3, memory=MEMORY)
 
-    manifest = merge_on(recipe, tmp_path / "out", on=cluster.on, memory=BUDGET)
+    manifest = merge_on(recipe, tmp_path / "out", on=cluster.on, memory=MEMORY)
 
     # As many as it was begun in.
     assert [(part.part, part.parts, part.attempts) for part in manifest.run.parts] == [
@@ -224,7 +224,7 @@ def test_one_bad_input_is_one_error(
     assert "Traceback" not in said
     assert not (tmp_path / "out").exists()
     with pytest.raises(NonFiniteError):
-        merge_on(recipe, tmp_path / "out", on=cluster.on, memory=BUDGET)
+        merge_on(recipe, tmp_path / "out", on=cluster.on, memory=MEMORY)
 
 
 @needs_dask
@@ -234,7 +234,7 @@ def test_a_worker_of_another_version_is_refused_by_name(
     slow.start_worker(OTHER_VERSION)
 
     with pytest.raises(ResumeError, match=r"versions streammerge was .*, is 9\.9") as caught:
-        merge_on(recipe, tmp_path / "out", on=slow.on, memory=BUDGET)
+        merge_on(recipe, tmp_path / "out", on=slow.on, memory=MEMORY)
 
     assert any("part 1/1, on " in note for note in caught.value.__notes__)
 
@@ -445,7 +445,7 @@ def test_whatever_is_killed_at_random_the_bytes_are_the_same(
             assert bytes_of(out) == bytes_of(tmp_path / "alone")
             assert not verify_files(out).damages
             shutil.rmtree(out)
-    merge_on(recipe, out, on=slow.on, memory=BUDGET)
+    merge_on(recipe, out, on=slow.on, memory=MEMORY)
     assert bytes_of(out) == bytes_of(tmp_path / "alone")
 
 
@@ -511,7 +511,7 @@ def test_only_what_was_lost_is_done_again(
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     streammerge.merge(recipe, tmp_path / "alone", memory=MEMORY)
 
-    merge_on(recipe, tmp_path / "out", on="dask", memory=BUDGET)
+    merge_on(recipe, tmp_path / "out", on="dask", memory=MEMORY)
 
     assert sorted(engine.submitted) == [1, 2, 2, 3]
     assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "alone")
