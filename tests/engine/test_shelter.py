@@ -103,6 +103,8 @@ def interrupt(*_):
 
 def work(report):
     try:
+        # Not before: what is interrupted until then has not begun.
+        signal.setitimer(signal.ITIMER_REAL, 0.05, float(sys.argv[1]))
         while True:
             report(ProgressEvent("merge", 1, 2, 1.0, 1.0, 1.0))
             time.sleep(0.01)
@@ -115,7 +117,6 @@ signal.signal(signal.SIGALRM, interrupt)
 for _ in range(5):
     ended.clear()
     try:
-        signal.setitimer(signal.ITIMER_REAL, 0.05, float(sys.argv[1]))
         run_sheltered(work, lambda _: None)
     except Interrupted:
         pass
