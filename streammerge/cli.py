@@ -136,7 +136,7 @@ def _add_merge(added: Any) -> None:
         "-o",
         "--output",
         metavar="OUT",
-        help="directory to make, or one file if it ends with .safetensors; of a recipe with a grid, the "
+        help="directory to make, one file if it ends with .safetensors, or s3://bucket/folder; of a recipe with a grid, the "
         "directory of all its outputs",
     )
     add_line(merge)

@@ -7,7 +7,8 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,7 @@ from streammerge.wording import read_words, settle_baking
 if TYPE_CHECKING:
     from streammerge.adapters.combining.plans import CombinationPlan
     from streammerge.chaining.stages import Chain
+    from streammerge.engine.progress import OnProgress
     from streammerge.extracting.plans import ExtractionPlan
     from streammerge.plan.types import MergePlan
     from streammerge.recipe.types import Recipe
@@ -31,11 +33,9 @@ if TYPE_CHECKING:
 def run_merge(options: argparse.Namespace) -> int:
     """Merge as a recipe says, or as several do."""
     from streammerge.checkpoint.bytesource import ByteSourceKind
-    from streammerge.display import show_progress
     from streammerge.recipe.types import Recipe
     from streammerge.run import find_complete, merge, plan
-    from streammerge.storage.targets import open_target
-    from streammerge.storage.urls import check_url, url_of
+    from streammerge.storage.targets import load_target
     from streammerge.together import Grid
 
     recipe = _recipes_of(options)
@@ -47,18 +47,13 @@ def run_merge(options: argparse.Namespace) -> int:
         return _merge_together(options, recipe)
     if not isinstance(recipe, Recipe):
         return _merge_chain(options, recipe)
-    if url_of(Path(options.out)) is not None:
-        # Its library belongs to what is in use before the plan is made.
-        open_target(check_url(options.out))
+    load_target(Path(options.out))
     planned = plan(recipe, **resources_of(options))
     complete = find_complete(planned, options.out) if options.resume else None
     if complete is not None:
         tell_complete(options, complete)
         return 0
-    with (
-        stopping_signals(),
-        show_progress(quiet=options.quiet, as_json=options.json) as on_progress,
-    ):
+    with _at_work(options) as on_progress:
         manifest = merge(
             planned,
             options.out,
@@ -69,6 +64,18 @@ def run_merge(options: argparse.Namespace) -> int:
         )
     tell_done(options, manifest)
     return 0
+
+
+@contextmanager
+def _at_work(options: argparse.Namespace) -> Iterator[OnProgress]:
+    """Show how far work is, and let signals stop it in good order."""
+    from streammerge.display import show_progress
+
+    with (
+        stopping_signals(),
+        show_progress(quiet=options.quiet, as_json=options.json) as on_progress,
+    ):
+        yield on_progress
 
 
 def _one_recipe(options: argparse.Namespace, recipe: Recipe | Chain | Grid, option: str) -> Recipe:
@@ -85,7 +92,6 @@ def _one_recipe(options: argparse.Namespace, recipe: Recipe | Chain | Grid, opti
 
 def _merge_on(options: argparse.Namespace, recipe: Recipe) -> int:
     """Merge on the workers of an engine."""
-    from streammerge.display import show_progress
     from streammerge.executors.driving import merge_on
 
     resources = resources_of(options)
@@ -95,10 +101,7 @@ def _merge_on(options: argparse.Namespace, recipe: Recipe) -> int:
             "`streammerge analyze`"
         )
     before = time_of(options.out)
-    with (
-        stopping_signals(),
-        show_progress(quiet=options.quiet, as_json=options.json) as on_progress,
-    ):
+    with _at_work(options) as on_progress:
         manifest = merge_on(
             recipe,
             options.out,
@@ -116,15 +119,11 @@ def _merge_on(options: argparse.Namespace, recipe: Recipe) -> int:
 
 def _merge_part(options: argparse.Namespace, recipe: Recipe) -> int:
     """Do one part of a merge."""
-    from streammerge.display import show_progress
     from streammerge.parting import merge_part
 
     part, parts = options.part
     before = time_of(options.out)
-    with (
-        stopping_signals(),
-        show_progress(quiet=options.quiet, as_json=options.json) as on_progress,
-    ):
+    with _at_work(options) as on_progress:
         manifest = merge_part(
             recipe,
             options.out,
@@ -153,12 +152,8 @@ def run_bake(options: argparse.Namespace) -> int:
 def _merge_chain(options: argparse.Namespace, chain: Chain) -> int:
     """Merge several recipes of one file."""
     from streammerge.chaining.running import merge_chain
-    from streammerge.display import show_progress
 
-    with (
-        stopping_signals(),
-        show_progress(quiet=options.quiet, as_json=options.json) as on_progress,
-    ):
+    with _at_work(options) as on_progress:
         manifest = merge_chain(
             chain,
             Path(options.out),
@@ -174,17 +169,13 @@ def _merge_chain(options: argparse.Namespace, chain: Chain) -> int:
 
 def _merge_together(options: argparse.Namespace, first: Recipe | Chain | Grid) -> int:
     """Merge several recipes, or all of a grid, from one read."""
-    from streammerge.display import show_progress
     from streammerge.together import merge_together
 
     merges = _named(first, options.recipe, options.out)
     for recipe, out in options.also or ():
         merges += _named(_read_recipes(recipe, options), recipe, out)
     before = [time_of(out) for out, _ in merges]
-    with (
-        stopping_signals(),
-        show_progress(quiet=options.quiet, as_json=options.json) as on_progress,
-    ):
+    with _at_work(options) as on_progress:
         manifests = merge_together(
             [(recipe, out) for out, recipe in merges],
             overwrite=options.overwrite,
@@ -406,17 +397,13 @@ def run_verify(options: argparse.Namespace) -> int:
 
 def run_extract(options: argparse.Namespace) -> int:
     """Write a LoRA of the difference between two models."""
-    from streammerge.display import show_progress
     from streammerge.extracting.extraction import extract
 
     def tell(plan: ExtractionPlan) -> None:
         if not options.quiet and not options.json:
             print(plan, file=sys.stderr)
 
-    with (
-        stopping_signals(),
-        show_progress(quiet=options.quiet, as_json=options.json) as on_progress,
-    ):
+    with _at_work(options) as on_progress:
         manifest = extract(
             options.base,
             options.tuned,

@@ -56,8 +56,8 @@ from streammerge.recipe.resolving import build_resolver
 from streammerge.recipe.text import MAX_TEXT_BYTES, load_document
 from streammerge.recipe.types import Recipe
 from streammerge.sources import download_sources, locate_models, read_models
-from streammerge.storage.targets import open_target
-from streammerge.storage.urls import check_url, refuse_store, url_of
+from streammerge.storage.targets import load_target
+from streammerge.storage.urls import refuse_store, url_of
 from streammerge.storing import find_stored, store_job
 
 RecipeLike = str | os.PathLike[str] | Mapping[str, Any] | Recipe
@@ -239,10 +239,7 @@ def merge(
             as it was before.
     """
     out = parse_path(out, "out")
-    url = url_of(out)
-    if url is not None:
-        # Its library belongs to what is in use before the plan is made.
-        open_target(check_url(url))
+    url = load_target(out)
     kind = _parse_byte_source(byte_source)
     if isinstance(recipe, MergePlan | CombinationPlan):
         if report and not (isinstance(recipe, MergePlan) and recipe.survey):

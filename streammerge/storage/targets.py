@@ -11,6 +11,7 @@ from typing import Protocol
 from streammerge.errors import OutputError
 from streammerge.storage.objects import Listed
 from streammerge.storage.stores import open_store
+from streammerge.storage.urls import check_url, url_of
 
 SMALLEST_PART = 16 * 2**20
 """Bytes of a part, but for the last one; stores want at least 5 MiB."""
@@ -129,3 +130,14 @@ def open_target(url: str) -> Target:
         open_store(url), url
     )
     return target
+
+
+def load_target(out: Path) -> str | None:
+    """Return the address of the store that a result goes to, its library loaded; None for a disk.
+
+    Whoever plans asks before: the library then counts as what is in use before the work.
+    """
+    url = url_of(out)
+    if url is not None:
+        open_target(check_url(url))
+    return url
