@@ -136,7 +136,7 @@ class OutputDirectory:
         if found is None:
             return None
         if not resume:
-            if not self._has_work(found):
+            if not has_work(self.partial, found):
                 return None
             raise OutputExistsError(
                 f"{self.partial}: holds an unfinished merge; give --resume to continue it, or "
@@ -295,11 +295,7 @@ class OutputDirectory:
         except OutputError:
             # It is there and cannot be read now: better kept than lost.
             return True
-        return found is not None and self._has_work(found)
-
-    def _has_work(self, found: Found) -> bool:
-        """Return whether a journal, or what lies beside it, spares a later run some work."""
-        return has_work(self.partial, found)
+        return found is not None and has_work(self.partial, found)
 
 
 def has_work(partial: Path, found: Found) -> bool:
