@@ -29,6 +29,7 @@ from streammerge.checkpoint.sidecars import make_folder
 from streammerge.checkpoint.types import ShardFile
 from streammerge.comparing import ComparedFile, Comparison, Sample, compare_results
 from streammerge.engine.computing import ComputedSource, StageComputer
+from streammerge.engine.context import SweepShare
 from streammerge.engine.making import make_numbers
 from streammerge.engine.memory import resident_memory
 from streammerge.engine.pacing import Pace
@@ -36,7 +37,6 @@ from streammerge.engine.pipeline import RunReport, run_pipeline
 from streammerge.engine.progress import OnProgress, ProgressEvent
 from streammerge.engine.rechecking import check_entries, keep_sound
 from streammerge.engine.resuming import Recovered, scope_found
-from streammerge.engine.shop import SweepShare
 from streammerge.engine.twins import check_twins
 from streammerge.errors import CheckpointError, OutputError
 from streammerge.finishing import (

@@ -33,9 +33,9 @@ from streammerge.checkpoint.journal import PartDone, PieceDone
 from streammerge.checkpoint.manifest import Manifest
 from streammerge.checkpoint.outputform import form_of
 from streammerge.checkpoint.partdir import PartDirectory
+from streammerge.engine.context import SweepShare
 from streammerge.engine.progress import OnProgress, ProgressEvent
 from streammerge.engine.shelter import run_sheltered
-from streammerge.engine.shop import SweepShare
 from streammerge.engine.twins import check_twins
 from streammerge.errors import BusyError, CheckpointError, OutputExistsError, RecipeError
 from streammerge.finishing import output_names, room_beside

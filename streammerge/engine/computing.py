@@ -21,11 +21,11 @@ from streammerge.checkpoint.bytesource import ByteSource
 from streammerge.engine.buffers import allocate
 from streammerge.engine.compiled.opening import open_cpu_stage
 from streammerge.engine.decoding import read_span
+from streammerge.engine.factors import FactorCache
 from streammerge.engine.merging import find_copied
 from streammerge.engine.monitor import Monitor
 from streammerge.engine.pieces import PieceInMemory, Stored, view_pieces
 from streammerge.engine.progress import Progress
-from streammerge.engine.shelf import FactorShelf
 from streammerge.errors import StreamMergeError, printable
 from streammerge.plan.asking import find_method
 from streammerge.plan.chunking import Chunk, Piece, plan_range, plan_reads
@@ -47,7 +47,7 @@ class StageComputer:
         self._stage = stage
         self._sources = sources
         self._step = step_numel(stage.plan)
-        self._shelf = FactorShelf(
+        self._factors = FactorCache(
             stage.plan, sources, in_turn=False, monitor=Monitor(), progress=Progress(0)
         )
         self._own = threading.local()
@@ -69,7 +69,7 @@ class StageComputer:
         """
         bench: _Bench | None = getattr(self._own, "bench", None)
         if bench is None:
-            bench = self._own.bench = _Bench(self.plan, self._sources, self._shelf)
+            bench = self._own.bench = _Bench(self.plan, self._sources, self._factors)
         start = element // self._step * self._step
         try:
             return start, bench.compute(index, start, self._step)
@@ -90,10 +90,12 @@ class StageComputer:
 class _Bench:
     """What one reading thread merges with."""
 
-    def __init__(self, plan: MergePlan, sources: Sequence[ByteSource], shelf: FactorShelf) -> None:
+    def __init__(
+        self, plan: MergePlan, sources: Sequence[ByteSource], factors: FactorCache
+    ) -> None:
         self._plan = plan
         self._sources = sources
-        self._shelf = shelf
+        self._factors = factors
         self._stage = open_cpu_stage(plan, find_method(plan.method))
         self._slots = [allocate(slot_nbytes(plan)) for _ in plan.models]
         self._out = allocate(slot_nbytes(plan))
@@ -119,7 +121,7 @@ class _Bench:
         for read, slot in zip(reads, slots, strict=True):
             for span in read.spans:
                 read_span(span, self._sources, slot)
-        factors = self._shelf.take([index])
+        factors = self._factors.take([index])
         try:
             factors.fill()
             deltas_of = factors.deltas_of

@@ -4,7 +4,7 @@ Several threads load at once. They take chunks one after the other and wait for 
 order, so the oldest work always gets its memory first and nothing can lock up; reading itself
 runs side by side.
 
-Memory: slots, one per input of every chunk in flight, and what the shelf of factors holds.
+Memory: slots, one per input of every chunk in flight, and what the cache of factors holds.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from numpy.typing import NDArray
 from streammerge.checkpoint.bytesource import ByteSource
 from streammerge.engine.buffers import Slot, SlotPool
 from streammerge.engine.decoding import read_span
+from streammerge.engine.factors import FactorCache, HeldFactors
 from streammerge.engine.monitor import Monitor
 from streammerge.engine.pacing import Pace
 from streammerge.engine.pieces import view_pieces
 from streammerge.engine.progress import Progress, Stage
-from streammerge.engine.shelf import FactorShelf, HeldFactors
 from streammerge.plan.chunking import Chunk, ModelRead, plan_reads
 from streammerge.plan.types import MergePlan
 
@@ -89,7 +89,7 @@ class Loader:
         plan: MergePlan,
         sources: Sequence[ByteSource],
         pool: SlotPool,
-        shelf: FactorShelf,
+        factors: FactorCache,
         loads: Iterator[Load],
         *,
         monitor: Monitor,
@@ -102,7 +102,7 @@ class Loader:
             plan: The plan.
             sources: Open input files, by their index in the plan.
             pool: Input buffers.
-            shelf: Tensors of adapters.
+            factors: Tensors of adapters.
             loads: What to load; taken from under a lock, so it may wait for earlier work.
             monitor: Ends waiting.
             progress: Counts bytes and seconds.
@@ -111,7 +111,7 @@ class Loader:
         self._plan = plan
         self._sources = sources
         self._pool = pool
-        self._shelf = shelf
+        self._factors = factors
         self._loads = loads
         self._monitor = monitor
         self._progress = progress
@@ -127,7 +127,7 @@ class Loader:
                     self._keep_pace(self._pace, load)
                 if load is None:
                     return
-                factors = self._shelf.take(piece.task for piece in load.chunk.pieces)
+                factors = self._factors.take(piece.task for piece in load.chunk.pieces)
                 slots = self._pool.acquire(len(load.chunk.models))
             with self._progress.spending(Stage.READ):
                 factors.fill()

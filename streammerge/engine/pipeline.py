@@ -24,7 +24,9 @@ from streammerge.checkpoint.bytesource import ByteSource
 from streammerge.engine.accelerator.sharing import Accelerators
 from streammerge.engine.buffers import Allowance, SlotPool
 from streammerge.engine.compiled.opening import open_cpu_stage
+from streammerge.engine.context import MergeContext, OnScope, SweepShare, Work
 from streammerge.engine.device import DeviceStage
+from streammerge.engine.factors import FactorCache
 from streammerge.engine.loading import Loader
 from streammerge.engine.memory import PeakMemory
 from streammerge.engine.merging import ChunkMerger
@@ -35,8 +37,6 @@ from streammerge.engine.queues import Outstanding, WorkQueue
 from streammerge.engine.results import Results, TensorResult
 from streammerge.engine.resuming import Recovered
 from streammerge.engine.scheduling import Schedule
-from streammerge.engine.shelf import FactorShelf
-from streammerge.engine.shop import OnScope, Shop, SweepShare, Work
 from streammerge.engine.writing import Output, WriteJob, run_writer
 from streammerge.errors import StageError, StreamMergeError
 from streammerge.lazily import torch
@@ -177,7 +177,7 @@ class _Running:
             outstanding=self._outstanding,
             progress=self._progress,
         )
-        shop = Shop(
+        context = MergeContext(
             plan=plan,
             needs=needs,
             monitor=self._monitor,
@@ -197,7 +197,7 @@ class _Running:
             plan,
             sources,
             pool,
-            FactorShelf(
+            FactorCache(
                 plan,
                 sources,
                 # The same for every tensor.
@@ -205,7 +205,7 @@ class _Running:
                 monitor=self._monitor,
                 progress=self._progress,
             ),
-            Schedule(shop).iter_loads(),
+            Schedule(context).iter_loads(),
             monitor=self._monitor,
             progress=self._progress,
             pace=pace,

@@ -10,12 +10,12 @@ from collections.abc import Callable, Sequence
 from itertools import groupby
 
 from streammerge.engine.asking import BlockAnswer
+from streammerge.engine.context import MergeContext, Work
 from streammerge.engine.device import DeviceStage
 from streammerge.engine.gathering import GatheredTensor
 from streammerge.engine.loading import LoadedChunk
 from streammerge.engine.pieces import PieceInMemory
 from streammerge.engine.scopes import ScopeStatistics
-from streammerge.engine.shop import Shop, Work
 from streammerge.statistics import BLOCK, count_blocks
 from streammerge.statistics.magnitude import SampleRun, choose_sample_runs
 
@@ -25,7 +25,7 @@ class ResidentTensor:
 
     def __init__(
         self,
-        shop: Shop,
+        context: MergeContext,
         statistics: ScopeStatistics | GatheredTensor,
         reserved: int,
         chunks: int,
@@ -34,14 +34,14 @@ class ResidentTensor:
         """Expect ``chunks`` chunks.
 
         Args:
-            shop: Where work is done.
+            context: Where work is done.
             statistics: Of the tensor.
             reserved: Bytes that are given back when all is known.
             chunks: Of the tensor.
             kept: Bytes of what was found that are given back when all is merged.
         """
-        self._shop = shop
-        self._users = Users(chunks, last=lambda: shop.statistics.release(kept))
+        self._context = context
+        self._users = Users(chunks, last=lambda: context.statistics.release(kept))
         self._statistics = statistics
         self._reserved = reserved
         self._expected = chunks
@@ -55,7 +55,7 @@ class ResidentTensor:
             self._loaded.append(loaded)
             complete = len(self._loaded) == self._expected
         if complete:
-            self._shop.work.put(self._start, urgent=True)
+            self._context.work.put(self._start, urgent=True)
 
     def _start(self, stage: DeviceStage) -> None:
         found = self._statistics.found
@@ -65,13 +65,13 @@ class ResidentTensor:
                 sample_pieces(stage, self._statistics, pieces)
             self._unanswered = len(self._loaded)
             for loaded in self._loaded:
-                self._shop.work.put(_bind(self._measure, loaded), urgent=True)
+                self._context.work.put(_bind(self._measure, loaded), urgent=True)
             return
-        self._shop.statistics.release(self._reserved)
+        self._context.statistics.release(self._reserved)
         if found.made is None:
-            self._shop.on_scope(self._loaded[0].chunk.pieces[0].task, found)
+            self._context.on_scope(self._loaded[0].chunk.pieces[0].task, found)
         for loaded in self._loaded:
-            self._shop.work.put(_bind(self._merge, loaded), urgent=True)
+            self._context.work.put(_bind(self._merge, loaded), urgent=True)
         self._loaded = []
 
     def _measure(self, stage: DeviceStage, loaded: LoadedChunk) -> None:
@@ -86,13 +86,13 @@ class ResidentTensor:
     def _merge(self, stage: DeviceStage, loaded: LoadedChunk) -> None:
         found = self._statistics.found
         assert found is not None  # noqa: S101 - merging starts when they are known
-        if self._shop.recovered.has(loaded.chunk.pieces[0]):
+        if self._context.recovered.has(loaded.chunk.pieces[0]):
             # It was read again only because the statistics of its tensor were lost.
             loaded.release()
             self._users.leave()
-            self._shop.outstanding.end()
+            self._context.outstanding.end()
             return
-        self._shop.merger.merge(stage, loaded, lambda _: [found])
+        self._context.merger.merge(stage, loaded, lambda _: [found])
         self._users.leave()
 
 

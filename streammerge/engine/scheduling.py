@@ -21,6 +21,7 @@ from pathlib import Path
 
 from streammerge.assignment.types import Action
 from streammerge.checkpoint.snapshot import discard_snapshot
+from streammerge.engine.context import MergeContext, SweepShare
 from streammerge.engine.device import DeviceStage
 from streammerge.engine.encoding import TensorScales
 from streammerge.engine.gathering import GatheredTensor
@@ -32,7 +33,6 @@ from streammerge.engine.resident import ResidentTensor, Users, measure, sample_p
 from streammerge.engine.resuming import WHOLE_MODEL
 from streammerge.engine.rows import memory_of
 from streammerge.engine.scopes import ScopeStatistics
-from streammerge.engine.shop import Shop, SweepShare
 from streammerge.errors import ResumeError
 from streammerge.methods.programs import Programs
 from streammerge.plan.budgeting import private_limit, scattered_bytes
@@ -56,23 +56,23 @@ SNAPSHOT_SECONDS = 60.0
 class Schedule:
     """Decides the order of loads; owns no thread."""
 
-    def __init__(self, shop: Shop) -> None:
+    def __init__(self, context: MergeContext) -> None:
         """Prepare the schedule of a plan."""
-        self._shop = shop
+        self._context = context
 
     def iter_loads(self) -> Iterator[Load]:
         """Yield every load in order; waits where one depends on earlier results."""
-        shop = self._shop
+        context = self._context
         found = yield from self._sweep_model()
-        for unit in iter_units(shop.plan, must_look=shop.needs.must_look):
-            rest = [left for chunk in unit.chunks if (left := shop.recovered.rest_of(chunk))]
+        for unit in iter_units(context.plan, must_look=context.needs.must_look):
+            rest = [left for chunk in unit.chunks if (left := context.recovered.rest_of(chunk))]
             known = found
             first = unit.chunks[0].pieces[0].task
             if unit.residence is not Residence.PASSING and known is None:
                 # All its chunks are of one tensor.
-                known = shop.recovered.found_of(first)
-            if unit.residence is Residence.STREAMED and shop.plan.tasks[first].encoding:
-                if rest or not shop.recovered.has_scales(shop.plan.tasks[first]):
+                known = context.recovered.found_of(first)
+            if unit.residence is Residence.STREAMED and context.plan.tasks[first].encoding:
+                if rest or not context.recovered.has_scales(context.plan.tasks[first]):
                     yield from self._load_encoded(unit, rest, known)
                 continue
             if not rest:
@@ -93,14 +93,14 @@ class Schedule:
         merged: Callable[[], None] = lambda: None,
     ) -> Load:
         """Load a chunk that can be merged as soon as it is there; ``merged`` is called then."""
-        self._shop.outstanding.begin()
+        self._context.outstanding.begin()
 
         def work(stage: DeviceStage, loaded: LoadedChunk) -> None:
-            self._shop.merger.merge(stage, loaded, self._finder(stage, found), scales)
+            self._context.merger.merge(stage, loaded, self._finder(stage, found), scales)
             merged()
 
         def then(loaded: LoadedChunk) -> None:
-            self._shop.work.put(lambda stage: work(stage, loaded))
+            self._context.work.put(lambda stage: work(stage, loaded))
 
         return Load(chunk, then, last_use=True, joined=True)
 
@@ -115,14 +115,14 @@ class Schedule:
     def _found_of(self, stage: DeviceStage, piece: PieceInMemory) -> Sequence[Found]:
         """Find the thresholds of small tensors that are all here."""
         task = piece.first.task
-        need = self._shop.needs.of(task)
+        need = self._context.needs.of(task)
         if need is None:
             return [NOTHING] * len(piece.parts)
         if task.numel <= BLOCK:
             return stage.settle(piece)
         # Small enough for the room that a worker keeps for itself: nothing is reserved.
         limit, rows = private_limit(need.counts, task.numel), memory_of(need, task)
-        statistics = _tensor_statistics(self._shop.plan, need, task, limit=limit, rows=rows)
+        statistics = _tensor_statistics(self._context.plan, need, task, limit=limit, rows=rows)
         assert isinstance(statistics, ScopeStatistics)  # noqa: S101 - others have units of their own
         while statistics.found is None:
             sample_pieces(stage, statistics, [piece])
@@ -131,19 +131,19 @@ class Schedule:
         return [statistics.found]
 
     def _load_resident(self, unit: Unit) -> Iterator[Load]:
-        shop = self._shop
-        task = shop.plan.tasks[unit.chunks[0].pieces[0].task]
+        context = self._context
+        task = context.plan.tasks[unit.chunks[0].pieces[0].task]
         begun = self._begin(task)
         tensor = ResidentTensor(
-            shop, begun.statistics, begun.reserved, len(unit.chunks), kept=begun.kept
+            context, begun.statistics, begun.reserved, len(unit.chunks), kept=begun.kept
         )
         for chunk in unit.chunks:
-            shop.outstanding.begin()
+            context.outstanding.begin()
             yield Load(chunk, tensor.arrived, last_use=True)
 
     def _load_streamed(self, unit: Unit, rest: Sequence[Chunk]) -> Iterator[Load]:
         found, kept = yield from self._find_statistics(unit)
-        users = Users(len(rest), last=lambda: self._shop.statistics.release(kept))
+        users = Users(len(rest), last=lambda: self._context.statistics.release(kept))
         for chunk in rest:
             yield self._merge_load(chunk, found, merged=users.leave)
 
@@ -151,27 +151,27 @@ class Schedule:
         self, unit: Unit, rest: Sequence[Chunk], found: Found | None
     ) -> Iterator[Load]:
         """Load a tensor that becomes codes: for its thresholds, for its scales, and to be merged."""
-        shop = self._shop
-        task = shop.plan.tasks[unit.chunks[0].pieces[0].task]
+        context = self._context
+        task = context.plan.tasks[unit.chunks[0].pieces[0].task]
         kept = 0
-        if found is None and shop.needs.must_look(task):
+        if found is None and context.needs.must_look(task):
             found, kept = yield from self._find_statistics(unit)
         assert task.encoding is not None  # noqa: S101 - or it would not be here
-        reserved = shop.statistics.reserve(task.encoding.nbytes)
+        reserved = context.statistics.reserve(task.encoding.nbytes)
         scales = TensorScales(task)
-        looking = Outstanding(shop.monitor)
+        looking = Outstanding(context.monitor)
         for chunk in unit.chunks:
             yield self._look_load(chunk, found, scales, looking)
         looking.wait()
         scales.conclude()
-        users = Users(len(rest) + 1, last=lambda: shop.statistics.release(reserved + kept))
-        shop.outstanding.begin()
+        users = Users(len(rest) + 1, last=lambda: context.statistics.release(reserved + kept))
+        context.outstanding.begin()
 
         def written() -> None:
             users.leave()
-            shop.outstanding.end()
+            context.outstanding.end()
 
-        shop.merger.write_scales(scales, written)
+        context.merger.write_scales(scales, written)
         for chunk in rest:
             yield self._merge_load(chunk, found, scales, users.leave)
 
@@ -186,11 +186,11 @@ class Schedule:
         looking.begin()
 
         def work(stage: DeviceStage, loaded: LoadedChunk) -> None:
-            self._shop.merger.look(stage, loaded, self._finder(stage, found), scales)
+            self._context.merger.look(stage, loaded, self._finder(stage, found), scales)
             looking.end()
 
         def then(loaded: LoadedChunk) -> None:
-            self._shop.work.put(lambda stage: work(stage, loaded))
+            self._context.work.put(lambda stage: work(stage, loaded))
 
         return Load(chunk, then, last_use=False)
 
@@ -200,27 +200,27 @@ class Schedule:
         Returns:
             What was found, and the bytes of it that are reserved until all is merged.
         """
-        shop = self._shop
+        context = self._context
         task_index = unit.chunks[0].pieces[0].task
-        begun = self._begin(shop.plan.tasks[task_index])
+        begun = self._begin(context.plan.tasks[task_index])
         yield from self._sweep(begun.statistics, [task_index], unit.chunks, keep_cached=True)
         found = begun.statistics.found
         assert found is not None  # noqa: S101 - the sweep ends when they are known
-        shop.statistics.release(begun.reserved)
+        context.statistics.release(begun.reserved)
         if found.made is None:
-            shop.on_scope(task_index, found)
+            context.on_scope(task_index, found)
         return found, begun.kept
 
     def _begin(self, task: TensorTask) -> _Begun:
         """Reserve what the statistics of a tensor take, and start them."""
-        plan, need = self._shop.plan, self._shop.needs.of(task)
+        plan, need = self._context.plan, self._context.needs.of(task)
         assert need is not None  # noqa: S101 - or it would be passing
         searching = scope_bytes(plan, need, task.numel)
         kept = RowMemory.nbytes_of(rows_to_remember(need, task), need.row_numbers)
         if searching + kept > plan.resources.statistics_bytes:
             # What is found about rows is found once more, then.
             kept = 0
-        reserved = self._shop.statistics.reserve(searching + kept)
+        reserved = self._context.statistics.reserve(searching + kept)
         rows = memory_of(need, task) if kept else None
         if need.work.whole is not None:
             kept = task.numel * plan.compute_dtype.itemsize
@@ -230,35 +230,35 @@ class Schedule:
 
     def _sweep_model(self) -> Generator[Load, None, Found | None]:
         """Find one threshold per source over all merged tensors, if they share a scope."""
-        shop = self._shop
-        whole = shop.needs.of_model()
+        context = self._context
+        whole = context.needs.of_model()
         if whole is None:
             return None
-        known = shop.recovered.found_of(WHOLE_MODEL)
+        known = context.recovered.found_of(WHOLE_MODEL)
         if known is not None:
             return known
         _, merged = whole
-        statistics, nbytes = open_model_statistics(shop.plan, shop.needs)
-        reserved = shop.statistics.reserve(nbytes)
+        statistics, nbytes = open_model_statistics(context.plan, context.needs)
+        reserved = context.statistics.reserve(nbytes)
         chunks = [
             Chunk(pieces, chunk.models)
-            for unit in iter_units(shop.plan, must_look=lambda _: False)
+            for unit in iter_units(context.plan, must_look=lambda _: False)
             for chunk in unit.chunks
-            if (pieces := _merged_pieces(shop.plan, chunk))
+            if (pieces := _merged_pieces(context.plan, chunk))
         ]
-        shop.progress.activity = "statistics"
-        if shop.sweep is not None:
-            yield from self._sweep_share(statistics, merged, chunks, shop.sweep)
+        context.progress.activity = "statistics"
+        if context.sweep is not None:
+            yield from self._sweep_share(statistics, merged, chunks, context.sweep)
             return None
         yield from self._sweep(
-            statistics, merged, chunks, keep_cached=shop.keep_cached, snapshot=shop.snapshot
+            statistics, merged, chunks, keep_cached=context.keep_cached, snapshot=context.snapshot
         )
-        shop.progress.activity = "merge"
-        shop.statistics.release(reserved)
+        context.progress.activity = "merge"
+        context.statistics.release(reserved)
         assert statistics.found is not None  # noqa: S101 - the sweep ends when they are known
-        shop.on_scope(WHOLE_MODEL, statistics.found)
-        if shop.snapshot is not None:
-            discard_snapshot(shop.snapshot)
+        context.on_scope(WHOLE_MODEL, statistics.found)
+        if context.snapshot is not None:
+            discard_snapshot(context.snapshot)
         return statistics.found
 
     def _sweep(
@@ -271,7 +271,7 @@ class Schedule:
         snapshot: Path | None = None,
     ) -> Iterator[Load]:
         """Load a sample where one helps, and everything once per question, until all is known."""
-        measuring = Outstanding(self._shop.monitor)
+        measuring = Outstanding(self._context.monitor)
         scope = statistics if isinstance(statistics, ScopeStatistics) else None
         if scope is not None and snapshot is not None:
             scope.restore(snapshot)
@@ -280,7 +280,7 @@ class Schedule:
             if scope is not None:
                 yield from self._sample(scope, tasks, measuring)
             for chunk in chunks:
-                rest = _unanswered(self._shop.plan, statistics, chunk)
+                rest = _unanswered(self._context.plan, statistics, chunk)
                 if rest is None:
                     continue
                 load = self._measure_load(rest, statistics, measuring)
@@ -295,11 +295,11 @@ class Schedule:
         self, scope: ScopeStatistics, tasks: Sequence[int], measuring: Outstanding
     ) -> Iterator[Load]:
         """Load a sample for the first questions of a round, where one helps."""
-        runs = spread_runs(self._shop.plan, tasks, scope.sample_runs)
+        runs = spread_runs(self._context.plan, tasks, scope.sample_runs)
         if not runs:
             return
         scope.prepare_sample(sum(piece.numel for piece in runs))
-        for chunk in pack_sample(self._shop.plan, runs):
+        for chunk in pack_sample(self._context.plan, runs):
             yield self._sample_load(chunk, scope, measuring)
         measuring.wait()
         scope.conclude_sample()
@@ -316,7 +316,7 @@ class Schedule:
             raise ResumeError(
                 f"{share.question}: the questions of this sweep are gone; merge again"
             )
-        measuring = Outstanding(self._shop.monitor)
+        measuring = Outstanding(self._context.monitor)
         if share.samples:
             yield from self._sample(statistics, tasks, measuring)
         else:
@@ -359,7 +359,7 @@ class Schedule:
         measuring.begin()
 
         def then(loaded: LoadedChunk) -> None:
-            self._shop.work.put(lambda stage: work(stage, loaded))
+            self._context.work.put(lambda stage: work(stage, loaded))
 
         return Load(chunk, then, last_use=False)
 

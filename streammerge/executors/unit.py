@@ -24,9 +24,9 @@ from typing import Any
 from streammerge.checkpoint.attempts import is_held
 from streammerge.checkpoint.bytesource import ByteSourceKind
 from streammerge.checkpoint.partdir import PartDirectory
+from streammerge.engine.context import SweepShare
 from streammerge.engine.memory import default_budget
 from streammerge.engine.shelter import run_sheltered
-from streammerge.engine.shop import SweepShare
 from streammerge.errors import OutputError, StreamMergeError
 from streammerge.executors.seam import Outcome, Request
 from streammerge.limits import naming_limits

@@ -14,7 +14,7 @@ import yaml
 from models import Models, recut, tight_plan, write_model
 from numpy.typing import NDArray
 
-from streammerge.engine import shelf
+from streammerge.engine import factors
 from tests.adapters.onto_base.test_adapters_as_sources import write_adapter
 from tests.test_memory import STATUS, run_merge
 
@@ -124,7 +124,7 @@ def test_no_more_factors_exist_than_the_plan_has_room_for(
     needed = (ROWS + COLUMNS) * RANK * 4
     assert needed <= plan.resources.factor_bytes < LAYERS * needed
     live = Live()
-    monkeypatch.setattr(shelf, "allocate", live.allocate)
+    monkeypatch.setattr(factors, "allocate", live.allocate)
 
     models.merge(plan)
 

@@ -69,7 +69,7 @@ class _Entry:
 Entries = dict[FactorKey | NormKey, _Entry]
 
 
-class FactorShelf:
+class FactorCache:
     """Holds adapters' tensors for the chunks in flight."""
 
     def __init__(
@@ -268,18 +268,20 @@ class FactorShelf:
 
 
 class HeldFactors:
-    """What one chunk holds of the shelf."""
+    """What one chunk holds of the cache."""
 
-    def __init__(self, shelf: FactorShelf, entries: Entries, tasks: dict[int, TensorTask]) -> None:
+    def __init__(
+        self, factors: FactorCache, entries: Entries, tasks: dict[int, TensorTask]
+    ) -> None:
         """Hold entries for some tensors."""
-        self._shelf = shelf
+        self._factors = factors
         self._entries = entries
         self._tasks = tasks
         self._deltas: list[Delta | PlainProduct] = []
 
     def fill(self) -> None:
-        """Read what is not in memory yet; see :meth:`FactorShelf.fill`."""
-        self._shelf.fill(self._entries, self._tasks.values())
+        """Read what is not in memory yet; see :meth:`FactorCache.fill`."""
+        self._factors.fill(self._entries, self._tasks.values())
 
     def deltas_of(self, task: int, models: int) -> tuple[tuple[Any, ...], ...]:
         """Return the changes of a tensor per model; nothing at all for one without changes."""
@@ -287,7 +289,7 @@ class HeldFactors:
             return ()
         by_model: list[list[Any]] = [[] for _ in range(models)]
         for change in self._tasks[task].changes:
-            delta = self._shelf.delta(self._entries, change, self._tasks[task])
+            delta = self._factors.delta(self._entries, change, self._tasks[task])
             by_model[change.model].append(delta)
             self._deltas.append(delta)
         return tuple(map(tuple, by_model))
@@ -297,7 +299,7 @@ class HeldFactors:
         for delta in self._deltas:
             delta.forget()
         if self._entries:
-            self._shelf.release(self._entries)
+            self._factors.release(self._entries)
 
 
 def _once(entry: _Entry, make: Callable[[], Tensor]) -> None:

@@ -1,4 +1,4 @@
-"""What all parts of a running merge share."""
+"""What all parts of a running merge share: the context that each of them is given."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class SweepShare:
 
 
 @dataclass(frozen=True, slots=True)
-class Shop:
+class MergeContext:
     """What all parts of a running merge share."""
 
     plan: MergePlan
