@@ -37,6 +37,7 @@ import numpy as np
 from benchmarks.kernels import BY_ELEMENT, ROW_NUMEL, Drawn, Merging
 from benchmarks.models import RESULTS, ROOT
 from benchmarks.reporting import align
+from streammerge.adapters.onto_base.products import PlainProduct
 from streammerge.dtypes import DType
 from streammerge.native.library import SWITCH, load_kernels
 
@@ -245,16 +246,10 @@ def _multiply() -> None:
     kernels = load_kernels()
     assert kernels is not None  # noqa: S101 - loaded before
     rows, columns = SHAPE
-    left, right = np.ones((rows, RANK), np.float32), np.ones((RANK, columns), np.float32)
+    tiles, up = np.ones(RANK * columns, np.float32), np.ones((rows, RANK), np.float32)
     out = np.empty(SHAPE, np.float32)
-    kernels.product(
-        out.ctypes.data,
-        (left.ctypes.data, RANK, 1),
-        (right.ctypes.data, columns, 1),
-        rows=rows,
-        rank=RANK,
-        columns=columns,
-    )
+    call = PlainProduct(tiles, up, columns, 0.5).call(out, adds=False)
+    kernels.change_range(ctypes.addressof(call), start=0, numel=rows * columns)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, Never
@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from streammerge.adapters.onto_base.changes import Change, ChangeKind
 from streammerge.adapters.onto_base.deltas import WORK_NUMEL, Delta
 from streammerge.adapters.onto_base.making import make_working, view_stored
-from streammerge.adapters.onto_base.products import PlainProduct
+from streammerge.adapters.onto_base.products import PlainProduct, Tiles
 from streammerge.checkpoint.bytesource import ByteSource
 from streammerge.checkpoint.types import TensorEntry
 from streammerge.engine.buffers import allocate
@@ -39,6 +39,7 @@ from streammerge.plan.factors import (
     FactorKey,
     NormKey,
     changed_input,
+    factor_key,
     factor_needs,
     norm_key,
     working_key,
@@ -150,9 +151,8 @@ class FactorCache:
         """
         for task in tasks:
             for change in task.changes:
-                for factor in change.factors:
-                    entry = held[factor.file, factor.offset]
-                    _once(entry, partial(self._read, factor))
+                for place, factor in enumerate(change.factors):
+                    _once(held[factor_key(change, place)], partial(self._read, factor, place))
                 for index, working in enumerate(change.workings):
                     if working.op.makes:
                         key = working_key(change, index)
@@ -163,8 +163,9 @@ class FactorCache:
     def delta(self, held: Entries, change: Change, task: TensorTask) -> Delta | PlainProduct:
         """Return a change of a tensor with its factors, which are in memory."""
         if not self._plan.needs_torch:
-            down, up = (held[factor.file, factor.offset].value for factor in change.factors)
-            return PlainProduct(down, up, change.scaling)
+            tiles, up = (_filled(held[factor_key(change, place)]) for place in range(2))
+            columns = change.factors[0].shape[1]
+            return PlainProduct(tiles, up, columns, change.scaling)
         norms = held[norm_key(change)].value if change.kind is ChangeKind.NORMED else None
         read = partial(self._read_part, task, change)
         return Delta(change, _values(held, change), norms, read, like_torch=self._in_turn)
@@ -213,25 +214,47 @@ class FactorCache:
         values = torch.from_numpy(memory).view(torch_dtype(stored.dtype))
         return values.to(torch_dtype(self._plan.compute_dtype))
 
-    def _read(self, stored: TensorEntry) -> Any:
+    def _read(self, stored: TensorEntry, place: int) -> Any:
         """Return a stored tensor in the compute dtype: torch's, or numpy's where torch is not needed."""
-        return self._read_by_torch(stored) if self._plan.needs_torch else self._read_plain(stored)
+        if self._plan.needs_torch:
+            return self._read_by_torch(stored)
+        return self._read_tiles(stored) if place == 0 else self._read_plain(stored)
+
+    def _read_tiles(self, stored: TensorEntry) -> NDArray[np.float32]:
+        """Return a right factor as the kernels read it."""
+        out = allocate(stored.numel * 4).view(np.float32)
+        rank, columns = stored.shape
+        tiles = Tiles(out, (rank, columns))
+        for begin, part in self._read_ranges(stored, tiles.ranges(_READ_NUMEL)):
+            tiles.put(begin, part)
+        return out
 
     def _read_plain(self, stored: TensorEntry) -> NDArray[np.float32]:
-        itemsize = stored.dtype.itemsize
         out = allocate(stored.numel * 4).view(np.float32)
+        ranges = (
+            (begin, min(begin + _READ_NUMEL, stored.numel))
+            for begin in range(0, stored.numel, _READ_NUMEL)
+        )
+        for begin, part in self._read_ranges(stored, ranges):
+            out[begin : begin + part.size] = part
+        return out.reshape(stored.shape)
+
+    def _read_ranges(
+        self, stored: TensorEntry, ranges: Iterable[tuple[int, int]]
+    ) -> Iterator[tuple[int, NDArray[np.float32]]]:
+        """Yield flat ranges of a stored tensor, of at most :data:`_READ_NUMEL` elements, with their first."""
+        itemsize = stored.dtype.itemsize
         raw = np.empty(min(_READ_NUMEL, stored.numel) * itemsize, dtype=np.uint8)
-        for begin in range(0, stored.numel, _READ_NUMEL):
-            part = out[begin : begin + _READ_NUMEL]
-            own = raw[: part.size * itemsize]
+        for begin, end in ranges:
+            own = raw[: (end - begin) * itemsize]
             self._sources[stored.file].read_into(stored.offset + begin * itemsize, own.data)
             self._progress.count(Stage.READ, own.size)
             with np.errstate(over="ignore"):
-                part[:] = widen(own, stored.dtype)
+                part = widen(own, stored.dtype).astype(np.float32)
             bad = np.flatnonzero(~np.isfinite(part))
             if bad.size:
                 self._refuse(stored, begin + int(bad[0]), float(part[bad[0]]))
-        return out.reshape(stored.shape)
+            yield begin, part
 
     def _read_by_torch(self, stored: TensorEntry) -> Tensor:
         """Return a stored tensor in the compute dtype."""
@@ -323,10 +346,9 @@ def _values(held: Entries, change: Change) -> list[Tensor]:
 
 
 def _stored_values(held: Entries, change: Change) -> list[Tensor]:
-    return [_filled(held[factor.file, factor.offset]) for factor in change.factors]
+    return [_filled(held[factor_key(change, place)]) for place in range(len(change.factors))]
 
 
-def _filled(entry: _Entry) -> Tensor:
+def _filled(entry: _Entry) -> Any:
     assert entry.value is not None  # noqa: S101 - factors are there before they are used
-    value: Tensor = entry.value
-    return value
+    return entry.value

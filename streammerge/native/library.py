@@ -59,6 +59,9 @@ class Kernels:
             *(ctypes.c_int64,) * 3,
         )
         self._product.restype = None
+        self._change_range = library.sm_change_range
+        self._change_range.argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)
+        self._change_range.restype = None
         self._copy_mapped = library.sm_copy_mapped
         self._copy_mapped.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
         self._copy_mapped.restype = ctypes.c_int64
@@ -126,6 +129,16 @@ class Kernels:
             columns: Columns of the right one.
         """
         self._product(out, *left, *right, rows, rank, columns)
+
+    def change_range(self, change: int, *, start: int, numel: int) -> None:
+        """Compute elements of a change into where it goes.
+
+        Args:
+            change: Address of a :class:`~streammerge.native.machine.ChangeCall`.
+            start: Flat index of the first in its matrix.
+            numel: How many.
+        """
+        self._change_range(change, start, numel)
 
     @contextmanager
     def guard_mappings(self) -> Iterator[None]:

@@ -7,6 +7,7 @@
 #include "asking.h"
 #include "majority.h"
 #include "placed.h"
+#include "product.h"
 #include "totals.h"
 
 enum { CACHE_LINE = 64 };
@@ -333,6 +334,8 @@ ALWAYS_INLINE int run_job(sm_job *job, float *memory, sm_room *room) {
     run now = {.job = job, .program = program, .numbers = job->numbers};
     int64_t n_rows = job->row_numel ? job->numel / job->row_numel : 1;
     divide_memory(&now, memory);
+    for (int32_t i = 0; i < job->n_changes; i++)
+        sm_change_range(&job->changes[i], job->start, job->numel);
     for (int32_t i = 0; i < program->n_trims; i++) job->trims[i].kept = 0;
     for (int32_t i = 0; i < program->n_streams; i++) job->streams[i].kept = 0;
     if (program->n_ranked) {
@@ -374,8 +377,8 @@ int32_t sm_run(sm_job *jobs, int32_t count, float *memory, sm_room *room) {
 int32_t sm_machine_size_of(int32_t what) {
     static const int32_t sizes[] = {
         sizeof(sm_step),  sizeof(sm_program), sizeof(sm_operand), sizeof(sm_trim), sizeof(sm_stream),
-        sizeof(sm_asked), sizeof(sm_job),     sizeof(sm_room),    sizeof(place),   ROW,
-        MOST_CROWDS,      SUMS,
+        sizeof(sm_asked), sizeof(sm_change),  sizeof(sm_job),     sizeof(sm_room), sizeof(place),
+        ROW,              MOST_CROWDS,        SUMS,               BROAD,
     };
     return sizes[what];
 }

@@ -96,6 +96,20 @@ typedef struct {
     int32_t unused;
 } sm_asked;
 
+/* A product of two factors that is computed before a job, in the place of one of its operands. */
+typedef struct {
+    const float *up;    /* [rows][rank] */
+    const float *tiles; /* of [rank][columns], columns BROAD at a time, and the rest: [rank][width] each */
+    int64_t rank;
+    int64_t columns;
+    float *out;         /* [numel] */
+    float scaling;
+    int32_t adds;       /* whether it is added to what is there */
+} sm_change;
+
+/* Computes some elements, from a flat index of the matrix on. */
+void sm_change_range(const sm_change *change, int64_t start, int64_t numel);
+
 typedef struct {
     const sm_program *program;
     const sm_operand *operands; /* the base, if the merge has one; sources; computed rows */
@@ -105,13 +119,15 @@ typedef struct {
     sm_stream *streams;
     sm_asked *asked;            /* one per ranked value */
     double *totals;             /* [rows][n_totals] */
+    const sm_change *changes;
     int64_t numel;
     int64_t row_numel;          /* numel where rows do not matter */
+    int64_t start;              /* flat index of the first element in the matrix that changes */
     float limit;                /* largest magnitude that fits the output type */
     int32_t out_dtype;
     int32_t refused;            /* set: a value that was loaded is not finite, or a result does not
                                    fit the output type */
-    int32_t unused;
+    int32_t n_changes;
 } sm_job;
 
 /* Where values are collected, for the questions of all jobs of a call. */

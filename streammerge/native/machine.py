@@ -26,6 +26,8 @@ ROW_NUMEL = 528
 """``ROW`` of block.h: numbers from one row of a tile to the next."""
 MOST_CROWDS = 4
 """Crowded values that a band takes."""
+TILE_COLUMNS = 64
+"""``BROAD`` of product.h: columns of a factor's tile."""
 CRAMMED = -1
 """As :attr:`AskedCall.collected`: there was not room enough."""
 ALL_TIES = 2**63 - 1
@@ -135,6 +137,20 @@ class AskedCall(ctypes.Structure):
     )
 
 
+class ChangeCall(ctypes.Structure):
+    """``sm_change`` of machine.h."""
+
+    _fields_ = (
+        ("up", ctypes.c_void_p),
+        ("tiles", ctypes.c_void_p),
+        ("rank", ctypes.c_int64),
+        ("columns", ctypes.c_int64),
+        ("out", ctypes.c_void_p),
+        ("scaling", ctypes.c_float),
+        ("adds", ctypes.c_int32),
+    )
+
+
 class JobCall(ctypes.Structure):
     """``sm_job`` of machine.h."""
 
@@ -147,12 +163,14 @@ class JobCall(ctypes.Structure):
         ("streams", ctypes.c_void_p),
         ("asked", ctypes.c_void_p),
         ("totals", ctypes.c_void_p),
+        ("changes", ctypes.c_void_p),
         ("numel", ctypes.c_int64),
         ("row_numel", ctypes.c_int64),
+        ("start", ctypes.c_int64),
         ("limit", ctypes.c_float),
         ("out_dtype", ctypes.c_int32),
         ("refused", ctypes.c_int32),
-        ("unused", ctypes.c_int32),
+        ("n_changes", ctypes.c_int32),
     )
 
 
@@ -171,9 +189,11 @@ class RoomCall(ctypes.Structure):
 def list_sizes() -> list[int]:
     """Return what ``sm_machine_size_of`` of machine.c must answer."""
     calls = (
-        StepCall, ProgramCall, OperandCall, TrimCall, StreamCall, AskedCall, JobCall, RoomCall,
+        StepCall, ProgramCall, OperandCall, TrimCall, StreamCall, AskedCall, ChangeCall, JobCall,
+        RoomCall,
     )  # fmt: skip
-    return [*map(ctypes.sizeof, calls), _PLACE_NBYTES, ROW_NUMEL, MOST_CROWDS, _SUMS]
+    sizes = map(ctypes.sizeof, calls)
+    return [*sizes, _PLACE_NBYTES, ROW_NUMEL, MOST_CROWDS, _SUMS, TILE_COLUMNS]
 
 
 class EncodedProgram:
@@ -316,6 +336,8 @@ class Jobs:
         out_code: int = 0,
         limit: float = 0.0,
         totals: int = 0,
+        changes: tuple[int, int] = (0, 0),
+        start: int = 0,
     ) -> None:
         """Say what a job is about; what it trims, draws and is asked is said apart.
 
@@ -331,6 +353,8 @@ class Jobs:
             out_code: Its type.
             limit: The largest magnitude that it can hold.
             totals: Address of ``[rows, totals]`` float64.
+            changes: Address of :class:`ChangeCall` to be computed before, and how many there are.
+            start: Flat index of the first element in the matrix that changes.
         """
         where, *others = self._addresses[index]
         if numbers is None:
@@ -342,7 +366,7 @@ class Jobs:
         )
         _JOB.pack_into(
             self.calls, index * _JOB.size, program.address, where, out, numbers, *others,
-            totals, numel, row_numel, limit, out_code, 0, 0,
+            totals, changes[0], numel, row_numel, start, limit, out_code, 0, changes[1],
         )  # fmt: skip
 
     def trim(
@@ -374,7 +398,7 @@ class Jobs:
         _STREAM.pack_into(self.streams, at, start, key & _WORD, key >> 64, limit, 0)
 
 
-_JOB = struct.Struct("=8Q2qfiii")
+_JOB = struct.Struct("=9Q3qfiii")
 _TRIM = struct.Struct("=qqfi")
 _STREAM = struct.Struct("=qQQQq")
 _WORD = 2**64 - 1

@@ -3,12 +3,9 @@
  * Every element is the sum of its terms from the first to the last, each product and each sum rounded,
  * so that its bits depend on its row and its column alone: on no cut, no processor and no library.
  */
-#include "block.h"
+#include "product.h"
 
 enum {
-    /* A tile of so many sums stays in registers, or close by. */
-    TALL = 4,
-    BROAD = 64,
     /* Terms whose part of the right factor is laid out side by side, in the first-level cache. */
     TERMS = 64,
 };
@@ -20,8 +17,8 @@ typedef struct {
     int64_t column_step;
 } matrix;
 
-ALWAYS_INLINE float at(matrix of, int64_t row, int64_t column) {
-    return of.values[row * of.row_step + column * of.column_step];
+ALWAYS_INLINE const float *place_in(matrix of, int64_t row, int64_t column) {
+    return of.values + row * of.row_step + column * of.column_step;
 }
 
 /* Adds some terms to a tile, or begins with the first of them. */
@@ -29,22 +26,12 @@ ALWAYS_INLINE void add_terms(float *restrict out, int64_t step, matrix left, int
                              int64_t first, int64_t terms, const float *restrict packed,
                              int tall, int64_t broad) {
     float sums[TALL][BROAD];
-    int64_t term = 0;
-    if (first == 0) {
-        for (int r = 0; r < tall; r++)
-            for (int64_t c = 0; c < broad; c++) sums[r][c] = at(left, row + r, 0) * packed[c];
-        term = 1;
-    } else {
+    if (first != 0) {
         for (int r = 0; r < tall; r++)
             for (int64_t c = 0; c < broad; c++) sums[r][c] = out[r * step + c];
     }
-    for (; term < terms; term++) {
-        const float *right = packed + term * BROAD;
-        for (int r = 0; r < tall; r++) {
-            float factor = at(left, row + r, first + term);
-            for (int64_t c = 0; c < broad; c++) sums[r][c] = sums[r][c] + factor * right[c];
-        }
-    }
+    sum_terms(sums, place_in(left, row, first), left.row_step, left.column_step, packed, BROAD,
+              terms, first == 0, tall, broad);
     for (int r = 0; r < tall; r++)
         for (int64_t c = 0; c < broad; c++) out[r * step + c] = sums[r][c];
 }
@@ -73,7 +60,7 @@ void sm_product(float *out, const float *left, int64_t left_row, int64_t left_co
             int64_t terms = rank - first < TERMS ? rank - first : TERMS;
             for (int64_t term = 0; term < terms; term++)
                 for (int64_t c = 0; c < broad; c++)
-                    packed[term * BROAD + c] = at(from_right, first + term, column + c);
+                    packed[term * BROAD + c] = *place_in(from_right, first + term, column + c);
             if (broad == BROAD) {
                 add_to_rows(out + column, columns, from_left, rows, first, terms, packed, BROAD);
             } else {

@@ -158,7 +158,7 @@ def _compute_rows(
     # A survey copies magnitudes of a block, and looks at them.
     kernels = count_rooms(programs) + 2 * bool(surveys)
     if not torch:
-        return kernels + changed + (1 if changed else 0)
+        return kernels + changed
     # For changes, a product and one more row, and what they come to of each source.
     plain = count_plain_rows(programs, surveys) + (DELTA_ROWS if changed else 0) + changed
     # An answer has a copy of what is ranked of a block; as much again is taken while it is made, and

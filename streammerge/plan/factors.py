@@ -9,11 +9,12 @@ from streammerge.adapters.onto_base.workings import working_numel
 from streammerge.plan.types import TensorInput, TensorTask
 from streammerge.statistics import BLOCK
 
-FactorKey = tuple[int, int]
-"""A tensor of an adapter: index of its file in the plan, and first byte."""
+FactorKey = tuple[int, int, int]
+"""A tensor of an adapter: index of its file in the plan, first byte, and its place among the factors of a
+change: the first of two lies in memory in another order than the second."""
 NormKey = tuple[int, int, str]
-"""What is made of a tensor of an adapter, which is a :data:`FactorKey` before the words: the norms
-that belong to a DoRA magnitude, or a working factor."""
+"""What is made of a tensor of an adapter, of which there is the file and first byte before the words: the
+norms that belong to a DoRA magnitude, or a working factor."""
 _NORM_WORK = 12 * BLOCK
 """Elements of the temporary arrays with which norms are computed, a block of rows at a time."""
 
@@ -27,8 +28,8 @@ def factor_needs(task: TensorTask, itemsize: int) -> dict[FactorKey | NormKey, i
     """
     needs: dict[FactorKey | NormKey, int] = {}
     for change in task.changes:
-        for factor in change.factors:
-            needs[factor.file, factor.offset] = factor.numel * itemsize
+        for place, factor in enumerate(change.factors):
+            needs[factor_key(change, place)] = factor.numel * itemsize
         for index, working in enumerate(change.workings):
             if working.op.makes:
                 numel = working_numel(working, change.factors)
@@ -39,6 +40,12 @@ def factor_needs(task: TensorTask, itemsize: int) -> dict[FactorKey | NormKey, i
             # The tensor twice, in parts and put together.
             needs[norm_key(change)] = (_NORM_WORK + rows + 8 * columns + 2 * whole) * itemsize
     return needs
+
+
+def factor_key(change: Change, place: int) -> FactorKey:
+    """Return what a stored factor of a change is called."""
+    factor = change.factors[place]
+    return factor.file, factor.offset, place
 
 
 def norm_key(change: Change) -> NormKey:
@@ -97,7 +104,7 @@ def norms_nbytes(task: TensorTask) -> int:
     return sum(entry.stored_nbytes(task.numel) for entry in inputs)
 
 
-def _stored(task: TensorTask) -> Iterator[tuple[FactorKey, int]]:
+def _stored(task: TensorTask) -> Iterator[tuple[tuple[int, int], int]]:
     for change in task.changes:
         for factor in change.factors:
             yield (factor.file, factor.offset), factor.nbytes

@@ -7,6 +7,7 @@ order that suits their blocks, and differ in the last bits from one processor to
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 
 from streammerge.adapters.onto_base.rows import by_rows
 from streammerge.native.library import load_kernels
+from streammerge.native.machine import TILE_COLUMNS, ChangeCall
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,43 +24,93 @@ if TYPE_CHECKING:
 class PlainProduct:
     """The change ``scaling * B @ A`` of a matrix, by the compiled kernels alone."""
 
-    def __init__(self, down: NDArray[np.float32], up: NDArray[np.float32], scaling: float) -> None:
+    def __init__(
+        self, tiles: NDArray[np.float32], up: NDArray[np.float32], columns: int, scaling: float
+    ) -> None:
         """Prepare to compute.
 
         Args:
-            down: A, ``[rank, columns]``.
+            tiles: A, ``[rank, columns]``, as :class:`Tiles` lays it out.
             up: B, ``[rows, rank]``.
+            columns: Columns of A.
             scaling: Factor of the product.
         """
-        self._down, self._up = down, up
-        self._scaling = np.float32(scaling)
+        self._tiles, self._up = tiles, up
+        self._columns = columns
+        self._scaling = scaling
 
     def forget(self) -> None:
         """Let go of the factors, so that their memory is free whoever still refers to this."""
-        self._down = self._up = np.empty((0, 0), dtype=np.float32)
+        self._tiles = self._up = np.empty((0, 0), dtype=np.float32)
 
-    def fill(self, out: NDArray[np.float32], begin: int) -> None:
-        """Write some elements of the change.
+    def call(self, out: NDArray[np.float32], *, adds: bool) -> ChangeCall:
+        """Return what the machine must know; all that it points to must live until it has run.
 
         Args:
-            out: ``[m]``; receives them.
-            begin: Flat index of the first.
+            out: Receives elements of the change.
+            adds: Whether they are added to what is there.
         """
-        kernels = load_kernels()
-        assert kernels is not None  # noqa: S101 - the planner looked
-        down, up = self._down, self._up
-        rank, columns = down.shape
-        for part, row, column in by_rows(out, begin, columns):
-            kernels.product(
-                part.ctypes.data,
-                (up.ctypes.data + 4 * row * rank, rank, 1),
-                (down.ctypes.data + 4 * column, columns, 1),
-                rows=part.shape[0],
-                rank=rank,
-                columns=part.shape[1],
-            )
-        with np.errstate(all="ignore"):
-            np.multiply(out, self._scaling, out=out)
+        return ChangeCall(
+            up=self._up.ctypes.data,
+            tiles=self._tiles.ctypes.data,
+            rank=self._up.shape[1],
+            columns=self._columns,
+            out=out.ctypes.data,
+            scaling=self._scaling,
+            adds=adds,
+        )
+
+
+class Tiles:
+    """A right factor ``[rank, columns]`` as the machine reads it.
+
+    Its columns are cut into tiles of :data:`~streammerge.native.machine.TILE_COLUMNS`, the last one
+    narrower: each is ``[rank, width]``, row after row, and one follows the other. So it takes the memory
+    of the matrix, and a block reads what it needs from end to end.
+    """
+
+    def __init__(self, flat: NDArray[np.float32], shape: tuple[int, int]) -> None:
+        """Take memory for it.
+
+        Args:
+            flat: ``[rank * columns]``; receives the tiles.
+            shape: ``(rank, columns)``.
+        """
+        rank, columns = shape
+        whole = columns // TILE_COLUMNS
+        self._whole = whole * TILE_COLUMNS
+        cut = rank * self._whole
+        self._tiles = flat[:cut].reshape(whole, rank, TILE_COLUMNS)
+        self._rest = flat[cut:].reshape(rank, columns - self._whole)
+        self._shape = shape
+
+    def ranges(self, most: int) -> Iterator[tuple[int, int]]:
+        """Yield the flat ranges in which the matrix may be brought: whole rows, or whole tiles of one.
+
+        Args:
+            most: Elements per range, at least a tile's columns.
+        """
+        rank, columns = self._shape
+        if columns > most:
+            each, step = columns, most // TILE_COLUMNS * TILE_COLUMNS
+        else:
+            each = rank * columns
+            step = most // max(columns, 1) * columns
+        for first in range(0, rank * columns, max(each, 1)):
+            for begin in range(first, first + each, step):
+                yield begin, min(begin + step, first + each)
+
+    def put(self, begin: int, part: NDArray[np.float32]) -> None:
+        """Put one of the :meth:`ranges` in its place."""
+        for rows, row, column in by_rows(part, begin, self._shape[1]):
+            end = min(column + rows.shape[1], self._whole)
+            count = max(end - column, 0) // TILE_COLUMNS
+            own = slice(row, row + rows.shape[0])
+            tiles = self._tiles[column // TILE_COLUMNS :][:count, own]
+            whole = rows[:, : count * TILE_COLUMNS]
+            tiles[:] = whole.reshape(rows.shape[0], count, TILE_COLUMNS).swapaxes(0, 1)
+            if column + rows.shape[1] > self._whole:
+                self._rest[own] = rows[:, count * TILE_COLUMNS :]
 
 
 def multiply(left: Tensor, right: Tensor, out: Tensor) -> None:

@@ -6,8 +6,10 @@ for each of its registers.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +21,7 @@ from streammerge.engine.segments import Segment
 from streammerge.methods.programs import Programs
 from streammerge.methods.surveying import Survey
 from streammerge.native.library import DTYPE_CODES, Kernels
-from streammerge.native.machine import ALL_TIES, EncodedProgram, JobCall, Jobs, RoomCall
+from streammerge.native.machine import ALL_TIES, ChangeCall, EncodedProgram, JobCall, Jobs, RoomCall
 from streammerge.plan.demanding import count_rooms
 from streammerge.plan.types import MergePlan
 from streammerge.rng import keep_limit, stream_key
@@ -105,10 +107,16 @@ class Bench:
         """Where questions collect."""
         self._room = RoomCall(self.values.ctypes.data, self.values.size)
         self._numbers: list[NDArray[np.float32]] = []
+        self._changes: ctypes.Array[ChangeCall] | None = None
 
-    def begin(self) -> None:
-        """Forget the jobs before."""
+    def begin(self, changes: ctypes.Array[ChangeCall] | None = None) -> None:
+        """Forget the jobs before.
+
+        Args:
+            changes: What is to be computed before each of those that come; None for nothing.
+        """
         self._numbers.clear()
+        self._changes = changes or None
 
     def fill(
         self,
@@ -120,7 +128,7 @@ class Bench:
         end: int,
         segment: Segment | None,
         rows: KnownRows | None = None,
-        **places: float,
+        **places: Any,
     ) -> None:
         """Say what a job is about.
 
@@ -147,6 +155,10 @@ class Bench:
             # It must live until the job has run.
             self._numbers.append(own)
             numbers = own.ctypes.data
+        if self._changes is not None:
+            assert segment is not None  # noqa: S101 - of what it is a part says where it lies
+            own_changes = ctypes.addressof(self._changes), len(self._changes)
+            places |= {"changes": own_changes, "start": segment.start}
         self.jobs.fill(
             index,
             code,
@@ -154,7 +166,7 @@ class Bench:
             numel=end - begin,
             row_numel=None if rows is None else rows.numel,
             numbers=numbers,
-            **places,  # type: ignore[arg-type]
+            **places,
         )
         if segment is None:
             return

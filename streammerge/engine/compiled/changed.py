@@ -1,30 +1,31 @@
 """What adapters make of the base, as operands of the compiled machine.
 
-A block's products are computed, and all that is done with them is the machine's, in one sweep. Products of
-two stored factors take no torch; what else adapters do is read the plain way.
+Products of two stored factors are the machine's, too: it computes a block of each into a row, and does
+with it what programs say, many blocks to a call. What else adapters do is read the plain way, a block
+at a time.
 
-Memory: a block of float32 for every source of a tensor that adapters change, and one more.
+Memory: a block of float32 for every source of a tensor that adapters change.
 """
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
-from streammerge.adapters.onto_base.deltas import Delta
 from streammerge.adapters.onto_base.products import PlainProduct
 from streammerge.dtypes import DType
 from streammerge.engine.compiled.bench import Encoded
-from streammerge.engine.compiled.operands import UNUSED, StoredOperand
+from streammerge.engine.compiled.operands import UNUSED, PieceOperands, StoredOperand
 from streammerge.engine.finite import refuse_operand
 from streammerge.engine.pieces import PieceInMemory
 from streammerge.engine.reading import Bench, BlockReader
 from streammerge.engine.segments import Segment
 from streammerge.lazily import torch
 from streammerge.methods.programs import Programs
-from streammerge.native.library import DIFFERENCE_CODE, DTYPE_CODES
+from streammerge.native.library import DIFFERENCE_CODE, DTYPE_CODES, Kernels
+from streammerge.native.machine import ChangeCall
 from streammerge.plan.demanding import most_changed_sources
 from streammerge.plan.types import MergePlan
 from streammerge.statistics import BLOCK
@@ -34,20 +35,32 @@ from streammerge.tiles.program import Op
 class ChangedOperands:
     """Computes operands for one worker."""
 
-    def __init__(self, plan: MergePlan, programs: Sequence[Programs], bench: Bench | None) -> None:
+    def __init__(
+        self,
+        kernels: Kernels,
+        plan: MergePlan,
+        programs: Sequence[Programs],
+        bench: Bench | None,
+    ) -> None:
         """Allocate rows.
 
         Args:
+            kernels: The compiled functions.
             plan: The plan.
             programs: What its method does, for each of its settings.
             bench: What the worker reads blocks with the plain way; None where there are products of
                 stored factors alone, and the plan needs no torch.
         """
+        self._kernels = kernels
         self._plan = plan
         self._bench = bench
         sources = most_changed_sources(programs, plan.tasks)
         self._rows = np.empty((sources, BLOCK if sources else 0), dtype=np.float32)
-        self._more = np.empty(BLOCK if sources and bench is None else 0, dtype=np.float32)
+
+    @property
+    def multiplies(self) -> bool:
+        """Whether the machine computes everything that adapters change."""
+        return self._bench is None
 
     def serve(self, piece: PieceInMemory, encoded: Encoded) -> bool:
         """Return whether the machine can take a piece, given what adapters make of it."""
@@ -63,6 +76,19 @@ class ChangedOperands:
             return False
         return all(each is None or each.dtype in DTYPE_CODES for each in stored)
 
+    def of_piece(self, piece: PieceInMemory, encoded: Encoded) -> PieceOperands:
+        """Return what the machine needs to compute what adapters change of a piece itself."""
+        setting = self._plan.settings[piece.first.task.setting]
+        calls = []
+        for source, model in enumerate(setting.sources):
+            for index, delta in enumerate(piece.deltas[model] if piece.deltas else ()):
+                assert isinstance(delta, PlainProduct)  # noqa: S101 - the planner saw no others
+                calls.append(delta.call(self._rows[source], adds=index > 0))
+            if not self._is_stored(piece, model) and not (piece.deltas and piece.deltas[model]):
+                # Nothing at all is added to the base.
+                self._rows[source].fill(0.0)
+        return PieceOperands(self._operands(piece, encoded), (ChangeCall * len(calls))(*calls))
+
     def of_range(
         self, piece: PieceInMemory, encoded: Encoded, begin: int, end: int, segment: Segment
     ) -> list[StoredOperand]:
@@ -75,8 +101,12 @@ class ChangedOperands:
             end: End in the piece.
             segment: What it is of the tensor.
         """
-        setting = self._plan.settings[piece.first.task.setting]
         self._fill_rows(piece, encoded, begin, end, segment)
+        return self._operands(piece, encoded)
+
+    def _operands(self, piece: PieceInMemory, encoded: Encoded) -> list[StoredOperand]:
+        """Return what to read, where rows hold what adapters make of a job's elements."""
+        setting = self._plan.settings[piece.first.task.setting]
         code = DIFFERENCE_CODE if encoded.subtracts else DTYPE_CODES[DType.F32]
         operands = []
         if setting.has_base:
@@ -85,55 +115,41 @@ class ChangedOperands:
             operands.append(UNUSED if loaded is None else StoredOperand.of(loaded))
         for source, model in enumerate(setting.sources):
             stored = piece.inputs[model]
-            if stored is not None and not (piece.deltas and piece.deltas[model]):
+            if stored is not None and self._is_stored(piece, model):
                 operands.append(StoredOperand.of(stored))
-                continue
-            address = self._rows[source].ctypes.data
-            operands.append(StoredOperand(address - begin * 4, 4, code))
+            else:
+                # A row begins where the job does.
+                operands.append(StoredOperand(self._rows[source].ctypes.data, 0, code))
         return operands
+
+    def _is_stored(self, piece: PieceInMemory, model: int) -> bool:
+        """Return whether a model's values are read as they are stored."""
+        return piece.inputs[model] is not None and not (piece.deltas and piece.deltas[model])
 
     def _fill_rows(
         self, piece: PieceInMemory, encoded: Encoded, begin: int, end: int, segment: Segment
     ) -> None:
         """Compute what adapters make of a part of a block."""
-        reader = None
-        if self._bench is not None:
-            reader = BlockReader(
-                self._bench,
-                piece,
-                begin,
-                end - begin,
-                [segment],
-                program=encoded.program,
-                check=False,
-            )
+        if self._bench is None:
+            for change in self.of_piece(piece, encoded).changes or ():
+                self._kernels.change_range(
+                    ctypes.addressof(change), start=piece.first.start + begin, numel=end - begin
+                )
+            return
+        reader = BlockReader(
+            self._bench,
+            piece,
+            begin,
+            end - begin,
+            [segment],
+            program=encoded.program,
+            check=False,
+        )
+        read = reader.task_vector if encoded.subtracts else reader.source
         setting = self._plan.settings[piece.first.task.setting]
         for source, model in enumerate(setting.sources):
-            deltas = piece.deltas[model] if piece.deltas else ()
-            if piece.inputs[model] is not None and not deltas:
-                continue
-            row = self._rows[source, : end - begin]
-            if reader is not None:
-                read = reader.task_vector if encoded.subtracts else reader.source
-                read(source, torch.from_numpy(row))
-            else:
-                self._add_products(row, deltas, piece.first.start + begin)
-
-    def _add_products(
-        self, row: NDArray[np.float32], deltas: Sequence[Delta | PlainProduct], start: int
-    ) -> None:
-        """Write the sum of some products from a flat index of the tensor on."""
-        if not deltas:
-            row.fill(0.0)
-        more = self._more[: row.size]
-        for index, delta in enumerate(deltas):
-            assert isinstance(delta, PlainProduct)  # noqa: S101 - the planner saw no others
-            if index == 0:
-                delta.fill(row, start)
-            else:
-                delta.fill(more, start)
-                with np.errstate(all="ignore"):
-                    np.add(row, more, out=row)
+            if not self._is_stored(piece, model):
+                read(source, torch.from_numpy(self._rows[source, : end - begin]))
 
     def refuse(
         self, piece: PieceInMemory, encoded: Encoded, begin: int, end: int, segment: Segment
@@ -150,7 +166,7 @@ class ChangedOperands:
             loads.insert(0, setting.models[0])
         for model in loads:
             stored = piece.inputs[model]
-            if stored is None or (piece.deltas and piece.deltas[model]):
+            if stored is None or not self._is_stored(piece, model):
                 values = self._rows[setting.sources.index(model), : end - begin]
             else:
                 values = stored.widen(begin, end).astype(np.float32)

@@ -20,7 +20,13 @@ from streammerge.engine.asking import (
 )
 from streammerge.engine.compiled.bench import Bench, Encoded
 from streammerge.engine.compiled.changed import ChangedOperands
-from streammerge.engine.compiled.operands import CALLS, StoredOperand, find_operands, in_batches
+from streammerge.engine.compiled.operands import (
+    CALLS,
+    PieceOperands,
+    StoredOperand,
+    find_operands,
+    in_batches,
+)
 from streammerge.engine.compiled.refusing import refuse_operands
 from streammerge.engine.compiled.rows import CompiledRows, WantedRows
 from streammerge.engine.pieces import Part, PieceInMemory
@@ -109,10 +115,10 @@ class CompiledMeasuring:
         """
         encoded = self._bench.rounds[piece.first.task.setting][asking.round]
         operands = self._find_operands(piece, encoded)
-        if operands is None and not self._takes_changed(piece, encoded):
+        if operands is None:
             return None
-        if operands is not None and piece.first.task.row:
-            return self._answer_rows(piece, asking, encoded, operands)
+        if operands.stored is not None and piece.first.task.row:
+            return self._answer_rows(piece, asking, encoded, operands.stored)
         jobs = [
             _Job(block.begin, block.end, block.segments[0], asking.questions)
             for block in split_piece(piece, [asking.found], [[]])
@@ -123,13 +129,13 @@ class CompiledMeasuring:
         self,
         piece: PieceInMemory,
         encoded: Encoded,
-        operands: Sequence[StoredOperand] | None,
+        operands: PieceOperands,
         jobs: Sequence[_Job],
         asking: Asking,
     ) -> Iterator[BlockAnswer]:
         # One block at a time where much comes of it: a histogram is half a MiB, all values one MiB.
         much = any(isinstance(each, Bins) or each == _EVERYTHING for each in asking.questions)
-        for batch in self._batches(jobs, alone=much or operands is None):
+        for batch in self._batches(jobs, alone=much or operands.stored is None):
             totals = self._run(piece, encoded, operands, batch)
             for job, own in zip(batch, totals, strict=True):
                 yield BlockAnswer(tuple(job.counted), own.copy() if asking.totals else None)
@@ -174,31 +180,41 @@ class CompiledMeasuring:
 
         known, operands = self._rows.know(wide, operands, WantedRows(run, job.segment, refuse))
         job = replace(job, rows=known)
-        totals = self._run(wide, encoded, operands, [job])
+        totals = self._run(wide, encoded, PieceOperands(operands), [job])
         return np.array(join_totals(encoded.program.totals, totals))
 
     def _batches(self, jobs: Sequence[_Job], *, alone: bool) -> Iterator[Sequence[_Job]]:
         return iter([job] for job in jobs) if alone else in_batches(jobs)
 
-    def _takes_changed(self, piece: PieceInMemory, encoded: Encoded) -> bool:
-        return self._changed is not None and self._changed.serve(piece, encoded)
+    def _find_operands(self, piece: PieceInMemory, encoded: Encoded) -> PieceOperands | None:
+        """Return what the machine reads of a piece; None if it cannot."""
+        stored = self._find_stored(piece, encoded)
+        if stored is not None:
+            return PieceOperands(stored)
+        if self._changed is None or not self._changed.serve(piece, encoded):
+            return None
+        if self._changed.multiplies:
+            return self._changed.of_piece(piece, encoded)
+        return PieceOperands(None)
 
-    def _operands_of(
-        self, piece: PieceInMemory, encoded: Encoded, job: _Job
-    ) -> Sequence[StoredOperand]:
-        """Return what adapters make of the base for one job."""
-        assert self._changed is not None  # noqa: S101 - the caller looked
-        return self._changed.of_range(piece, encoded, job.begin, job.end, job.segment)
-
-    def _find_operands(self, piece: PieceInMemory, encoded: Encoded) -> list[StoredOperand] | None:
+    def _find_stored(self, piece: PieceInMemory, encoded: Encoded) -> list[StoredOperand] | None:
         setting = self._plan.settings[piece.first.task.setting]
         return find_operands(piece, setting, loads_base=encoded.loads_base)
+
+    def _stored_of(
+        self, piece: PieceInMemory, encoded: Encoded, operands: PieceOperands, job: _Job
+    ) -> Sequence[StoredOperand]:
+        """Return the operands of one job."""
+        if operands.stored is not None:
+            return operands.stored
+        assert self._changed is not None  # noqa: S101 - it makes them
+        return self._changed.of_range(piece, encoded, job.begin, job.end, job.segment)
 
     def _run(
         self,
         piece: PieceInMemory,
         encoded: Encoded,
-        operands: Sequence[StoredOperand] | None,
+        operands: PieceOperands,
         batch: Sequence[_Job],
     ) -> NDArray[np.float64]:
         """Run a batch, or one job about rows; leave what is counted with the jobs.
@@ -206,16 +222,15 @@ class CompiledMeasuring:
         Args:
             piece: The piece.
             encoded: What is run.
-            operands: The models; None for what adapters make of the base, which are those of one job.
-            batch: The jobs.
+            operands: The models.
+            batch: The jobs; one where each has operands of its own.
 
         Returns:
             ``[jobs, totals]``, or ``[rows, totals]``.
         """
         bench = self._bench
-        bench.begin()
-        if operands is None:
-            operands = self._operands_of(piece, encoded, batch[0])
+        bench.begin(operands.changes)
+        stored = self._stored_of(piece, encoded, operands, batch[0])
         n_totals = len(encoded.program.totals)
         rows = batch[0].rows
         count = len(batch) if rows is None else len(rows.numbers)
@@ -224,7 +239,7 @@ class CompiledMeasuring:
             bench.fill(
                 index,
                 encoded,
-                operands,
+                stored,
                 begin=job.begin,
                 end=job.end,
                 segment=job.segment,
@@ -290,7 +305,7 @@ class CompiledMeasuring:
         A merge would raise it as well; a sweep over a model need not wait for that.
         """
         begin, end = (0, piece.numel) if len(piece.parts) > 1 else (job.begin, job.end)
-        if self._find_operands(piece, encoded) is None:
+        if self._find_stored(piece, encoded) is None:
             assert self._changed is not None  # noqa: S101 - the machine has run it
             self._changed.refuse(piece, encoded, begin, end, job.segment)
             raise AssertionError("the machine refuses what is finite")
@@ -314,16 +329,16 @@ class CompiledMeasuring:
         """
         encoded = self._bench.rounds[piece.first.task.setting][asking.round]
         operands = self._find_operands(piece, encoded)
-        if operands is None and not self._takes_changed(piece, encoded):
+        if operands is None:
             return False
         by_rows = bool(piece.first.task.row)
         filled = 0
-        alone = by_rows or operands is None
+        alone = by_rows or operands.stored is None
         for batch in ([run] for run in runs) if alone else in_batches(runs):
             count = sum(numel for _, numel in batch)
             room = out[:, filled : filled + count]
-            if operands is not None and by_rows:
-                self._sample_rows(piece, batch[0], operands, asking=asking, out=room)
+            if operands.stored is not None and by_rows:
+                self._sample_rows(piece, batch[0], operands.stored, asking=asking, out=room)
             else:
                 self._sample_runs(piece, batch, operands, asking=asking, out=room)
             filled += count
@@ -333,7 +348,7 @@ class CompiledMeasuring:
         self,
         piece: PieceInMemory,
         runs: Sequence[SampleRun],
-        operands: Sequence[StoredOperand] | None,
+        operands: PieceOperands,
         *,
         asking: Asking,
         out: NDArray[Any],
@@ -388,9 +403,9 @@ class CompiledMeasuring:
         ]
         for encoded, asked in zip(self._bench.rounds[setting], programs.work.rounds, strict=True):
             operands = self._find_operands(piece, encoded)
-            if operands is None and not self._takes_changed(piece, encoded):
+            if operands is None:
                 return None
-            alone = programs.by_rows or operands is None
+            alone = programs.by_rows or operands.stored is None
             for batch in ([each] for each in scopes) if alone else in_batches(scopes):
                 self._settle_round(piece, encoded, asked, operands, batch)
         nothing = found_of_nothing(programs)
@@ -402,7 +417,7 @@ class CompiledMeasuring:
         piece: PieceInMemory,
         encoded: Encoded,
         asked: Round,
-        operands: Sequence[StoredOperand] | None,
+        operands: PieceOperands,
         batch: Sequence[_Scope],
     ) -> None:
         """Add to what is known of some tensors what a round finds."""
@@ -416,10 +431,10 @@ class CompiledMeasuring:
             )
             for scope, own in zip(batch, ranks, strict=True)
         ]
-        if operands is not None and piece.first.task.row:
+        if operands.stored is not None and piece.first.task.row:
             (job,) = jobs
             run = Run(0, job.end, own=True)
-            totals = self._run_rows(piece, encoded, operands, run, job)[None]
+            totals = self._run_rows(piece, encoded, operands.stored, run, job)[None]
         else:
             totals = self._run(piece, encoded, operands, jobs)
         for scope, job, own, sums in zip(batch, jobs, ranks, totals, strict=True):

@@ -15,7 +15,12 @@ from numpy.typing import NDArray
 from streammerge.dtypes import DType
 from streammerge.engine.compiled.bench import Bench, Encoded
 from streammerge.engine.compiled.changed import ChangedOperands
-from streammerge.engine.compiled.operands import StoredOperand, find_operands, in_batches
+from streammerge.engine.compiled.operands import (
+    PieceOperands,
+    StoredOperand,
+    find_operands,
+    in_batches,
+)
 from streammerge.engine.compiled.refusing import refuse_operands
 from streammerge.engine.compiled.rows import CompiledRows, WantedRows
 from streammerge.engine.finite import LARGEST, check_range
@@ -82,7 +87,7 @@ class CompiledMerging:
         if operands is None:
             return self._merge_changed(piece, encoded, surveying, jobs, out)
         for batch in in_batches(jobs):
-            refused = self._run_jobs(encoded, operands, batch, out, surveying)
+            refused = self._run_jobs(encoded, PieceOperands(operands), batch, out, surveying)
             if refused:
                 first = self._bench.first_refused(len(batch))
                 self._refuse(piece, encoded, operands, batch[first])
@@ -119,14 +124,28 @@ class CompiledMerging:
         if changed is None or not changed.serve(piece, encoded):
             self.surveyed_piece = None
             return False
+        if changed.multiplies:
+            ours = changed.of_piece(piece, surveying or encoded)
+            for batch in in_batches(jobs):
+                if self._run_jobs(encoded, ours, batch, out, surveying):
+                    self._refuse_changed(
+                        piece, encoded, batch[self._bench.first_refused(len(batch))]
+                    )
+            return True
         for job in jobs:
             operands = changed.of_range(
                 piece, surveying or encoded, job.begin, job.end, job.segment
             )
-            if self._run_jobs(encoded, operands, [job], out, surveying):
-                changed.refuse(piece, encoded, job.begin, job.end, job.segment)
-                self._refuse_result(piece, encoded, operands, job)
+            if self._run_jobs(encoded, PieceOperands(operands), [job], out, surveying):
+                self._refuse_changed(piece, encoded, job)
         return True
+
+    def _refuse_changed(self, piece: PieceInMemory, encoded: Encoded, job: _Job) -> Never:
+        """Raise the error about what adapters make of a job."""
+        assert self._changed is not None  # noqa: S101 - the machine has run it
+        self._changed.refuse(piece, encoded, job.begin, job.end, job.segment)
+        operands = self._changed.of_range(piece, encoded, job.begin, job.end, job.segment)
+        self._refuse_result(piece, encoded, operands, job)
 
     def merge_rows(self, piece: PieceInMemory, block: Block, out: Stored) -> bool:
         """Merge a piece whose rows must be seen whole; return whether the machine can.
@@ -222,7 +241,7 @@ class CompiledMerging:
     def _run_jobs(
         self,
         encoded: Encoded,
-        operands: Sequence[StoredOperand],
+        operands: PieceOperands,
         batch: Sequence[_Job],
         out: Stored,
         surveying: Encoded | None,
@@ -234,15 +253,17 @@ class CompiledMerging:
         target, limit = StoredOperand.of(out), LARGEST[out.dtype]
         bench, program = self._bench, surveying or encoded
         totals = np.empty((len(batch), len(program.program.totals)))
+        assert operands.stored is not None  # noqa: S101 - merging asks for those of its jobs
+        stored = [*operands.stored]
         if surveying is not None:
             # What was stored of a tile is read as if it were one more source.
-            operands = [*operands, target]
-        bench.begin()
+            stored.append(target)
+        bench.begin(operands.changes)
         for index, job in enumerate(batch):
             bench.fill(
                 index,
                 program,
-                operands,
+                stored,
                 begin=job.begin,
                 end=job.end,
                 segment=job.segment,

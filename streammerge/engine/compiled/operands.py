@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -10,6 +11,7 @@ from streammerge.assignment.types import Setting
 from streammerge.dtypes import DType
 from streammerge.engine.pieces import PieceInMemory, Stored
 from streammerge.native.library import DTYPE_CODES
+from streammerge.native.machine import ChangeCall
 
 Job = TypeVar("Job")
 
@@ -36,6 +38,16 @@ class StoredOperand:
     def at(self, element: int) -> int:
         """Return the address of an element of the piece."""
         return self.address + element * self.itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class PieceOperands:
+    """What the machine reads of a piece."""
+
+    stored: Sequence[StoredOperand] | None
+    """The base, if there is one, and the sources; None where every job has others."""
+    changes: ctypes.Array[ChangeCall] | None = None
+    """What it computes before a job, in the place of some of them."""
 
 
 UNUSED = StoredOperand(0, 0, DTYPE_CODES[DType.F32])

@@ -54,7 +54,7 @@ class CompiledStage:
         changed = None
         if any(task.changes for task in plan.tasks):
             bench_of_plain = None if plain is None else plain.bench
-            changed = ChangedOperands(plan, self._programs, bench_of_plain)
+            changed = ChangedOperands(kernels, plan, self._programs, bench_of_plain)
         self._merging = CompiledMerging(bench, rows, changed, counts=self._tells)
         self._measuring = CompiledMeasuring(bench, rows, self._programs, changed)
         self._surveys = CompiledSurveys(bench, surveys, changed)
