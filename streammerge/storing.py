@@ -1,8 +1,8 @@
 """A merge whose result goes to a store: its shards in parts as they are done, all else in the end.
 
-What must outlive the process lies in a directory of this machine, which a resume needs: the journal, and
-what was begun in the store. A result is complete when it has its manifest, which comes last. While a
-merge is at work an object says so, which no other merge writes over.
+What must outlive the process lies in a directory of this machine, and in the store: the journal, and what was
+begun there. So a resume needs the store alone. A result is complete when it has its manifest, which comes last.
+While a merge is at work an object says so, which no other merge writes over.
 
 Memory: as any merge.
 """
@@ -35,16 +35,25 @@ from streammerge.checkpoint.manifest import (
     digest_identity,
     read_manifest,
 )
+from streammerge.checkpoint.outputdir import check_same, has_work
 from streammerge.checkpoint.outputfile import OutputFile
 from streammerge.checkpoint.outputform import MANIFEST_NAME, form_of
 from streammerge.checkpoint.places import UPLOADS_NAME, choose_place, is_own
+from streammerge.checkpoint.storedjournal import (
+    HEAD_NAME,
+    StoredJournal,
+    bring_uploads,
+    is_journal,
+    read_stored_head,
+    remove_journal,
+)
 from streammerge.checkpoint.uploading import UploadedFile, Uploads, is_sent, read_uploads
 from streammerge.engine.progress import OnProgress, ProgressEvent
 from streammerge.errors import CheckpointError, OutputError, OutputExistsError, StreamMergeError
 from streammerge.identity import identify
 from streammerge.merging import MergeJob
 from streammerge.plan.types import MergePlan
-from streammerge.storage.targets import Target, open_target
+from streammerge.storage.targets import Small, Target, open_target
 from streammerge.storage.urls import check_url
 from streammerge.units import GIB
 
@@ -68,9 +77,12 @@ def find_stored(planned: MergePlan, url: str) -> Manifest | None:
     listed = {name: file.nbytes for name, file in manifest.files.items()}
     if any(there.get(name) != nbytes for name, nbytes in listed.items()):
         return None
-    if LOCK_NAME in there:
-        left = target.get(LOCK_NAME)
-        if left is not None and _is_over(left.content):
+    lock = target.get(LOCK_NAME) if LOCK_NAME in there else None
+    if lock is None or _is_over(lock.content) or lock.age >= _STALE_SECONDS:
+        # What was killed behind its last step.
+        if any(map(is_journal, there)):
+            remove_journal(target)
+        if lock is not None:
             target.delete(LOCK_NAME)
     shutil.rmtree(_scratch_of(url), ignore_errors=True)
     return manifest
@@ -115,10 +127,12 @@ def store_job(job: MergeJob, url: str) -> Callable[[OnProgress], Manifest]:
 
             def report(event: ProgressEvent) -> None:
                 beat()
+                sink.keep_up()
                 on_progress(event)
 
             # What an earlier run has published here was on its way to the store.
             shutil.rmtree(local, ignore_errors=True)
+            sink.take_up()
             manifest = MergeJob(
                 planned,
                 local,
@@ -167,8 +181,18 @@ class _StoreSink:
     overwrite: bool
     resume: bool
     uploads: Uploads | None = None
+    journal: StoredJournal | None = None
     old: Sequence[str] = ()
     """The files of an earlier merge that is replaced."""
+    outdated: bool = False
+    """Whether something of a journal is there, if that turns out to be another's."""
+    announced: bool = False
+    """Whether the store knows what its objects are of."""
+
+    @property
+    def partial(self) -> Path:
+        """Where the result grows on this machine."""
+        return choose_place(self.local).partial
 
     @property
     def room(self) -> int:
@@ -187,20 +211,33 @@ class _StoreSink:
 
     def check(self) -> None:
         """Raise if the result may not go there."""
-        partial = choose_place(self.local).partial
-        journal = read_journal(partial / JOURNAL_NAME) if partial.is_dir() else None
-        continues = self.resume and journal is not None
+        listed = [each.name for each in self.target.list()]
+        there = [name for name in listed if name != LOCK_NAME and not is_journal(name)]
+        if LOCK_NAME in listed:
+            self._refuse_busy(self.target.get(LOCK_NAME))
+        head = read_stored_head(self.target, self.url) if self.resume else None
+        here = read_journal(self.partial / JOURNAL_NAME) if self.partial.is_dir() else None
+        self.outdated = any(map(is_journal, listed))
+        before = head or here
         replaces = self.overwrite or (
-            continues and journal is not None and bool(journal.identity.get("overwrite"))
+            self.resume and before is not None and bool(before.identity.get("overwrite"))
         )
-        there = [each.name for each in self.target.list() if each.name != LOCK_NAME]
-        if not there:
-            return
         if MANIFEST_NAME in there and not replaces:
             raise OutputExistsError(
                 f"{self.url}: already holds a result; give --overwrite to replace it, or choose another place"
             )
-        own = None if journal is None else read_uploads(partial / UPLOADS_NAME)[0]
+        if HEAD_NAME in listed and not (self.resume or self.overwrite):
+            raise OutputExistsError(
+                f"{self.url}: holds an unfinished merge; give --resume to continue it, or --overwrite to start "
+                "anew"
+            )
+        own = {None if head is None else head.token}
+        if here is not None:
+            own.add(read_uploads(self.partial / UPLOADS_NAME)[0])
+        self._check_objects(there, own, replaces=replaces)
+
+    def _check_objects(self, there: Sequence[str], own: set[str | None], *, replaces: bool) -> None:
+        """Raise if an object is of nobody known, or of another merge that may not be replaced."""
         ours = {MANIFEST_NAME}
         if MANIFEST_NAME in there:
             manifest = _read_manifest(self.target)
@@ -212,13 +249,46 @@ class _StoreSink:
                 f"{self.url}: holds {len(foreign)} object(s) that no merge lists ({', '.join(foreign[:3])}); "
                 "they would be mixed with the result, move them away or choose another place"
             )
-        if any(token != own for token in tokens.values()) and not replaces:
+        if any(token not in own for token in tokens.values()) and not replaces:
             raise OutputExistsError(
-                f"{self.url}: holds {len(tokens)} object(s) of a merge that did not end, and of which this machine knows "
-                "nothing; give --overwrite to replace them, or resume it where it ran"
+                f"{self.url}: holds {len(tokens)} object(s) of a merge that did not end, and of which neither this "
+                "machine nor the store has a journal; give --overwrite to replace them"
             )
         ours |= tokens.keys()
         self.old = [name for name in there if name in ours]
+
+    def take_up(self) -> None:
+        """Go on with what an earlier run has begun, here or on another machine; or begin."""
+        head = read_stored_head(self.target, self.url) if self.resume else None
+        here = read_journal(self.partial / JOURNAL_NAME) if self.resume else None
+        token, begun = read_uploads(self.partial / UPLOADS_NAME) if here else (None, {})
+        if head is None:
+            token = token or secrets.token_hex(8)
+        else:
+            check_same(Path(self.url), head.identity, identify(self.planned))
+            if token not in {None, head.token}:
+                # Another machine has begun anew since: what lies here is of a merge that was given up.
+                shutil.rmtree(self.partial, ignore_errors=True)
+                begun = {}
+            token = head.token
+            bring_uploads(self.target, head, self.partial, begun)
+        self.journal = StoredJournal(self.target, self.partial, token)
+        self.uploads = Uploads(
+            self.target,
+            self.partial,
+            token,
+            before_complete=self._announce,
+            while_waiting=self.journal.keep_up,
+        )
+        if here is not None or head is not None:
+            self.uploads.recover({s.name: s.nbytes for s in self.planned.layout.shards})
+        if head is not None:
+            self.journal.bring(head, self.has)
+
+    def keep_up(self) -> None:
+        """Let another machine go on from about here, should this one not."""
+        assert self.journal is not None  # noqa: S101 - taken up
+        self.journal.keep_up()
 
     @contextmanager
     def locked(self) -> Iterator[Callable[[], None]]:
@@ -260,11 +330,7 @@ class _StoreSink:
         if version is not None:
             return version
         found = self.target.get(LOCK_NAME)
-        if found is not None and found.age < _STALE_SECONDS and not _is_over(found.content):
-            raise OutputExistsError(
-                f"{self.url}: another merge is at work there, by a sign of {found.age:.0f} s ago; wait for it, or if "
-                f"it was killed for {_STALE_SECONDS - found.age:.0f} s"
-            )
+        self._refuse_busy(found)
         version = self.target.put(
             LOCK_NAME, _sign_of_life(sign), instead_of=None if found is None else found.version
         )
@@ -272,15 +338,21 @@ class _StoreSink:
             raise OutputExistsError(f"{self.url}: another merge has begun there at this moment")
         return version
 
+    def _refuse_busy(self, found: Small | None) -> None:
+        """Raise if a sign of life is that of a merge at work."""
+        if found is not None and found.age < _STALE_SECONDS and not _is_over(found.content):
+            raise OutputExistsError(
+                f"{self.url}: another merge is at work there, by a sign of {found.age:.0f} s ago; wait for it, or if "
+                f"it was killed for {_STALE_SECONDS - found.age:.0f} s"
+            )
+
     @contextmanager
     def at_work(self, partial: Path) -> Iterator[None]:
-        """Go on with what an earlier run has begun in the store, or throw it away."""
-        token = read_uploads(partial / UPLOADS_NAME)[0]
-        self.uploads = Uploads(
-            self.target, partial, token or secrets.token_hex(8), before_first=self._unpublish
-        )
-        if token is not None:
-            self.uploads.recover({s.name: s.nbytes for s in self.planned.layout.shards})
+        """Throw away what earlier runs have begun in the store and this one does not go on with."""
+        assert self.uploads is not None  # noqa: S101 - taken up
+        assert self.journal is not None  # noqa: S101 - taken up
+        if self.outdated and not self.journal.brought:
+            remove_journal(self.target)
         going_on = set(self.uploads.begun.items())
         for name, upload in self.target.uploads():
             if (name, upload) not in going_on:
@@ -289,18 +361,36 @@ class _StoreSink:
             yield
         except BaseException:
             self.uploads.stop()
-            journal = read_journal(partial / JOURNAL_NAME)
-            if journal is None or not journal.lines:
-                # Nothing that a resume could go on from: the store need not keep it.
-                for name, upload in self.uploads.begun.items():
-                    if upload:
-                        self.target.abort(name, upload)
+            self._leave(partial)
             raise
         self.uploads.stop()
 
-    def _unpublish(self) -> None:
-        """Let there be no complete result there until the new one is."""
+    def _leave(self, partial: Path) -> None:
+        """Keep what a resume could go on from, and nothing else."""
+        assert self.uploads is not None  # noqa: S101 - taken up
+        assert self.journal is not None  # noqa: S101 - taken up
+        journal = read_journal(partial / JOURNAL_NAME)
+        if self.announced or (journal is not None and has_work(partial, journal)):
+            # What ended it may be that the store cannot be reached.
+            with contextlib.suppress(StreamMergeError):
+                self.journal.save()
+            return
+        with contextlib.suppress(StreamMergeError):
+            for name, upload in self.uploads.begun.items():
+                if upload:
+                    self.target.abort(name, upload)
+            remove_journal(self.target)
+
+    def _announce(self) -> None:
+        """Let no object be complete of which nobody knows what it is of."""
+        assert self.journal is not None  # noqa: S101 - taken up
+        if self.announced:
+            self.journal.keep_up()
+            return
+        self.announced = True
+        self.journal.save(whatever=True)
         if self.old:
+            # Until the new one is, there is no complete result.
             self.target.delete(MANIFEST_NAME)
 
     def has(self, piece: PieceDone) -> bool:
@@ -355,6 +445,7 @@ class _StoreSink:
             if path.is_file() and name not in shards and name != MANIFEST_NAME and not is_own(name):
                 self.target.put(name, path.read_bytes(), token=token)
         self.target.put(MANIFEST_NAME, (partial / MANIFEST_NAME).read_bytes(), token=token)
+        remove_journal(self.target)
         for name in shards:
             # Nothing that has holes in the place of values may look like a result.
             (partial / name).unlink()

@@ -16,7 +16,7 @@ import hashlib
 import json
 import os
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -213,16 +213,33 @@ def read_journal(path: Path) -> Found | None:
     identity: dict[str, Any] | None = None
     lines: list[bytes] = []
     end = 0
-    while (line_end := data.find(b"\n", end)) >= 0:
-        text = _checked(data[end:line_end])
-        if text is None:
-            break
+    for line in whole_lines(data):
         if identity is None:
-            identity = _parse(text, where=f"{path}: line 1")
+            identity = parse_head(line, where=f"{path}: line 1")
         else:
-            lines.append(text)
-        end = line_end + 1
+            lines.append(_text_of(line))
+        end += len(line) + 1
     return None if identity is None else Found(identity, tuple(lines), end)
+
+
+def whole_lines(data: bytes) -> Iterator[bytes]:
+    """Yield the lines of a journal, without their ends, up to the first one that is not whole."""
+    begin = 0
+    while (end := data.find(b"\n", begin)) >= 0:
+        line = data[begin:end]
+        if _checked(line) is None:
+            return
+        yield line
+        begin = end + 1
+
+
+def parse_head(line: bytes, *, where: str) -> dict[str, Any]:
+    """Return what the first line of a journal says, which is whole.
+
+    Raises:
+        ResumeError: It is no identity.
+    """
+    return _parse(_text_of(line), where=where)
 
 
 def read_head(path: Path) -> dict[str, Any] | None:
@@ -324,6 +341,10 @@ def _checked(line: bytes) -> bytes | None:
     """Return the text of a line if its checksum agrees."""
     checksum, _, text = line.partition(b" ")
     return text if checksum == _checksum(text) else None
+
+
+def _text_of(line: bytes) -> bytes:
+    return line.partition(b" ")[2]
 
 
 def _parse(text: bytes, *, where: str) -> dict[str, Any]:

@@ -61,8 +61,10 @@ class Uploads:
     """The upload of each file that was begun."""
     known: dict[str, Known] = field(default_factory=dict)
     """What the store has of them."""
-    before_first: Callable[[], None] | None = None
-    """Called before the first object becomes complete."""
+    before_complete: Callable[[], None] = lambda: None
+    """Called before an object becomes complete, by the thread that closes files."""
+    while_waiting: Callable[[], None] = lambda: None
+    """Called by that thread while it waits for parts."""
 
     def __post_init__(self) -> None:
         """Make what sends."""
@@ -79,25 +81,32 @@ class Uploads:
         Raises:
             ResumeError: What the earlier run has left cannot be read.
         """
-        for name, upload in read_uploads(self.place / UPLOADS_NAME)[1].items():
+        uploads = read_uploads(self.place / UPLOADS_NAME)[1]
+        for name, upload in uploads.items():
             if name not in shards:
                 continue
-            parts = self.target.parts(name, upload)
+            sizes = dict(_parts_of(shards[name]))
+            parts = self.target.parts(name, upload) if upload else None
             if parts is not None:
+                # Cut in another way, they would not be the parts that are missing.
+                fit = {
+                    number: part.version
+                    for number, part in parts.items()
+                    if part.nbytes == sizes.get(number)
+                }
                 self.begun[name] = upload
-                self.known[name] = Known(upload, parts)
+                self.known[name] = Known(upload, fit)
             elif self.target.token_of(name) == self.token:
-                count = -(-shards[name] // part_nbytes(shards[name]))
                 self.begun[name] = ""
-                self.known[name] = Known("", dict.fromkeys(range(1, count + 1), ""))
+                self.known[name] = Known("", dict.fromkeys(sizes, ""))
 
     def upload_of(self, name: str) -> str:
         """Return the upload of a file, begun now if it was not; empty for one that is complete."""
         with self._lock:
             if name not in self.begun:
                 self.begun[name] = self.target.begin(name, self.token)
-                said = {"token": self.token, "uploads": self.begun}
-                write_durably(self.place / UPLOADS_NAME, [json.dumps(said).encode()])
+                said = write_uploads(self.token, self.begun)
+                write_durably(self.place / UPLOADS_NAME, [said])
             return self.begun[name]
 
     def send(
@@ -130,9 +139,7 @@ class Uploads:
         upload = self.upload_of(name)
         if not upload:
             return
-        if self.before_first is not None:
-            self.before_first()
-            self.before_first = None
+        self.before_complete()
         self.target.complete(name, upload, parts)
         self.begun[name] = ""
 
@@ -153,13 +160,35 @@ def read_uploads(path: Path) -> tuple[str | None, dict[str, str]]:
         return None, {}
     except OSError as error:
         raise ResumeError(f"{path}: cannot be read: {error.strerror}") from error
+    found = parse_uploads(content)
+    if found is None:
+        raise ResumeError(
+            f"{path}: does not say what was begun in the store; give --overwrite to start anew"
+        )
+    return found
+
+
+def write_uploads(token: str, uploads: Mapping[str, str]) -> bytes:
+    """Return what :func:`parse_uploads` reads."""
+    return json.dumps({"token": token, "uploads": uploads}).encode()
+
+
+def parse_uploads(content: bytes) -> tuple[str, dict[str, str]] | None:
+    """Return the token of an unfinished merge and its uploads by file; None of what says something else."""
     try:
         said: Any = json.loads(content)
         return str(said["token"]), {str(k): str(v) for k, v in said["uploads"].items()}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ResumeError(
-            f"{path}: does not say what was begun in the store; give --overwrite to start anew"
-        ) from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
+
+
+def _parts_of(nbytes: int) -> list[tuple[int, int]]:
+    """Return numbers and sizes of the parts of a file of some bytes."""
+    size = part_nbytes(nbytes)
+    return [
+        (number, min(size, nbytes - (number - 1) * size))
+        for number in range(1, -(-nbytes // size) + 1)
+    ]
 
 
 class UploadedFile(OutputFile):
@@ -194,11 +223,8 @@ class UploadedFile(OutputFile):
         self._size = part_nbytes(nbytes)
         known = uploads.known.get(name)
         self._sent: dict[int, str] = {} if known is None else dict(known.parts)
-        count = -(-nbytes // self._size)
         self._missing = {
-            number: min(self._size, nbytes - (number - 1) * self._size)
-            for number in range(1, count + 1)
-            if number not in self._sent
+            number: size for number, size in _parts_of(nbytes) if number not in self._sent
         }
         self._pieces: list[tuple[set[int], Sequence[PieceDone]]] = []
         self._state = threading.Lock()
@@ -283,6 +309,7 @@ class UploadedFile(OutputFile):
         try:
             while self._futures:
                 self._futures[0].result()
+                self._uploads.while_waiting()
                 self._raise_failure()
             if any(self._missing[number] for number in self._missing.keys() - self._sent.keys()):
                 raise OutputError(f"{self._path}: not all of its bytes were written")

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any, TypeVar
 
 from streammerge.errors import OutputError
 from streammerge.storage.objects import Listed
 from streammerge.storage.retrying import persist
 from streammerge.storage.s3 import S3Store
-from streammerge.storage.targets import Slice, Small
+from streammerge.storage.targets import SentPart, Slice, Small
 
 _TOKEN = "streammerge-attempt"  # noqa: S105 - a key of metadata
 _CONDITION_FAILED = (409, 412)
@@ -44,17 +46,17 @@ class S3Target:
         )
         return str(made["UploadId"])
 
-    def parts(self, name: str, upload: str) -> Mapping[int, str] | None:
+    def parts(self, name: str, upload: str) -> Mapping[int, SentPart] | None:
         """Return the parts that have come."""
-        found: dict[int, str] = {}
+        found: dict[int, SentPart] = {}
 
-        def ask(client: Any, at: Mapping[str, str]) -> Mapping[int, str] | None:
+        def ask(client: Any, at: Mapping[str, str]) -> Mapping[int, SentPart] | None:
             found.clear()
             marker = 0
             while True:
                 page = client.list_parts(**at, UploadId=upload, PartNumberMarker=marker)
                 for each in page.get("Parts", ()):
-                    found[each["PartNumber"]] = each["ETag"]
+                    found[each["PartNumber"]] = SentPart(each["ETag"], each["Size"])
                 if not page.get("IsTruncated"):
                     return found
                 marker = page["NextPartNumberMarker"]
@@ -118,7 +120,7 @@ class S3Target:
             now = _date_of(found)
             age = 0.0 if now is None else (now - found["LastModified"]).total_seconds()
             with found["Body"] as body:
-                return Small(body.read(), found["ETag"], age)
+                return Small(body.read(), found["ETag"], age, found.get("Metadata", {}).get(_TOKEN))
 
         return self._do(name, ask, missing=None)
 
@@ -143,6 +145,21 @@ class S3Target:
             unmet=_CONDITION_FAILED if condition else (),
         )
         return None if put is None else str(put["ETag"])
+
+    def put_file(self, name: str, path: Path, token: str) -> None:
+        """Write an object of a file."""
+
+        def send(client: Any, at: Mapping[str, str]) -> None:
+            with path.open("rb") as stream:
+                nbytes = os.fstat(stream.fileno()).st_size
+                client.put_object(
+                    **at,
+                    Body=_Range(stream, 0, nbytes),
+                    ContentLength=nbytes,
+                    Metadata={_TOKEN: token},
+                )
+
+        self._do(name, send)
 
     def delete(self, name: str) -> None:
         """Remove an object."""

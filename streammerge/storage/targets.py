@@ -37,6 +37,16 @@ class Slice:
 
 
 @dataclass(frozen=True, slots=True)
+class SentPart:
+    """A part that has come."""
+
+    version: str
+    """Which version of it."""
+    nbytes: int
+    """How large it is."""
+
+
+@dataclass(frozen=True, slots=True)
 class Small:
     """A small object."""
 
@@ -46,6 +56,8 @@ class Small:
     """Which version that is."""
     age: float
     """Seconds since it was written, by the store's own clock."""
+    token: str | None
+    """What it was marked by; None if by nothing."""
 
 
 class Target(Protocol):
@@ -59,8 +71,8 @@ class Target(Protocol):
         """Begin an object that comes in parts, marked by a token; return what the upload is called."""
         ...
 
-    def parts(self, name: str, upload: str) -> Mapping[int, str] | None:
-        """Return the versions of the parts that have come, by number from 1; None without such an upload."""
+    def parts(self, name: str, upload: str) -> Mapping[int, SentPart] | None:
+        """Return the parts that have come, by number from 1; None without such an upload."""
         ...
 
     def put_part(self, name: str, upload: str, number: int, part: Slice) -> str:
@@ -107,6 +119,13 @@ class Target(Protocol):
 
         Returns:
             None if the condition does not hold.
+        """
+        ...
+
+    def put_file(self, name: str, path: Path, token: str) -> None:
+        """Write an object, marked by a token, of a file that is not held in memory.
+
+        The file may be replaced meanwhile, not written to.
         """
         ...
 

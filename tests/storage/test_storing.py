@@ -8,13 +8,13 @@ import json
 import os
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from models import Models, assert_same_model, load_model
+from results import OUT, fetch, leftovers, names_in, with_shards
 from stored_models import recipe_at
 
 import streammerge
@@ -29,74 +29,6 @@ from streammerge.storage.s3target import S3Target
 
 boto3 = pytest.importorskip("boto3")
 moto = pytest.importorskip("moto.server")
-
-OUT = "s3://results/folder/merged"
-
-
-@pytest.fixture(scope="module")
-def address() -> Iterator[str]:
-    server = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    yield f"http://{host}:{port}"
-    server.stop()
-
-
-@pytest.fixture
-def bucket(address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    for name, value in {
-        "AWS_ENDPOINT_URL": address,
-        "AWS_ACCESS_KEY_ID": "AKIAEXAMPLE",
-        "AWS_SECRET_ACCESS_KEY": "secret",
-        "AWS_DEFAULT_REGION": "us-east-1",
-        storing.SCRATCH_VARIABLE: str(tmp_path / "scratch"),
-    }.items():
-        monkeypatch.setenv(name, value)
-    # Parts that stores take are at least 5 MiB, but for the last one.
-    monkeypatch.setattr(targets, "SMALLEST_PART", 5 * 2**20)
-    client = boto3.client("s3")
-    client.create_bucket(Bucket="results")
-    yield client
-    for each in client.list_multipart_uploads(Bucket="results").get("Uploads", ()):
-        client.abort_multipart_upload(Bucket="results", Key=each["Key"], UploadId=each["UploadId"])
-    for name in names_in(client, ""):
-        client.delete_object(Bucket="results", Key=name)
-    client.delete_bucket(Bucket="results")
-
-
-@pytest.fixture
-def large(tmp_path: Path) -> Path:
-    """Models of some 20 MiB in two shards, so that there are parts."""
-    (tmp_path / "large").mkdir()
-    models = Models(tmp_path / "large")
-    for seed, name in enumerate(("base", "a", "b")):
-        generator = torch.Generator().manual_seed(seed)
-        tensors = {f"layers.{i}.w": torch.randn((900, 1000), generator=generator) for i in range(6)}
-        path = models.write(tensors, name, shards=2)
-        (path / "config.json").write_text(json.dumps({"model_type": "llama"}))
-    return tmp_path / "large"
-
-
-def names_in(client: Any, prefix: str = "folder/merged/") -> list[str]:
-    found = client.list_objects_v2(Bucket="results", Prefix=prefix).get("Contents", ())
-    return [each["Key"][len(prefix) :] for each in found]
-
-
-def fetch(client: Any, directory: Path) -> Path:
-    for name in names_in(client):
-        (directory / name).parent.mkdir(parents=True, exist_ok=True)
-        client.download_file("results", f"folder/merged/{name}", str(directory / name))
-    return directory
-
-
-def leftovers(client: Any) -> list[str]:
-    return [
-        each["Key"] for each in client.list_multipart_uploads(Bucket="results").get("Uploads", ())
-    ]
-
-
-def with_shards(recipe: dict[str, Any]) -> dict[str, Any]:
-    return recipe | {"output": {"max_shard_size": "12MB"}}
 
 
 def test_what_is_there_is_what_would_be_on_a_disk(bucket: Any, large: Path, tmp_path: Path) -> None:
@@ -328,7 +260,7 @@ def test_each_request_may_fail_in_turn(
         assert not leftovers(bucket)
 
 
-def test_what_another_machine_left_is_replaced_only_where_that_is_said(
+def test_what_no_journal_tells_of_is_replaced_only_where_that_is_said(
     bucket: Any, large: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     complete = S3Target.complete
@@ -342,9 +274,12 @@ def test_what_another_machine_left_is_replaced_only_where_that_is_said(
         with pytest.raises(CheckpointError, match="the power is gone"):
             streammerge.merge(recipe_at(str(large)), OUT)
     monkeypatch.setenv(storing.SCRATCH_VARIABLE, str(tmp_path / "elsewhere"))
+    for name in names_in(bucket):
+        if name.startswith(".streammerge-journal/"):
+            bucket.delete_object(Bucket="results", Key=f"folder/merged/{name}")
 
     for options in ({}, {"resume": True}):
-        with pytest.raises(OutputExistsError, match="of which this machine knows nothing"):
+        with pytest.raises(OutputExistsError, match="neither this machine nor the store has"):
             streammerge.merge(recipe_at(str(large)), OUT, **options)
     streammerge.merge(recipe_at(str(large)), OUT, overwrite=True)
     assert not streammerge.verify_files(fetch(bucket, tmp_path / "fetched")).damages
