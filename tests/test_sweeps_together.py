@@ -241,7 +241,7 @@ def test_answers_that_are_not_what_they_should_be_are_refused(
         elif what == "torn":
             path.write_bytes(path.read_bytes()[:-1])
         else:
-            self._searches[0].ask_after_sample(self._searches[0]._room[:5000])
+            self._searches[0].ask_after_sample(self._searches[0]._room[:5000], run_numel=1024)
         absorb(self, path)
 
     monkeypatch.setattr(scopes.ScopeStatistics, "absorb", spoil)

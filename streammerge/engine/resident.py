@@ -17,7 +17,7 @@ from streammerge.engine.loading import LoadedChunk
 from streammerge.engine.pieces import PieceInMemory
 from streammerge.engine.scopes import ScopeStatistics
 from streammerge.statistics import BLOCK, count_blocks
-from streammerge.statistics.magnitude import SampleRun, choose_sample_runs
+from streammerge.statistics.magnitude import SAMPLE_RUN, SampleRun, choose_sample_runs
 
 
 class ResidentTensor:
@@ -136,10 +136,11 @@ def sample_pieces(
     stage: DeviceStage, statistics: ScopeStatistics, pieces: Sequence[PieceInMemory]
 ) -> None:
     """Sample a tensor that is all in memory, its pieces in any order."""
-    runs = choose_sample_runs(pieces[0].first.task.numel, statistics.sample_runs)
+    numel = pieces[0].first.task.numel
+    runs = choose_sample_runs(numel, statistics.sample_runs, run_numel=SAMPLE_RUN)
     if not runs:
         return
-    statistics.prepare_sample(sum(count for _, count in runs))
+    statistics.prepare_sample(sum(count for _, count in runs), SAMPLE_RUN)
     by_start = sorted(pieces, key=lambda piece: piece.first.start)
 
     def piece_of(run: SampleRun) -> PieceInMemory:

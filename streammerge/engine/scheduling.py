@@ -42,6 +42,7 @@ from streammerge.plan.sweeps import (
     Needs,
     collecting_limit,
     pack_sample,
+    sample_run_numel,
     scope_bytes,
     spread_runs,
 )
@@ -298,8 +299,9 @@ class Schedule:
         runs = spread_runs(self._context.plan, tasks, scope.sample_runs)
         if not runs:
             return
-        scope.prepare_sample(sum(piece.numel for piece in runs))
-        for chunk in pack_sample(self._context.plan, runs):
+        plan = self._context.plan
+        scope.prepare_sample(sum(piece.numel for piece in runs), sample_run_numel(plan))
+        for chunk in pack_sample(plan, runs):
             yield self._sample_load(chunk, scope, measuring)
         measuring.wait()
         scope.conclude_sample()

@@ -22,7 +22,7 @@ from streammerge.engine.buffers import allocate
 from streammerge.errors import ResumeError
 from streammerge.methods.programs import Programs
 from streammerge.plan.sweeps import count_sample_runs
-from streammerge.statistics.magnitude import STATE_ARRAYS, MagnitudeSearch
+from streammerge.statistics.magnitude import SAMPLE_RUN, STATE_ARRAYS, MagnitudeSearch
 from streammerge.statistics.rounds import NOTHING, Answers, Found, RowMemory
 from streammerge.statistics.topk import TopK
 from streammerge.statistics.totals import join_totals, no_totals
@@ -85,6 +85,7 @@ class ScopeStatistics:
             self._has_totals = not program.totals or self._answered.size == 0
             self._sample_runs = count_sample_runs(ranks, self._numel, self._limit)
             self._sample_numel = 0
+            self._run_numel = SAMPLE_RUN
             self._sampled = 0
             if not self._settled():
                 return
@@ -122,9 +123,10 @@ class ScopeStatistics:
         """How many runs of elements to sample before the present question is asked; 0 for none."""
         return self._sample_runs
 
-    def prepare_sample(self, numel: int) -> None:
-        """Expect a sample of ``numel`` elements per ranked value."""
+    def prepare_sample(self, numel: int, run_numel: int) -> None:
+        """Expect a sample of ``numel`` elements per ranked value, in runs of ``run_numel``."""
         self._sample_numel = numel
+        self._run_numel = run_numel
 
     def sample_room(self, count: int) -> NDArray[Any]:
         """Return the next ``[ranked, count]`` of the sample, to be filled."""
@@ -136,7 +138,7 @@ class ScopeStatistics:
     def conclude_sample(self) -> None:
         """Choose the first questions from the sample."""
         for search, room in zip(self._searches, self._rooms, strict=False):
-            search.ask_after_sample(room[: self._sample_numel])
+            search.ask_after_sample(room[: self._sample_numel], run_numel=self._run_numel)
         self._sample_runs = 0
 
     def add(self, first_block: int, answers: Sequence[BlockAnswer]) -> None:

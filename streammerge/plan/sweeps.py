@@ -33,6 +33,9 @@ _SAMPLE_NUMEL_PER_RUN = 2**19
 """A larger scope gets a run per so many elements: its band must be narrower to be collected."""
 _LEAST_NUMEL_PER_RUN = 8 * SAMPLE_RUN
 """A smaller scope is sampled at most to an eighth, or the sample would cost as much as a sweep."""
+_GATHERED_RUNS = 4
+"""Runs that are read as one where each read is a request to a store. More would leave too few places to tell
+how much they differ."""
 
 
 def programs_of_settings(method: MergeMethod, settings: Iterable[Setting]) -> list[Programs]:
@@ -129,8 +132,16 @@ def count_sample_runs(ranks: Sequence[Rank], numel: int, limit: int) -> int:
     return min(runs, numel // _LEAST_NUMEL_PER_RUN, limit // SAMPLE_RUN)
 
 
+def sample_run_numel(plan: MergePlan) -> int:
+    """Return the elements of what is sampled side by side of a tensor that is not in memory."""
+    return SAMPLE_RUN * (_GATHERED_RUNS if plan.asks_stores else 1)
+
+
 def spread_runs(plan: MergePlan, tasks: Sequence[int], runs: int) -> list[Piece]:
-    """Spread sample runs over tensors in proportion to their size."""
+    """Spread sample runs over tensors in proportion to their size, gathered where each is a request."""
+    run_numel = sample_run_numel(plan)
+    if runs:
+        runs = max(1, runs * SAMPLE_RUN // run_numel)
     total = sum(plan.tasks[index].numel for index in tasks)
     pieces: list[Piece] = []
     # What is owed carries over, so that many small tensors together are sampled as they weigh.
@@ -139,7 +150,8 @@ def spread_runs(plan: MergePlan, tasks: Sequence[int], runs: int) -> list[Piece]
         owed += runs * plan.tasks[index].numel / max(total, 1)
         count = int(owed)
         owed -= count
-        for start, numel in choose_sample_runs(plan.tasks[index].numel, count):
+        whole = plan.tasks[index].numel
+        for start, numel in choose_sample_runs(whole, count, run_numel=run_numel):
             pieces.append(Piece(index, start, numel))
     return pieces
 
@@ -154,7 +166,7 @@ def pack_sample(plan: MergePlan, runs: Sequence[Piece]) -> Iterator[Chunk]:
     )
     # A slot's worth per chunk, but enough chunks for all readers.
     around = max(most_around(plan.tasks[piece.task].row) for piece in runs)
-    fitting = plan.resources.slot_bytes // ((SAMPLE_RUN + around) * widest)
+    fitting = plan.resources.slot_bytes // ((sample_run_numel(plan) + around) * widest)
     per_chunk = max(1, min(fitting, -(-len(runs) // plan.resources.readers)))
     for pieces in _groups(plan, runs, per_chunk):
         models = {

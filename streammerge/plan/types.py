@@ -371,6 +371,11 @@ class MergePlan:
     """Whether what a report tells is found while tensors are merged."""
 
     @property
+    def asks_stores(self) -> bool:
+        """Whether anything is read by requests to a store."""
+        return any(file.remote is not None for file in self.files)
+
+    @property
     def bytes_to_write(self) -> int:
         """Bytes of all output shards."""
         return self.layout.nbytes

@@ -143,12 +143,13 @@ class MagnitudeSearch:
             self.question = Bins(0, self._infinity_bits)
         self._clear()
 
-    def ask_after_sample(self, sample: Floats) -> None:
+    def ask_after_sample(self, sample: Floats, *, run_numel: int) -> None:
         """Let a sample of magnitudes choose the first question; only speed depends on it.
 
         Args:
             sample: Magnitudes drawn evenly over the scope, run by run; what the room could not
                 hold is ignored.
+            run_numel: Elements of a run, which lie side by side.
         """
         sample = sample[: self._spare.size]
         if self.result is not None or sample.size == 0:
@@ -161,7 +162,8 @@ class MagnitudeSearch:
         ordered[:] = sample
         ordered.sort()
         if slack < affordable:
-            spread = _spread_of_runs(sample, float(ordered[min(int(rank), sample.size - 1)]))
+            middle = float(ordered[min(int(rank), sample.size - 1)])
+            spread = _spread_of_runs(sample, middle, run_numel)
             slack = max(slack, min(affordable, _SIGMAS * spread))
         low = max(0, int(rank - slack) - 1)
         high = min(sample.size - 1, int(rank + slack) + 1)
@@ -396,14 +398,14 @@ def _count_bins(question: Bins, magnitudes: Floats) -> Counted:
     return Counted(above, None, (), histogram)
 
 
-def _spread_of_runs(sample: Floats, middle: float) -> float:
+def _spread_of_runs(sample: Floats, middle: float, run_numel: int) -> float:
     """Return the standard deviation of the rank of ``middle``, as the runs of a sample show it.
 
     Neighbours differ less than others where rows or whole tensors have scales of their own, as in
     the products of adapters; so a run is worth less than its length. Runs are compared with the
     next ones, since their places are evenly spaced, not random.
     """
-    runs = sample[: sample.size // SAMPLE_RUN * SAMPLE_RUN].reshape(-1, SAMPLE_RUN)
+    runs = sample[: sample.size // run_numel * run_numel].reshape(-1, run_numel)
     if len(runs) < 2:
         return 0.0
     # One by one: a sample may be large, and there is no room for as many comparisons.
@@ -411,15 +413,15 @@ def _spread_of_runs(sample: Floats, middle: float) -> float:
     return float((len(runs) * np.square(steps, dtype=np.float64).mean() / 2) ** 0.5)
 
 
-def choose_sample_runs(numel: int, runs: int) -> list[SampleRun]:
-    """Return up to ``runs`` evenly spaced ``(start, count)`` ranges of :data:`SAMPLE_RUN` elements.
+def choose_sample_runs(numel: int, runs: int, *, run_numel: int) -> list[SampleRun]:
+    """Return up to ``runs`` evenly spaced ``(start, count)`` ranges of ``run_numel`` elements.
 
-    Starts are multiples of the run length, so that a run never crosses a block.
+    Starts are multiples of the run length, which divides a block, so that a run never crosses one.
     """
-    available = -(-numel // SAMPLE_RUN)
+    available = -(-numel // run_numel)
     runs = min(runs, available)
-    starts = [(index * available // runs) * SAMPLE_RUN for index in range(runs)]
-    return [(start, min(SAMPLE_RUN, numel - start)) for start in starts]
+    starts = [(index * available // runs) * run_numel for index in range(runs)]
+    return [(start, min(run_numel, numel - start)) for start in starts]
 
 
 def _types(itemsize: int) -> tuple[Any, Any]:

@@ -69,7 +69,7 @@ def search(scope: Scope, density: float, policy: TiePolicy, bits: int) -> tuple[
         sample = rng.choice(flat, max(1, int(scope.sampled * numel)))
         if scope.hostile:
             sample = np.abs(rng.normal(rng.choice([0.0, 1e30]), 1e-3, 20)).astype(flat.dtype)
-        running.ask_after_sample(sample)
+        running.ask_after_sample(sample, run_numel=SAMPLE_RUN)
     masks = np.empty((2, max([block.size for block in scope.blocks], default=0)), dtype=bool)
     rounds = 0
     while running.result is None:
@@ -278,12 +278,14 @@ def test_what_fits_is_found_in_one_sweep_and_the_rest_in_a_few() -> None:
     assert rounds(smooth.astype(np.float64), 0, 0.0, bits=64) == 4
 
 
+@pytest.mark.parametrize("gathered", [1, 4])
 @pytest.mark.parametrize("seed", range(4))
-def test_rows_of_different_scales_are_found_in_one_sweep_too(seed: int) -> None:
+def test_rows_of_different_scales_are_found_in_one_sweep_too(seed: int, gathered: int) -> None:
     """A run of the sample lies in one row, so it tells less than as many scattered elements."""
+    run_numel = gathered * SAMPLE_RUN
     rng = np.random.default_rng(seed)
     rows = rng.normal(size=(1024, 16)).astype(np.float32)
-    flat = np.abs(rows @ rng.normal(size=(16, SAMPLE_RUN)).astype(np.float32)).reshape(-1)
+    flat = np.abs(rows @ rng.normal(size=(16, run_numel)).astype(np.float32)).reshape(-1)
     searching = MagnitudeSearch(
         numel=flat.size,
         blocks=count_blocks(flat.size),
@@ -293,8 +295,9 @@ def test_rows_of_different_scales_are_found_in_one_sweep_too(seed: int) -> None:
         spare=np.empty(flat.size // 4, np.float32),
     )
 
-    runs = choose_sample_runs(flat.size, 64)
-    searching.ask_after_sample(np.concatenate([flat[begin:][:count] for begin, count in runs]))
+    runs = choose_sample_runs(flat.size, 64 // gathered, run_numel=run_numel)
+    sample = np.concatenate([flat[begin:][:count] for begin, count in runs])
+    searching.ask_after_sample(sample, run_numel=run_numel)
     masks = np.empty((2, BLOCK), dtype=bool)
     for block, begin in enumerate(range(0, flat.size, BLOCK)):
         magnitudes = flat[begin : begin + BLOCK]
@@ -414,16 +417,22 @@ def test_what_each_block_keeps_adds_up(policy: TiePolicy, levels: int) -> None:
         assert sum(counts) == trim_by_sorting(flat, density, policy.value).keep.sum()
 
 
-@given(numel=st.integers(1, 40 * SAMPLE_RUN), runs=st.integers(0, 70))
+@given(
+    numel=st.integers(1, 40 * SAMPLE_RUN),
+    runs=st.integers(0, 70),
+    run_numel=st.sampled_from([SAMPLE_RUN, 4 * SAMPLE_RUN]),
+)
 @settings(deadline=None)
-def test_sample_runs_lie_apart_inside_the_tensor_and_within_blocks(numel: int, runs: int) -> None:
-    chosen = choose_sample_runs(numel, runs)
+def test_sample_runs_lie_apart_inside_the_tensor_and_within_blocks(
+    numel: int, runs: int, run_numel: int
+) -> None:
+    chosen = choose_sample_runs(numel, runs, run_numel=run_numel)
 
-    assert len(chosen) == min(runs, -(-numel // SAMPLE_RUN))
+    assert len(chosen) == min(runs, -(-numel // run_numel))
     ends = [start + count for start, count in chosen]
     assert all(end <= start for end, (start, _) in zip(ends, chosen[1:], strict=False))
     for (start, count), end in zip(chosen, ends, strict=True):
-        assert 0 < count <= SAMPLE_RUN
+        assert 0 < count <= run_numel
         assert end <= numel
         assert start // BLOCK == (end - 1) // BLOCK
 

@@ -32,7 +32,7 @@ def search(flat: Floats, k: int, policy: TiePolicy, *, limit: int, sampled: bool
         of_value=True,
     )
     if sampled:
-        running.ask_after_sample(flat[::7])
+        running.ask_after_sample(flat[::7], run_numel=1024)
     masks = np.empty((2, PIECE), dtype=bool)
     while running.result is None:
         for index, block in enumerate(blocks):

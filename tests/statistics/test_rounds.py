@@ -267,12 +267,13 @@ def sent(value: Any) -> Any:
 
 def _sample(statistics: ScopeStatistics, wanted: Programs, blocks: list[Block]) -> None:
     """Sample as the schedule does, where a round asks for it."""
-    runs = choose_sample_runs(sum(b.rows.shape[1] for b in blocks), statistics.sample_runs)
+    numel = sum(b.rows.shape[1] for b in blocks)
+    runs = choose_sample_runs(numel, statistics.sample_runs, run_numel=SAMPLE_RUN)
     if not runs:
         return
     asked = statistics.asking
     rows = np.concatenate([block.rows for block in blocks], axis=1)
-    statistics.prepare_sample(sum(count for _, count in runs))
+    statistics.prepare_sample(sum(count for _, count in runs), SAMPLE_RUN)
     for start, count in runs:
         room = statistics.sample_room(count)
 
