@@ -36,7 +36,7 @@ from streammerge.engine.reading import Bench, BlockReader
 from streammerge.engine.rows import (
     KnownRows,
     Run,
-    cover,
+    iter_covering,
     iter_measuring,
     iter_merging,
     make_relative,
@@ -422,24 +422,28 @@ class PlainStage:
     def _sample_run(
         self, piece: PieceInMemory, start: int, asking: Asking, out: NDArray[Any]
     ) -> None:
-        programs = self._programs[piece.first.task.setting]
-        program = programs.rounds[asking.round]
         begin = start - piece.first.start
         end = begin + out.shape[1]
-        whole, within = piece, slice(None)
-        if programs.by_rows:
-            run = cover(piece, begin, end)
-            whole, within = piece.in_rows(), slice(piece.before + begin - run.begin, None)
-            within = slice(within.start, within.start + out.shape[1])
-            begin, end = run.begin, run.end
-        block = block_of(whole, Run(begin, end, own=True), asking.found, [])
-        known = self._know_rows(programs, whole, block, check=False) if programs.by_rows else None
+        if not self._programs[piece.first.task.setting].by_rows:
+            self._sample_block(piece, Run(begin, end, own=True), slice(None), asking, out)
+            return
+        for run, within, part in iter_covering(piece, begin, end):
+            self._sample_block(piece.in_rows(), run, within, asking, out[:, part])
+
+    def _sample_block(
+        self, piece: PieceInMemory, run: Run, within: slice, asking: Asking, out: NDArray[Any]
+    ) -> None:
+        """Fill in a part of what is asked about a block."""
+        programs = self._programs[piece.first.task.setting]
+        program = programs.rounds[asking.round]
+        block = block_of(piece, run, asking.found, [])
+        known = self._know_rows(programs, piece, block, check=False) if programs.by_rows else None
 
         def keep(index: int, values: Tensor) -> None:
             out[index] = values.numpy()[within]
 
         sinks = HostSinks(program, keep, rows=1 if known is None else len(known.numbers))
-        self._run(program, whole, block, check=False, sinks=sinks, rows=known)
+        self._run(program, piece, block, check=False, sinks=sinks, rows=known)
 
     def _count_from_adapters(self, piece: PieceInMemory, block: Block, program: Program) -> int:
         """Return how many values that adapters make of the base are NaN or infinite."""

@@ -66,10 +66,20 @@ def iter_measuring(piece: PieceInMemory) -> Iterator[list[Run]]:
         yield list(_iter_runs(_up(piece.before + begin, row), piece.before + end, row))
 
 
-def cover(piece: PieceInMemory, begin: int, end: int) -> Run:
-    """Return all rows of which a range of the piece has a part."""
+def iter_covering(piece: PieceInMemory, begin: int, end: int) -> Iterator[tuple[Run, slice, slice]]:
+    """Yield the rows of which a range of the piece has a part, in runs of whole rows.
+
+    Two rows that are wider than a block are two runs: scratch memory holds one.
+
+    Returns:
+        With each run, where in it the range lies, and which part of the range that is.
+    """
     row = piece.first.task.row
-    return Run((piece.before + begin) // row * row, _up(piece.before + end, row), own=True)
+    begin, end = piece.before + begin, piece.before + end
+    for run in _iter_runs(begin // row * row, end, row):
+        first, last = max(begin, run.begin), min(end, run.end)
+        within = slice(first - run.begin, last - run.begin)
+        yield run, within, slice(first - begin, last - begin)
 
 
 def _iter_runs(begin: int, end: int, row: int) -> Iterator[Run]:

@@ -30,7 +30,7 @@ from streammerge.engine.compiled.operands import (
 from streammerge.engine.compiled.refusing import refuse_operands
 from streammerge.engine.compiled.rows import CompiledRows, WantedRows
 from streammerge.engine.pieces import Part, PieceInMemory
-from streammerge.engine.rows import KnownRows, Run, cover, iter_measuring, memory_of
+from streammerge.engine.rows import KnownRows, Run, iter_covering, iter_measuring, memory_of
 from streammerge.engine.segments import Segment, split_piece
 from streammerge.methods.programs import Programs, found_of_nothing
 from streammerge.native.machine import CRAMMED, MOST_CROWDS, Asked, AskedCall
@@ -378,12 +378,11 @@ class CompiledMeasuring:
         start, count = sampled
         begin = start - piece.first.start
         wide = piece.in_rows()
-        run = cover(piece, begin, begin + count)
-        job = self._row_job(wide, run, [_ALL] * len(out), asking.found)
-        self._run_rows(wide, encoded, operands, run, job)
-        first = piece.before + begin - run.begin
-        for row, values in zip(out, job.counted, strict=True):
-            row[:] = values[first : first + count]
+        for run, within, part in iter_covering(piece, begin, begin + count):
+            job = self._row_job(wide, run, [_ALL] * len(out), asking.found)
+            self._run_rows(wide, encoded, operands, run, job)
+            for row, values in zip(out, job.counted, strict=True):
+                row[part] = values[within]
 
     def settle(self, piece: PieceInMemory) -> list[Found] | None:
         """Return all that the method asks about whole tensors that fill at most a block, each.
