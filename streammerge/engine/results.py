@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -82,22 +82,23 @@ class Results:
             return {task: self._result(task) for task in sorted(self._by_task)}
 
     def _result(self, task: int) -> TensorResult:
-        found = self._by_task[task].result()
+        found = self._by_task[task]
         setting = self._plan.tasks[task].setting
-        if setting < 0 or not found.tensor_kept:
-            return found
+        if setting < 0 or not found.tensor_kept or found.kept:
+            return found.result(found.kept)
         # By those thresholds that the merge trims with; rounds may have found more.
         programs = self._programs[setting]
-        kept = programs.kept([found.tensor_kept[trim] for trim in programs.merge.trims])
-        return replace(found, kept=found.kept or kept)
+        return found.result(
+            programs.kept([found.tensor_kept[trim] for trim in programs.merge.trims])
+        )
 
 
 class _Sum:
     """The pieces of one tensor, added up."""
 
     __slots__ = (
-        "_kept", "_leaves", "_not_finite", "_numbers", "_survey", "_surveyed", "_tensor_kept",
-        "_thresholds", "_unsurveyed",
+        "_leaves", "_not_finite", "_numbers", "_survey", "_surveyed", "_thresholds",
+        "_unsurveyed", "kept", "tensor_kept",
     )  # fmt: skip
 
     def __init__(self, numel: int) -> None:
@@ -105,8 +106,8 @@ class _Sum:
         self._surveyed: Surveyed | None = None
         self._survey: NDArray[np.float64] | None = None
         self._leaves = bytearray(-(-numel // LEAF_ELEMENTS) * DIGEST_BYTES)
-        self._kept: tuple[int, ...] = ()
-        self._tensor_kept: tuple[int, ...] = ()
+        self.kept: tuple[int, ...] = ()
+        self.tensor_kept: tuple[int, ...] = ()
         self._thresholds: tuple[float, ...] = ()
         self._numbers: tuple[float, ...] = ()
         self._not_finite = 0
@@ -116,10 +117,10 @@ class _Sum:
         begin = piece.start // LEAF_ELEMENTS * DIGEST_BYTES
         self._leaves[begin : begin + len(leaves)] = leaves
         if piece.kept:
-            known = self._kept or (0,) * len(piece.kept)
-            self._kept = tuple(a + b for a, b in zip(known, piece.kept, strict=True))
+            known = self.kept or (0,) * len(piece.kept)
+            self.kept = tuple(a + b for a, b in zip(known, piece.kept, strict=True))
         self._not_finite += piece.not_finite
-        self._tensor_kept, self._thresholds = piece.tensor_kept, piece.thresholds
+        self.tensor_kept, self._thresholds = piece.tensor_kept, piece.thresholds
         self._numbers = piece.numbers
 
     def add_survey(self, surveyed: Surveyed, numel: int) -> None:
@@ -131,10 +132,11 @@ class _Sum:
             self._survey = self._surveyed.row()
             self._surveyed = None
 
-    def result(self) -> TensorResult:
+    def result(self, kept: tuple[int, ...]) -> TensorResult:
+        """Return what it came to, of which so many entries per source were kept."""
         return TensorResult(
-            kept=self._kept,
-            tensor_kept=self._tensor_kept,
+            kept=kept,
+            tensor_kept=self.tensor_kept,
             thresholds=self._thresholds,
             numbers=self._numbers,
             not_finite=self._not_finite,

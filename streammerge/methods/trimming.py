@@ -5,6 +5,7 @@ Source: Yadav et al. 2023, arXiv:2306.01708, section 4.2, step 1.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from enum import StrEnum
 
@@ -49,13 +50,18 @@ def trim_round(
         tie_policy: Which entries exactly at the threshold are kept.
         kept: How many entries a density keeps.
     """
-    policy = TiePolicy(tie_policy)
+    policy, counting = TiePolicy(tie_policy), KeptCount(kept)
 
     def sinks(sheet: Sheet) -> Sequence[Sink]:
         return [ranked(vector) for vector in sheet.task_vectors]
 
+    # Models have tensors of few sizes, and may have tens of thousands of them.
+    @functools.lru_cache(maxsize=64)
+    def ranks_of(numel: int) -> tuple[Rank, ...]:
+        return tuple(Rank(_count(density, numel, counting), policy) for density in densities)
+
     def ranks(numel: int, _before: Found) -> Sequence[Rank]:
-        return [Rank(_count(density, numel, KeptCount(kept)), policy) for density in densities]
+        return ranks_of(numel)
 
     return Round(sinks, ranks, about=(tuple(densities), policy, kept))
 

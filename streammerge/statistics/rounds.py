@@ -19,7 +19,7 @@ then over all blocks exactly, with one rounding; so they have the same bits for 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -76,7 +76,8 @@ class Found:
 
     def joined(self, other: Found) -> Found:
         """Return this, and what a later round found."""
-        return replace(self, tops=self.tops + other.tops, numbers=self.numbers + other.numbers)
+        tops, numbers = self.tops + other.tops, self.numbers + other.numbers
+        return Found(tops, numbers, self.made, self.rows)
 
 
 NOTHING = Found()
@@ -138,6 +139,8 @@ class Round:
 
     def concluded(self, answers: Answers) -> Found:
         """Return what this round found."""
+        if self.settle is _all_totals:
+            return Found(answers.tops, answers.totals)
         # What is let through that is not finite has no need to be spoken of once more.
         with np.errstate(all="ignore"):
             return Found(answers.tops, tuple(float(number) for number in self.settle(answers)))

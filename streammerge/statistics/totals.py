@@ -26,6 +26,8 @@ def join_totals(kinds: Sequence[Op], of_blocks: NDArray[np.float64]) -> tuple[fl
         kinds: What each total is.
         of_blocks: ``[blocks, totals]``.
     """
+    if not kinds:
+        return ()
     return tuple(
         float(column.max(initial=-np.inf)) if kind is Op.LARGEST else _sum(column)
         for kind, column in zip(kinds, of_blocks.T, strict=True)
