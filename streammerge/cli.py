@@ -298,7 +298,9 @@ def _add_verify(added: Any) -> None:
         "compare a merged model with its manifest",
         "streammerge verify merged --against recipe.yaml",
     )
-    verify.add_argument("out", metavar="OUT", help="the merged model: a directory or file")
+    verify.add_argument(
+        "out", metavar="OUT", help="the merged model: a directory, a file, or s3://bucket/folder"
+    )
     verify.add_argument(
         "--against",
         metavar="RECIPE",
@@ -328,7 +330,9 @@ def _add_status(added: Any) -> None:
         "show how far an output is, and each of its parts",
         "streammerge status merged",
     )
-    status.add_argument("out", metavar="OUT", help="the merged model, or where it is to be")
+    status.add_argument(
+        "out", metavar="OUT", help="the merged model, or where it is to be; s3://bucket/folder too"
+    )
     status.add_argument("--json", action="store_true", help="the same as JSON")
     status.set_defaults(command=answering.run_status)
 

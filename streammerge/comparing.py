@@ -1,10 +1,11 @@
 """Merges a sample of a model again and compares it with the files: proof that they are its result.
 
-Memory: what the merge takes, and 1 MiB per writer.
+Memory: what the merge takes, and 8 MiB per writer.
 """
 
 from __future__ import annotations
 
+import io
 import os
 import random
 import threading
@@ -12,20 +13,22 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import BinaryIO, Self
 
 import numpy as np
 
+from streammerge.checkpoint.bytesource import RemoteSource
 from streammerge.checkpoint.journal import PieceDone
 from streammerge.checkpoint.runs import Runs
 from streammerge.engine.pipeline import RunReport
 from streammerge.errors import OutputError
 from streammerge.plan.chunking import Piece
 from streammerge.plan.types import MergePlan
+from streammerge.storage.objects import RemoteObject
 from streammerge.units import format_size
 
-_STEP = 1 << 20
-"""Bytes compared at once."""
+_STEP = 8 << 20
+"""Bytes compared at once; where files lie in a store, a request."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,26 +102,33 @@ class Sample:
 class ComparedFile:
     """Takes the bytes of a shard as an output file does, and compares them with those there."""
 
-    def __init__(self, path: Path, nbytes: int, header: bytes) -> None:
+    def __init__(
+        self, path: Path, nbytes: int, header: bytes, *, remote: RemoteObject | None = None
+    ) -> None:
         """Open a shard.
 
         Args:
             path: The file.
             nbytes: The size that the plan gives it.
             header: The header that the plan gives it.
+            remote: What it is in a store; None for a file on a disk.
 
         Raises:
             OutputError: It is not there, or laid out in another way.
+            CheckpointError: The store does not give it.
         """
         self._path = path
         self._lock = threading.Lock()
         self.differing: list[tuple[PieceDone, int]] = []
-        try:
-            self._stream = path.open("rb")
-        except OSError as error:
-            raise OutputError(f"{path}: cannot be opened: {error.strerror}") from error
-        found = os.fstat(self._stream.fileno()).st_size
-        if found != nbytes or self._stream.read(len(header)) != header:
+        self._remote = None if remote is None else RemoteSource(remote)
+        self._stream: BinaryIO = io.BytesIO()
+        if remote is None:
+            try:
+                self._stream = path.open("rb")
+            except OSError as error:
+                raise OutputError(f"{path}: cannot be opened: {error.strerror}") from error
+        found = os.fstat(self._stream.fileno()).st_size if remote is None else remote.nbytes
+        if found != nbytes or self._read(0, len(header)) != header:
             self._stream.close()
             raise OutputError(
                 f"{path}: has {found} bytes, or other tensors, than this recipe gives "
@@ -173,6 +183,10 @@ class ComparedFile:
         return None
 
     def _read(self, offset: int, nbytes: int) -> bytes:
+        if self._remote is not None:
+            content = bytearray(nbytes)
+            self._remote.read_into(offset, memoryview(content))
+            return bytes(content)
         with self._lock:
             self._stream.seek(offset)
             found = self._stream.read(nbytes)

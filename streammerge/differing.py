@@ -44,6 +44,7 @@ from streammerge.report.naming import natural
 from streammerge.report.tables import SurveyedTensor, Table
 from streammerge.run import load_recipe
 from streammerge.sources import locate_models, read_models
+from streammerge.storage.urls import spelled
 
 _METHOD = "task_arithmetic"
 """Takes any number of task vectors, and asks nothing about them."""
@@ -103,7 +104,7 @@ def diff(
         histograms = found if histograms is None else histograms + found
     raw = _compare_raw(read, presence.raw, opener)
     lists = _lists_of(read, presence, tensors, raw)
-    return comparison_of(list(map(str, paths)), tensors, histograms, lists)
+    return comparison_of(list(map(spelled, paths)), tensors, histograms, lists)
 
 
 def differs(report: Report) -> bool:

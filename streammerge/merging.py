@@ -5,7 +5,7 @@ It runs on a thread of its own (:mod:`streammerge.engine.shelter`), which owns e
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,6 +55,7 @@ from streammerge.plan.dividing import shards_of
 from streammerge.plan.layout import render_header
 from streammerge.plan.types import MergePlan
 from streammerge.report.drawing import check_drawing
+from streammerge.storage.objects import RemoteObject
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,6 +186,8 @@ class SampleJob:
     """What the directory should be the result of."""
     out: Path
     """The directory."""
+    objects: Mapping[str, RemoteObject]
+    """What its files are in a store; nothing where they lie on a disk."""
     sample: Sample
     """The part."""
     opener: OpenByteSource
@@ -198,7 +201,12 @@ class SampleJob:
             sources = open_sources(planned, self.opener, stack)
             outputs = [
                 stack.enter_context(
-                    ComparedFile(self.out / shard.name, shard.nbytes, render_header(planned, index))
+                    ComparedFile(
+                        self.out / shard.name,
+                        shard.nbytes,
+                        render_header(planned, index),
+                        remote=self.objects.get(shard.name),
+                    )
                 )
                 for index, shard in enumerate(planned.layout.shards)
             ]

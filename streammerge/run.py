@@ -21,6 +21,7 @@ from streammerge.checkpoint.finished import find_finished
 from streammerge.checkpoint.inputs import parse_path
 from streammerge.checkpoint.manifest import Manifest, digest_identity
 from streammerge.checkpoint.outputform import form_of
+from streammerge.checkpoint.storedoutputs import list_output
 from streammerge.checkpoint.types import Checkpoint
 from streammerge.collecting import without_collecting
 from streammerge.companions.choosing import accompany
@@ -57,7 +58,7 @@ from streammerge.recipe.text import MAX_TEXT_BYTES, load_document
 from streammerge.recipe.types import Recipe
 from streammerge.sources import download_sources, locate_models, read_models
 from streammerge.storage.targets import load_target
-from streammerge.storage.urls import refuse_store, url_of
+from streammerge.storage.urls import url_of
 from streammerge.storing import find_stored, store_job
 
 RecipeLike = str | os.PathLike[str] | Mapping[str, Any] | Recipe
@@ -355,7 +356,7 @@ def verify_against(
 
     Args:
         recipe: What ``out`` should be the result of; as for :func:`plan`.
-        out: The merged model.
+        out: The merged model; a directory, a file, or an address in a store.
         fraction: How many of the blocks are merged again, in (0, 1].
         seed: Chooses the sample; None takes another one each time.
         memory: As for :func:`plan`.
@@ -368,10 +369,11 @@ def verify_against(
             laid out as the recipe says.
     """
     directory = parse_path(out, "out")
-    refuse_store(directory, "a sample is compared with")
     check_sample(fraction=fraction, seed=seed)
     planned = plan(recipe, memory=memory, device=device, download=download)
-    planned = as_output(planned, directory)
+    url = url_of(directory)
+    if url is None:
+        planned = as_output(planned, directory)
     if isinstance(planned, CombinationPlan):
         raise RecipeError(
             "the recipe combines adapters, which takes seconds; combine them again into another "
@@ -380,6 +382,7 @@ def verify_against(
     job = SampleJob(
         planned,
         form_of(directory).folder,
+        objects={} if url is None else {each.name: each.object for each in list_output(url)},
         sample=Sample(planned, fraction=fraction, seed=seed),
         opener=choose_byte_source(ByteSourceKind.PREAD),
     )

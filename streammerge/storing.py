@@ -11,9 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import os
-import platform
 import secrets
 import shutil
 import threading
@@ -24,10 +22,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import psutil
 from pydantic import TypeAdapter
 
 from streammerge.assignment.types import Action
+from streammerge.checkpoint.atwork import LOCK_NAME, STALE_SECONDS, is_busy, sign_of_life, signs
 from streammerge.checkpoint.journal import JOURNAL_NAME, PieceDone, read_journal
 from streammerge.checkpoint.manifest import (
     MANIFEST_VERSION,
@@ -57,14 +55,10 @@ from streammerge.storage.targets import Small, Target, open_target
 from streammerge.storage.urls import check_url
 from streammerge.units import GIB
 
-LOCK_NAME = ".streammerge-at-work"
-"""The object that says that a merge is at work."""
 SCRATCH_VARIABLE = "STREAMMERGE_SCRATCH"
 """Names the directory for what waits to be sent."""
 _BEAT_SECONDS = 60.0
 """How often a merge says that it is still at work."""
-_STALE_SECONDS = 300.0
-"""After so long without that it is taken to be over."""
 
 
 def find_stored(planned: MergePlan, url: str) -> Manifest | None:
@@ -78,7 +72,7 @@ def find_stored(planned: MergePlan, url: str) -> Manifest | None:
     if any(there.get(name) != nbytes for name, nbytes in listed.items()):
         return None
     lock = target.get(LOCK_NAME) if LOCK_NAME in there else None
-    if lock is None or _is_over(lock.content) or lock.age >= _STALE_SECONDS:
+    if not is_busy(lock):
         # What was killed behind its last step.
         if any(map(is_journal, there)):
             remove_journal(target)
@@ -295,7 +289,7 @@ class _StoreSink:
         """Let no other merge write to the place; gives what says now and then that this one is at work."""
         sign = secrets.token_hex(8)
         version = self._lock(sign)
-        _signs.add(sign)
+        signs.add(sign)
         last = time.monotonic()
         state = threading.Lock()
 
@@ -309,30 +303,30 @@ class _StoreSink:
                 found = self.target.get(LOCK_NAME)
                 new = None
                 if found is not None and found.version == version:
-                    new = self.target.put(LOCK_NAME, _sign_of_life(sign), instead_of=version)
+                    new = self.target.put(LOCK_NAME, sign_of_life(sign), instead_of=version)
                 if new is None:
                     raise OutputError(
                         f"{self.url}: another merge has begun to write there, because this one gave no sign for "
-                        f"{_STALE_SECONDS:.0f} s; this one ends here"
+                        f"{STALE_SECONDS:.0f} s; this one ends here"
                     )
                 version = new
 
         try:
             yield beat
         finally:
-            _signs.discard(sign)
+            signs.discard(sign)
             # Whoever comes next sees that it is over.
             with contextlib.suppress(StreamMergeError):
                 self.target.delete(LOCK_NAME)
 
     def _lock(self, sign: str) -> str:
-        version = self.target.put(LOCK_NAME, _sign_of_life(sign), new=True)
+        version = self.target.put(LOCK_NAME, sign_of_life(sign), new=True)
         if version is not None:
             return version
         found = self.target.get(LOCK_NAME)
         self._refuse_busy(found)
         version = self.target.put(
-            LOCK_NAME, _sign_of_life(sign), instead_of=None if found is None else found.version
+            LOCK_NAME, sign_of_life(sign), instead_of=None if found is None else found.version
         )
         if version is None:
             raise OutputExistsError(f"{self.url}: another merge has begun there at this moment")
@@ -340,10 +334,10 @@ class _StoreSink:
 
     def _refuse_busy(self, found: Small | None) -> None:
         """Raise if a sign of life is that of a merge at work."""
-        if found is not None and found.age < _STALE_SECONDS and not _is_over(found.content):
+        if found is not None and is_busy(found):
             raise OutputExistsError(
                 f"{self.url}: another merge is at work there, by a sign of {found.age:.0f} s ago; wait for it, or if "
-                f"it was killed for {_STALE_SECONDS - found.age:.0f} s"
+                f"it was killed for {STALE_SECONDS - found.age:.0f} s"
             )
 
     @contextmanager
@@ -449,24 +443,3 @@ class _StoreSink:
         for name in shards:
             # Nothing that has holes in the place of values may look like a result.
             (partial / name).unlink()
-
-
-_signs: set[str] = set()
-"""Of the merges of this process that are at work."""
-
-
-def _sign_of_life(sign: str) -> bytes:
-    said = {"host": platform.node(), "process": os.getpid(), "sign": sign}
-    return json.dumps(said).encode()
-
-
-def _is_over(content: bytes) -> bool:
-    """Return whether the merge that gave a sign is known to have ended: one of this machine that is gone."""
-    try:
-        said = json.loads(content)
-        host, process, sign = said["host"], int(said["process"]), said["sign"]
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return False
-    if host != platform.node():
-        return False
-    return sign not in _signs if process == os.getpid() else not psutil.pid_exists(process)

@@ -99,22 +99,29 @@ def digest_shard(
     Raises:
         OSError: It cannot be read.
     """
-    ordered = sorted(entries, key=lambda entry: entry.offset)
     with path.open("rb") as stream:
         header = stream.read(header_nbytes)
+        leaves = (
+            make_hash(stream.read(nbytes)).digest()
+            for _, nbytes in leaf_ranges(entries, header_nbytes)
+        )
+        return tree_digest(header, leaves, make_hash)
 
-        def leaves() -> Iterator[bytes]:
-            for entry in ordered:
-                left = entry.nbytes
-                leaf_nbytes = LEAF_ELEMENTS * entry.dtype.itemsize
-                while left:
-                    leaf = stream.read(min(leaf_nbytes, left))
-                    if not leaf:
-                        return
-                    left -= len(leaf)
-                    yield make_hash(leaf).digest()
 
-        return tree_digest(header, leaves(), make_hash)
+def leaf_ranges(entries: Iterable[TensorEntry], header_nbytes: int) -> Iterator[tuple[int, int]]:
+    """Yield first byte and number of bytes of every leaf of a shard, in the order of the data.
+
+    Args:
+        entries: Its tensors, which lie end to end.
+        header_nbytes: Bytes before the data.
+    """
+    begin = header_nbytes
+    for entry in sorted(entries, key=lambda entry: entry.offset):
+        end = begin + entry.nbytes
+        leaf_nbytes = LEAF_ELEMENTS * entry.dtype.itemsize
+        for offset in range(begin, end, leaf_nbytes):
+            yield offset, min(leaf_nbytes, end - offset)
+        begin = end
 
 
 def digest_file(path: Path) -> FileDigest:

@@ -30,6 +30,8 @@ from streammerge.checkpoint.outputfile import write_durably
 from streammerge.checkpoint.outputform import found_form
 from streammerge.checkpoint.types import CompanionDifference, Note, ShardFile
 from streammerge.errors import HeaderError, printable
+from streammerge.storage.copies import origin_of
+from streammerge.storage.urls import spelled
 from streammerge.units import MIB
 from streammerge.version import VERSION
 
@@ -241,7 +243,8 @@ def _shallow(record: Any) -> dict[str, Any]:
 
 
 def _as_plain_value(value: Any) -> Any:
-    return _shallow(value) if is_dataclass(value) else os.fspath(value)
+    # Of a model in a store the manifest names the address, not where its header was copied to.
+    return _shallow(value) if is_dataclass(value) else spelled(Path(origin_of(value)))
 
 
 @dataclass(frozen=True, slots=True)

@@ -60,7 +60,7 @@ def bring(url: str) -> Path:
         folder = place
     _check(url, chosen)
     with ThreadPoolExecutor(_AT_ONCE) as pool:
-        for done in [pool.submit(_copy, each, folder) for each in chosen]:
+        for done in [pool.submit(copy_head, each, folder) for each in chosen]:
             done.result()
     remember_place(url, place)
     return place
@@ -82,7 +82,7 @@ def _check(url: str, chosen: Sequence[Listed]) -> None:
         raise CheckpointError(f"{url}: none of {len(chosen)} files holds tensors (*{_WEIGHTS})")
 
 
-def _copy(listed: Listed, folder: Path) -> None:
+def copy_head(listed: Listed, folder: Path) -> None:
     """Copy a small file, or the header of one with tensors."""
     what, path = listed.object, folder / listed.name
     if not listed.name.endswith(_WEIGHTS):

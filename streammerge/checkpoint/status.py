@@ -12,8 +12,9 @@ from streammerge.checkpoint.journal import JOURNAL_NAME, PieceDone, parse_entrie
 from streammerge.checkpoint.locking import FileLock
 from streammerge.checkpoint.permitting import absolute
 from streammerge.checkpoint.places import MARKER_NAME, choose_place
+from streammerge.checkpoint.storedoutputs import look_at_stored
 from streammerge.errors import OutputError, printable
-from streammerge.storage.urls import refuse_store
+from streammerge.storage.urls import url_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +52,7 @@ class Status:
     running: bool
     """Whether a process works on it now, as far as the file system knows locks."""
     pieces: int
-    """Pieces of tensors that a merge by one process has safely on the disk."""
+    """Pieces of tensors that a merge by one process has safely on the disk, or in the store."""
     parts: tuple[PartStatus, ...]
     """Its parts in order; empty for a merge by one process."""
 
@@ -63,7 +64,8 @@ class Status:
             how = (
                 "is being merged" if self.running else "an unfinished merge; --resume continues it"
             )
-            return f"{out}: {how}; pieces on the disk: {self.pieces}"
+            where = "on the disk" if url_of(Path(self.out)) is None else "in the store"
+            return f"{out}: {how}; pieces {where}: {self.pieces}"
         done = sum(part.state == "done" for part in self.parts)
         head = f"{out}: {done} of {len(self.parts)} parts are done"
         if done == len(self.parts):
@@ -76,13 +78,16 @@ def read_status(out: str | os.PathLike[str]) -> Status:
     """Return how far an output is; nothing is changed, and nobody is kept from working.
 
     Args:
-        out: The directory, or the one file.
+        out: The directory, or the one file; or ``s3://bucket/folder``.
 
     Raises:
         OutputError: There is neither an output of this tool nor an unfinished one.
     """
     path = parse_path(out, "out")
-    refuse_store(path, "the state of a merge is that of")
+    url = url_of(path)
+    if url is not None:
+        complete, unfinished, running, pieces = look_at_stored(url)
+        return Status(url, complete, unfinished, running, pieces, parts=())
     place = choose_place(absolute(path))
     complete = place.form.manifest_path.is_file()
     journal = place.partial / JOURNAL_NAME

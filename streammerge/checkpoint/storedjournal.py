@@ -22,7 +22,7 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -243,6 +243,14 @@ class StoredJournal:
         except FileNotFoundError:
             # None was begun, or its sweep has ended meanwhile.
             return
+
+
+def count_pieces(target: Target, names: Iterable[str]) -> int:
+    """Return how many pieces of tensors a journal in a store says are there, each counted once."""
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        found = list(pool.map(target.get, filter(_LINES.fullmatch, names)))
+    lines = {line for each in found if each is not None for line in whole_lines(each.content)}
+    return sum(isinstance(parse_line(line), PieceDone) for line in lines)
 
 
 def remove_journal(target: Target) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 from streammerge.checkpoint.digests import (
@@ -24,8 +23,10 @@ from streammerge.checkpoint.inputs import parse_path
 from streammerge.checkpoint.manifest import find_manifest, manifest_files
 from streammerge.checkpoint.outputform import found_form
 from streammerge.checkpoint.places import is_own
+from streammerge.checkpoint.storedoutputs import verify_stored
+from streammerge.checkpoint.verification import Damage, Verification
 from streammerge.errors import CheckpointError
-from streammerge.storage.urls import refuse_store
+from streammerge.storage.urls import url_of
 
 _KINDS = {
     stat.S_IFLNK: "a symbolic link",
@@ -37,32 +38,6 @@ _KINDS = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Damage:
-    """A file that is not as the manifest says."""
-
-    name: str
-    """The file, relative to the directory."""
-    kind: str
-    """``missing``, ``extra``, ``unreadable`` or ``corrupt``."""
-    what: str
-    """What disagrees."""
-
-
-@dataclass(frozen=True, slots=True)
-class Verification:
-    """What became of looking at every file."""
-
-    files: int
-    """Files that the manifest lists."""
-    nbytes: int
-    """Bytes that were read."""
-    damages: tuple[Damage, ...]
-    """What is wrong; empty when all is well."""
-    vouched: bool = True
-    """Whether the manifest has a digest of itself; those before version 2 have none."""
-
-
 def verify_files(
     out: str | os.PathLike[str], on_file: Callable[[str], None] = lambda _: None
 ) -> Verification:
@@ -71,14 +46,16 @@ def verify_files(
     Nothing but regular files is opened, and no link is followed.
 
     Args:
-        out: The directory of the model, or its one file.
+        out: The directory of the model, or its one file; or ``s3://bucket/folder``, ``hf://org/model``.
         on_file: Told the name of each file before it is read.
 
     Raises:
         HeaderError: There is no manifest, or it is not one.
     """
     path = parse_path(out, "out")
-    refuse_store(path, "files are compared with their manifest in")
+    url = url_of(path)
+    if url is not None:
+        return verify_stored(url, on_file)
     form = found_form(path)
     directory = form.folder
     manifest = find_manifest(path)

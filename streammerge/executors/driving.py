@@ -34,6 +34,7 @@ from streammerge.parting import PartJob, check_divisible, finish_parts, part_job
 from streammerge.plan.dividing import divide, work_of
 from streammerge.plan.types import MergePlan
 from streammerge.run import RecipeLike, as_output, find_complete, load_recipe, plan
+from streammerge.storage.urls import refuse_store
 from streammerge.units import GIB
 
 _PARTS_PER_WORKER = 4
@@ -91,6 +92,7 @@ def merge_on(
         ClusterError: The engine, or all of its workers, cannot be reached or were lost.
     """
     out = parse_path(out, "out")
+    refuse_store(out, "workers of an engine merge to")
     check_engine(on)
     # A recipe that is none is refused before any engine is asked.
     asked = recipe if isinstance(recipe, MergePlan) else load_recipe(recipe, download=download)

@@ -44,6 +44,7 @@ from streammerge.recipe.types import (
     Source,
 )
 from streammerge.sources import locate_models, read_models
+from streammerge.storage.urls import spelled
 from streammerge.units import MIB, format_budget, format_size
 
 _NO_MATRIX = re.compile(
@@ -168,8 +169,8 @@ def _describe(base: Path, tuned: Path, wishes: Wishes) -> str:
     """Return what was asked for, as the output keeps it."""
     document = {
         "extract": {
-            "base": str(base),
-            "tuned": str(tuned),
+            "base": spelled(base),
+            "tuned": spelled(tuned),
             "rank": wishes.rank,
             "modules": list(wishes.modules),
             "dtype": wishes.dtype.torch_name,
@@ -361,7 +362,7 @@ class _Draft:
         pattern = {re.escape(name): each for name, each in ranks.items() if each != rank}
         return {
             "peft_type": "LORA",
-            "base_model_name_or_path": str(base),
+            "base_model_name_or_path": spelled(base),
             "task_type": None,
             "inference_mode": True,
             "r": rank,

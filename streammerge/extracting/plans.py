@@ -10,6 +10,7 @@ from pathlib import Path
 from streammerge.adapters.combining.plans import OutputTensor
 from streammerge.checkpoint.types import ShardFile, TensorEntry
 from streammerge.errors import printable
+from streammerge.storage.urls import spelled
 from streammerge.units import format_size
 
 EXACT_BELOW = 512
@@ -106,8 +107,8 @@ class ExtractionPlan:
         shown = ", ".join(f"{rank} x {count}" for rank, count in sorted(ranks.items()))
         exact = sum(task.exact for task in self.factors)
         rows = [
-            ("base", str(self.base)),
-            ("tuned", str(self.tuned)),
+            ("base", spelled(self.base)),
+            ("tuned", spelled(self.tuned)),
             ("factors", f"{len(self.factors):,} matrices, of rank {shown}" if ranks else "none"),
             (
                 "decomposed",

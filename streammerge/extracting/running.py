@@ -38,6 +38,7 @@ from streammerge.extracting.factoring import factor, relative_error
 from streammerge.extracting.plans import CopyTask, ExtractionPlan, FactorTask
 from streammerge.extracting.reading import STEP, read_difference, read_values
 from streammerge.rng import stream_key
+from streammerge.storage.urls import spelled
 from streammerge.version import VERSION
 
 
@@ -133,7 +134,7 @@ class ExtractionJob:
                 ),
                 reference="Halko, Martinsson and Tropp 2011, arXiv:0909.4061",
                 recipe_yaml=plan.recipe,
-                models=[("base", str(plan.base)), ("tuned", str(plan.tuned))],
+                models=[("base", spelled(plan.base)), ("tuned", spelled(plan.tuned))],
                 library_name="peft",
                 version=VERSION,
             ).encode()

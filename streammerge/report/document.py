@@ -95,9 +95,9 @@ def report_of(
         "semantics": planned.semantics,
         "recipe": planned.recipe,
         "vectors": "task vectors" if planned.has_base else "the models' own values",
-        "base": planned.models[0].path if planned.has_base else None,
+        "base": planned.models[0].origin if planned.has_base else None,
         "sources": [
-            {"number": number, "label": each.label, "path": each.path, "adapter": each.adapter}
+            {"number": number, "label": each.label, "path": each.origin, "adapter": each.adapter}
             for number, each in enumerate(sources)
         ],
         "measures": describe_measures(tables),

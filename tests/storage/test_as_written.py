@@ -22,13 +22,11 @@ moto = pytest.importorskip("moto.server")
 PAGE = Path(__file__).resolve().parents[2] / "docs/howto/object-stores.md"
 
 
-def test_the_command_of_the_page_merges_what_lies_in_stores(root: Path, tmp_path: Path) -> None:
+def test_the_commands_of_the_page_merge_what_lies_in_stores(root: Path, tmp_path: Path) -> None:
     text = PAGE.read_text(encoding="utf-8")
-    command = next(
-        line
-        for line in text.splitlines()
-        if line.startswith("streammerge merge --method ties --base s3://")
-    )
+    commands = [line for line in text.splitlines() if line.startswith("streammerge ")]
+    assert commands[0].startswith("streammerge merge --method ties --base s3://")
+    assert "-o s3://results/merged" in commands[1]
     keys = {
         "AWS_ACCESS_KEY_ID": "AKIAEXAMPLE",
         "AWS_SECRET_ACCESS_KEY": "secret",
@@ -48,17 +46,20 @@ def test_the_command_of_the_page_merges_what_lies_in_stores(root: Path, tmp_path
             aws_secret_access_key=keys["AWS_SECRET_ACCESS_KEY"],
         )
         client.create_bucket(Bucket="models")
+        client.create_bucket(Bucket="results")
         for name, key in (("base", "base"), ("b", "other")):
             for path in (root / name).iterdir():
                 client.upload_file(str(path), "models", f"{key}/{path.name}")
         with serving(tmp_path / "hub") as hub:
             places = {"AWS_ENDPOINT_URL": f"http://{host}:{port}", "HF_ENDPOINT": hub.address}
-            subprocess.run(
-                [sys.executable, "-m", *shlex.split(command)],
-                cwd=tmp_path,
-                env=os.environ | keys | places,
-                check=True,
-            )
+            places["STREAMMERGE_SCRATCH"] = str(tmp_path / "scratch")
+            for command in commands:
+                subprocess.run(
+                    [sys.executable, "-m", *shlex.split(command)],
+                    cwd=tmp_path,
+                    env=os.environ | keys | places,
+                    check=True,
+                )
     finally:
         store.stop()
 

@@ -15,13 +15,13 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from models import Models
+from models import Models, recut
 from results import OUT, fetch, leftovers, names_in, shards_of, with_shards
 from stored_models import recipe_at
 
 import streammerge
 from streammerge import storing
-from streammerge.checkpoint import bytesource, storedjournal
+from streammerge.checkpoint import atwork, bytesource, storedjournal
 from streammerge.errors import CheckpointError, OutputExistsError, ResumeError
 from streammerge.storage.s3target import S3Target
 
@@ -32,7 +32,7 @@ FOLDER = ".streammerge-journal/"
 
 ELSEWHERE = """
 import os, sys, time
-from streammerge.checkpoint import bytesource, storedjournal
+from streammerge.checkpoint import atwork, bytesource, storedjournal
 from streammerge.storage import targets
 from streammerge.storage.s3target import S3Target
 from streammerge.__main__ import run
@@ -104,7 +104,7 @@ def cut_off(recipe: dict[str, Any], sends: int, monkeypatch: pytest.MonkeyPatch)
 def move(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Go to another machine, which has another name and an empty directory."""
     monkeypatch.setenv(storing.SCRATCH_VARIABLE, str(tmp_path / f"machine-{time.monotonic_ns()}"))
-    monkeypatch.setattr(storing.platform, "node", lambda: "another")
+    monkeypatch.setattr(atwork.platform, "node", lambda: "another")
 
 
 def journal_in(client: Any) -> list[str]:
@@ -179,7 +179,8 @@ def test_a_sweep_over_the_model_goes_on_elsewhere(
         models.write(tensors, name)
     recipe = recipe_at(str(models.root))
     recipe["parameters"] = {"density": 0.3, "scope": "model"}
-    streammerge.merge(recipe, tmp_path / "local", workers=1)
+    planned = recut(streammerge.plan(recipe, memory="3GiB"), slots=4, workers=1)
+    streammerge.merge(planned, tmp_path / "local")
     saved: list[int] = []
     put_file = S3Target.put_file
 
@@ -199,15 +200,15 @@ def test_a_sweep_over_the_model_goes_on_elsewhere(
         patch.setattr(S3Target, "put_file", cut)
         patch.setattr(bytesource.PreadSource, "_read_some", slowly)
         with pytest.raises(CheckpointError, match="the power is gone"):
-            streammerge.merge(recipe, OUT, memory="700MiB", workers=1)
+            streammerge.merge(planned, OUT)
     assert f"{FOLDER}statistics" in names_in(bucket)
 
     with monkeypatch.context() as patch:
         fresh = Counted(patch)
-        streammerge.merge(recipe, tmp_path / "again", memory="700MiB", workers=1)
+        streammerge.merge(planned, tmp_path / "again")
     move(tmp_path, monkeypatch)
     counted = Counted(monkeypatch)
-    streammerge.merge(recipe, OUT, resume=True, memory="700MiB", workers=1)
+    streammerge.merge(planned, OUT, resume=True)
 
     assert counted.read < fresh.read
     assert shards_of(fetch(bucket, tmp_path / "fetched")) == shards_of(tmp_path / "local")
@@ -455,7 +456,7 @@ def test_killed_at_any_instant_it_goes_on_from_nothing(
             break
         told = any(name[len(FOLDER)].isdigit() for name in journal_in(bucket))
         # Another machine cannot see that the process is gone; five minutes pass.
-        drop(bucket, storing.LOCK_NAME)
+        drop(bucket, atwork.LOCK_NAME)
 
     found = fetch(bucket, tmp_path / "fetched")
     assert shards_of(found) == shards_of(tmp_path / "local")

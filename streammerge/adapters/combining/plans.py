@@ -13,6 +13,7 @@ from streammerge.checkpoint.types import ShardFile, TensorEntry
 from streammerge.dtypes import DType
 from streammerge.errors import printable
 from streammerge.recipe.types import ComputeDType, ParameterValue
+from streammerge.storage.copies import origin_of
 from streammerge.units import format_size
 
 
@@ -178,7 +179,10 @@ class CombinationPlan:
                 f"{self.method} ({self.semantics} semantics), computed in {self.compute_dtype}",
             ),
             *[
-                (f"sources[{index}]", f"{adapter.path} ({adapter.kind}, {adapter.naming} names)")
+                (
+                    f"sources[{index}]",
+                    f"{origin_of(adapter.path)} ({adapter.kind}, {adapter.naming} names)",
+                )
                 for index, adapter in enumerate(self.adapters)
             ],
             ("modules", f"{kinds[ModuleTask] + kinds[VectorTask]:,} combined"),
@@ -205,7 +209,7 @@ class CombinationPlan:
             "method": self.method,
             "semantics": self.semantics,
             "recipe": self.recipe,
-            "inputs": [{**asdict(file), "path": str(file.path)} for file in self.files],
+            "inputs": [{**asdict(file), "path": file.origin} for file in self.files],
             "file": self.file_name,
             "config": self.config,
             "tensors": [asdict(tensor) for tensor in self.outputs],

@@ -31,6 +31,7 @@ from streammerge.checkpoint.modelcard import render_model_card
 from streammerge.checkpoint.outputfile import OutputFile
 from streammerge.checkpoint.outputform import OutputForm
 from streammerge.checkpoint.types import ShardFile
+from streammerge.storage.copies import origin_of
 from streammerge.version import VERSION
 
 
@@ -91,7 +92,10 @@ class CombinationJob:
                 reference=combination.reference,
                 recipe_yaml=plan.recipe,
                 models=[
-                    *[(f"sources[{i}]", str(each.path)) for i, each in enumerate(plan.adapters)],
+                    *[
+                        (f"sources[{i}]", origin_of(each.path))
+                        for i, each in enumerate(plan.adapters)
+                    ],
                     *_base_rows(plan),
                 ],
                 library_name="peft" if is_peft else None,
