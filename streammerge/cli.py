@@ -179,8 +179,8 @@ def _add_running(parser: argparse.ArgumentParser) -> None:
         "--on",
         type=read_engine,
         metavar="ENGINE",
-        help="merge in parts on workers that see the same files: dask for workers on this machine, "
-        "dask://HOST:PORT for those of a scheduler",
+        help="merge in parts on workers that see the same files: dask or ray for workers on this machine, "
+        "dask://HOST:PORT for those of a scheduler, ray://HOST:PORT for the nodes of a head",
     )
     where.add_argument(
         "--part",

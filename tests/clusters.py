@@ -1,9 +1,14 @@
-"""Real schedulers and workers of Dask on loopback, started and stopped by tests.
+"""Real clusters of Dask and of Ray on loopback, started and stopped by tests.
 
 with DaskCluster(tmp_path) as cluster:
 worker = cluster.start_worker()
 ... cluster.on ...            # what --on is given
 worker.kill()
+
+with RayCluster() as cluster:
+node = cluster.start_node()
+...
+node.kill()
 """
 
 from __future__ import annotations
@@ -11,21 +16,38 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shutil
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import psutil
 import pytest
+import torch
+import yaml
+from models import recipe_of, write_model
+
+import streammerge
+from streammerge.errors import OutputError
+from streammerge.statistics import BLOCK
 
 ROOT = Path(__file__).resolve().parent.parent
 needs_dask = pytest.mark.skipif(
     importlib.util.find_spec("distributed") is None,
     reason="needs the library distributed, of the extra dask",
+)
+needs_ray = pytest.mark.skipif(
+    importlib.util.find_spec("ray") is None,
+    reason="needs the library ray, of the extra of that name",
 )
 SLOW = """
 import sys
@@ -51,6 +73,68 @@ def wait_until(happened: Callable[[], Any], seconds: float = 60) -> Any:
     return found
 
 
+def bytes_of(directory: Path) -> dict[str, bytes]:
+    """Return the contents of all shards."""
+    return {path.name: path.read_bytes() for path in sorted(directory.glob("*.safetensors"))}
+
+
+def work_for_parts(directory: Path) -> dict[str, Any]:
+    """Return the recipe of work of a few seconds for slow workers: files and pieces, several each."""
+    generator = torch.Generator().manual_seed(5)
+
+    def draw(name: str) -> Path:
+        tensors = {f"{i}": torch.randn(8 * BLOCK, generator=generator) for i in range(8)}
+        return write_model(directory / name, tensors)
+
+    base, *sources = (draw(name) for name in ("base", "one", "two"))
+    return recipe_of(
+        "ties",
+        base,
+        sources,
+        parameters={"density": 0.3},
+        output={"max_shard_size": "6MB", "dtype": "float32"},
+    )
+
+
+def start_merge(recipe: dict[str, Any], out: Path, *options: str) -> subprocess.Popen[str]:
+    """Start the command that merges."""
+    path = out.with_suffix(".yaml")
+    path.write_text(yaml.safe_dump(recipe))
+    return subprocess.Popen(
+        [sys.executable, "-m", "streammerge", "merge", str(path), str(out), *options],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+
+
+def units() -> list[psutil.Process]:
+    """Return the processes that do parts now."""
+    found = psutil.process_iter(["cmdline"])
+    return [each for each in found if "streammerge.executors.unit" in (each.info["cmdline"] or ())]
+
+
+def has_work(out: Path) -> bool:
+    """Return whether something of a part that is under way is safely on the disk."""
+    try:
+        status = streammerge.read_status(out)
+    except OutputError:
+        return False
+    return any(0 < part.done < 1 for part in status.parts)
+
+
+def environment(log: Path, first: str = "") -> dict[str, str]:
+    """Return the variables of a process that finds this package, and does something first."""
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    if first:
+        directory = log.with_suffix(".first")
+        directory.mkdir()
+        (directory / "sitecustomize.py").write_text(first)
+        paths.insert(0, str(directory))
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+
+
 class Server:
     """A process that runs until it is told to end."""
 
@@ -62,19 +146,12 @@ class Server:
             log: Where its output goes.
             first: What every interpreter below it does when it starts.
         """
-        paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-        if first:
-            directory = log.with_suffix(".first")
-            directory.mkdir()
-            (directory / "sitecustomize.py").write_text(first)
-            paths.insert(0, str(directory))
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
         with log.open("wb") as stream:
             self._process = subprocess.Popen(
                 [sys.executable, *arguments],
                 stdout=stream,
                 stderr=stream,
-                env=environment,
+                env=environment(log, first),
                 start_new_session=True,
             )
 
@@ -132,3 +209,141 @@ class DaskCluster:
     ) -> None:
         for server in reversed(self._servers):
             server.kill()
+
+
+_MARK = "STREAMMERGE_TEST_NODE"
+"""A variable of all processes of a node of Ray, which come loose of the one that starts them."""
+
+
+def marked(mark: str) -> list[psutil.Process]:
+    """Return all processes with a mark, and what they have started."""
+    found: set[psutil.Process] = set()
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get(_MARK) == mark:
+                # Those that call themselves something lose their variables.
+                found |= {process, *process.children(recursive=True)}
+        except psutil.Error:
+            continue
+    return list(found)
+
+
+def send(mark: str, number: int) -> None:
+    """Send a signal to all processes with a mark."""
+    for process in marked(mark):
+        try:
+            process.send_signal(number)
+        except psutil.Error:
+            continue
+
+
+def kill(mark: str) -> None:
+    """End all processes with a mark, at once."""
+    while marked(mark):
+        send(mark, signal.SIGKILL)
+        time.sleep(0.05)
+
+
+def free_port() -> int:
+    """Return a port that nobody listens at."""
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        port: int = unused.getsockname()[1]
+        return port
+
+
+@contextmanager
+def ray_processes() -> Iterator[dict[str, str]]:
+    """Yield variables for scripts that start nodes of Ray, which end with the block."""
+    mark = uuid.uuid4().hex
+    with tempfile.TemporaryDirectory(
+        prefix="ray-", dir="/tmp", ignore_cleanup_errors=True
+    ) as directory:
+        try:
+            yield {
+                _MARK: mark,
+                "RAY_TMPDIR": directory,
+                "RAY_AUTH_MODE": "token",
+                "RAY_AUTH_TOKEN": mark,
+            }
+        finally:
+            kill(mark)
+
+
+class RayNode:
+    """A node of Ray: several processes."""
+
+    def __init__(self, arguments: list[str], log: Path, first: str = "") -> None:
+        """Start it: ``ray start`` comes back once it runs."""
+        self._mark = uuid.uuid4().hex
+        variables = {_MARK: self._mark, "RAY_USAGE_STATS_ENABLED": "0"}
+        with log.open("wb") as stream:
+            started = subprocess.run(
+                [sys.executable, "-m", "ray.scripts.scripts", "start", *arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=stream,
+                stderr=stream,
+                env={**environment(log, first), **variables},
+                timeout=60,
+                check=False,
+            )
+        assert started.returncode == 0, log.read_text()
+
+    def send(self, number: int) -> None:
+        """Send a signal to all of it, parts of merges too."""
+        send(self._mark, number)
+
+    def kill(self) -> None:
+        """End it at once."""
+        kill(self._mark)
+
+
+class RayCluster:
+    """A head without processors, and as many nodes of one as a test starts; all end with the block."""
+
+    _VARIABLES = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN")
+
+    def __enter__(self) -> Self:
+        # Otherwise a file in the user's home directory decides, which Ray would make.
+        self._before = {name: os.environ.get(name) for name in self._VARIABLES}
+        os.environ.update(zip(self._VARIABLES, ("token", uuid.uuid4().hex), strict=True))
+        # Names of sockets may have a hundred characters.
+        self._directory = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))
+        self._nodes: list[RayNode] = []
+        self.head = self._start(["--head", "--port=0", "--include-dashboard=false", "--num-cpus=0"])
+        address = (self._directory / "ray_current_cluster").read_text().strip()
+        self.on = f"ray://{address}"
+        """What ``--on`` is given."""
+        return self
+
+    def start_node(self, first: str = "", processors: int = 1) -> RayNode:
+        """Start a node; see :class:`Server`. One after the other, for Ray does not start two at once."""
+        address = self.on.removeprefix("ray://")
+        return self._start([f"--address={address}", f"--num-cpus={processors}"], first)
+
+    def _start(self, arguments: list[str], first: str = "") -> RayNode:
+        common = [
+            f"--temp-dir={self._directory}",
+            "--object-store-memory=80000000",
+            "--min-worker-port=0",
+            "--max-worker-port=0",
+            "--disable-usage-stats",
+        ]
+        log = self._directory / f"{len(self._nodes)}.log"
+        self._nodes.append(RayNode([*arguments, *common], log, first))
+        return self._nodes[-1]
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for node in reversed(self._nodes):
+            node.kill()
+        shutil.rmtree(self._directory, ignore_errors=True)
+        for name, value in self._before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value

@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import torch
-import yaml
-from clusters import OTHER_VERSION, ROOT, SLOW, DaskCluster, needs_dask, wait_until
-from models import MEMORY, recipe_of, write_model
+from clusters import (
+    OTHER_VERSION,
+    ROOT,
+    SLOW,
+    DaskCluster,
+    bytes_of,
+    has_work,
+    needs_dask,
+    start_merge,
+    units,
+    wait_until,
+    work_for_parts,
+)
+from models import MEMORY, write_model
 from test_kill_loops import JOBS
 
 import streammerge
@@ -35,6 +44,7 @@ from streammerge.errors import (
     ResumeError,
 )
 from streammerge.executors import dask, driving
+from streammerge.executors.apart import ExecutorApart, connect
 from streammerge.executors.driving import choose_parts, merge_on
 from streammerge.executors.seam import Outcome
 from streammerge.executors.unit import run_unit
@@ -46,7 +56,6 @@ pytestmark = [
     pytest.mark.timeout(300),
     pytest.mark.skipif(os.name != "posix", reason="processes share locks as POSIX does"),
 ]
-UNIT = "streammerge.executors.unit"
 BUDGET = "700MiB"
 
 
@@ -56,9 +65,8 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DaskCluster]:
     with DaskCluster(tmp_path_factory.mktemp("cluster")) as started:
         started.start_worker()
         started.start_worker()
-        executor = dask.DaskExecutor(started.on.partition("://")[2])
-        wait_until(lambda: executor.workers() == 2)
-        executor.close()
+        with contextlib.closing(ExecutorApart(started.on)) as executor:
+            wait_until(lambda: executor.workers() == 2)
         yield started
 
 
@@ -72,57 +80,7 @@ def slow(tmp_path: Path) -> Iterator[DaskCluster]:
 
 @pytest.fixture
 def recipe(tmp_path: Path) -> dict[str, Any]:
-    """Work of a few seconds for slow workers: several files, several pieces of each tensor."""
-    generator = torch.Generator().manual_seed(5)
-
-    def draw(name: str) -> Path:
-        tensors = {f"{i}": torch.randn(8 * BLOCK, generator=generator) for i in range(8)}
-        return write_model(tmp_path / name, tensors)
-
-    base, *sources = (draw(name) for name in ("base", "one", "two"))
-    return recipe_of(
-        "ties",
-        base,
-        sources,
-        parameters={"density": 0.3},
-        output={"max_shard_size": "6MB", "dtype": "float32"},
-    )
-
-
-def bytes_of(directory: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(directory.glob("*.safetensors"))}
-
-
-def units() -> list[psutil.Process]:
-    """Return the processes that do parts now."""
-    found = psutil.process_iter(["cmdline"])
-    return [process for process in found if UNIT in (process.info["cmdline"] or ())]
-
-
-def command(recipe: dict[str, Any], out: Path, *options: str) -> list[str]:
-    path = out.with_suffix(".yaml")
-    path.write_text(yaml.safe_dump(recipe))
-    return [sys.executable, "-m", "streammerge", "merge", str(path), str(out), *options]
-
-
-def start(recipe: dict[str, Any], out: Path, *options: str) -> subprocess.Popen[str]:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(
-        command(recipe, out, *options),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment,
-    )
-
-
-def has_work(out: Path) -> bool:
-    """Return whether something of a part that is under way is safely on the disk."""
-    try:
-        status = streammerge.read_status(out)
-    except OutputError:
-        return False
-    return any(0 < part.done < 1 for part in status.parts)
+    return work_for_parts(tmp_path)
 
 
 # -- undisturbed
@@ -152,7 +110,9 @@ def test_workers_of_a_scheduler_make_the_same_bytes(
 def test_progress_and_the_end_are_told_for_all_workers_together(
     cluster: DaskCluster, recipe: dict[str, Any], tmp_path: Path
 ) -> None:
-    process = start(recipe, tmp_path / "out", "--on", cluster.on, "--json", "--memory", BUDGET)
+    process = start_merge(
+        recipe, tmp_path / "out", "--on", cluster.on, "--json", "--memory", BUDGET
+    )
     said, complaints = process.communicate(timeout=120)
 
     assert process.returncode == 0, complaints
@@ -173,9 +133,9 @@ def test_progress_and_the_end_are_told_for_all_workers_together(
 def test_workers_of_this_machine_need_no_scheduler(recipe: dict[str, Any], tmp_path: Path) -> None:
     streammerge.merge(recipe, tmp_path / "alone", memory=MEMORY)
 
-    process = start(recipe, tmp_path / "out", "--on", "dask", "--memory", BUDGET, "--quiet")
+    process = start_merge(recipe, tmp_path / "out", "--on", "dask", "--memory", BUDGET, "--quiet")
     said, complaints = process.communicate(timeout=120)
-    again = start(recipe, tmp_path / "out", "--on", "dask", "--resume", "--memory", BUDGET)
+    again = start_merge(recipe, tmp_path / "out", "--on", "dask", "--resume", "--memory", BUDGET)
     _, complete = again.communicate(timeout=120)
 
     assert (process.returncode, again.returncode) == (0, 0), complaints
@@ -215,7 +175,7 @@ def test_one_bad_input_is_one_error(
     bad["5"][7] = float("nan")
     write_model(tmp_path / "two", bad)
 
-    process = start(recipe, tmp_path / "out", "--on", cluster.on, "--memory", BUDGET)
+    process = start_merge(recipe, tmp_path / "out", "--on", cluster.on, "--memory", BUDGET)
     _, said = process.communicate(timeout=120)
 
     assert process.returncode == 1
@@ -283,6 +243,7 @@ def test_a_scheduler_that_is_not_there_is_named(
     recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(dask, "_CONNECT_SECONDS", 1)
+    monkeypatch.setattr(driving, "open_executor", lambda on: connect(on, tmp_path))
 
     with pytest.raises(ClusterError, match=r"dask://127\.0\.0\.1:9: no scheduler answers"):
         merge_on(recipe, tmp_path / "out", on="dask://127.0.0.1:9", memory=MEMORY)
@@ -305,19 +266,22 @@ def test_a_scheduler_without_workers_is_not_waited_for_for_ever(
 def test_the_library_that_is_missing_is_named(
     recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sys.modules, "distributed", None)
+    (tmp_path / "distributed.py").write_text("raise ImportError('no dask here')")
+    monkeypatch.syspath_prepend(str(tmp_path))
 
-    with pytest.raises(DependencyError, match=r"pip install 'streammerge\[dask\]'"):
+    with pytest.raises(DependencyError, match=r"no dask here; .*pip install 'streammerge\[dask\]'"):
         merge_on(recipe, tmp_path / "out", on="dask", memory=MEMORY)
 
 
 @pytest.mark.parametrize(
-    "on", ["", "ray", "dask:", "dask://", "dask://host", "dask://:80", "spark://a:1"]
+    "on", ["", "ray:", "ray://head", "dask:", "dask://", "dask://host", "dask://:80", "spark://a:1"]
 )
 def test_engines_that_are_not_known_are_refused(
     on: str, recipe: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(ValueError, match=r"expected dask or dask://HOST:PORT"):
+    with pytest.raises(
+        ValueError, match=r"expected dask or dask://HOST:PORT, ray or ray://HOST:PORT, got"
+    ):
         merge_on(recipe, tmp_path / "out", on=on)
     with pytest.raises(SystemExit) as refused:
         main(["merge", "recipe.yaml", "out", f"--on={on}"])
@@ -348,7 +312,7 @@ def test_a_worker_that_is_lost_costs_no_byte(
     streammerge.merge(recipe, tmp_path / "alone", memory=MEMORY)
     lost = slow.start_worker(SLOW)
     out = tmp_path / "out"
-    process = start(recipe, out, "--on", slow.on, "--memory", BUDGET)
+    process = start_merge(recipe, out, "--on", slow.on, "--memory", BUDGET)
     wait_until(lambda: has_work(out))
 
     # The worker, its nanny and the process of the part.
@@ -371,7 +335,7 @@ def test_a_process_that_is_killed_is_started_again_and_not_for_ever(
     streammerge.merge(recipe, tmp_path / "alone", memory=MEMORY)
     slow.start_worker(SLOW)
     out = tmp_path / "out"
-    process = start(recipe, out, "--on", slow.on, "--memory", BUDGET)
+    process = start_merge(recipe, out, "--on", slow.on, "--memory", BUDGET)
     while process.poll() is None:
         if has_work(out):
             for each in units():
@@ -396,7 +360,7 @@ def test_a_driver_that_ends_leaves_work_and_nobody_who_works(
     alone = streammerge.merge(recipe, tmp_path / "alone", memory=MEMORY)
     slow.start_worker(SLOW)
     out = tmp_path / "out"
-    process = start(recipe, out, "--on", slow.on, "--memory", BUDGET)
+    process = start_merge(recipe, out, "--on", slow.on, "--memory", BUDGET)
     wait_until(lambda: has_work(out))
 
     process.send_signal(number)
@@ -425,7 +389,7 @@ def test_whatever_is_killed_at_random_the_bytes_are_the_same(
     out = tmp_path / "out"
     kills = 0
     while kills < 20:
-        process = start(recipe, out, "--on", slow.on, "--memory", BUDGET, "--overwrite")
+        process = start_merge(recipe, out, "--on", slow.on, "--memory", BUDGET, "--overwrite")
         while process.poll() is None:
             time.sleep(chance.uniform(0.5, 4.0))
             what = chance.choice(["driver", "part", "worker", "nothing"])

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from clusters import free_port, ray_processes
 from documented import ROOT, SHAPES, command_on_path, write_documented_models
 
 import streammerge
@@ -179,7 +180,7 @@ def _what_is_made(verb: str, arguments: Sequence[str], recipe: str) -> tuple[str
 @pytest.fixture
 def shell(place: Path) -> Callable[..., None]:
     """Return a function that runs a script beside the models, with variables."""
-    programs = {"streammerge": "streammerge", "dask": "dask"}
+    programs = {"streammerge": "streammerge", "dask": "dask", "ray": "ray.scripts.scripts"}
     for program, module in programs.items():
         path = place / "bin" / program
         path.parent.mkdir(exist_ok=True)
@@ -218,8 +219,11 @@ def scripts(mark: str) -> pytest.MarkDecorator:
 
 
 def test_every_script_is_run() -> None:
-    kinds = [[mark for mark in ("#SBATCH", "dask scheduler") if mark in b.text] for b in SCRIPTS]
-    assert sorted(kinds) == [["#SBATCH"], ["dask scheduler"]]
+    kinds = [
+        [mark for mark in ("#SBATCH", "dask scheduler", "ray start") if mark in b.text]
+        for b in SCRIPTS
+    ]
+    assert sorted(kinds) == [["#SBATCH"], ["dask scheduler"], ["ray start"]]
 
 
 @scripts("#SBATCH")
@@ -239,11 +243,21 @@ def test_a_script_for_an_array_of_jobs_runs(
 def test_a_script_for_an_engine_runs(block: Block, place: Path, shell: Callable[..., None]) -> None:
     pytest.importorskip("distributed")
     (place / "recipe.yaml").write_text(block.recipe)
-    with socket.socket() as unused:
-        unused.bind(("127.0.0.1", 0))
-        port = unused.getsockname()[1]
 
-    shell(block.text, HOST="127.0.0.1", PORT=str(port))
+    shell(block.text, HOST="127.0.0.1", PORT=str(free_port()))
+
+    assert streammerge.verify_files(place / "merged").damages == ()
+
+
+@pytest.mark.slow
+@scripts("ray start")
+def test_a_script_for_nodes_runs(block: Block, place: Path, shell: Callable[..., None]) -> None:
+    """Its head takes four seconds to start, its node three."""
+    pytest.importorskip("ray")
+    (place / "recipe.yaml").write_text(block.recipe)
+    with ray_processes() as variables:
+        host = socket.gethostbyname(socket.gethostname())
+        shell(block.text, HOST=host, PORT=str(free_port()), **variables)
 
     assert streammerge.verify_files(place / "merged").damages == ()
 

@@ -10,15 +10,15 @@ from __future__ import annotations
 import contextlib
 import importlib
 import logging
-import os
 import threading
 import time
 from collections import Counter
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from streammerge.errors import ClusterError, DependencyError
-from streammerge.executors.seam import Outcome, Request
+from streammerge.executors.seam import Outcome, Request, describe_error, processors
 from streammerge.executors.unit import run_unit
 
 _MOST_LOCAL = 4
@@ -30,18 +30,19 @@ _POLL_SECONDS = 0.02
 class DaskExecutor:
     """The workers of one scheduler; see :class:`~streammerge.executors.seam.Executor`."""
 
-    def __init__(self, address: str | None) -> None:
+    def __init__(self, address: str | None, scratch: Path) -> None:
         """Connect.
 
         Args:
             address: ``"HOST:PORT"`` of a scheduler; None starts workers on this machine.
+            scratch: Where files of workers on this machine go.
 
         Raises:
             DependencyError: The library is not installed.
             ClusterError: No scheduler answers there.
         """
         distributed = _import()
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+        cores = processors()
         count = max(1, min(cores, _MOST_LOCAL))
         self._distributed = distributed
         self._cluster = None
@@ -54,7 +55,8 @@ class DaskExecutor:
                     threads_per_worker=max(1, cores // count),
                     processes=False,
                     memory_limit=0,
-                    dashboard_address="127.0.0.1:0",
+                    dashboard_address=None,
+                    local_directory=str(scratch),
                     silence_logs=logging.CRITICAL,
                 )
             target = f"tcp://{address}" if address is not None else self._cluster
@@ -124,10 +126,11 @@ class DaskExecutor:
         error = future.exception()
         if isinstance(error, self._distributed.KilledWorker):
             return Outcome(part, "the cluster", lost=f"workers that did it were lost: {error}")
-        raise ClusterError(
+        failure = ClusterError(
             f"a worker of Dask could not begin part {part}: {type(error).__name__}: {error}; it "
             "needs the same version of streammerge"
         )
+        return Outcome(part, "the cluster", error=describe_error(failure))
 
     def close(self) -> None:
         """Let go of the scheduler; end it if it was started here."""

@@ -16,7 +16,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from streammerge import errors
 from streammerge.checkpoint.attempts import parts_done
 from streammerge.checkpoint.bytesource import ByteSourceKind
 from streammerge.checkpoint.inputs import parse_path
@@ -25,8 +24,9 @@ from streammerge.checkpoint.partdir import PartDirectory, recorded_parts
 from streammerge.checkpoint.tailing import JournalTail
 from streammerge.engine.progress import OnProgress, ProgressEvent
 from streammerge.engine.shelter import run_sheltered
-from streammerge.errors import BusyError, ClusterError, StageError, StreamMergeError
-from streammerge.executors.seam import Executor, Outcome, Request
+from streammerge.errors import BusyError, ClusterError, StreamMergeError
+from streammerge.executors.apart import ENGINES, ExecutorApart
+from streammerge.executors.seam import Executor, Outcome, Request, restore_error
 from streammerge.executors.sweeping import find_model_statistics
 from streammerge.identity import identify
 from streammerge.limits import naming_limits
@@ -75,7 +75,8 @@ def merge_on(
     Args:
         recipe: As for :func:`streammerge.run.merge`.
         out: As there.
-        on: ``"dask"`` for workers on this machine, ``"dask://HOST:PORT"`` for those of a scheduler.
+        on: ``"dask"`` or ``"ray"`` for workers on this machine, ``"dask://HOST:PORT"`` for those of a
+            scheduler, ``"ray://HOST:PORT"`` for the cluster of a head, of which this machine is a part.
         memory: Most private memory of each process that does a part; None takes a quarter of what is
             available where it runs, shared by the workers there.
         workers: Compute threads of each of them; None takes those of its worker.
@@ -97,7 +98,6 @@ def merge_on(
     # A recipe that is none is refused before any engine is asked.
     asked = recipe if isinstance(recipe, MergePlan) else load_recipe(recipe, download=download)
     with contextlib.closing(open_executor(on)) as executor:
-        # After that, because the engine's library is part of the memory that this process begins with.
         if isinstance(asked, MergePlan):
             planned = asked
         else:
@@ -152,8 +152,9 @@ def check_engine(on: str) -> None:
     """
     name, mark, address = on.partition("://")
     host, colon, port = address.rpartition(":")
-    if name != "dask" or (mark and not (host and colon and port.isdecimal())):
-        raise ValueError(f"on: expected dask or dask://HOST:PORT, got {on!r}")
+    if name not in ENGINES or (mark and not (host and colon and port.isdecimal())):
+        known = ", ".join(f"{each} or {each}://HOST:PORT" for each in ENGINES)
+        raise ValueError(f"on: expected {known}, got {on!r}")
 
 
 def open_executor(on: str) -> Executor:
@@ -163,9 +164,7 @@ def open_executor(on: str) -> Executor:
         DependencyError: Its library is not installed.
         ClusterError: It cannot be reached.
     """
-    from streammerge.executors.dask import DaskExecutor  # noqa: PLC0415 - one engine of several
-
-    return DaskExecutor(on.partition("://")[2] or None)
+    return ExecutorApart(on)
 
 
 def choose_parts(work: int, workers: int) -> int:
@@ -333,8 +332,8 @@ class _Driver:
     def _drain(self) -> None:
         """Wait a while for what runs to end."""
         deadline = time.monotonic() + _DRAIN_SECONDS
-        while self._executor.running() and time.monotonic() < deadline:
-            with contextlib.suppress(StreamMergeError):
+        with contextlib.suppress(StreamMergeError):
+            while self._executor.running() and time.monotonic() < deadline:
                 self._executor.gather(_TICK_SECONDS)
 
     def _publish(self, job: PartJob, directory: PartDirectory, on_progress: OnProgress) -> Manifest:
@@ -362,13 +361,6 @@ def _report(on_progress: OnProgress, done: int, total: int, seconds: float) -> N
 
 def _as_error(outcome: Outcome, parts: int) -> StreamMergeError:
     """Return the error that ended a part elsewhere, as if it had been raised here."""
-    found = outcome.error or {}
-    kind = getattr(errors, str(found.get("kind")), StageError)
-    if not (isinstance(kind, type) and issubclass(kind, StreamMergeError)):
-        kind = StageError
-    error = kind(str(found.get("message")))
-    notes: Sequence[str] = found.get("notes") or ()
-    for note in notes:
-        error.add_note(note)
+    error = restore_error(outcome.error or {})
     error.add_note(f"part {outcome.part}/{parts}, on {outcome.host}")
     return error

@@ -2,14 +2,19 @@
 
     driver ── Request ──▶ engine ──▶ worker ──▶ a process of its own ──▶ Outcome ──▶ driver
 
-A new engine is a file beside this one with a class that has these methods.
+A new engine is a file beside this one with a class that has these methods, and a line in
+:data:`streammerge.executors.apart.ENGINES`.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
+
+from streammerge import errors
+from streammerge.errors import StageError, StreamMergeError
 
 Request = dict[str, Any]
 """What a process needs to do a part: plain data, whose keys :mod:`streammerge.executors.unit` reads."""
@@ -26,7 +31,7 @@ class Outcome:
     lost: str | None = None
     """How the process ended that did it, or its worker; None if it ended by itself."""
     error: dict[str, Any] | None = None
-    """The error that ended it: its ``kind``, ``message`` and ``notes``; None if the part is done."""
+    """The error that ended it, as :func:`describe_error` has it; None if the part is done."""
 
 
 class Executor(Protocol):
@@ -59,3 +64,29 @@ class Executor(Protocol):
     def close(self) -> None:
         """Let go of the engine; what was submitted and has not begun is forgotten."""
         ...
+
+
+def processors() -> int:
+    """Return how many processors this process may use, at least one."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def describe_error(error: StreamMergeError) -> dict[str, Any]:
+    """Return an error as plain data, for another process."""
+    return {
+        "kind": type(error).__name__,
+        "message": str(error),
+        "notes": list(getattr(error, "__notes__", ())),
+    }
+
+
+def restore_error(found: dict[str, Any]) -> StreamMergeError:
+    """Return the error that another process described, as if it had been raised here."""
+    kind = getattr(errors, str(found.get("kind")), StageError)
+    if not (isinstance(kind, type) and issubclass(kind, StreamMergeError)):
+        kind = StageError
+    error = kind(str(found.get("message")))
+    notes: Sequence[str] = found.get("notes") or ()
+    for note in notes:
+        error.add_note(note)
+    return error

@@ -19,7 +19,6 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
-from typing import Any
 
 from streammerge.checkpoint.attempts import is_held
 from streammerge.checkpoint.bytesource import ByteSourceKind
@@ -27,8 +26,9 @@ from streammerge.checkpoint.partdir import PartDirectory
 from streammerge.engine.context import SweepShare
 from streammerge.engine.memory import default_budget
 from streammerge.engine.shelter import run_sheltered
-from streammerge.errors import OutputError, StreamMergeError
-from streammerge.executors.seam import Outcome, Request
+from streammerge.errors import ClusterError, OutputError, StageError, StreamMergeError
+from streammerge.executors.apart import hear
+from streammerge.executors.seam import Outcome, Request, describe_error
 from streammerge.limits import naming_limits
 from streammerge.parting import check_divisible, part_job
 from streammerge.plan.dividing import divide
@@ -51,7 +51,7 @@ def run_unit(request: Request) -> Outcome:
             f"{directory}: no such directory on {host}; workers need the working directory, inputs and "
             "output of the merge under the same paths"
         )
-        return Outcome(part, host, error={"kind": "ClusterError", "message": message, "notes": []})
+        return Outcome(part, host, error=describe_error(ClusterError(message)))
     # Its own variables and interpreter: what is installed there is compared, not brought along.
     with subprocess.Popen(
         [sys.executable, "-m", "streammerge.executors.unit"],
@@ -64,7 +64,7 @@ def run_unit(request: Request) -> Outcome:
         assert process.stdin is not None  # noqa: S101 - a pipe
         assert process.stdout is not None  # noqa: S101 - a pipe
         said: list[str] = []
-        hearing = threading.Thread(target=_hear, args=(process.stderr, said), daemon=True)
+        hearing = threading.Thread(target=hear, args=(process.stderr, said), daemon=True)
         hearing.start()
         try:
             process.stdin.write(json.dumps(request) + "\n")
@@ -77,12 +77,6 @@ def run_unit(request: Request) -> Outcome:
     return _judge(part, host, code, answer, "".join(said))
 
 
-def _hear(stream: Any, said: list[str]) -> None:
-    for text in stream:
-        said.append(text)
-        del said[:-50]
-
-
 def _judge(part: int, host: str, code: int, answer: str, said: str) -> Outcome:
     if code < 0:
         return Outcome(part, host, lost=f"its process was ended by signal {-code}")
@@ -92,7 +86,7 @@ def _judge(part: int, host: str, code: int, answer: str, said: str) -> Outcome:
         found = None
     if not isinstance(found, dict):
         message = f"the process of part {part} ended with code {code} and said: {said[-_TAIL_CHARACTERS:]}"
-        found = {"error": {"kind": "StageError", "message": message, "notes": []}}
+        found = {"error": describe_error(StageError(message))}
     return Outcome(part, host, error=found.get("error"))
 
 
@@ -105,11 +99,7 @@ def main() -> int:
     try:
         _do(request, worker_gone)
     except StreamMergeError as failure:
-        error = {
-            "kind": type(failure).__name__,
-            "message": str(failure),
-            "notes": list(getattr(failure, "__notes__", ())),
-        }
+        error = describe_error(failure)
     sys.stdout.write(json.dumps({"error": error}) + "\n")
     sys.stdout.flush()
     return 0
