@@ -155,6 +155,15 @@ class Server:
                 start_new_session=True,
             )
 
+    def workers(self) -> list[psutil.Process]:
+        """Return the processes that do what it is asked for: of a nanny those that it looks after."""
+        return psutil.Process(self._process.pid).children()
+
+    def kill_alone(self) -> None:
+        """End it and what it looks after, at once, and leave what these have started."""
+        for process in (psutil.Process(self._process.pid), *self.workers()):
+            process.kill()
+
     def kill(self) -> None:
         """End it and all that it started, at once."""
         try:
@@ -288,6 +297,12 @@ class RayNode:
                 check=False,
             )
         assert started.returncode == 0, log.read_text()
+
+    def workers(self) -> list[psutil.Process]:
+        """Return the processes that do what it is asked for."""
+        return [
+            each for each in marked(self._mark) if "".join(each.cmdline()).startswith("ray::run_")
+        ]
 
     def send(self, number: int) -> None:
         """Send a signal to all of it, parts of merges too."""

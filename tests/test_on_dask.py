@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import random
-import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -374,43 +372,44 @@ def test_a_driver_that_ends_leaves_work_and_nobody_who_works(
     assert manifest.run.bytes_by_stage["read"] < alone.run.bytes_by_stage["read"]
 
 
+UNSEEN = (
+    "from streammerge.checkpoint import locking\nlocking.FileLock.acquire = lambda *_, **__: True\n"
+)
+"""Of a machine whose locks nobody sees."""
+
+
 @needs_dask
-@pytest.mark.slow
-@pytest.mark.timeout(3600)
-@pytest.mark.parametrize("job", ["ties", "ties over the model"])
-def test_whatever_is_killed_at_random_the_bytes_are_the_same(
-    job: str, slow: DaskCluster, tmp_path: Path
+@pytest.mark.parametrize("parts", [False, True], ids=["by one process", "on the engine"])
+def test_a_part_that_lives_on_unseen_leaves_the_merge_after_it_alone(
+    parts: bool,  # noqa: FBT001
+    slow: DaskCluster,
+    recipe: dict[str, Any],
+    tmp_path: Path,
 ) -> None:
-    """Drivers, processes of parts, workers with their nannies; twenty times."""
-    recipe = JOBS[job](tmp_path)
-    streammerge.merge(recipe, tmp_path / "alone", memory=MEMORY)
-    chance = random.Random(job)  # noqa: S311 - it only chooses what to kill, and when
-    workers = [slow.start_worker(SLOW) for _ in range(2)]
+    """Its machine is silent while its driver ends and another merge takes the place, and then goes on."""
+    other = recipe | {"parameters": {"density": 0.7}}
+    streammerge.merge(other, tmp_path / "alone", memory=MEMORY)
+    worker = slow.start_worker(SLOW + UNSEEN)
     out = tmp_path / "out"
-    kills = 0
-    while kills < 20:
-        process = start_merge(recipe, out, "--on", slow.on, "--memory", BUDGET, "--overwrite")
-        while process.poll() is None:
-            time.sleep(chance.uniform(0.5, 4.0))
-            what = chance.choice(["driver", "part", "worker", "nothing"])
-            if what == "driver":
-                process.kill()
-            elif what == "part":
-                for each in units()[:1]:
-                    each.kill()
-            elif what == "worker":
-                workers.pop(0).kill()
-                workers.append(slow.start_worker(SLOW))
-            kills += what != "nothing"
-        _, said = process.communicate()
-        assert process.returncode in {0, 1, -9}, said
-        assert process.returncode != 1 or "was lost 3 times" in said, said
-        if out.exists():
-            assert bytes_of(out) == bytes_of(tmp_path / "alone")
-            assert not verify_files(out).damages
-            shutil.rmtree(out)
-    merge_on(recipe, out, on=slow.on, memory=MEMORY)
+    process = start_merge(recipe, out, "--on", slow.on, "--memory", BUDGET)
+    wait_until(lambda: has_work(out))
+    (orphan,) = units()
+    orphan.suspend()
+    process.kill()
+    process.communicate()
+
+    if parts:
+        worker.kill_alone()
+        slow.start_worker()
+        merge_on(other, out, on=slow.on, memory=MEMORY, overwrite=True)
+    else:
+        streammerge.merge(other, out, memory=MEMORY, overwrite=True)
+    orphan.resume()
+    wait_until(lambda: not units(), 60)
+
     assert bytes_of(out) == bytes_of(tmp_path / "alone")
+    assert not verify_files(out).damages
+    assert not list(tmp_path.glob("out.partial*"))
 
 
 # -- the driver, without an engine
