@@ -20,7 +20,10 @@ GITHUB = ROOT / ".github"
 SCHEMAS = {
     "CITATION.cff": "citation-file-format",
     ".github/dependabot.yml": "dependabot",
-    **{f".github/workflows/{name}.yml": "github-workflows" for name in ("docs", "test", "wheels")},
+    **{
+        f".github/workflows/{name}.yml": "github-workflows"
+        for name in ("docs", "slow", "test", "wheels")
+    },
     ".github/ISSUE_TEMPLATE/config.yml": "github-issue-config",
     **{
         f".github/ISSUE_TEMPLATE/{name}.yml": "github-issue-forms"
