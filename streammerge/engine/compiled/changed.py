@@ -81,12 +81,13 @@ class ChangedOperands:
         setting = self._plan.settings[piece.first.task.setting]
         calls = []
         for source, model in enumerate(setting.sources):
-            for index, delta in enumerate(piece.deltas[model] if piece.deltas else ()):
-                assert isinstance(delta, PlainProduct)  # noqa: S101 - the planner saw no others
-                calls.append(delta.call(self._rows[source], adds=index > 0))
-            if not self._is_stored(piece, model) and not (piece.deltas and piece.deltas[model]):
+            deltas = piece.deltas[model] if piece.deltas else ()
+            if not deltas and piece.inputs[model] is None:
                 # Nothing at all is added to the base.
                 self._rows[source].fill(0.0)
+            for index, delta in enumerate(deltas):
+                assert isinstance(delta, PlainProduct)  # noqa: S101 - the planner saw no others
+                calls.append(delta.call(self._rows[source], adds=index > 0))
         return PieceOperands(self._operands(piece, encoded), (ChangeCall * len(calls))(*calls))
 
     def of_range(
