@@ -304,6 +304,10 @@ class _StoreSink:
                 new = None
                 if found is not None and found.version == version:
                     new = self.target.put(LOCK_NAME, sign_of_life(sign), instead_of=version)
+                    # An answer that was lost is followed by one that the version is gone.
+                    found = self.target.get(LOCK_NAME) if new is None else None
+                if found is not None and found.content == sign_of_life(sign):
+                    new = found.version
                 if new is None:
                     raise OutputError(
                         f"{self.url}: another merge has begun to write there, because this one gave no sign for "
@@ -440,6 +444,9 @@ class _StoreSink:
                 self.target.put(name, path.read_bytes(), token=token)
         self.target.put(MANIFEST_NAME, (partial / MANIFEST_NAME).read_bytes(), token=token)
         remove_journal(self.target)
+        # Such as were begun by requests whose answers were lost.
+        for name, upload in self.target.uploads():
+            self.target.abort(name, upload)
         for name in shards:
             # Nothing that has holes in the place of values may look like a result.
             (partial / name).unlink()

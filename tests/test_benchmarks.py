@@ -366,3 +366,22 @@ def test_the_table_of_baking_compares_with_peft_what_peft_does(results):
     ]
     assert "rank-64 adapters, cold" in conditions
     assert "commit abc, peft 0.21.2" in conditions
+
+
+def test_a_merge_through_stores_is_measured_beside_boto3(tmp_path, capsys):
+    pytest.importorskip("boto3")
+    pytest.importorskip("localbucket")
+    from benchmarks import stores
+
+    place = tmp_path / "results.json"
+    arguments = ["--size", "tiny", "--rounds", "1", "--work", str(tmp_path)]
+    assert stores.main([*arguments, "--results", str(place)]) == 0
+
+    results = json.loads(place.read_text())
+    runs = results["contenders"]
+    assert set(runs) == {"streammerge", "boto3 one-by-one", "boto3 at-once"}
+    assert all(each[0]["wall_seconds"] > 0 for each in runs.values())
+    assert results["read_nbytes"] == 2 * results["written_nbytes"]
+    assert "times this" in capsys.readouterr().out
+    # Models, downloads and results are gone.
+    assert [path.name for path in tmp_path.iterdir()] == ["results.json"]

@@ -88,8 +88,8 @@ def read_stored_head(target: Target, url: str) -> Head | None:
     lines = list(whole_lines(found.content))
     if found.token is None or len(lines) != 1:
         raise ResumeError(
-            f"{url}/{HEAD_NAME}: is damaged, so that nobody knows what was merged there; give --overwrite to start "
-            "anew"
+            f"{url}/{HEAD_NAME}: is damaged, or the store keeps no metadata, so that nobody knows what was merged "
+            "there; give --overwrite to start anew"
         )
     return Head(found.token, lines[0], parse_head(lines[0], where=f"{url}/{HEAD_NAME}"))
 

@@ -140,7 +140,14 @@ class Uploads:
         if not upload:
             return
         self.before_complete()
-        self.target.complete(name, upload, parts)
+        if (
+            not self.target.complete(name, upload, parts)
+            and self.target.token_of(name) != self.token
+        ):
+            raise OutputError(
+                f"{name}: the store has lost what was uploaded of it; --resume sends it again"
+            )
+        # Or the answer was lost, and not the object.
         self.begun[name] = ""
 
     def stop(self) -> None:

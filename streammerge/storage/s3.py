@@ -175,6 +175,9 @@ class S3Store:
             advice = "its credentials have expired; renew them, and --resume goes on"
         else:
             advice = "check AWS_PROFILE, AWS_ACCESS_KEY_ID, AWS_REGION and AWS_ENDPOINT_URL"
+        if code.isdigit():
+            # Answers without a body do not say why.
+            advice += "; credentials may have expired, --resume goes on with others"
         raise CheckpointError(f"{url}: the store answers {status} {code}; {advice}") from None
 
 

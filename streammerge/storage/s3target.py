@@ -17,6 +17,8 @@ from streammerge.storage.targets import SentPart, Slice, Small
 
 _TOKEN = "streammerge-attempt"  # noqa: S105 - a key of metadata
 _CONDITION_FAILED = (409, 412)
+_NOT_IMPLEMENTED = 501
+"""Small servers cannot list uploads and their parts: what was killed there is sent again."""
 
 _T = TypeVar("_T")
 
@@ -61,7 +63,7 @@ class S3Target:
                     return found
                 marker = page["NextPartNumberMarker"]
 
-        return self._do(name, ask, missing=None)
+        return self._do(name, ask, missing=None, unmet=(_NOT_IMPLEMENTED,))
 
     def put_part(self, name: str, upload: str, number: int, part: Slice) -> str:
         """Send a part."""
@@ -80,15 +82,17 @@ class S3Target:
 
         return self._do(name, send)
 
-    def complete(self, name: str, upload: str, parts: Mapping[int, str]) -> None:
-        """Make an object of its parts."""
+    def complete(self, name: str, upload: str, parts: Mapping[int, str]) -> bool:
+        """Make an object of its parts; return whether there was such an upload."""
         listed = [{"PartNumber": number, "ETag": etag} for number, etag in sorted(parts.items())]
-        self._do(
+        done = self._do(
             name,
             lambda c, at: c.complete_multipart_upload(
                 **at, UploadId=upload, MultipartUpload={"Parts": listed}
             ),
+            missing=None,
         )
+        return done is not None
 
     def uploads(self) -> Sequence[tuple[str, str]]:
         """Return uploads that never ended."""
@@ -101,7 +105,7 @@ class S3Target:
                 for each in page.get("Uploads", ())
             ]
 
-        return self._do("", ask)
+        return self._do("", ask, missing=(), unmet=(_NOT_IMPLEMENTED,))
 
     def abort(self, name: str, upload: str) -> None:
         """Throw an upload away."""

@@ -79,8 +79,8 @@ class Target(Protocol):
         """Send a part; return its version."""
         ...
 
-    def complete(self, name: str, upload: str, parts: Mapping[int, str]) -> None:
-        """Make an object of its parts."""
+    def complete(self, name: str, upload: str, parts: Mapping[int, str]) -> bool:
+        """Make an object of its parts; return whether there was such an upload."""
         ...
 
     def uploads(self) -> Sequence[tuple[str, str]]:
