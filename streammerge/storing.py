@@ -433,6 +433,7 @@ class _StoreSink:
     def publish(self, partial: Path, manifest: Manifest) -> None:
         """Send all that is no shard, the manifest last."""
         assert self.uploads is not None  # noqa: S101 - at work
+        self.uploads.settle()
         token = self.uploads.token
         shards = {each.name for each in self.planned.layout.shards}
         for name in self.old:

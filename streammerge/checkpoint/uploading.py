@@ -69,6 +69,7 @@ class Uploads:
     def __post_init__(self) -> None:
         """Make what sends."""
         self._lock = threading.Lock()
+        self._completing: list[Future[None]] = []
         self._pool = ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="streammerge-upload")
         self._room = threading.Semaphore(_AT_ONCE + _WAITING)
 
@@ -135,11 +136,17 @@ class Uploads:
             raise
 
     def complete(self, name: str, parts: Mapping[int, str]) -> None:
-        """Make the object of a file of its parts, unless it is complete."""
+        """Begin to make the object of a file of its parts, unless it is complete.
+
+        Stores take seconds for large ones, so that many are made at once.
+        """
         upload = self.upload_of(name)
         if not upload:
             return
         self.before_complete()
+        self._completing.append(self._pool.submit(self._complete, name, upload, parts))
+
+    def _complete(self, name: str, upload: str, parts: Mapping[int, str]) -> None:
         if (
             not self.target.complete(name, upload, parts)
             and self.target.token_of(name) != self.token
@@ -149,6 +156,17 @@ class Uploads:
             )
         # Or the answer was lost, and not the object.
         self.begun[name] = ""
+
+    def settle(self) -> None:
+        """Wait until all objects are complete that were to be.
+
+        Raises:
+            CheckpointError: The store refuses.
+            OutputError: It has lost what was sent.
+        """
+        while self._completing:
+            self._completing.pop(0).result()
+            self.while_waiting()
 
     def stop(self) -> None:
         """Send what is being sent, and nothing more."""
@@ -307,7 +325,7 @@ class UploadedFile(OutputFile):
         """Nothing here has to outlive the process."""
 
     def close(self) -> None:
-        """Wait until all parts are sent, and make the object of them.
+        """Wait until all parts are sent, and begin to make the object of them.
 
         Raises:
             OutputError: A part is missing.

@@ -4,7 +4,7 @@ Addresses and credentials come from where the tools of AWS take them: ``AWS_PROF
 ``AWS_ACCESS_KEY_ID``, ``AWS_ENDPOINT_URL``, ``AWS_REGION``, ``~/.aws``. Every read names the version that was
 planned, and looks whether that is what it gets: not all stores know ``If-Match``.
 
-Memory: what boto3 takes, about 8 MiB and 1 MiB per connection; bytes go straight into the caller's.
+Memory: what boto3 takes, about 8 MiB and 1 MiB per connection; bytes go into the caller's, step by step.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from streammerge.errors import CheckpointError
 from streammerge.storage.copies import forget_places
 from streammerge.storage.objects import Listed, RemoteObject
 from streammerge.storage.retrying import PassingError, persist
-from streammerge.storage.stores import import_library
+from streammerge.storage.stores import READ_STEP, import_library
 
 _CONNECTIONS = 64
 _CONNECT_SECONDS, _READ_SECONDS = 10, 60
@@ -115,7 +115,7 @@ class S3Store:
                 refuse_changed(what)
             with answer["Body"] as body:
                 while done < len(buffer):
-                    count = body.readinto(buffer[done:])
+                    count = body.readinto(buffer[done : done + READ_STEP])
                     if not count:
                         break
                     done += count

@@ -16,6 +16,8 @@ from streammerge.storage.objects import Listed, RemoteObject
 
 LARGEST_RANGE = 32 * 2**20
 """Bytes that are asked for at once."""
+READ_STEP = 2**18
+"""Bytes of an answer that are taken at once: libraries hold twice as many meanwhile, for each reader."""
 
 
 class Store(Protocol):

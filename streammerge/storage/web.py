@@ -2,7 +2,7 @@
 
 Every read names the version that was planned, and looks whether that is what it gets.
 
-Memory: 64 KiB per connection; bytes go straight into the caller's.
+Memory: 1 MiB per connection; bytes go into the caller's, step by step.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from streammerge.storage.copies import forget_places
 from streammerge.storage.objects import Listed, RemoteObject
 from streammerge.storage.retrying import PassingError, persist
 from streammerge.storage.s3 import pause_of, refuse_changed
-from streammerge.storage.stores import import_library
+from streammerge.storage.stores import READ_STEP, import_library
 
 _CONNECTIONS = 64
 _CONNECT_SECONDS, _READ_SECONDS = 10.0, 60.0
@@ -153,7 +153,7 @@ class WebStore:
         done = 0
         try:
             while done < len(buffer):
-                count = answer.readinto(buffer[done:])
+                count = answer.readinto(buffer[done : done + READ_STEP])
                 if not count:
                     break
                 done += count

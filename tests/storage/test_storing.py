@@ -70,6 +70,44 @@ def test_no_more_than_some_parts_lie_here(
     assert min(most) < 15 * 2**20
 
 
+def test_objects_become_complete_side_by_side(
+    bucket: Any, large: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    both = threading.Barrier(2)
+    complete = S3Target.complete
+
+    def wait(self: S3Target, *arguments: Any) -> bool:
+        # Nobody comes through alone.
+        both.wait(60)
+        return complete(self, *arguments)
+
+    monkeypatch.setattr(S3Target, "complete", wait)
+    streammerge.merge(with_shards(recipe_at(str(large))), OUT)
+
+    assert not streammerge.verify_files(OUT).damages
+
+
+def test_answers_are_taken_in_small_steps(
+    bucket: Any, large: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is asked of a library at once it holds, outside of any budget, for each reader."""
+    from urllib3.response import HTTPResponse
+
+    bucket.upload_file(str(next(large.rglob("a/*.safetensors"))), "results", "large.safetensors")
+    most: list[int] = []
+    take = HTTPResponse.readinto
+
+    def watch(self: Any, buffer: memoryview) -> int:
+        most.append(len(buffer))
+        return take(self, buffer)
+
+    monkeypatch.setattr(HTTPResponse, "readinto", watch)
+    sources = [{"path": "s3://results/large.safetensors"}] * 2
+    streammerge.merge({"method": "linear", "sources": sources}, tmp_path / "out")
+
+    assert max(most) <= 2**18
+
+
 def test_inputs_and_result_may_lie_in_the_same_bucket(
     bucket: Any, root: Path, tmp_path: Path
 ) -> None:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from models import Models
 from results import shards_of
 
@@ -27,7 +30,7 @@ from benchmarks.bucket import KEYS, Bucket, serve
 def bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bucket]:
     """A server of two empty buckets, in a process of its own."""
     for name in ("models", "results"):
-        (tmp_path / "served" / name).mkdir(parents=True)
+        (tmp_path / "served" / name).mkdir(parents=True, exist_ok=True)
     with serve(tmp_path / "served") as made:
         for name, value in {"AWS_ENDPOINT_URL": made.address, **KEYS}.items():
             monkeypatch.setenv(name, value)
@@ -37,10 +40,9 @@ def bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bucket]:
         yield made
 
 
-@pytest.mark.parametrize("scope", ["tensor", "model"])
-def test_shards_of_many_parts_are_those_of_a_disk(
-    scope: str, bucket: Bucket, tmp_path: Path
-) -> None:
+@pytest.fixture
+def models(tmp_path: Path) -> Path:
+    """Three models of 48 MB in three shards, on the disk and, as the same files, in the store."""
     models = Models(tmp_path / "models")
     models.root.mkdir()
     for seed, name in enumerate(("base", "a", "b")):
@@ -50,22 +52,29 @@ def test_shards_of_many_parts_are_those_of_a_disk(
         }
         path = models.write({key: each.bfloat16() for key, each in tensors.items()}, name, shards=3)
         (path / "config.json").write_text(json.dumps({"model_type": "llama"}))
-        (tmp_path / "served" / "models" / name).mkdir()
+        (tmp_path / "served" / "models" / name).mkdir(parents=True)
         for each in path.iterdir():
             os.link(each, tmp_path / "served" / "models" / name / each.name)
+    return models.root
 
-    def recipe(place: str) -> dict[str, object]:
-        return {
-            "method": "ties",
-            "base": f"{place}/base",
-            "sources": [{"path": f"{place}/{name}"} for name in "ab"],
-            "parameters": {"density": 0.3, "scope": scope},
-            "output": {"max_shard_size": "40MB"},
-        }
 
-    streammerge.merge(recipe(str(models.root)), tmp_path / "local")
+def recipe_at(place: str, scope: str) -> dict[str, object]:
+    return {
+        "method": "ties",
+        "base": f"{place}/base",
+        "sources": [{"path": f"{place}/{name}"} for name in "ab"],
+        "parameters": {"density": 0.3, "scope": scope},
+        "output": {"max_shard_size": "40MB"},
+    }
 
-    manifest = streammerge.merge(recipe("s3://models"), "s3://results/merged")
+
+@pytest.mark.parametrize("scope", ["tensor", "model"])
+def test_shards_of_many_parts_are_those_of_a_disk(
+    scope: str, models: Path, bucket: Bucket, tmp_path: Path
+) -> None:
+    streammerge.merge(recipe_at(str(models), scope), tmp_path / "local")
+
+    manifest = streammerge.merge(recipe_at("s3://models", scope), "s3://results/merged")
 
     # A bucket is a folder there.
     found = tmp_path / "served" / "results" / "merged"
@@ -75,6 +84,18 @@ def test_shards_of_many_parts_are_those_of_a_disk(
     assert sorted(path.name for path in found.iterdir()) == sorted(
         path.name for path in (tmp_path / "local").iterdir()
     )
-    inputs = sum(path.stat().st_size for path in models.root.rglob("*.safetensors"))
+    inputs = sum(path.stat().st_size for path in models.rglob("*.safetensors"))
     read = manifest.run.bytes_by_stage["read"]
     assert read <= 1.05 * inputs * (2 if scope == "model" else 1)
+
+
+def test_memory_stays_within_the_budget(models: Path, bucket: Bucket, tmp_path: Path) -> None:
+    """From a store to a store in a process of its own, whose libraries count too."""
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe_at("s3://models", "model")))
+    command = ["merge", str(path), "s3://results/merged", "--quiet", "--memory", "400MiB"]
+    subprocess.run([sys.executable, "-m", "streammerge", *command], check=True)
+
+    found = tmp_path / "served" / "results" / "merged" / "streammerge_manifest.json"
+    run = json.loads(found.read_bytes())["run"]
+    assert 0 < run["measured_memory"] <= run["memory_budget"] == 400 * 2**20
