@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from covering import try_all_pairs
 from fake_backend import FakeBackend, MakeDevices
 from fast import choose_fast
 from models import Models
@@ -32,6 +33,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="run one case of each test, and leave out what takes long",
     )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    try_all_pairs(all_pairs=config.getoption("--runslow"))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -23,12 +23,17 @@ Kind = TypeVar("Kind")
 Parts = frozenset[Hashable]
 
 
+_all_pairs = False
+
+
+def try_all_pairs(*, all_pairs: bool) -> None:
+    """Let whatever is chosen from now on be all there is; for modules that pytest collects later."""
+    global _all_pairs  # noqa: PLW0603 - parameters of tests are made while modules are imported
+    _all_pairs = all_pairs
+
+
 def cover(
-    cases: Iterable[Case],
-    kinds: Sequence[Kind],
-    parts_of: Callable[[Case], Parts],
-    *,
-    all_pairs: bool = False,
+    cases: Iterable[Case], kinds: Sequence[Kind], parts_of: Callable[[Case], Parts]
 ) -> list[tuple[Case, Kind]]:
     """Pair every case with a kind, and every kind with cases that have all parts between them.
 
@@ -36,13 +41,12 @@ def cover(
         cases: What is tried.
         kinds: In which circumstances.
         parts_of: What a case is made of.
-        all_pairs: Whether to pair all with all, as ``--runslow`` does.
 
     Returns:
         The pairs, those of a case side by side.
     """
     cases = list(cases)
-    if all_pairs:
+    if _all_pairs:
         return list(itertools.product(cases, kinds))
     parts = [parts_of(case) for case in cases]
     chosen = {(index, index % len(kinds)) for index in range(len(cases))}
@@ -63,6 +67,8 @@ def choose(
 ) -> list[Case]:
     """Return the first case of every method, and others until there is one with every part."""
     cases = list(cases)
+    if _all_pairs:
+        return cases
     parts = [parts_of(case) for case in cases]
     firsts: dict[str, int] = {}
     for index, case in enumerate(cases):

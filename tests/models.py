@@ -12,10 +12,10 @@ import dataclasses
 import itertools
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -37,30 +37,11 @@ from streammerge.statistics import BLOCK
 
 Tensors = dict[str, Tensor]
 Layout = Literal["given", "reversed", "interleaved"]
-Case = TypeVar("Case")
-Kind = TypeVar("Kind")
 
 INDEX_NAME = "model.safetensors.index.json"
 MEMORY = "4GiB"
 """Far more than any model here needs."""
 _INT_OF_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-def in_turn(
-    cases: Iterable[Case], kinds: Sequence[Kind], method_of: Callable[[Case], str]
-) -> list[tuple[Case, Kind]]:
-    """Pair the first case of each method with every kind, and each other one with the next in turn.
-
-    So every method is seen with all kinds and every case with one, in a third of the time.
-    """
-    pairs: list[tuple[Case, Kind]] = []
-    seen: set[str] = set()
-    turn = itertools.cycle(kinds)
-    for case in cases:
-        first = method_of(case) not in seen
-        seen.add(method_of(case))
-        pairs += [(case, kind) for kind in (kinds if first else [next(turn)])]
-    return pairs
 
 
 def write_model(

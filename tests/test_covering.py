@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
-from covering import choose, cover, parts_of
+from collections.abc import Iterator
+
+import pytest
+from covering import choose, cover, parts_of, try_all_pairs
 
 from streammerge.methods import discover_methods
 
 LETTERS = {"one": "ab", "two": "bc", "three": "c", "four": "abcd"}
+
+
+@pytest.fixture(autouse=True)
+def _chosen() -> Iterator[None]:
+    """Choose, whatever the run of the tests was asked for."""
+    try_all_pairs(all_pairs=False)
+    yield
+    try_all_pairs(all_pairs=False)
 
 
 def letters_of(case: str) -> frozenset[str]:
@@ -23,9 +34,11 @@ def test_every_case_meets_one_kind_and_every_part_all_kinds() -> None:
 
 
 def test_all_may_be_tried_with_all() -> None:
-    pairs = cover(LETTERS, ["x", "y"], letters_of, all_pairs=True)
+    try_all_pairs(all_pairs=True)
+    pairs = cover(LETTERS, ["x", "y"], letters_of)
 
     assert len(pairs) == len(set(pairs)) == 2 * len(LETTERS)
+    assert choose(LETTERS, letters_of, lambda _: "m") == list(LETTERS)
 
 
 def test_what_has_been_met_is_not_tried_again() -> None:

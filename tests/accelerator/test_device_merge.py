@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from covering import Parts, choose, cover, parts_of
 from fake_backend import COMPUTE, COPY_IN, COPY_OUT, MakeDevices
 from models import (
     BLOCK,
@@ -17,7 +18,6 @@ from models import (
     Tensors,
     assert_same_model,
     count_sources,
-    in_turn,
     load_model,
     recipe_of,
     recut,
@@ -40,23 +40,35 @@ from streammerge.plan.types import MergePlan
 from streammerge.tiles.program import Op
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+EXAMPLES = [
+    (method.name, number, example)
+    for method in discover_methods().values()
+    for number, example in enumerate(method.examples)
+]
+
+
+def parts_of_example(example: tuple[str, int, dict[str, Any]]) -> Parts:
+    method, _, parameters = example
+    return parts_of(method, parameters, has_base=has_base(method))
+
+
+def has_base(method: str) -> bool:
+    return discover_methods()[method].operand is not Operand.WEIGHTS
+
+
 CASES = [
     pytest.param(method, example, dtype, id=f"{method}-{number}-{dtype}")
-    for (method, number, example), dtype in in_turn(
-        [
-            (method.name, number, example)
-            for method in discover_methods().values()
-            for number, example in enumerate(method.examples)
-        ],
-        DTYPES,
-        lambda case: case[0],
+    for (method, number, example), dtype in cover(
+        choose(EXAMPLES, parts_of_example, lambda example: example[0]), DTYPES, parts_of_example
     )
 ]
 SHAPES = {
-    "smooth": (5 * BLOCK + 99,),
+    "smooth": (
+        4 * BLOCK + 99,
+    ),  # pieces of three blocks, in steps of two: two, one, one and a rest
     "grid": (2, BLOCK + 31),  # full of equal magnitudes
     "small": (7, 5),
-    "zeros": (BLOCK + 1,),
+    "zeros": (300,),
     "empty": (0,),
 }
 SCHEDULES = {
@@ -86,7 +98,7 @@ def recipe_for(
     method: str, paths: list[Path], parameters: dict[str, Any], **document: Any
 ) -> dict[str, Any]:
     found = discover_methods()[method]
-    base = None if found.operand is Operand.WEIGHTS else paths[0]
+    base = paths[0] if has_base(method) else None
     sources = paths[1 : 1 + count_sources(found, len(paths) - 1)]
     return recipe_of(method, base, sources, parameters=parameters, **document)
 
@@ -208,9 +220,9 @@ def test_copying_in_computing_and_copying_out_may_overlap(
     copies, steps = ("copy", COPY_IN), ("run", COMPUTE)
     first_step = backend.log.index(steps)
     assert backend.log[:first_step].count(copies) == 2 * len(paths)
-    # Once for the piece, of six steps, and three times when the worker ends.
+    # Once for the piece, of five steps, and three times when the worker ends.
     assert backend.log.count(("synchronize", -1)) == 1 + 3
-    assert backend.log.count(("copy", COPY_OUT)) == 6 + 2
+    assert backend.log.count(("copy", COPY_OUT)) == 5 + 2
 
 
 def test_two_devices_share_the_chunks(devices: MakeDevices, models: Models) -> None:
@@ -363,7 +375,7 @@ def test_a_second_refusal_ends_with_the_budget_error(devices: MakeDevices, model
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda:1"])
-@pytest.mark.parametrize("lost_after", [1, 14, 40])
+@pytest.mark.parametrize("lost_after", [1, 14, 30])
 def test_a_lost_device_ends_the_merge_which_resumes_elsewhere(
     lost_after: int, device: str, devices: MakeDevices, models: Models
 ) -> None:

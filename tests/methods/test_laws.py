@@ -228,15 +228,11 @@ class Reference:
     merged: Tensors
 
 
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "reference" in metafunc.fixturenames:
-        every = metafunc.config.getoption("--runslow")
-        pairs = cover(CASES, list(DTYPES), lambda case: case.parts, all_pairs=every)
-        ids = [f"{case.id}-{dtype}" for case, dtype in pairs]
-        metafunc.parametrize("reference", pairs, ids=ids, indirect=True, scope="module")
-
-
-@pytest.fixture(scope="module")
+@pytest.fixture(
+    scope="module",
+    params=cover(CASES, list(DTYPES), lambda case: case.parts),
+    ids=lambda param: f"{param[0].id}-{param[1]}",
+)
 def reference(
     request: pytest.FixtureRequest,
     stored: dict[str, Stored],

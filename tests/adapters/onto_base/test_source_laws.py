@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from covering import choose, cover
 from models import (
     MEMORY,
     Models,
@@ -109,8 +110,13 @@ def smallest_cut(plan: MergePlan) -> MergePlan:
 # -- values
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("case", FEW.values(), ids=FEW)
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    [
+        pytest.param(case, dtype, id=f"{case.method}-{dtype}")
+        for case, dtype in cover(FEW.values(), list(DTYPES), lambda case: case.parts)
+    ],
+)
 def test_every_element_type_gives_whole_task_vectors_results_in_any_cut(
     case: Case, dtype: str, adapters: list[Path], models: Models
 ) -> None:
@@ -162,7 +168,11 @@ def test_the_seed_decides_the_bits_of_random_methods_alone(
         assert differs is case.random, case.id
 
 
-@pytest.mark.parametrize("case", with_densities(), ids=lambda case: case.id)
+@pytest.mark.parametrize(
+    "case",
+    choose(with_densities(), lambda case: case.parts, lambda case: case.method),
+    ids=lambda case: case.id,
+)
 def test_density_zero_keeps_the_base_and_density_one_everything(
     case: Case, adapters: list[Path], models: Models
 ) -> None:
@@ -250,11 +260,20 @@ def norms(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_adapter(path, tensors, target_modules=[*factors], r=RANK, use_dora=True)
 
 
-@pytest.fixture(params=FEW | SWEEPS)
+ENDS = cover((FEW | SWEEPS).values(), ["cut off", "disk full"], lambda case: case.parts)
+
+
+def those_that_end(how: str) -> pytest.MarkDecorator:
+    """Try those cases that end so; every step of programs is among them, whatever the end."""
+    cases = [case for case, end in ENDS if end == how]
+    return pytest.mark.parametrize("cut", cases, ids=lambda case: case.id, indirect=True)
+
+
+@pytest.fixture
 def cut(
     request: pytest.FixtureRequest, adapters: list[Path], norms: Path, models: Models
 ) -> MergePlan:
-    case = (FEW | SWEEPS)[request.param]
+    case = request.param
     base = models.write(draw(torch.bfloat16), "base")
     recipe = recipe_for(case, base, [adapters[0], norms], output={"max_shard_size": "1MB"})
     return in_pieces(streammerge.plan(recipe, memory=MEMORY, workers=2))
@@ -265,6 +284,7 @@ def _sync_often(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(outputfile, "SYNC_BYTES", 2 * BLOCK)
 
 
+@those_that_end("cut off")
 def test_a_merge_that_is_cut_off_twice_ends_with_the_same_bytes(
     cut: MergePlan, tmp_path: Path
 ) -> None:
@@ -293,6 +313,7 @@ def test_another_scaling_in_the_configuration_is_another_merge(
         streammerge.merge(recipe, tmp_path / "out", memory=MEMORY, resume=True)
 
 
+@those_that_end("disk full")
 def test_a_full_disk_ends_the_merge_and_loses_nothing(
     cut: MergePlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
