@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from covering import Parts, choose, parts_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import (
@@ -35,6 +36,7 @@ from streammerge.engine.pieces import Part, PieceInMemory, Stored
 from streammerge.engine.plain import PlainStage
 from streammerge.errors import NonFiniteError
 from streammerge.methods import discover_methods
+from streammerge.methods.base import Operand
 from streammerge.methods.programs import Programs, programs_of
 from streammerge.native import library
 from streammerge.native.library import Kernels, load_kernels
@@ -150,13 +152,27 @@ def document(method: str, paths: list[Path], **parameters: Any) -> dict[str, Any
     }
 
 
+def parts_with(case: tuple[str, int]) -> Parts:
+    method, sources = case
+    has_base = METHODS[method].operand is not Operand.WEIGHTS
+    return parts_of(method, required(METHODS[method]), has_base=has_base, sources=sources)
+
+
 @pytest.mark.parametrize(
     ("method", "sources"),
     [
-        (name, sources)
-        for name, method in METHODS.items()
+        case
         for sources in (1, 2, 3, 4, 5, 8, 16, 17)
-        if count_sources(method, sources) == sources
+        for case in choose(
+            [
+                (name, sources)
+                for name in METHODS
+                if count_sources(METHODS[name], sources) == sources
+            ],
+            parts_with,
+            # Few and many of every method; between them, every step of their programs.
+            lambda case: case[0] if case[1] in (1, 2, 5) else "",
+        )
     ],
 )
 def test_any_number_of_sources_gives_the_bits_of_the_plain_way(

