@@ -16,7 +16,7 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any, TypeVar
 
 from streammerge.methods import discover_methods
-from streammerge.methods.programs import programs_of
+from streammerge.methods.programs import Programs, programs_of
 
 Case = TypeVar("Case")
 Kind = TypeVar("Kind")
@@ -82,8 +82,10 @@ def choose(
     return [cases[index] for index in sorted(chosen)]
 
 
-def parts_of(method: str, parameters: dict[str, Any], *, has_base: bool, sources: int = 2) -> Parts:
-    """Return what a method with some parameters does to elements, and how it asks about tensors.
+def programs_with(
+    method: str, parameters: dict[str, Any], *, has_base: bool, sources: int = 2
+) -> Programs:
+    """Return the programs of a method with some parameters.
 
     Args:
         method: Its name.
@@ -98,7 +100,12 @@ def parts_of(method: str, parameters: dict[str, Any], *, has_base: bool, sources
         value = parameters.get(spec.name, spec.default)
         each = value if isinstance(value, tuple) else (value,) * count
         values.append((spec.name, each[:count] if spec.per_source else value))
-    programs = programs_of(found, values, sources=count, has_base=has_base)
+    return programs_of(found, values, sources=count, has_base=has_base)
+
+
+def parts_of(method: str, parameters: dict[str, Any], *, has_base: bool, sources: int = 2) -> Parts:
+    """Return what a method does to elements, and how it asks about tensors; see :func:`programs_with`."""
+    programs = programs_with(method, parameters, has_base=has_base, sources=sources)
     work = programs.work
     steps = {
         (step.op, step.majority, None if step.number < 0 else program.numbers[step.number].origin)

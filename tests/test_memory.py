@@ -10,10 +10,12 @@ import sys
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import yaml
+from covering import Parts, choose, parts_of, programs_with
 from safetensors.torch import load_file, save_file
 
 from streammerge.methods import discover_methods
@@ -128,13 +130,31 @@ def run_merge(
     return json.loads(finished.stdout.splitlines()[-1])
 
 
-CASES = [
-    pytest.param(method.name, example, kernels, id=f"{method.name}-{way}")
-    for method in discover_methods().values()
-    for example, kernels, way in (
-        (method.examples[0], True, "compiled"),
-        (method.examples[-1], False, "plain"),
+def parts_and_registers(case: tuple[str, dict[str, Any]]) -> Parts:
+    """Return what a method is made of, and what decides how much the plain way takes."""
+    name, example = case
+    programs = programs_with(name, example, has_base=True)
+    counts = (
+        max(program.registers for program in programs.all),
+        programs.ranked,
+        programs.row_counts,
     )
+    return parts_of(name, example, has_base=True) | {counts}
+
+
+CASES = [
+    *(
+        pytest.param(method.name, method.examples[0], True, id=f"{method.name}-compiled")
+        for method in discover_methods().values()
+    ),
+    *(
+        pytest.param(name, example, False, id=f"{name}-plain")
+        for name, example in choose(
+            [(method.name, method.examples[-1]) for method in discover_methods().values()],
+            parts_and_registers,
+            lambda _: "",
+        )
+    ),
 ]
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from covering import cover, parts_of
 from fake_backend import COMPUTE, COPY_IN, MakeDevices
 from models import (
     BLOCK,
@@ -49,8 +51,8 @@ NAMES = (
 )  # fmt: skip
 
 
-@pytest.fixture(autouse=True, scope="module")
-def made_up() -> Iterator[None]:
+@contextmanager
+def made_up_methods() -> Iterator[None]:
     """Let the files in ``made_up`` be methods."""
     with pytest.MonkeyPatch.context() as patch:
         where = [*streammerge.methods.__path__, str(Path(__file__).parent / "made_up")]
@@ -58,6 +60,12 @@ def made_up() -> Iterator[None]:
         discover_methods.cache_clear()
         yield
     discover_methods.cache_clear()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def made_up() -> Iterator[None]:
+    with made_up_methods():
+        yield
 
 
 @dataclass(frozen=True)
@@ -86,8 +94,17 @@ def test_every_example_is_tested() -> None:
     assert sum(map(len, there.values())) == len(CASES)
 
 
-@every_case
-@pytest.mark.parametrize("dtype", DTYPES)
+def in_types() -> Iterator[Any]:
+    """Yield cases with element types: every step of their programs with each."""
+    with made_up_methods():
+        pairs = cover(
+            CASES, list(DTYPES), lambda case: parts_of(case.method, case.parameters, has_base=True)
+        )
+    for case, dtype in pairs:
+        yield pytest.param(case, dtype, id=f"{case.method}-{case.number}-{dtype}")
+
+
+@pytest.mark.parametrize(("case", "dtype"), in_types())
 def test_output_bytes_depend_on_nothing_but_recipe_and_inputs(
     case: Case, dtype: str, models: Models
 ) -> None:
