@@ -133,7 +133,9 @@ def _identify(chain: Chain, inputs: Sequence[ShardFile]) -> str:
     """Return a digest of the recipes and of all files that are no results of them."""
     digest = hashlib.sha256(chain.text.encode())
     for file in inputs:
-        what = f"{file.path} {file.nbytes} {file.mtime_ns} {file.header_digest}\n"
+        # Where the header of what lies in a store was copied to differs from run to run.
+        version = "" if file.remote is None else f" {file.remote.version}"
+        what = f"{file.origin} {file.nbytes} {file.mtime_ns} {file.header_digest}{version}\n"
         digest.update(what.encode(errors="backslashreplace"))
     return digest.hexdigest()
 

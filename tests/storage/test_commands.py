@@ -120,6 +120,50 @@ def test_what_is_baked_and_merged_together_may_lie_there(
     assert_same_model(load_model(first), load_model(tmp_path / "alone"))
 
 
+def test_a_chain_of_recipes_reads_from_a_store_and_goes_on(
+    bucket: Any, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from streammerge.chaining import running
+
+    def chain(place: str) -> list[dict[str, object]]:
+        first = recipe_at(place) | {"name": "first"}
+        # Twice a source, so that it is written.
+        sources = [{"path": path} for path in ("first", "first", f"{place}/a")]
+        return [first, {"method": "linear", "sources": sources}]
+
+    place = upload(bucket, root)
+    for name, where in (("here", str(root)), ("there", place)):
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump_all(chain(where)))
+    here, there = (str(tmp_path / f"{name}.yaml") for name in ("here", "there"))
+    assert main(["merge", here, str(tmp_path / "local"), "--quiet"]) == 0
+    out = tmp_path / "out"
+    merges: list[Path] = []
+    merge = running.merge
+
+    def cut(planned: Any, place: Path, **options: Any) -> Any:
+        if place == out:
+            raise OutputError("the power is gone")
+        merges.append(place)
+        return merge(planned, place, **options)
+
+    command = ["merge", there, str(out), "--quiet"]
+    with monkeypatch.context() as patch:
+        patch.setattr(running, "merge", cut)
+        assert main(command) == OutputError.exit_code
+        assert len(merges) == 1
+        copies.forget_places()
+        assert main([*command, "--resume"]) == OutputError.exit_code
+    copies.forget_places()
+    assert main([*command, "--resume"]) == 0
+
+    assert_same_model(load_model(out), load_model(tmp_path / "local"))
+    before = (out / "streammerge_manifest.json").stat().st_mtime_ns
+    copies.forget_places()
+    # It is found to be complete, by another process too.
+    assert main([*command, "--resume"]) == 0
+    assert (out / "streammerge_manifest.json").stat().st_mtime_ns == before
+
+
 def test_no_result_names_the_copies_of_headers(
     bucket: Any, root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
