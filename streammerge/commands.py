@@ -314,12 +314,12 @@ def _plan_together(options: argparse.Namespace, first: Recipe | Chain | Grid) ->
     plans = [planned for group in groups for planned in group.plans]
     names = [name or recipe.method for name, recipe in recipes]
     heads = [f"{index} of {len(plans)}: {name}" for index, name in enumerate(names, 1)]
-    how = f"{len(plans)} outputs, up to {len(groups[0].plans)} at once; reads of the inputs: {len(groups)}"
-    _print_plans(options, heads, plans, how)
-    # Those of a group read side by side, from one read of what they share.
-    _print_estimate(
-        options, plans, sum(max(p.bytes_to_read for p in group.plans) for group in groups)
+    reads = sum(group.reads for group in groups)
+    how = (
+        f"{len(plans)} outputs, up to {len(groups[0].plans)} at once; reads of the inputs: {reads}"
     )
+    _print_plans(options, heads, plans, how)
+    _print_estimate(options, plans, sum(group.bytes_to_read for group in groups))
     return 0
 
 

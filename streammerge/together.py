@@ -2,7 +2,7 @@
 
 Every one of them is the merge that it would be alone, with its own directory, journal and manifest, so
 its bytes are the same and it resumes by itself. They share a process, its memory in equal parts, and the
-page cache: :mod:`streammerge.engine.pacing` keeps them together, and pages are let go when the last one
+page cache, so that of a disk inputs are read once: :mod:`streammerge.engine.pacing` keeps them together, and pages are let go when the last one
 has read them (:mod:`streammerge.checkpoint.sharing`). What does not fit the memory at once is merged in
 groups, one after the other, each of which reads the inputs once.
 
@@ -60,7 +60,19 @@ class Group:
     """Merges that run at the same time."""
 
     plans: tuple[AnyPlan, ...]
-    """One or more; what they read, they read once."""
+    """One or more; what they read of a disk, they read once."""
+
+    @property
+    def reads(self) -> int:
+        """How often inputs are read: once, or of a store, which no page cache stands before, by each."""
+        stores = any(isinstance(each, MergePlan) and each.asks_stores for each in self.plans)
+        return len(self.plans) if stores else 1
+
+    @property
+    def bytes_to_read(self) -> int:
+        """Bytes that they read together, of a disk or a store."""
+        each = [planned.bytes_to_read for planned in self.plans]
+        return max(each) if self.reads == 1 else sum(each)
 
 
 @naming_limits()

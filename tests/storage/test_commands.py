@@ -99,7 +99,7 @@ def test_models_in_a_store_are_looked_at_and_compared(
 
 
 def test_what_is_baked_and_merged_together_may_lie_there(
-    bucket: Any, root: Path, tmp_path: Path
+    bucket: Any, root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = tiny.llama()
     model.save_pretrained(root / "tiny")
@@ -113,6 +113,14 @@ def test_what_is_baked_and_merged_together_may_lie_there(
     assert bake(place, OUT) == 0
     assert shards_of(fetch(bucket, tmp_path / "fetched")) == shards_of(tmp_path / "local")
     first, second = (tmp_path / name for name in ("first", "second"))
+    for where, reads in ((str(root), 1), (place, 2)):
+        path = tmp_path / "recipe.yaml"
+        path.write_text(yaml.safe_dump(recipe_at(where)))
+        assert main(["plan", str(path), "--also", str(path)]) == 0
+        # The page cache shares what lies on a disk.
+        assert (
+            f"2 outputs, up to 2 at once; reads of the inputs: {reads}\n" in capsys.readouterr().out
+        )
     streammerge.merge_together(
         [(recipe_at(place), first), (recipe_at(place) | {"parameters": {"density": 0.5}}, second)]
     )
