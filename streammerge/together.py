@@ -2,9 +2,9 @@
 
 Every one of them is the merge that it would be alone, with its own directory, journal and manifest, so
 its bytes are the same and it resumes by itself. They share a process, its memory in equal parts, and the
-page cache, so that of a disk inputs are read once: :mod:`streammerge.engine.pacing` keeps them together, and pages are let go when the last one
-has read them (:mod:`streammerge.checkpoint.sharing`). What does not fit the memory at once is merged in
-groups, one after the other, each of which reads the inputs once.
+page cache, so that inputs on a disk are read once: :mod:`streammerge.engine.pacing` keeps them together,
+and pages are let go when the last one has read them (:mod:`streammerge.checkpoint.sharing`). What does
+not fit the memory at once is merged in groups, one after the other, each of which reads the inputs once.
 
 On accelerators, and where adapters are combined, which takes seconds, they run one by one.
 """
