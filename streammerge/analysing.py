@@ -17,6 +17,7 @@ from streammerge.checkpoint.bytesource import (
     choose_byte_source,
 )
 from streammerge.checkpoint.journal import PieceDone
+from streammerge.checkpoint.recorded import Recorded
 from streammerge.checkpoint.runs import Runs
 from streammerge.engine.pipeline import RunReport, run_pipeline
 from streammerge.engine.progress import OnProgress
@@ -119,7 +120,7 @@ class AnalysisJob:
                 find_method(planned.method),
                 sources,
                 [_Nowhere()] * len(planned.layout.shards),
-                recovered=Recovered(planned, (), wanted=None),
+                recovered=Recovered(planned, Recorded(), wanted=None),
                 on_scope=lambda *_: None,
                 snapshot=None,
                 keep_cached=fits_page_cache(planned),

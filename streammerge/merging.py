@@ -8,8 +8,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
 
 from streammerge.adapters.combining.plans import CombinationPlan
 from streammerge.adapters.combining.writing import write_adapter
@@ -20,11 +24,12 @@ from streammerge.checkpoint.bytesource import (
     RemoteSource,
     check_unchanged,
 )
-from streammerge.checkpoint.journal import Entry, Journal, PieceDone
+from streammerge.checkpoint.journal import Journal, PieceDone
 from streammerge.checkpoint.manifest import Manifest, digest_identity
 from streammerge.checkpoint.outputdir import OutputDirectory
 from streammerge.checkpoint.outputfile import OutputFile
 from streammerge.checkpoint.outputform import form_of
+from streammerge.checkpoint.recorded import Recorded
 from streammerge.checkpoint.sidecars import make_folder
 from streammerge.checkpoint.types import ShardFile
 from streammerge.comparing import ComparedFile, Comparison, Sample, compare_results
@@ -35,7 +40,7 @@ from streammerge.engine.memory import resident_memory
 from streammerge.engine.pacing import Pace
 from streammerge.engine.pipeline import RunReport, run_pipeline
 from streammerge.engine.progress import OnProgress, ProgressEvent
-from streammerge.engine.rechecking import check_entries, keep_sound
+from streammerge.engine.rechecking import entry_check, find_unsound
 from streammerge.engine.resuming import Recovered, scope_found
 from streammerge.engine.twins import check_twins
 from streammerge.errors import CheckpointError, OutputError
@@ -57,6 +62,8 @@ from streammerge.plan.types import MergePlan
 from streammerge.report.drawing import check_drawing
 from streammerge.storage.objects import RemoteObject
 
+_RECORDS_AT_ONCE = 1024
+
 
 @dataclass(frozen=True, slots=True)
 class MergeJob:
@@ -76,7 +83,7 @@ class MergeJob:
     """Files that the process has open for each input."""
     pace: Pace | None = None
     """Keeps to that of other merges over the same files; None without any."""
-    vouched: Callable[[PieceDone], bool] | None = None
+    vouched: Callable[[Piece], bool] | None = None
     """What an unfinished merge has done that need not be read again to be kept; None for nothing."""
     sink: Sink | None = None
     """Where files go from the directory; None for nowhere, which is where they stay."""
@@ -133,6 +140,7 @@ class MergeJob:
                 identity=identity,
                 overwrite=self.overwrite,
                 resume=self.resume,
+                check=entry_check(planned),
             )
         with ExitStack() as stack:
             sources = open_sources(planned, self.opener, stack)
@@ -167,7 +175,7 @@ class MergeJob:
                 form=form_of(output.out),
                 copied=copied,
                 identity=digest_identity(identity),
-                resumed=bool(output.entries) and self.vouched is None,
+                resumed=bool(output.recorded) and self.vouched is None,
                 attempts=output.attempts,
                 damaged=damaged,
                 byte_source=sources[0].kind,
@@ -215,7 +223,7 @@ class SampleJob:
                 find_method(planned.method),
                 sources,
                 outputs,
-                recovered=Recovered(planned, (), wanted=self.sample.has),
+                recovered=Recovered(planned, Recorded(), wanted=self.sample.has),
                 on_scope=lambda *_: None,
                 snapshot=None,
                 keep_cached=fits_page_cache(planned),
@@ -280,7 +288,7 @@ class Sink(Protocol):
         """Go on with, or begin, what goes there from a directory."""
         ...
 
-    def has(self, piece: PieceDone) -> bool:
+    def has(self, piece: Piece) -> bool:
         """Return whether it has all bytes of a piece already."""
         ...
 
@@ -309,7 +317,7 @@ class Unfinished(Protocol):
         ...
 
     @property
-    def entries(self) -> tuple[Entry, ...]:
+    def recorded(self) -> Recorded:
         """What is done."""
         ...
 
@@ -359,7 +367,7 @@ def write_shards(
     resumed: bool,
     pace: Pace | None = None,
     share: Share | None = None,
-    vouched: Callable[[PieceDone], bool] | None = None,
+    vouched: Callable[[Piece], bool] | None = None,
     sink: Sink | None = None,
     sweep: SweepShare | None = None,
 ) -> tuple[RunReport, int]:
@@ -377,11 +385,8 @@ def write_shards(
         sink: As in :class:`MergeJob`.
         sweep: What to do of a sweep over the model, and nothing else; None for a merge.
     """
-    entries = output.entries
-    check_entries(planned, entries)
-    known = [each for each in entries if vouched and isinstance(each, PieceDone) and vouched(each)]
-    spared = set(known)
-    doubtful = [each for each in entries if each not in spared]
+    recorded = output.recorded
+    doubtful = _find_doubtful(recorded, vouched)
     own = None if share is None else shards_of(planned, share.tasks)
     files: list[OutputFile] = []
     shards: list[OutputFile | _OfOthers] = []
@@ -407,18 +412,17 @@ def write_shards(
             files.append(opened)
             shards.append(opened)
             opened.write_at(0, memoryview(render_header(planned, index)))
-        kept, damaged = keep_sound(planned, doubtful, shards, on_progress)
+        unsound = find_unsound(planned, recorded, doubtful, shards, on_progress)
+        kept = recorded.only(~unsound)
         if share is not None:
             # So that this journal alone tells all of it, cut as this process cuts.
-            output.journal.append(kept)
+            _copy_records(kept, output.journal)
         report = run_pipeline(
             planned,
             find_method(planned.method),
             sources,
             shards,
-            recovered=Recovered(
-                planned, [*known, *kept], wanted=None if share is None else share.has
-            ),
+            recovered=Recovered(planned, kept, wanted=None if share is None else share.has),
             on_scope=lambda task, found: output.journal.append([scope_found(task, found)]),
             snapshot=None if sweep is not None else output.take_snapshot(),
             keep_cached=fits_page_cache(planned),
@@ -432,4 +436,22 @@ def write_shards(
         # Whatever is left here is left because something failed.
         for each in files:
             each.abandon()
-    return report, damaged
+    return report, int(unsound.sum())
+
+
+def _find_doubtful(
+    recorded: Recorded, vouched: Callable[[Piece], bool] | None
+) -> NDArray[np.bool_]:
+    """Return which pieces must be read again to be kept."""
+    doubtful = np.ones(len(recorded), dtype=bool)
+    if vouched is not None:
+        for number, place in enumerate(recorded.places()):
+            doubtful[number] = not vouched(Piece(*place))
+    return doubtful
+
+
+def _copy_records(recorded: Recorded, journal: Journal) -> None:
+    journal.append(list(recorded.scopes.values()))
+    pieces = recorded.read()
+    while some := list(islice(pieces, _RECORDS_AT_ONCE)):
+        journal.append(some)

@@ -29,12 +29,13 @@ from streammerge.checkpoint.bytesource import (
     choose_byte_source,
 )
 from streammerge.checkpoint.inputs import parse_path
-from streammerge.checkpoint.journal import PartDone, PieceDone
+from streammerge.checkpoint.journal import PartDone
 from streammerge.checkpoint.manifest import Manifest
 from streammerge.checkpoint.outputform import form_of
 from streammerge.checkpoint.partdir import PartDirectory
 from streammerge.engine.context import SweepShare
 from streammerge.engine.progress import OnProgress, ProgressEvent
+from streammerge.engine.rechecking import entry_check
 from streammerge.engine.shelter import run_sheltered
 from streammerge.engine.twins import check_twins
 from streammerge.errors import BusyError, CheckpointError, OutputExistsError, RecipeError
@@ -43,6 +44,7 @@ from streammerge.identity import identify
 from streammerge.limits import allow_open_files, naming_limits
 from streammerge.merging import MergeJob, Share, naming_errors, open_sources, write_shards
 from streammerge.plan.checking import check_runnable
+from streammerge.plan.chunking import Piece
 from streammerge.plan.dividing import divide, find_seams, is_near_seam, shards_of
 from streammerge.plan.types import MergePlan
 from streammerge.run import RecipeLike, as_output, find_complete, plan
@@ -251,6 +253,7 @@ class PartJob:
                 resume=self.resume,
                 wanted=own,
                 numel=sum(planned.tasks[index].numel for index in own),
+                check=entry_check(planned),
                 epoch=self.epoch,
             )
 
@@ -365,7 +368,7 @@ def finish_parts(
     """
     seams = find_seams(job.planned, divided)
 
-    def is_apart(piece: PieceDone) -> bool:
+    def is_apart(piece: Piece) -> bool:
         return not is_near_seam(job.planned, seams, piece.task, piece.start, piece.numel)
 
     return MergeJob(

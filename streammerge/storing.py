@@ -50,6 +50,7 @@ from streammerge.engine.progress import OnProgress, ProgressEvent
 from streammerge.errors import CheckpointError, OutputError, OutputExistsError, StreamMergeError
 from streammerge.identity import identify
 from streammerge.merging import MergeJob
+from streammerge.plan.chunking import Piece
 from streammerge.plan.types import MergePlan
 from streammerge.storage.targets import Small, Target, open_target
 from streammerge.storage.urls import check_url
@@ -391,7 +392,7 @@ class _StoreSink:
             # Until the new one is, there is no complete result.
             self.target.delete(MANIFEST_NAME)
 
-    def has(self, piece: PieceDone) -> bool:
+    def has(self, piece: Piece | PieceDone) -> bool:
         """Return whether the store has all bytes of a piece."""
         assert self.uploads is not None  # noqa: S101 - at work
         task = self.planned.tasks[piece.task]

@@ -25,7 +25,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -61,6 +61,7 @@ if "streammerge.executors.unit" in sys.orig_argv:
     bytesource.PreadSource._read_some = slow
 """
 """What an interpreter does first that is to be killed in the middle of a part."""
+SLOWER = SLOW.replace("0.05", "0.5")
 OTHER_VERSION = "import streammerge.version\nstreammerge.version.VERSION = '9.9'\n"
 
 
@@ -109,10 +110,20 @@ def start_merge(recipe: dict[str, Any], out: Path, *options: str) -> subprocess.
     )
 
 
+_RUN = "STREAMMERGE_TEST_RUN"
+os.environ[_RUN] = uuid.uuid4().hex
+"""For all that these tests start, here or on clusters: others may run at the same time."""
+
+
 def units() -> list[psutil.Process]:
     """Return the processes that do parts now."""
-    found = psutil.process_iter(["cmdline"])
-    return [each for each in found if "streammerge.executors.unit" in (each.info["cmdline"] or ())]
+    found = []
+    for each in psutil.process_iter(["cmdline"]):
+        if "streammerge.executors.unit" in (each.info["cmdline"] or ()):
+            with suppress(psutil.Error):
+                if each.environ().get(_RUN) == os.environ[_RUN]:
+                    found.append(each)
+    return found
 
 
 def has_work(out: Path) -> bool:
@@ -157,7 +168,9 @@ class Server:
 
     def workers(self) -> list[psutil.Process]:
         """Return the processes that do what it is asked for: of a nanny those that it looks after."""
-        return psutil.Process(self._process.pid).children()
+        children = psutil.Process(self._process.pid).children()
+        # Beside one that tidies up after them.
+        return [each for each in children if "spawn_main" in " ".join(each.cmdline())]
 
     def kill_alone(self) -> None:
         """End it and what it looks after, at once, and leave what these have started."""

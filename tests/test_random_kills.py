@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 import pytest
 from clusters import (
-    SLOW,
+    SLOWER,
     DaskCluster,
     RayCluster,
     RayNode,
@@ -78,7 +78,7 @@ def _shake(
     process = start_merge(recipe, out, *options)
     wait_until(lambda: units() or process.poll() is not None)
     with contextlib.suppress(Exception):
-        process.wait(chance.uniform(0.0, 5.0))
+        process.wait(chance.uniform(0.0, 6.0))
     if kind == "driver":
         process.kill()
     else:
@@ -139,7 +139,7 @@ def test_what_is_killed_on_dask_costs_no_byte(
     record_property: Callable[[str, object], None],
 ) -> None:
     """Processes of parts, workers under their nannies, nannies with all of theirs, drivers."""
-    hosts = Hosts(lambda: dask.start_worker(SLOW))
+    hosts = Hosts(lambda: dask.start_worker(SLOWER))
     _twenty_times(dask.on, hosts, kind, tmp_path, record_property)
 
 
@@ -152,5 +152,5 @@ def test_what_is_killed_on_ray_costs_no_byte(
     record_property: Callable[[str, object], None],
 ) -> None:
     """Processes of parts, workers of Ray, whole nodes, drivers."""
-    hosts = Hosts(lambda: ray.start_node(SLOW))
+    hosts = Hosts(lambda: ray.start_node(SLOWER))
     _twenty_times(ray.on, hosts, kind, tmp_path, record_property)

@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,13 +28,15 @@ from streammerge.checkpoint import journal, outputdir, outputfile
 from streammerge.checkpoint.bytesource import PreadSource
 from streammerge.checkpoint.journal import (
     JOURNAL_NAME,
+    Entry,
     Journal,
     PieceDone,
     ScopeFound,
-    parse_entries,
+    iter_records,
     read_journal,
 )
 from streammerge.checkpoint.outputform import MANIFEST_NAME
+from streammerge.checkpoint.recorded import Recorded
 from streammerge.checkpoint.snapshot import SNAPSHOT_NAME, load_snapshot, save_snapshot
 from streammerge.checkpoint.verifying import verify_files
 from streammerge.cli import main
@@ -166,9 +168,8 @@ def test_only_what_is_not_in_the_journal_is_read_again(
     plan: MergePlan, whole: dict[str, bytes], tmp_path: Path
 ) -> None:
     interrupt_after(plan, tmp_path / "out", 8)
-    found = read_journal(tmp_path / "out.partial" / JOURNAL_NAME)
-    assert found is not None
-    done = [entry for entry in parse_entries(found, tmp_path) if isinstance(entry, PieceDone)]
+    journal = tmp_path / "out.partial" / JOURNAL_NAME
+    done = [entry for _, entry in iter_records(journal) if isinstance(entry, PieceDone)]
     assert done
 
     manifest = streammerge.merge(plan, tmp_path / "out", resume=True)
@@ -421,7 +422,10 @@ def test_a_journal_gives_back_what_was_written(tmp_path: Path) -> None:
     found = read_journal(tmp_path / "j")
 
     assert found is not None
-    assert (found.identity, parse_entries(found, tmp_path)) == ({"recipe": "x"}, (PIECE, scope))
+    assert found.identity == {"recipe": "x"}
+    assert found.lines == 2
+    assert [entry for _, entry in iter_records(tmp_path / "j")] == [PIECE, scope]
+    assert [entry for _, entry in iter_records(tmp_path / "j", pieces=False)] == [scope]
     assert found.nbytes == (tmp_path / "j").stat().st_size
 
 
@@ -439,7 +443,7 @@ def test_a_journal_that_ends_anywhere_holds_its_whole_lines(cut: int, tmp_path: 
     lines = data[:cut].count(b"\n")
     assert (found is None) == (lines == 0)
     if found is not None:
-        assert len(found.lines) == lines - 1
+        assert found.lines == lines - 1
         assert data[: found.nbytes].endswith(b"\n")
 
 
@@ -455,26 +459,102 @@ def test_an_altered_line_ends_the_journal(tmp_path: Path) -> None:
     found = read_journal(tmp_path / "j")
 
     assert found is not None
-    assert found.lines == ()
+    assert found.lines == 0
 
 
 def test_there_is_no_journal_in_an_empty_place(tmp_path: Path) -> None:
     assert read_journal(tmp_path / "j") is None
 
 
-def test_a_tensor_counts_as_done_piece_by_piece_or_when_it_is_covered(plan: MergePlan) -> None:
-    numel = plan.tasks[0].numel
-    half = BLOCK
-    first = replace(PIECE, task=0, start=0, numel=half)
-    rest = replace(PIECE, task=0, start=half, numel=numel - half)
+def recorded(tmp_path: Path, entries: Sequence[Entry]) -> Recorded:
+    """Return what a journal with these entries holds."""
+    journal = Journal(tmp_path / "j")
+    journal.begin({})
+    journal.append(entries)
+    journal.close()
+    found = Recorded()
+    found.add(tmp_path / "j")
+    return found
 
-    part = Recovered(plan, [first], wanted=None)
-    assert part.has(Piece(0, 0, half))
-    assert not part.has(Piece(0, 0, 2 * half))
-    assert not part.has(Piece(1, 0, half))
-    both = Recovered(plan, [rest, first], wanted=None)
-    assert both.has(Piece(0, 0, 2 * half))
-    assert {piece.start for piece in both.take_pieces([])} == {0, half}
+
+def test_a_tensor_counts_as_done_piece_by_piece_or_when_it_is_covered(
+    plan: MergePlan, tmp_path: Path
+) -> None:
+    index, numel = max(enumerate(task.numel for task in plan.tasks), key=lambda each: each[1])
+    half = BLOCK
+    assert numel > half
+    first = replace(PIECE, task=index, start=0, numel=half)
+    rest = replace(PIECE, task=index, start=half, numel=numel - half)
+
+    part = Recovered(plan, recorded(tmp_path, [first]), wanted=None)
+    assert part.has(Piece(index, 0, half))
+    assert not part.has(Piece(index, 0, 2 * half))
+    assert not part.has(Piece(index, half, half))
+    assert not part.has(Piece(index + 1, 0, half))
+    assert list(part.take_pieces([])) == []
+    # Once they are given away, they still count.
+    assert part.has(Piece(index, 0, half))
+    both = Recovered(plan, recorded(tmp_path, [rest, first]), wanted=None)
+    assert both.has(Piece(index, 0, 2 * half))
+    assert list(both.take_pieces([])) == [first, rest]
+    assert both.has(Piece(index, 0, 2 * half))
+
+
+def test_of_two_records_of_a_place_the_later_one_counts(plan: MergePlan, tmp_path: Path) -> None:
+    entries = [
+        replace(PIECE, start=start, numel=numel, not_finite=number)
+        for number, (start, numel) in enumerate([(0, 8), (16, 8), (0, 4), (8, 8), (16, 8)])
+    ]
+
+    found = recorded(tmp_path, entries)
+
+    assert list(found.read()) == [entries[2], entries[3], entries[4]]
+    assert found.starts.tolist() == [0, 8, 16]
+    assert list(found.read(np.array([2, 0]))) == [entries[4], entries[2]]
+    assert list(found.only(found.numels == 8).read()) == entries[3:]
+
+
+@pytest.mark.parametrize("least", [1, 7, 1 << 16])
+def test_records_of_several_journals_are_read_again_as_they_were(
+    least: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many are sorted at once."""
+    monkeypatch.setattr("streammerge.checkpoint.recorded._LEAST_SORTED", least)
+    chance = random.Random(1)  # noqa: S311 - it only chooses what is recorded
+    expected: dict[tuple[int, int], PieceDone] = {}
+    found = Recorded()
+    for number in range(20):
+        journal = Journal(tmp_path / f"{number}")
+        journal.begin({})
+        for _ in range(30):
+            piece = replace(
+                PIECE,
+                task=chance.randrange(5),
+                start=chance.randrange(9) * BLOCK,
+                numel=chance.randrange(1, 100),
+                leaves="0f" * 32 * chance.randrange(3),
+            )
+            expected[piece.task, piece.start] = piece
+            journal.append([piece])
+        journal.close()
+        found.add(tmp_path / f"{number}")
+
+    assert list(found.read()) == [expected[place] for place in sorted(expected)]
+
+
+def test_a_journal_that_is_changed_between_two_looks_is_refused(tmp_path: Path) -> None:
+    found = recorded(tmp_path, [PIECE, replace(PIECE, start=8)])
+    data = (tmp_path / "j").read_bytes()
+    (tmp_path / "j").write_bytes(data.replace(b'"numel":8', b'"numel":7'))
+
+    with pytest.raises(ResumeError, match=r"is not what it was a moment ago; give --overwrite"):
+        list(found.read())
+
+
+@pytest.mark.parametrize("change", [{"task": 1 << 31}, {"start": 1 << 62}, {"numel": 1 << 70}])
+def test_places_that_no_merge_has_are_refused(change: dict[str, int], tmp_path: Path) -> None:
+    with pytest.raises(ResumeError, match=r"which no merge has; give --overwrite"):
+        recorded(tmp_path, [replace(PIECE, **change)])
 
 
 # -- real processes, killed at random
@@ -805,9 +885,8 @@ def test_progress_of_a_resumed_merge_counts_what_is_left(
 def begun_lines(plan: MergePlan, out: Path) -> list[bytes]:
     """Interrupt a merge and return its journal's lines without their checksums."""
     interrupt_after(plan, out, 8)
-    found = read_journal(out.with_name("out.partial") / JOURNAL_NAME)
-    assert found is not None
-    return list(found.lines)
+    lines = (out.with_name("out.partial") / JOURNAL_NAME).read_bytes().splitlines()
+    return [line.partition(b" ")[2] for line in lines[1:]]
 
 
 def rewrite(out: Path, identity: dict[str, Any], lines: list[bytes]) -> None:

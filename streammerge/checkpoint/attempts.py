@@ -7,7 +7,7 @@
 An epoch is drawn when a merge begins anew. A process that was given up may live on, on a machine that
 nobody hears of; whatever it still leaves has the epoch that it began in, which nobody looks for any more.
 
-Memory: the entries of all attempts.
+Memory: what all attempts said but for pieces of tensors, which are read one by one.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import contextlib
 import os
 import re
 import socket
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,13 +24,11 @@ from typing import Any
 from streammerge.checkpoint.journal import (
     JOURNAL_NAME,
     Divided,
-    Entry,
     PartDone,
     PieceDone,
     Record,
-    ScopeFound,
+    iter_records,
     read_head,
-    scan_journal,
 )
 from streammerge.checkpoint.locking import FileLock
 from streammerge.checkpoint.snapshot import SNAPSHOT_NAME
@@ -123,8 +121,12 @@ class Attempt:
     """Its process there."""
     numel: int
     """Elements of all tensors of the part."""
+    lines: int
+    """Whole lines of its journal after the first; 0 where nobody counted."""
     records: tuple[Record, ...]
-    """What it did."""
+    """What it did, but for pieces of tensors."""
+    done_numel: int
+    """Elements of these; 0 where nobody counted."""
 
     def __str__(self) -> str:
         return f"part {self.part}/{self.parts}: process {self.pid} on {printable(self.host)}"
@@ -133,11 +135,6 @@ class Attempt:
     def done(self) -> PartDone | None:
         """What the whole part took; None while it is not done."""
         return next((each for each in self.records if isinstance(each, PartDone)), None)
-
-    @property
-    def done_numel(self) -> int:
-        """Elements that are durable, if pieces are among the records."""
-        return sum(each.numel for each in self.records if isinstance(each, PieceDone))
 
     def is_alive(self) -> bool:
         """Return whether its process holds its journal, where the file system knows locks."""
@@ -181,16 +178,14 @@ def describe_process(part: int, parts: int, numel: int) -> dict[str, Any]:
     }
 
 
-def read_attempts(
-    partial: Path, epoch: str, *, with_pieces: Container[int] | None = None
-) -> list[Attempt]:
+def read_attempts(partial: Path, epoch: str, *, count: bool = False) -> list[Attempt]:
     """Return all attempts at parts of the merge of an epoch, in the order of parts.
 
     Args:
         partial: Where the merge is done.
         epoch: Of it.
-        with_pieces: Parts of which pieces of tensors are wanted among the records; None for all. Of a
-            model of a terabyte they are hundreds of megabytes.
+        count: Whether lines and elements are wanted, for which pieces of tensors are read: of a model
+            of a terabyte their lines are hundreds of megabytes.
 
     Raises:
         ResumeError: One's journal holds what this version does not write.
@@ -207,11 +202,10 @@ def read_attempts(
             continue
         path = partial / name
         part, parts = int(match["part"]), int(match["parts"])
-        journal = scan_journal(path, pieces=with_pieces is None or part in with_pieces)
+        head = read_head(path)
         # Before its first line is whole, nothing else is.
-        if journal is None:
+        if head is None:
             continue
-        head, records = journal
         said = [head.get(key) for key in ("part", "parts", "pid", "numel")]
         if any(type(each) is not int for each in said) or said[:2] != [part, parts]:
             raise ResumeError(
@@ -219,12 +213,22 @@ def read_attempts(
             )
         _, _, pid, numel = said
         host = str(head.get("host"))
-        found.append(Attempt(path, part, parts, host, pid or 0, numel or 0, records))
+        records: list[Record] = []
+        lines = done = 0
+        for _, record in iter_records(path, pieces=count):
+            lines += 1
+            if isinstance(record, PieceDone):
+                done += record.numel
+            else:
+                records.append(record)
+        found.append(
+            Attempt(path, part, parts, host, pid or 0, numel or 0, lines, tuple(records), done)
+        )
     return sorted(found, key=lambda attempt: attempt.part)
 
 
-def fold(attempts: Iterable[Attempt]) -> tuple[Entry, ...]:
-    """Return what several attempts have done.
+def choose(attempts: Iterable[Attempt]) -> list[Attempt]:
+    """Return the attempts whose journals tell together what is done.
 
     The journal of one that finished its part has all of it, cut in one way; those of others at that
     part, which may have cut it otherwise, are not looked at then.
@@ -236,12 +240,7 @@ def fold(attempts: Iterable[Attempt]) -> tuple[Entry, ...]:
     for own in by_part.values():
         finished = [attempt for attempt in own if attempt.done is not None]
         chosen += finished[:1] or own
-    return tuple(
-        record
-        for attempt in chosen
-        for record in attempt.records
-        if isinstance(record, PieceDone | ScopeFound)
-    )
+    return chosen
 
 
 def parts_of(records: Iterable[Record]) -> int | None:

@@ -6,28 +6,35 @@ An entry is appended after the bytes that it claims were synced. The journal its
 when a merge stops: an entry that a power cut takes away costs the work that it recorded, no more.
 The first line that is torn or whose checksum disagrees ends the journal; what follows is cut off.
 
-Memory: one line at a time to write; to read, the entries.
+Memory: one line at a time; what lines say is up to who reads them (:mod:`streammerge.checkpoint.recorded`).
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import zlib
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from streammerge.checkpoint.digests import DIGEST_BYTES
-from streammerge.checkpoint.ownfiles import open_own, read_own
+from streammerge.checkpoint.ownfiles import open_own
 from streammerge.errors import DiskSpaceError, OutputError, ResumeError
 from streammerge.statistics.topk import TopK
+from streammerge.units import MIB
 
 JOURNAL_NAME = ".streammerge-journal"
 _CHECKSUM_BYTES = 8
+_MARGIN_BYTES = 2 * _CHECKSUM_BYTES + 2
+"""Of a line, beside its text."""
+_LONGEST_LINE = 64 * MIB
+"""The first one names all inputs; no other has a thousandth of that."""
 _TOP_FIELDS = len(fields(TopK))
 _ENCODER = json.JSONEncoder(separators=(",", ":"))
 """Kept, because json.dumps makes a new one for every line."""
@@ -112,14 +119,16 @@ Record = Entry | Divided | PartDone
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """What a journal holds."""
+    """What a journal holds; :func:`iter_records` reads its entries."""
 
     identity: dict[str, Any]
     """What the merge was; see :func:`streammerge.identity.identify`."""
-    lines: tuple[bytes, ...]
-    """Its entries as they were written, in their order; :func:`parse_entries` reads them."""
+    lines: int
+    """Whole lines after the first."""
     nbytes: int
-    """Where the last whole line ends."""
+    """Where the last of them ends."""
+    checksum: int
+    """Of their texts."""
 
 
 class Journal:
@@ -195,7 +204,7 @@ class Journal:
 
 
 def read_journal(path: Path) -> Found | None:
-    """Return what a journal holds, up to the first line that is not whole.
+    """Return what a journal holds, up to the first line that is not whole; its entries are not looked at.
 
     Returns:
         None when there is no journal, or not even its first line is whole.
@@ -204,22 +213,16 @@ def read_journal(path: Path) -> Found | None:
         ResumeError: Its first line is whole, but no identity.
         OutputError: The system refuses to read it, or another file is linked there.
     """
-    try:
-        data = read_own(path)
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise _journal_error(path, error) from error
     identity: dict[str, Any] | None = None
-    lines: list[bytes] = []
-    end = 0
-    for line in whole_lines(data):
+    lines = nbytes = checksum = 0
+    for begin, text in _iter_whole(path):
         if identity is None:
-            identity = parse_head(line, where=f"{path}: line 1")
+            identity = _parse(text, where=f"{path}: line 1")
         else:
-            lines.append(_text_of(line))
-        end += len(line) + 1
-    return None if identity is None else Found(identity, tuple(lines), end)
+            lines += 1
+        checksum = zlib.crc32(text, checksum)
+        nbytes = begin + _MARGIN_BYTES + len(text)
+    return None if identity is None else Found(identity, lines, nbytes, checksum)
 
 
 def whole_lines(data: bytes) -> Iterator[bytes]:
@@ -249,70 +252,48 @@ def read_head(path: Path) -> dict[str, Any] | None:
         ResumeError: It is whole, but no identity.
         OutputError: The system refuses to read it, or another file is linked there.
     """
-    try:
-        with os.fdopen(open_own(path, os.O_RDONLY), "rb") as stream:
-            line = stream.readline()
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise _journal_error(path, error) from error
-    text = _checked(line[:-1]) if line.endswith(b"\n") else None
-    return None if text is None else _parse(text, where=f"{path}: line 1")
+    with contextlib.closing(_iter_whole(path)) as lines:
+        for _, text in lines:
+            return _parse(text, where=f"{path}: line 1")
+    return None
 
 
-def parse_entries(found: Found, path: Path) -> tuple[Record, ...]:
-    """Return the entries of a journal whose identity was found to be that of this merge.
+def iter_records(path: Path, *, pieces: bool = True) -> Iterator[tuple[int, Record]]:
+    """Yield where each entry of a journal begins, and the entry, as far as its lines are whole.
 
-    Only then: another version may write entries of other kinds.
-
-    Args:
-        found: What :func:`read_journal` returned.
-        path: The journal, for messages.
-
-    Raises:
-        ResumeError: A line is whole, and no entry of this version.
-    """
-    return tuple(
-        _as_entry(_parse(text, where=f"{path}: line {number}"), where=f"{path}: line {number}")
-        for number, text in enumerate(found.lines, start=2)
-    )
-
-
-def scan_journal(path: Path, *, pieces: bool) -> tuple[dict[str, Any], tuple[Record, ...]] | None:
-    """Return the first line and the entries of a journal, as far as its lines are whole.
+    Only of a journal whose identity was found to be that of this merge: another version may write
+    entries of other kinds.
 
     Args:
         path: The journal.
         pieces: Whether pieces of tensors are wanted; their lines are nearly all of it, and are passed
             over unread if they are not.
 
-    Returns:
-        None when there is no journal, or not even its first line is whole.
-
     Raises:
         ResumeError: A line is whole, and no entry of this version.
         OutputError: The system refuses to read it, or another file is linked there.
     """
-    head: dict[str, Any] | None = None
-    records: list[Record] = []
+    for number, (begin, text) in enumerate(_iter_whole(path), 1):
+        if number > 1 and (pieces or not text.startswith(_PIECE)):
+            where = f"{path}: line {number}"
+            yield begin, _as_entry(_parse(text, where=where), where=where)
+
+
+def _iter_whole(path: Path) -> Generator[tuple[int, bytes]]:
+    """Yield where each line of a journal begins, and its text, up to the first that is not whole."""
     try:
         with os.fdopen(open_own(path, os.O_RDONLY), "rb") as stream:
-            for number, line in enumerate(stream, 1):
-                if not pieces and line.startswith(_PIECE, 2 * _CHECKSUM_BYTES + 1):
-                    continue
+            begin = 0
+            while line := stream.readline(_LONGEST_LINE):
                 text = _checked(line[:-1]) if line.endswith(b"\n") else None
                 if text is None:
-                    break
-                where = f"{path}: line {number}"
-                if head is None:
-                    head = _parse(text, where=where)
-                else:
-                    records.append(_as_entry(_parse(text, where=where), where=where))
+                    return
+                yield begin, text
+                begin += len(line)
     except FileNotFoundError:
-        return None
+        return
     except OSError as error:
         raise _journal_error(path, error) from error
-    return None if head is None else (head, tuple(records))
 
 
 def parse_line(line: bytes) -> Record | None:

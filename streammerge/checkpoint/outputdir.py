@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -18,10 +18,10 @@ from typing import Any, Self
 from streammerge.checkpoint.attempts import (
     Attempt,
     check_epoch,
+    choose,
     claim_snapshot,
     draw_token,
     epoch_of,
-    fold,
     parts_done,
     parts_of,
     read_attempts,
@@ -33,9 +33,7 @@ from streammerge.checkpoint.journal import (
     Entry,
     Found,
     Journal,
-    PieceDone,
-    ScopeFound,
-    parse_entries,
+    iter_records,
     read_journal,
 )
 from streammerge.checkpoint.locking import FileLock
@@ -60,6 +58,7 @@ from streammerge.checkpoint.places import (
     put_in_place,
     undo_moves,
 )
+from streammerge.checkpoint.recorded import Recorded
 from streammerge.checkpoint.snapshot import SNAPSHOT_NAME
 from streammerge.errors import OutputError, OutputExistsError, ResumeError
 
@@ -82,6 +81,7 @@ class OutputDirectory:
         identity: Mapping[str, Any],
         overwrite: bool,
         resume: bool,
+        check: Callable[[Entry], None] | None = None,
     ) -> None:
         """Check that the output may be written, before anything is.
 
@@ -94,6 +94,7 @@ class OutputDirectory:
             identity: What must not differ for a merge to go on where another one stopped, as JSON.
             overwrite: Whether an earlier merge in ``out``, or an unfinished one, may be replaced.
             resume: Whether an unfinished merge is to be continued, if there is one.
+            check: Raises if an entry of a journal cannot be about this merge.
 
         Raises:
             OutputExistsError: Something is there, or would be destroyed.
@@ -104,7 +105,7 @@ class OutputDirectory:
         self.out = absolute(out)
         self._place = choose_place(self.out)
         self.partial = self._place.partial
-        self.entries: tuple[Entry, ...] = ()
+        self.recorded = Recorded(check)
         self.attempts: tuple[Attempt, ...] = ()
         self.epoch = draw_token()
         self._names = frozenset(names)
@@ -143,9 +144,6 @@ class OutputDirectory:
                 "--overwrite to start anew"
             )
         check_same(self.partial, found.identity, self._identity)
-        # For what they may say that this version does not write.
-        parse_entries(found, journal)
-        read_attempts(self.partial, epoch_of(found.identity, journal))
         check_foreign(self.partial, self._names)
         return found
 
@@ -195,15 +193,12 @@ class OutputDirectory:
             self._journal = Journal(journal, keep_nbytes=self._found.nbytes)
             self.epoch = epoch_of(self._found.identity, journal)
             self.attempts = tuple(read_attempts(self.partial, self.epoch))
-            own = parse_entries(self._found, journal)
-            parts = parts_of(own)
-            if parts is not None and len(parts_done(self.attempts, parts)) == parts:
-                # They have all of it, each cut in one way.
-                own = ()
-            self.entries = (
-                *(each for each in own if isinstance(each, PieceDone | ScopeFound)),
-                *fold(self.attempts),
-            )
+            parts = parts_of(record for _, record in iter_records(journal, pieces=False))
+            if parts is None or len(parts_done(self.attempts, parts)) < parts:
+                self.recorded.add(journal)
+            # Else they have all of it, each cut in one way.
+            for attempt in choose(self.attempts):
+                self.recorded.add(attempt.path)
             self._continues = True
             return
         clear(self.partial)

@@ -13,7 +13,7 @@ import os
 import shutil
 import socket
 import time
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -21,11 +21,11 @@ from typing import Any, Self
 from streammerge.checkpoint.attempts import (
     Attempt,
     check_epoch,
+    choose,
     claim_snapshot,
     describe_process,
     draw_token,
     epoch_of,
-    fold,
     journal_path,
     parts_done,
     parts_of,
@@ -39,9 +39,7 @@ from streammerge.checkpoint.journal import (
     Found,
     Journal,
     PartDone,
-    PieceDone,
-    ScopeFound,
-    parse_entries,
+    iter_records,
     read_journal,
 )
 from streammerge.checkpoint.locking import FileLock
@@ -59,6 +57,7 @@ from streammerge.checkpoint.permitting import (
     differences,
 )
 from streammerge.checkpoint.places import MARKER_NAME, choose_place, undo_moves
+from streammerge.checkpoint.recorded import Recorded
 from streammerge.checkpoint.snapshot import SNAPSHOT_NAME
 from streammerge.errors import BusyError, OutputError, OutputExistsError, ResumeError
 
@@ -87,6 +86,7 @@ class PartDirectory:
         resume: bool,
         wanted: frozenset[int],
         numel: int,
+        check: Callable[[Entry], None],
         epoch: str | None = None,
     ) -> None:
         """Say what is to be done; nothing is touched yet.
@@ -106,6 +106,7 @@ class PartDirectory:
                 parts of this very merge have left always is.
             wanted: The tensors of the part, by index.
             numel: Their elements.
+            check: Raises if an entry of a journal cannot be about this merge.
             epoch: That of the merge that another process has begun there; None to begin one where there
                 is none.
 
@@ -121,7 +122,8 @@ class PartDirectory:
             )
         self.out = absolute(out)
         self.part, self.parts = part, parts
-        self.entries: tuple[Entry, ...] = ()
+        self._check = check
+        self.recorded = Recorded(check)
         self.epoch = ""
         self._place = choose_place(self.out)
         self.partial = self._place.partial
@@ -241,7 +243,7 @@ class PartDirectory:
         continues = found is not None and self._continues(found)
         check_replaced(self._place, overwrite=self._overwrite, continues=continues)
         if found is not None and continues:
-            if parts_of(parse_entries(found, path)) is None:
+            if _parts_in(path) is None:
                 self._record(Journal(path, keep_nbytes=found.nbytes))
             return
         clear(self.partial)
@@ -258,7 +260,7 @@ class PartDirectory:
         """Return whether an unfinished merge that nobody works on is to be continued."""
         path = self.partial / JOURNAL_NAME
         same = not any(differences(found.identity, self._identity))
-        parts = parts_of(parse_entries(found, path)) if same else None
+        parts = _parts_in(path) if same else None
         if same and parts == self.parts:
             return True
         if self._overwrite or not has_work(self.partial, found):
@@ -286,12 +288,11 @@ class PartDirectory:
         if self._overwrite and any(differences(found.identity, self._identity)):
             # Others work on that now; parts whose driver was ended are about to stop.
             epoch = epoch_of(found.identity, path)
-            attempts = read_attempts(self.partial, epoch, with_pieces=())
+            attempts = read_attempts(self.partial, epoch)
             self._others = [str(attempt) for attempt in attempts if attempt.is_alive()]
             return False
         check_same(self.partial, found.identity, self._identity)
-        records = parse_entries(found, path)
-        parts = parts_of(records)
+        parts = _parts_in(path)
         if parts is None:
             return False
         if parts != self.parts:
@@ -301,13 +302,15 @@ class PartDirectory:
         if self._expected is not None:
             check_epoch(self.partial, self._expected)
         self._overwrite = self._overwrite or bool(found.identity.get("overwrite"))
-        own = (each for each in records if isinstance(each, PieceDone | ScopeFound))
-        self.entries = tuple(
-            each
-            for each in (*fold(self.read_attempts(with_pieces=(self.part,))), *own)
-            if each.task in self._wanted or each.task < 0
-        )
+        self.recorded = Recorded(self._check)
+        # Statistics of any part serve all; so do pieces of this one alone, and what was done before.
+        for attempt in choose(self.read_attempts()):
+            self.recorded.add(attempt.path, self._wants, pieces=attempt.part == self.part)
+        self.recorded.add(path, self._wants)
         return True
+
+    def _wants(self, entry: Entry) -> bool:
+        return entry.task in self._wanted or entry.task < 0
 
     def _other_division(self, parts: int) -> ResumeError:
         return ResumeError(
@@ -325,13 +328,9 @@ class PartDirectory:
         while not self._journal_lock.acquire():
             time.sleep(_RETRY_SECONDS)
 
-    def read_attempts(self, with_pieces: Container[int] = ()) -> list[Attempt]:
-        """Return all attempts at parts of this merge, as they are now.
-
-        Args:
-            with_pieces: Parts of which pieces of tensors are wanted among the records.
-        """
-        return read_attempts(self.partial, self.epoch, with_pieces=with_pieces)
+    def read_attempts(self) -> list[Attempt]:
+        """Return all attempts at parts of this merge, as they are now."""
+        return read_attempts(self.partial, self.epoch)
 
     def is_done(self) -> bool:
         """Return whether an attempt has done all of this part."""
@@ -397,13 +396,17 @@ class PartDirectory:
         if not marker.acquire() or not marker.still_at(self.partial / MARKER_NAME):
             return
         found = read_journal(self.partial / JOURNAL_NAME)
-        if found is None or found.identity.get("epoch") != self.epoch or len(found.lines) > 1:
+        if found is None or found.identity.get("epoch") != self.epoch or found.lines > 1:
             return
-        parts = range(self.parts + 1)
-        if any(attempt.records for attempt in self.read_attempts(with_pieces=parts)):
+        if any(attempt.lines for attempt in read_attempts(self.partial, self.epoch, count=True)):
             return
         if not any(self.partial.glob(f"{SNAPSHOT_NAME}*")):
             shutil.rmtree(self.partial, ignore_errors=True)
+
+
+def _parts_in(journal: Path) -> int | None:
+    """Return in how many parts a merge is done, as its journal says."""
+    return parts_of(record for _, record in iter_records(journal, pieces=False))
 
 
 def recorded_parts(out: Path, identity: Mapping[str, Any]) -> int | None:
@@ -420,4 +423,4 @@ def recorded_parts(out: Path, identity: Mapping[str, Any]) -> int | None:
     found = read_journal(path)
     if found is None or any(differences(found.identity, identity)):
         return None
-    return parts_of(parse_entries(found, path))
+    return _parts_in(path)

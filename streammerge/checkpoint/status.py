@@ -6,9 +6,15 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from streammerge.checkpoint.attempts import Attempt, epoch_of, parts_of, read_attempts
+from streammerge.checkpoint.attempts import Attempt, epoch_of, read_attempts
 from streammerge.checkpoint.inputs import parse_path
-from streammerge.checkpoint.journal import JOURNAL_NAME, PieceDone, parse_entries, read_journal
+from streammerge.checkpoint.journal import (
+    JOURNAL_NAME,
+    Divided,
+    PieceDone,
+    iter_records,
+    read_journal,
+)
 from streammerge.checkpoint.locking import FileLock
 from streammerge.checkpoint.permitting import absolute
 from streammerge.checkpoint.places import MARKER_NAME, choose_place
@@ -98,15 +104,18 @@ def read_status(out: str | os.PathLike[str]) -> Status:
                 f"{out}: neither a merged model nor an unfinished merge of one is there"
             )
         return Status(str(out), complete, unfinished=False, running=False, pieces=0, parts=())
-    records = parse_entries(found, journal)
-    parts = parts_of(records) or 0
-    attempts = read_attempts(place.partial, epoch_of(found.identity, journal))
+    pieces, divided = 0, None
+    for _, record in iter_records(journal):
+        pieces += isinstance(record, PieceDone)
+        divided = record if isinstance(record, Divided) else divided
+    parts = 0 if divided is None else divided.parts
+    attempts = read_attempts(place.partial, epoch_of(found.identity, journal), count=True)
     return Status(
         str(out),
         complete,
         unfinished=True,
         running=_is_held(place.partial / MARKER_NAME),
-        pieces=sum(isinstance(each, PieceDone) for each in records),
+        pieces=pieces,
         parts=tuple(
             _part_status(
                 part, [each for each in attempts if (each.part, each.parts) == (part, parts)]

@@ -3,19 +3,24 @@
 Between a crash and its resume anything may have happened to the files. The journal has the digests
 of all leaves, so what is kept is read and hashed once, and what differs is done again.
 
-Memory: :data:`_BATCH_BYTES` or a leaf for each of :data:`_THREADS` threads, before any buffer of the
-merge is allocated.
+Memory: a leaf for each of :data:`_THREADS` threads, the records of some batches of pieces, and what
+:class:`~streammerge.checkpoint.recorded.Recorded` has of each piece, before any buffer of the merge is allocated.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
 
 from streammerge.checkpoint.digests import DIGEST_BYTES, LEAF_ELEMENTS, leaf_digests
 from streammerge.checkpoint.journal import Entry, PieceDone, ScopeFound
+from streammerge.checkpoint.recorded import Recorded
 from streammerge.engine.progress import OnProgress, ProgressEvent
 from streammerge.engine.resuming import WHOLE_MODEL
 from streammerge.errors import ResumeError, printable
@@ -32,6 +37,10 @@ _FORGET_BYTES = 64 * MIB
 _SECONDS_BETWEEN_EVENTS = 0.1
 
 
+_Batch = list[tuple[int, PieceDone]]
+"""Pieces with their numbers."""
+
+
 class Readable(Protocol):
     """A shard as far as it is written."""
 
@@ -44,14 +53,15 @@ class Readable(Protocol):
         ...
 
 
-def check_entries(plan: MergePlan, entries: Sequence[Entry]) -> None:
-    """Return if the entries of a journal can be about this plan.
+def entry_check(plan: MergePlan) -> Callable[[Entry], None]:
+    """Return what returns if an entry of a journal can be about a plan.
 
-    Raises:
-        ResumeError: One names a tensor, a range or a number of sources or leaves that is not its own.
+    It raises a ResumeError if the entry names a tensor, a range or a number of sources or leaves that is
+    not the plan's own.
     """
     programs = programs_of_plan(plan, discover_methods()[plan.method])
-    for entry in entries:
+
+    def check(entry: Entry) -> None:
         if entry.task >= len(plan.tasks) or (entry.task == WHOLE_MODEL and _is_piece(entry)):
             raise _odd_entry(f"tensor {entry.task} of {len(plan.tasks)}")
         if isinstance(entry, ScopeFound):
@@ -59,73 +69,89 @@ def check_entries(plan: MergePlan, entries: Sequence[Entry]) -> None:
             tops = sum(each.ranked for each in programs[setting].rounds) if setting >= 0 else 0
             if len(entry.tops) != tops:
                 raise _odd_entry(f"{len(entry.tops)} thresholds, there are {tops}")
-            continue
-        task = plan.tasks[entry.task]
-        where = f"{printable(task.name)} from element {entry.start} on"
-        if entry.start % LEAF_ELEMENTS or entry.start + entry.numel > task.numel:
-            raise _odd_entry(f"{where}: {entry.numel} elements of {task.numel}")
-        leaves = -(-entry.numel // LEAF_ELEMENTS)
-        if len(entry.leaves) != 2 * DIGEST_BYTES * leaves:
-            found = len(entry.leaves) // (2 * DIGEST_BYTES)
-            raise _odd_entry(f"{where}: {found} digests, its leaves are {leaves}")
-        sources = len(plan.settings[task.setting].sources) if task.setting >= 0 else 0
-        if len(entry.kept) not in {0, sources}:
-            raise _odd_entry(f"{where}: numbers per source that are not {sources}")
-        if len(entry.tensor_kept) != len(entry.thresholds):
-            raise _odd_entry(
-                f"{where}: {len(entry.tensor_kept)} counts of {len(entry.thresholds)} thresholds"
-            )
+        else:
+            _check_piece(plan, entry)
+
+    return check
 
 
-def keep_sound(
+def _check_piece(plan: MergePlan, entry: PieceDone) -> None:
+    task = plan.tasks[entry.task]
+    where = f"{printable(task.name)} from element {entry.start} on"
+    if entry.start % LEAF_ELEMENTS or entry.start + entry.numel > task.numel:
+        raise _odd_entry(f"{where}: {entry.numel} elements of {task.numel}")
+    leaves = -(-entry.numel // LEAF_ELEMENTS)
+    if len(entry.leaves) != 2 * DIGEST_BYTES * leaves:
+        found = len(entry.leaves) // (2 * DIGEST_BYTES)
+        raise _odd_entry(f"{where}: {found} digests, its leaves are {leaves}")
+    sources = len(plan.settings[task.setting].sources) if task.setting >= 0 else 0
+    if len(entry.kept) not in {0, sources}:
+        raise _odd_entry(f"{where}: numbers per source that are not {sources}")
+    if len(entry.tensor_kept) != len(entry.thresholds):
+        raise _odd_entry(
+            f"{where}: {len(entry.tensor_kept)} counts of {len(entry.thresholds)} thresholds"
+        )
+
+
+def find_unsound(
     plan: MergePlan,
-    entries: Sequence[Entry],
+    recorded: Recorded,
+    doubtful: NDArray[np.bool_],
     shards: Sequence[Readable],
     on_progress: OnProgress,
-) -> tuple[list[Entry], int]:
-    """Return the entries whose bytes are still what was written, and how many others there are.
+) -> NDArray[np.bool_]:
+    """Return which pieces have not the bytes any more that were written.
 
     Args:
         plan: The plan.
-        entries: What the journal holds, checked by :func:`check_entries`.
+        recorded: What the journals hold, all of it checked by :func:`entry_check`.
+        doubtful: Which of the pieces to read.
         shards: The output files, by index in the plan's layout.
         on_progress: Told how far the reading is, as the activity ``"check"``.
 
     Raises:
         OutputError: A file cannot be read.
     """
-    # A later entry about the same place is of the cut that the last run used.
-    last = {(each.task, each.start): each for each in entries if isinstance(each, PieceDone)}
-    pieces = sorted(
-        last.values(),
-        key=lambda piece: (
-            plan.tasks[piece.task].shard,
-            plan.tasks[piece.task].offset,
-            piece.start,
-        ),
-    )
-    reporter = _Reporter(sum(_nbytes(plan, piece) for piece in pieces), on_progress)
-    unsound: set[PieceDone] = set()
-
-    def check(batch: Sequence[PieceDone]) -> list[PieceDone]:
-        return [piece for piece in batch if not _is_sound(plan, piece, shards)]
-
+    unsound = np.zeros(len(recorded), dtype=bool)
+    order = _as_they_lie(plan, recorded, np.flatnonzero(doubtful))
+    sizes = np.fromiter((task.dtype.itemsize for task in plan.tasks), dtype=np.int64)
+    total = int((recorded.numels[order] * sizes[recorded.tasks[order]]).sum())
+    reporter = _Reporter(total, on_progress)
     unforgotten = 0
+
+    def settle(batch: _Batch, found: Future[list[int]]) -> None:
+        nonlocal unforgotten
+        unsound[found.result()] = True
+        nbytes = sum(_nbytes(plan, piece) for _, piece in batch)
+        unforgotten += nbytes
+        if unforgotten >= _FORGET_BYTES:
+            unforgotten = 0
+            shards[plan.tasks[batch[0][1].task].shard].forget_cached()
+        reporter.count(nbytes)
+
     executor = ThreadPoolExecutor(_THREADS, thread_name_prefix="streammerge-check")
+    waiting: deque[tuple[_Batch, Future[list[int]]]] = deque()
     try:
-        batches = list(_iter_batches(plan, pieces))
-        for batch, found in zip(batches, executor.map(check, batches), strict=True):
-            unsound.update(found)
-            nbytes = sum(_nbytes(plan, piece) for piece in batch)
-            unforgotten += nbytes
-            if unforgotten >= _FORGET_BYTES:
-                unforgotten = 0
-                shards[plan.tasks[batch[0].task].shard].forget_cached()
-            reporter.count(nbytes)
+        pieces = zip(order.tolist(), recorded.read(order), strict=True)
+        for batch in _iter_batches(plan, pieces):
+            waiting.append((batch, executor.submit(_find_unsound, plan, batch, shards)))
+            if len(waiting) > 2 * _THREADS:
+                settle(*waiting.popleft())
+        while waiting:
+            settle(*waiting.popleft())
     finally:
         executor.shutdown(cancel_futures=True)
-    scopes = [entry for entry in entries if isinstance(entry, ScopeFound)]
-    return [*scopes, *(piece for piece in pieces if piece not in unsound)], len(unsound)
+    return unsound
+
+
+def _as_they_lie(
+    plan: MergePlan, recorded: Recorded, which: NDArray[np.int64]
+) -> NDArray[np.int64]:
+    """Return the numbers of some pieces in the order in which they lie in the files."""
+    shards = np.fromiter((task.shard for task in plan.tasks), dtype=np.int32)
+    offsets = np.fromiter((task.offset for task in plan.tasks), dtype=np.int64)
+    tasks = recorded.tasks[which]
+    return which[np.lexsort((recorded.starts[which], offsets[tasks], shards[tasks]))]
 
 
 class _Reporter:
@@ -147,19 +173,23 @@ class _Reporter:
         self._on_progress(ProgressEvent.at("check", self._done, self._total, seconds))
 
 
-def _iter_batches(plan: MergePlan, pieces: Sequence[PieceDone]) -> Iterator[list[PieceDone]]:
+def _iter_batches(plan: MergePlan, pieces: Iterable[tuple[int, PieceDone]]) -> Iterator[_Batch]:
     """Cut pieces into runs of some bytes, each in one shard."""
-    batch: list[PieceDone] = []
+    batch: _Batch = []
     nbytes = 0
-    for piece in pieces:
-        other_shard = batch and plan.tasks[batch[0].task].shard != plan.tasks[piece.task].shard
+    for number, piece in pieces:
+        other_shard = batch and plan.tasks[batch[0][1].task].shard != plan.tasks[piece.task].shard
         if other_shard or nbytes >= _BATCH_BYTES:
             yield batch
             batch, nbytes = [], 0
-        batch.append(piece)
+        batch.append((number, piece))
         nbytes += _nbytes(plan, piece)
     if batch:
         yield batch
+
+
+def _find_unsound(plan: MergePlan, batch: _Batch, shards: Sequence[Readable]) -> list[int]:
+    return [number for number, piece in batch if not _is_sound(plan, piece, shards)]
 
 
 def _is_sound(plan: MergePlan, piece: PieceDone, shards: Sequence[Readable]) -> bool:

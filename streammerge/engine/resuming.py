@@ -4,15 +4,21 @@ A piece counts as done if the journal has exactly this piece, or if what the jou
 tensor covers the whole tensor, however it was cut. So a tensor that was half done is redone when
 this run cuts it differently, which takes another memory budget.
 
-Memory: the journal's entries until their records are taken, then a start and a length per piece.
+Memory: what :class:`~streammerge.checkpoint.recorded.Recorded` has of each piece until the records are taken,
+then that of pieces of tensors that are half done; a byte per tensor.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from array import array
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import astuple, replace
 
-from streammerge.checkpoint.journal import Entry, PieceDone, ScopeFound
+import numpy as np
+from numpy.typing import NDArray
+
+from streammerge.checkpoint.journal import PieceDone, ScopeFound
+from streammerge.checkpoint.recorded import Recorded
 from streammerge.plan.chunking import Chunk, Piece, Unit
 from streammerge.plan.types import MergePlan, TensorTask, find_scale_tasks
 from streammerge.statistics.rounds import Found
@@ -26,40 +32,59 @@ class Recovered:
     """What need not be done again."""
 
     def __init__(
-        self, plan: MergePlan, entries: Sequence[Entry], wanted: Callable[[Piece], bool] | None
+        self, plan: MergePlan, recorded: Recorded, wanted: Callable[[Piece], bool] | None
     ) -> None:
-        """Match a journal with a plan of the same merge.
+        """Match journals with a plan of the same merge.
 
         Args:
             plan: The plan of this run.
-            entries: What the journal holds.
+            recorded: What the journals hold.
             wanted: Which pieces are of interest at all; None for all. What is not of interest
                 counts as done.
         """
         self._plan = plan
         self._wanted = wanted
-        self._records: dict[int, dict[int, PieceDone]] = {}
+        self._recorded = recorded
         self._found: dict[int, Found] = {}
-        for entry in entries:
-            if isinstance(entry, ScopeFound):
-                tops = tuple(
-                    TopK(float(threshold), *(int(count) for count in counts))
-                    for threshold, *counts in entry.tops
-                )
-                self._found[entry.task] = Found(tops, tuple(map(float, entry.numbers)))
-            else:
-                # A later record of the same place is of the cut that the last run used.
-                self._records.setdefault(entry.task, {})[entry.start] = entry
-        self._numels = {
-            task: {start: piece.numel for start, piece in records.items()}
-            for task, records in self._records.items()
-        }
-        self._whole = {
-            task for task, numels in self._numels.items() if _covers(numels, plan.tasks[task].numel)
-        }
+        for scope in recorded.scopes.values():
+            tops = tuple(
+                TopK(float(threshold), *(int(count) for count in counts))
+                for threshold, *counts in scope.tops
+            )
+            self._found[scope.task] = Found(tops, tuple(map(float, scope.numbers)))
+        self._whole = np.zeros(len(plan.tasks), dtype=bool)
+        self._rows: dict[int, tuple[int, int]] = {}
+        if len(recorded):
+            self._match()
         self._scale_tasks = find_scale_tasks(plan)
         if self._scale_tasks:
             self._forget_halves()
+
+    def _match(self) -> None:
+        """Find the tensors that are whole, and the rows of those that are not."""
+        tasks, starts = self._recorded.tasks, self._recorded.starts
+        ends = starts + self._recorded.numels
+        first = np.flatnonzero(np.concatenate([[True], tasks[1:] != tasks[:-1]]))
+        last = np.concatenate([first[1:], [len(tasks)]]) - 1
+        # Ranges that lie end to end, from 0 to the tensor's end.
+        meets = np.ones(len(tasks), dtype=bool)
+        meets[1:] = starts[1:] == ends[:-1]
+        meets[first] = starts[first] == 0
+        whole = np.logical_and.reduceat(meets, first)
+        numels = np.fromiter(
+            (self._plan.tasks[task].numel for task in tasks[first]), dtype=np.int64
+        )
+        whole &= ends[last] == numels
+        self._whole[tasks[first[whole]]] = True
+        self._find_rows(first, last)
+
+    def _find_rows(self, first: NDArray[np.int64], last: NDArray[np.int64]) -> None:
+        tasks = self._recorded.tasks[first].tolist()
+        self._rows = {
+            task: (begin, end + 1)
+            for task, begin, end in zip(tasks, first.tolist(), last.tolist(), strict=True)
+            if not self._whole[task]
+        }
 
     def _forget_halves(self) -> None:
         """Forget scales without all of their codes, which are found again, and codes without scales."""
@@ -67,12 +92,11 @@ class Recovered:
             if task.encoding is None:
                 continue
             scales = self._scale_tasks[task.encoding.scales]
-            if index in self._whole and scales in self._whole:
+            if self._whole[index] and self._whole[scales]:
                 continue
-            for lost in (scales,) if scales in self._whole else (scales, index):
-                self._records.pop(lost, None)
-                self._numels.pop(lost, None)
-                self._whole.discard(lost)
+            for lost in (scales,) if self._whole[scales] else (scales, index):
+                self._rows.pop(lost, None)
+                self._whole[lost] = False
 
     def has_scales(self, task: TensorTask) -> bool:
         """Return whether the scales of a tensor need not be done; so too of one that has none."""
@@ -89,25 +113,43 @@ class Recovered:
         """Return whether a piece need not be done."""
         if self._wanted is not None and not self._wanted(piece):
             return True
-        if piece.task in self._whole:
-            return True
-        known = self._numels.get(piece.task)
-        return known is not None and known.get(piece.start) == piece.numel
+        return bool(self._whole[piece.task]) or self._row_of(piece) is not None
 
-    def take_pieces(self, units: Iterable[Unit]) -> list[PieceDone]:
+    def _row_of(self, piece: Piece) -> int | None:
+        """Return the number of the record of exactly this piece of a tensor that is half done."""
+        rows = self._rows.get(piece.task)
+        if rows is None:
+            return None
+        begin, end = rows
+        row = begin + int(np.searchsorted(self._recorded.starts[begin:end], piece.start))
+        if row == end or self._recorded.starts[row] != piece.start:
+            return None
+        return row if self._recorded.numels[row] == piece.numel else None
+
+    def take_pieces(self, units: Iterable[Unit]) -> Iterator[PieceDone]:
         """Give away the records of what counts as done when the work is cut into these units."""
-        records, self._records = self._records, {}
-        done = [piece for task in sorted(self._whole) for piece in records[task].values()]
-        if len(self._whole) == len(records):
-            return done
-        for unit in units:
-            for chunk in unit.chunks:
-                for piece in chunk.pieces:
-                    if piece.task not in self._whole and self.has(piece):
-                        known = records.get(piece.task, {}).get(piece.start)
-                        if known is not None:
-                            done.append(known)
-        return done
+        recorded = self._recorded
+        if not len(recorded):
+            return
+        whole = self._whole[recorded.tasks]
+        yield from recorded.read(None if whole.all() else np.flatnonzero(whole))
+        rows = array("q")
+        if self._rows:
+            for unit in units:
+                for chunk in unit.chunks:
+                    for piece in chunk.pieces:
+                        if not self._whole[piece.task] and self.has(piece):
+                            row = self._row_of(piece)
+                            if row is not None:
+                                rows.append(row)
+        yield from recorded.read(np.frombuffer(rows, dtype=np.int64))
+        self._recorded = recorded.only(~whole)
+        if len(self._recorded):
+            tasks = self._recorded.tasks
+            first = np.flatnonzero(np.concatenate([[True], tasks[1:] != tasks[:-1]]))
+            kept = set(self._rows)
+            self._find_rows(first, np.concatenate([first[1:], [len(tasks)]]) - 1)
+            self._rows = {task: rows for task, rows in self._rows.items() if task in kept}
 
     def nbytes(self, units: Iterable[Unit]) -> int:
         """Return the bytes that are neither read nor written when the work is cut like this."""
@@ -148,13 +190,3 @@ class Recovered:
 def scope_found(task: int, found: Found) -> ScopeFound:
     """Return the journal's entry about the statistics of a scope."""
     return ScopeFound(task, tuple(astuple(top) for top in found.tops), found.numbers)
-
-
-def _covers(numels: Mapping[int, int], numel: int) -> bool:
-    """Return whether ranges, given by start and length, lie end to end from 0 to ``numel``."""
-    end = 0
-    for start in sorted(numels):
-        if start != end:
-            return False
-        end += numels[start]
-    return end == numel

@@ -256,7 +256,8 @@ class _Driver:
         )
         done = parts_done(directory.read_attempts(), parts)
         left = [part for part in range(1, parts + 1) if part not in done]
-        tail = JournalTail(directory.partial, directory.epoch)
+        numels = [task.numel for task in self._planned.tasks]
+        tail = JournalTail(directory.partial, directory.epoch, numels)
         self._run_all([{**request, "part": part} for part in left], on_progress, tail)
 
     def _run_all(

@@ -15,7 +15,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from streammerge.checkpoint.attempts import sweep_name
-from streammerge.checkpoint.journal import ScopeFound
 from streammerge.checkpoint.partdir import PartDirectory
 from streammerge.engine.resuming import WHOLE_MODEL, scope_found
 from streammerge.engine.scheduling import open_model_statistics
@@ -45,9 +44,7 @@ def find_model_statistics(
         StreamMergeError: One of them failed, or its answers are not there.
     """
     needs = Needs(planned, find_method(planned.method))
-    entries = directory.entries
-    known = any(isinstance(each, ScopeFound) and each.task == WHOLE_MODEL for each in entries)
-    if known or needs.of_model() is None:
+    if WHOLE_MODEL in directory.recorded.scopes or needs.of_model() is None:
         return
     statistics, _ = open_model_statistics(planned, needs)
     sweep = 0
