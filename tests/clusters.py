@@ -22,6 +22,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -61,7 +62,12 @@ if "streammerge.executors.unit" in sys.orig_argv:
     bytesource.PreadSource._read_some = slow
 """
 """What an interpreter does first that is to be killed in the middle of a part."""
-SLOWER = SLOW.replace("0.05", "0.5")
+SLOWER = (
+    SLOW.replace("0.05", "0.5")
+    + "    from streammerge import parting\n"
+    + "    parting._SECONDS_BETWEEN_CHECKS = 0.2\n"
+)
+"""The same, of one that notices at once that nobody waits for it any more."""
 OTHER_VERSION = "import streammerge.version\nstreammerge.version.VERSION = '9.9'\n"
 
 
@@ -172,6 +178,10 @@ class Server:
         # Beside one that tidies up after them.
         return [each for each in children if "spawn_main" in " ".join(each.cmdline())]
 
+    def send(self, number: int) -> None:
+        """Send a signal to it alone."""
+        self._process.send_signal(number)
+
     def kill_alone(self) -> None:
         """End it and what it looks after, at once, and leave what these have started."""
         for process in (psutil.Process(self._process.pid), *self.workers()):
@@ -186,6 +196,47 @@ class Server:
         self._process.wait()
 
 
+class Wire:
+    """A connection to a server that may be cut: bytes are taken, and go nowhere, and nobody hangs up."""
+
+    def __init__(self, target: str) -> None:
+        """Begin to forward connections to ``HOST:PORT``."""
+        host, _, port = target.rpartition(":")
+        self._target = (host, int(port))
+        self._cut = threading.Event()
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self._sockets = [self._listener]
+        self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
+        """What is given to who is to reach the server by it."""
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        with suppress(OSError):
+            while True:
+                near, _ = self._listener.accept()
+                far = socket.create_connection(self._target)
+                self._sockets += [near, far]
+                for pair in ((near, far), (far, near)):
+                    threading.Thread(target=self._forward, args=pair, daemon=True).start()
+
+    def _forward(self, source: socket.socket, sink: socket.socket) -> None:
+        with suppress(OSError):
+            while data := source.recv(1 << 16):
+                if not self._cut.is_set():
+                    sink.sendall(data)
+            if not self._cut.is_set():
+                sink.shutdown(socket.SHUT_WR)
+
+    def cut(self) -> None:
+        """Forward nothing from now on."""
+        self._cut.set()
+
+    def close(self) -> None:
+        """Hang up."""
+        for each in self._sockets:
+            each.close()
+
+
 class DaskCluster:
     """A scheduler, and as many workers as a test starts; all end with the block."""
 
@@ -193,6 +244,11 @@ class DaskCluster:
         """Say where logs go."""
         self._directory = directory
         self._servers: list[Server] = []
+
+    @property
+    def scheduler(self) -> Server:
+        """The scheduler."""
+        return self._servers[0]
 
     def __enter__(self) -> Self:
         file = self._directory / "scheduler.json"
@@ -204,8 +260,13 @@ class DaskCluster:
         """What ``--on`` is given."""
         return self
 
-    def start_worker(self, first: str = "") -> Server:
-        """Start a worker with one thread and no limit of its own; see :class:`Server`."""
+    def start_worker(self, first: str = "", through: str | None = None) -> Server:
+        """Start a worker with one thread and no limit of its own; see :class:`Server`.
+
+        Args:
+            first: As there.
+            through: Where it reaches the scheduler; None for the scheduler's own address.
+        """
         address = [
             "--host",
             "127.0.0.1",
@@ -214,9 +275,8 @@ class DaskCluster:
             str(self._directory),
         ]
         limits = ["--nthreads", "1", "--memory-limit", "0", "--death-timeout", "60"]
-        return self._start(
-            ["worker", self.on.replace("dask://", "tcp://"), *address, *limits], first
-        )
+        scheduler = through or self.on.removeprefix("dask://")
+        return self._start(["worker", f"tcp://{scheduler}", *address, *limits], first)
 
     def _start(self, arguments: list[str], first: str = "") -> Server:
         log = self._directory / f"{len(self._servers)}.log"

@@ -18,6 +18,7 @@ from clusters import (
     ROOT,
     SLOW,
     DaskCluster,
+    Wire,
     bytes_of,
     has_work,
     needs_dask,
@@ -41,7 +42,7 @@ from streammerge.errors import (
     RecipeError,
     ResumeError,
 )
-from streammerge.executors import dask, driving
+from streammerge.executors import apart, dask, driving
 from streammerge.executors.apart import ExecutorApart, connect
 from streammerge.executors.driving import choose_parts, merge_on
 from streammerge.executors.seam import Outcome
@@ -370,6 +371,62 @@ def test_a_driver_that_ends_leaves_work_and_nobody_who_works(
 
     assert bytes_of(out) == bytes_of(tmp_path / "alone")
     assert manifest.run.bytes_by_stage["read"] < alone.run.bytes_by_stage["read"]
+
+
+@needs_dask
+@pytest.mark.slow
+def test_a_worker_whose_network_is_cut_costs_no_byte(
+    recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its connections stay, and say nothing; the scheduler's ``worker-ttl`` bounds how long.
+
+    After that Dask waits for half a minute for its nanny to end it.
+    """
+    monkeypatch.setenv("DASK_DISTRIBUTED__SCHEDULER__WORKER_TTL", "2s")
+    streammerge.merge(recipe, tmp_path / "alone", memory=MEMORY)
+    out = tmp_path / "out"
+    (tmp_path / "cluster").mkdir()
+    with (
+        DaskCluster(tmp_path / "cluster") as cluster,
+        contextlib.closing(Wire(cluster.on.removeprefix("dask://"))) as wire,
+    ):
+        cluster.start_worker(SLOW, through=wire.address)
+        process = start_merge(recipe, out, "--on", cluster.on, "--memory", BUDGET)
+        wait_until(lambda: has_work(out))
+
+        wire.cut()
+        cluster.start_worker()
+        _, said = process.communicate(timeout=120)
+
+    assert process.returncode == 0, said
+    assert bytes_of(out) == bytes_of(tmp_path / "alone")
+    run = json.loads((out / MANIFEST_NAME).read_text())["run"]
+    assert max(part["attempts"] for part in run["parts"]) >= 2
+
+
+@needs_dask
+def test_a_scheduler_that_falls_silent_is_an_error_in_a_stated_time(
+    slow: DaskCluster, recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(apart, "SILENT_SECONDS", 4.0)
+    monkeypatch.setattr(apart, "_CLOSE_SECONDS", 1.0)
+    monkeypatch.setattr(driving, "_DRAIN_SECONDS", 1.0)
+    streammerge.merge(recipe, tmp_path / "alone", memory=MEMORY)
+    slow.start_worker(SLOW)
+    out = tmp_path / "out"
+    stopped: list[bool] = []
+
+    def stop(_: Any) -> None:
+        if not stopped and has_work(out):
+            slow.scheduler.send(signal.SIGSTOP)
+            stopped.append(True)
+
+    with pytest.raises(ClusterError, match=r"has not answered for 4 s.*goes on with what is done"):
+        merge_on(recipe, out, on=slow.on, memory=MEMORY, on_progress=stop)
+
+    wait_until(lambda: not units(), 30)
+    streammerge.merge(recipe, out, memory=MEMORY, resume=True)
+    assert bytes_of(out) == bytes_of(tmp_path / "alone")
 
 
 UNSEEN = (

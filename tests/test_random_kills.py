@@ -78,7 +78,7 @@ def _shake(
     process = start_merge(recipe, out, *options)
     wait_until(lambda: units() or process.poll() is not None)
     with contextlib.suppress(Exception):
-        process.wait(chance.uniform(0.0, 6.0))
+        process.wait(chance.uniform(0.0, 4.0))
     if kind == "driver":
         process.kill()
     else:
