@@ -283,7 +283,7 @@ def _print_estimate(
     from streammerge.probing import estimate_seconds
 
     estimate = estimate_seconds(
-        [file.path for planned in plans for file in planned.files if file.made is None],
+        [file for planned in plans for file in planned.files if file.made is None],
         bytes_to_read=bytes_to_read,
         bytes_to_write=sum(planned.bytes_to_write for planned in plans),
         directory=Path(),

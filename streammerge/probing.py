@@ -1,7 +1,7 @@
 """How fast a disk is, by a moment of reading and writing on it.
 
 A few requests side by side, as a merge makes them. Files are read past what the system has of them in
-memory, and what is written is waited for. Memory: :data:`_THREADS` requests of 8 MiB.
+memory, and what is written is waited for. Memory: :data:`_THREADS` requests of 8 MiB; of a store eight.
 """
 
 from __future__ import annotations
@@ -15,7 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
 
+from streammerge.checkpoint.bytesource import RemoteSource
+from streammerge.checkpoint.types import ShardFile
 from streammerge.errors import OutputError
+from streammerge.storage.objects import RemoteObject
 from streammerge.units import MIB, format_size
 
 _REQUEST = 8 * MIB
@@ -53,12 +56,17 @@ class Estimate:
     """By which reading was reckoned; None without a file to read."""
     written: Rate
     """By which writing was."""
+    from_store: bool = False
+    """Whether what was read from is a store."""
 
     def __str__(self) -> str:
         """Return the estimate for people."""
+        who = "the disk"
         reads = "" if self.read is None else f"reads {format_size(int(self.read.per_second))}/s, "
+        if self.read is not None and self.from_store:
+            who, reads = "the store", reads.replace("reads", "gives") + "the disk "
         return (
-            f"at least {self.seconds:.1f} s: the disk {reads}writes "
+            f"at least {self.seconds:.1f} s: {who} {reads}writes "
             f"{format_size(int(self.written.per_second))}/s, by a short probe"
         )
 
@@ -73,9 +81,9 @@ class Estimate:
 
 
 def estimate_seconds(
-    files: Iterable[Path], *, bytes_to_read: int, bytes_to_write: int, directory: Path
+    files: Iterable[ShardFile], *, bytes_to_read: int, bytes_to_write: int, directory: Path
 ) -> Estimate:
-    """Return how long the disk will take for a merge.
+    """Return how long the disk, or the store of the inputs, will take for a merge.
 
     Args:
         files: The inputs; the largest one is read from.
@@ -85,13 +93,40 @@ def estimate_seconds(
 
     Raises:
         OutputError: The directory cannot be written in.
+        CheckpointError: The store does not give what it should.
     """
-    sizes = {path: path.stat().st_size for path in files if path.is_file()}
-    largest = max(sizes, key=lambda path: sizes[path], default=None)
-    read = None if largest is None else probe_reading(largest)
+    # What an earlier recipe makes is not there yet.
+    there = [file for file in files if file.remote is not None or file.path.is_file()]
+    largest = max(there, key=lambda file: file.nbytes, default=None)
+    read = None
+    if largest is not None:
+        what = largest.remote
+        read = probe_reading(largest.path) if what is None else probe_store(what)
     written = probe_writing(directory)
     reading = 0.0 if read is None else bytes_to_read / read.per_second
-    return Estimate(max(reading, bytes_to_write / written.per_second), read, written)
+    return Estimate(
+        max(reading, bytes_to_write / written.per_second),
+        read,
+        written,
+        from_store=largest is not None and largest.remote is not None,
+    )
+
+
+def probe_store(what: RemoteObject) -> Rate:
+    """Return how fast an object comes, by at most 64 MiB of its middle, as many requests at once as a merge makes.
+
+    Raises:
+        CheckpointError: The store does not give it.
+    """
+    source = RemoteSource(what)
+    nbytes = min(what.nbytes, _MOST)
+    begin = (what.nbytes - nbytes) // 2
+
+    def read(at: int, count: int) -> int:
+        source.read_into(begin + at, memoryview(bytearray(count)))
+        return count
+
+    return _time(nbytes, read, threads=_MOST // _REQUEST)
 
 
 def probe_reading(path: Path) -> Rate:
@@ -151,7 +186,7 @@ def probe_directory(directory: Path) -> tuple[Rate, Rate]:
         ) from error
 
 
-def _time(nbytes: int, move: Callable[[int, int], int]) -> Rate:
+def _time(nbytes: int, move: Callable[[int, int], int], threads: int = _THREADS) -> Rate:
     """Return what moving so many bytes takes, by requests side by side; fewer if it takes long."""
     begin = perf_counter()
 
@@ -160,7 +195,7 @@ def _time(nbytes: int, move: Callable[[int, int], int]) -> Rate:
             return 0
         return move(at, min(_REQUEST, nbytes - at))
 
-    with ThreadPoolExecutor(_THREADS) as pool:
+    with ThreadPoolExecutor(threads) as pool:
         moved = sum(pool.map(move_in_time, range(0, nbytes, _REQUEST)))
     # An empty file has no rate; one byte in the time that it took is as good as any.
     return Rate(max(moved, 1), max(perf_counter() - begin, 1e-9))

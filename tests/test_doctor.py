@@ -15,6 +15,7 @@ import yaml
 from models import Models, recipe_of
 
 from streammerge import doctor, probing
+from streammerge.checkpoint.types import ShardFile
 from streammerge.cli import main
 from streammerge.native import library
 from streammerge.units import MIB
@@ -152,7 +153,8 @@ def test_an_estimate_is_the_longer_of_reading_and_writing(
 
     monkeypatch.setattr(probing, "probe_reading", read)
     monkeypatch.setattr(probing, "probe_writing", lambda _: probing.Rate(50, 1.0))
-    files = [here / "small", here / "large", here / "absent"]
+    sizes = {"small": 1, "large": 100, "absent": 1000}
+    files = [ShardFile(here / name, nbytes, 0, "") for name, nbytes in sizes.items()]
 
     slow_reads = probing.estimate_seconds(
         files, bytes_to_read=1000, bytes_to_write=100, directory=here

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,9 @@ def test_models_in_a_store_are_looked_at_and_compared(
     assert json.loads(reports[0][1])["tables"] == json.loads(reports[1][1])["tables"]
     code, plan = said("plan", str(recipes[0]), "--estimate")
     assert code == 0
+    # Of the store, not of the disk on which there are copies of headers.
+    assert re.search(r"at least \d+\.\d s: the store gives .*/s, the disk writes .*/s", plan)
+    assert "the disk reads" in said("plan", str(recipes[1]), "--estimate")[1]
     assert "INPUTS/base" in plan
 
 
