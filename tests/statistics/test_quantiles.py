@@ -94,6 +94,16 @@ def test_whoever_asks_for_no_value_is_given_none(numel: int) -> None:
     assert (everything.threshold, everything.kept) == (0, numel)
 
 
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_any_number_of_rows_has_the_values_that_are_asked_for(count: int) -> None:
+    rows = np.array([[3.0, 1.0, 2.0], [9.0, 8.0, 7.0], [4.0, 4.0, 4.0]])[:count]
+
+    found = select_rows(rows, 3, TiePolicy.EXACT, torch.empty(rows.size), of_value=True)
+
+    assert [top.threshold for top in found] == [1.0, 7.0, 4.0][:count]
+    assert [(top.greater, top.equal) for top in found] == [(2, 1), (2, 1), (0, 3)][:count]
+
+
 def test_a_scope_without_elements_has_no_value() -> None:
     for k in (0, 1):
         found = select_block(np.zeros(0), k, TiePolicy.EXACT, of_value=True)

@@ -81,6 +81,15 @@ def test_marks_are_those_of_a_look_at_nothing(numel: int, keep_ties: int | None)
     assert int(found.sum()) == int((values.abs() > 2).sum()) + kept
 
 
+def test_all_that_is_kept_is_marked_by_one() -> None:
+    values = torch.tensor([3.0, -1.0, 0.0])
+    top = TopK(0.0, 3, 3, 0, 0, 0, 0)
+    masks = np.empty((2, 3), dtype=bool)
+
+    assert mark_(values.clone(), top, 0, masks).tolist() == [1, 1, 1]
+    assert mark_unseen_(values.clone(), top, 0).tolist() == [1, 1, 1]
+
+
 def test_an_empty_tensor_keeps_nothing_of_the_block_that_follows_it() -> None:
     top = TopK(2.0, 10, 1, 3, 2, 0, 2)
     masks = np.empty((2, 0), dtype=bool)
