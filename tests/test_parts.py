@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from covering import Parts, choose, parts_of
 from models import MEMORY, Models, recipe_of
 from test_kill_loops import JOBS, command
 
@@ -159,13 +160,21 @@ def test_any_order_has_the_same_bytes(
     assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "alone")
 
 
-METHODS = [
-    pytest.param(method.name, number, has_base, id=f"{method.name}-{number}-{has_base}")
+EXAMPLES = [
+    (method.name, number, method.operand is not Operand.WEIGHTS)
     for method in discover_methods().values()
     for number in range(len(method.examples))
-    for has_base in (
-        {Operand.WEIGHTS: (False,), Operand.TASK_VECTORS: (True,)}.get(method.operand, (True,))
-    )
+]
+
+
+def parts_of_example(example: tuple[str, int, bool]) -> Parts:
+    name, number, has_base = example
+    return parts_of(name, discover_methods()[name].examples[number], has_base=has_base)
+
+
+METHODS = [
+    pytest.param(*example, id="-".join(map(str, example)))
+    for example in choose(EXAMPLES, parts_of_example, lambda example: example[0])
 ]
 
 

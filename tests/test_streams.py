@@ -94,8 +94,12 @@ BROKEN = {
 }
 
 
-@pytest.mark.parametrize("often", [False, True])
-@pytest.mark.parametrize("options", [[], ["--json"]])
+@pytest.mark.parametrize(
+    ("options", "often"),
+    # Lines for machines do not wait for the time between two looks.
+    [([], False), ([], True), (["--json"], True)],
+    ids=["seldom", "often", "events"],
+)
 @pytest.mark.parametrize("broken", BROKEN)
 def test_a_merge_ends_well_whatever_becomes_of_its_streams(
     broken: str,

@@ -176,7 +176,10 @@ def stored(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Case], Stored]
     made: dict[tuple[int, Grid, bool], Stored] = {}
 
     def store(case: Case) -> Stored:
-        large = case.count == 2 and not case.twin.small_only
+        # What a parameter means does not depend on how many blocks there are; that blocks join is a
+        # law of its own, for every example.
+        by_example = case.parameters in case.method.examples
+        large = case.count == 2 and by_example and not case.twin.small_only
         key = (case.count, case.twin.grid, large)
         if key not in made:
             root = tmp_path_factory.mktemp("models")
