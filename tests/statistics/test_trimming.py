@@ -55,6 +55,16 @@ def test_rows_of_one_scope_keep_ties_up_to_the_cutoff(
     _assert_trimmed_alike(rows, [top] * len(rows), list(range(len(rows))))
 
 
+def test_one_tie_of_every_row_is_kept() -> None:
+    rows = torch.tensor([[2.0, -2.0, 3.0, 1.0, 2.0], [1.0, 0.0, 2.0, -3.0, -2.0]])
+    top = TopK(2.0, 5, 1, 2, 1, 0, 1)
+    masks = np.empty((2, rows.numel()), dtype=bool)
+
+    trim_rows_(rows, [top, top], [0, 0], magnitudes=torch.empty(rows.numel()), masks=masks)
+
+    assert rows.tolist() == [[2, 0, 3, 0, 0], [0, 0, 2, -3, 0]]
+
+
 def _assert_trimmed_alike(rows: torch.Tensor, tops: list[TopK], blocks: list[int]) -> None:
     together, alone = rows.clone(), rows.clone()
     masks = np.empty((2, rows.numel()), dtype=bool)
