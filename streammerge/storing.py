@@ -395,6 +395,9 @@ class _StoreSink:
     def has(self, piece: Piece | PieceDone) -> bool:
         """Return whether the store has all bytes of a piece."""
         assert self.uploads is not None  # noqa: S101 - at work
+        if piece.task >= len(self.planned.tasks):
+            # Whoever can write to the store can write lines too.
+            return False
         task = self.planned.tasks[piece.task]
         shard = self.planned.layout.shards[task.shard]
         size = task.dtype.itemsize

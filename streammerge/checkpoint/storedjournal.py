@@ -52,7 +52,7 @@ HEAD_NAME = f"{_FOLDER}/head"
 """Where it is, a merge can be continued."""
 _UPLOADS = f"{_FOLDER}/uploads"
 _STATISTICS = f"{_FOLDER}/statistics"
-_LINES = re.compile(rf"{re.escape(_FOLDER)}/(\d{{6}})-[0-9a-f]{{16}}")
+_LINES = re.compile(rf"{re.escape(_FOLDER)}/(\d{{6,}})-[0-9a-f]{{16}}")
 _LINES_BYTES = MIB
 _AT_ONCE = 8
 _LEAST_PAUSE_SECONDS = 2.0
@@ -167,7 +167,7 @@ class StoredJournal:
         """Return the whole lines of some objects, each once."""
         lines: dict[bytes, None] = {}
         with ThreadPoolExecutor(_AT_ONCE) as pool:
-            for found in pool.map(self._target.get, sorted(names)):
+            for found in pool.map(self._target.get, sorted(names, key=_in_order)):
                 if found is not None and found.token == self._token:
                     lines.update(dict.fromkeys(whole_lines(found.content)))
         return list(lines)
@@ -243,6 +243,11 @@ class StoredJournal:
         except FileNotFoundError:
             # None was begun, or its sweep has ended meanwhile.
             return
+
+
+def _in_order(name: str) -> tuple[int, str]:
+    """Return what names of objects with lines are sorted by: longer numbers are larger."""
+    return len(name), name
 
 
 def count_pieces(target: Target, names: Iterable[str]) -> int:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
+import json
 import random
 import signal
 import subprocess
@@ -15,13 +18,15 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from models import Models, recut
+from models import Models, recipe_of, recut
 from results import OUT, fetch, leftovers, names_in, shards_of, with_shards
 from stored_models import recipe_at
+from test_kill_loops import adapted_models, coded_models, wider_models
 
 import streammerge
 from streammerge import storing
-from streammerge.checkpoint import atwork, bytesource, storedjournal
+from streammerge.checkpoint import atwork, bytesource, storedjournal, uploading
+from streammerge.checkpoint.journal import PieceDone
 from streammerge.errors import CheckpointError, OutputExistsError, ResumeError
 from streammerge.storage.s3target import S3Target
 
@@ -33,12 +38,12 @@ FOLDER = ".streammerge-journal/"
 ELSEWHERE = """
 import os, sys, time
 from streammerge.checkpoint import atwork, bytesource, storedjournal
-from streammerge.storage import targets
+from streammerge.checkpoint import uploading
 from streammerge.storage.s3target import S3Target
 from streammerge.__main__ import run
 
 storedjournal._LEAST_PAUSE_SECONDS = 0.05
-targets.SMALLEST_PART = 2**17
+uploading.part_nbytes = lambda _: 2**17
 log = os.open(sys.argv.pop(1), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 
 def read(self, offset, buffer, read=bytesource.PreadSource._read_some):
@@ -140,6 +145,38 @@ def test_another_machine_makes_what_is_missing_and_nothing_else(
     assert not leftovers(bucket)
 
 
+def adapted(directory: Path) -> dict[str, Any]:
+    base, sources = adapted_models(directory)
+    return recipe_of("task_arithmetic", base, sources)
+
+
+@pytest.mark.usefixtures("eager")
+@pytest.mark.parametrize("made", [wider_models, coded_models, adapted])
+@pytest.mark.parametrize("share", [0.3, 0.8])
+def test_every_kind_of_tensor_goes_on_elsewhere(
+    made: Any, share: float, bucket: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tensors in parts, codes with scales, and what adapters change; some are made again whole."""
+    have_shorter_parts(monkeypatch)
+    monkeypatch.setattr(uploading, "part_nbytes", lambda _: 2**17)
+    recipe = made(tmp_path)
+    streammerge.merge(recipe, tmp_path / "local")
+    parts = sum(-(-len(each) // 2**17) for each in shards_of(tmp_path / "local").values())
+    cut_off(recipe, max(1, int(parts * share)), monkeypatch)
+
+    move(tmp_path, monkeypatch)
+    counted = Counted(monkeypatch)
+    manifest = streammerge.merge(recipe, OUT, resume=True)
+
+    assert 0 < len(counted.sent) < parts or not journal_in(bucket)
+    assert manifest.run.damaged == 0
+    found = fetch(bucket, tmp_path / "fetched")
+    assert not streammerge.verify_files(found).damages
+    assert shards_of(found) == shards_of(tmp_path / "local")
+    assert not leftovers(bucket)
+    assert not journal_in(bucket)
+
+
 @pytest.mark.usefixtures("eager")
 def test_what_two_machines_did_adds_up(
     bucket: Any, large: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -235,9 +272,24 @@ def drop(client: Any, name: str) -> None:
     client.delete_object(Bucket="results", Key=f"folder/merged/{name}")
 
 
+def claim_more(client: Any, name: str) -> None:
+    """Say of a tensor that there is not that it is done."""
+    metadata = client.head_object(Bucket="results", Key=f"folder/merged/{name}")["Metadata"]
+    piece = PieceDone(10**6, 0, 7, "00" * 32, (), 0, (), (), ())
+    document = {"entry": "PieceDone", **dataclasses.asdict(piece)}
+    text = json.dumps(document, separators=(",", ":")).encode()
+    line = hashlib.blake2b(text, digest_size=8).hexdigest().encode() + b" " + text + b"\n"
+    key = f"folder/merged/{FOLDER}999999-{'0' * 16}"
+    client.put_object(Bucket="results", Key=key, Body=line, Metadata=metadata)
+
+
 @pytest.mark.usefixtures("eager")
 @pytest.mark.parametrize(
-    "spoiled", [(what, spoil) for what in "u0" for spoil in (damage, of_another_merge, drop)]
+    "spoiled",
+    [
+        ("0", claim_more),
+        *((what, spoil) for what in "u0" for spoil in (damage, of_another_merge, drop)),
+    ],
 )
 def test_what_the_journal_does_not_tell_is_made_again(
     spoiled: Any, bucket: Any, large: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
