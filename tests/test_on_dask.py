@@ -477,9 +477,9 @@ def test_a_part_that_lives_on_unseen_leaves_the_merge_after_it_alone(
     [
         (0, 1, 1),
         (1, 3, 3),
-        (10 * 2**30, 2, 5),
+        (40 * 2**30, 2, 5),
         (100 * 2**30, 2, 8),  # four for each worker
-        (2**40, 100, 400),
+        (2**42, 100, 400),
         (100 * 2**30, 100, 100),
     ],
 )

@@ -29,7 +29,7 @@ from streammerge.units import MIB
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="parts share locks as POSIX does")
 
-TENSORS, BLOCKS, WORKERS, PARTS = 200, 200, 4, 16
+TENSORS, BLOCKS, WORKERS, PARTS = 200, 200, 4, 9
 REST = 6 * MIB
 """Beside what the plan has for records: rows until they are sorted, the plan's own texts, headers, code."""
 

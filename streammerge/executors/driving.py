@@ -39,9 +39,9 @@ from streammerge.units import GIB
 
 _PARTS_PER_WORKER = 4
 """So that one that is slow, or lost, keeps the others waiting for a fraction of its share."""
-_LEAST_WORK = 2 * GIB
+_LEAST_WORK = 8 * GIB
 """Bytes read and written by a part, if there are more parts than workers: a process takes a second or
-two to begin."""
+two to begin, in which it would do 2 GiB."""
 _TICK_SECONDS = 0.5
 _LONELY_SECONDS = 60.0
 """How long to wait for a first worker, or for one after all were lost."""
