@@ -71,3 +71,25 @@ def test_a_sample_that_tells_saves_the_partition(monkeypatch: pytest.MonkeyPatch
     assert select_rank(values, 2**18, spare) == np.sort(values)[2**18]
     assert len(partitioned) == 1
     assert partitioned[0] < values.size // 10
+
+
+@pytest.mark.parametrize("off", range(-2, 3))
+@pytest.mark.parametrize("side", ["low", "high"])
+def test_a_rank_beside_what_lies_between_the_guesses_is_found(side: str, off: int) -> None:
+    """The sample sees the middle alone; so many lie below it that the rank is at one of its ends."""
+    numel, rank = ranking._LEAST_NUMEL, 5000
+    step = ranking._NUMEL_PER_SAMPLED
+    middle = np.linspace(0.4, 0.6, numel // step)
+    # Where the guesses lie in the sample, by the rank's share of it.
+    place, share = rank / step, rank / numel
+    slack = ranking._SIGMAS * (place * (1 - share)) ** 0.5 + 1
+    guess = {"low": int(place - slack), "high": int(place + slack) + 1}[side]
+    others = np.ones(numel - middle.size)
+    others[: rank - guess + off] = 0.0
+    values = np.empty(numel)
+    sampled = np.arange(numel) % step == 0
+    values[sampled], values[~sampled] = middle, others
+    ordered = np.sort(values)
+
+    assert ordered[rank] == middle[guess - off]
+    assert select_rank(values, rank, np.empty_like(values)) == ordered[rank]
