@@ -17,6 +17,7 @@ from clusters import (
     OTHER_VERSION,
     ROOT,
     SLOW,
+    SLOWER,
     DaskCluster,
     Wire,
     bytes_of,
@@ -412,7 +413,7 @@ def test_a_scheduler_that_falls_silent_is_an_error_in_a_stated_time(
     monkeypatch.setattr(apart, "_CLOSE_SECONDS", 1.0)
     monkeypatch.setattr(driving, "_DRAIN_SECONDS", 1.0)
     streammerge.merge(recipe, tmp_path / "alone", memory=MEMORY)
-    slow.start_worker(SLOW)
+    slow.start_worker(SLOWER)
     out = tmp_path / "out"
     stopped: list[bool] = []
 
