@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from streammerge.errors import ClusterError, DependencyError
-from streammerge.executors.seam import Outcome, Request, describe_error, processors
+from streammerge.executors.seam import Outcome, Request, describe_error
 from streammerge.executors.unit import run_unit
+from streammerge.machine import count_cores
 
 _MOST_LOCAL = 4
 """Workers on this machine: each has a process with memory of its own."""
@@ -42,7 +43,7 @@ class DaskExecutor:
             ClusterError: No scheduler answers there.
         """
         distributed = _import()
-        cores = processors()
+        cores = count_cores()
         count = max(1, min(cores, _MOST_LOCAL))
         self._distributed = distributed
         self._cluster = None

@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from streammerge.errors import ClusterError, DependencyError
-from streammerge.executors.seam import Outcome, Request, describe_error, processors
+from streammerge.executors.seam import Outcome, Request, describe_error
 from streammerge.executors.unit import run_unit
+from streammerge.machine import count_cores
 
 _PARTS_PER_NODE = 4
 _CONNECT_SECONDS = 30
@@ -50,7 +51,7 @@ class RayExecutor:
         if address is not None:
             _knock(address)
         started = {
-            "num_cpus": processors(),
+            "num_cpus": count_cores(),
             "include_dashboard": False,
             "object_store_memory": _STORE_BYTES,
             "_temp_dir": str(scratch),

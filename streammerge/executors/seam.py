@@ -8,7 +8,6 @@ A new engine is a file beside this one with a class that has these methods, and 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -64,11 +63,6 @@ class Executor(Protocol):
     def close(self) -> None:
         """Let go of the engine; what was submitted and has not begun is forgotten."""
         ...
-
-
-def processors() -> int:
-    """Return how many processors this process may use, at least one."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def describe_error(error: StreamMergeError) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from streammerge.extracting.planning import Wishes, plan_extraction
 from streammerge.extracting.plans import ExtractionPlan
 from streammerge.lazily import torch_version
 from streammerge.limits import allow_open_files, naming_limits
+from streammerge.machine import count_cores
 from streammerge.storage.urls import refuse_store
 from streammerge.version import VERSION
 
@@ -89,7 +90,7 @@ def extract(
         parse_path(tuned, "tuned"),
         Wishes(rank, modules, _parse_dtype(dtype), exact),
         memory=memory,
-        workers=workers or len(os.sched_getaffinity(0)),
+        workers=workers or count_cores(),
         download=download,
         on_compared=compared,
     )

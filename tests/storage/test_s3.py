@@ -19,18 +19,8 @@ from streammerge.errors import CheckpointError
 from streammerge.storage import copies, stores
 
 boto3 = pytest.importorskip("boto3")
-moto = pytest.importorskip("moto.server")
 
 SECRET = "wJalrXUtnFEMIsecretEXAMPLEKEY"  # noqa: S105 - of nobody
-
-
-@pytest.fixture(scope="module")
-def address() -> Iterator[str]:
-    server = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    yield f"http://{host}:{port}"
-    server.stop()
 
 
 @pytest.fixture
