@@ -15,13 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from streammerge.dtypes import DType
-from streammerge.engine.compiled.operands import CALLS, StoredOperand
+from streammerge.engine.compiled.operands import CALLS, PieceOperands, StoredOperand
 from streammerge.engine.rows import KnownRows
 from streammerge.engine.segments import Segment
 from streammerge.methods.programs import Programs
 from streammerge.methods.surveying import Survey
 from streammerge.native.library import DTYPE_CODES, Kernels
-from streammerge.native.machine import ALL_TIES, ChangeCall, EncodedProgram, JobCall, Jobs, RoomCall
+from streammerge.native.machine import ALL_TIES, EncodedProgram, JobCall, Jobs, RoomCall
 from streammerge.plan.demanding import count_rooms
 from streammerge.plan.types import MergePlan
 from streammerge.rng import keep_limit, stream_key
@@ -107,16 +107,16 @@ class Bench:
         """Where questions collect."""
         self._room = RoomCall(self.values.ctypes.data, self.values.size)
         self._numbers: list[NDArray[np.float32]] = []
-        self._changes: ctypes.Array[ChangeCall] | None = None
+        self._changes: PieceOperands | None = None
 
-    def begin(self, changes: ctypes.Array[ChangeCall] | None = None) -> None:
+    def begin(self, operands: PieceOperands | None = None) -> None:
         """Forget the jobs before.
 
         Args:
-            changes: What is to be computed before each of those that come; None for nothing.
+            operands: Says what is to be computed before each of those that come; None for nothing.
         """
         self._numbers.clear()
-        self._changes = changes or None
+        self._changes = operands
 
     def fill(
         self,
@@ -155,10 +155,10 @@ class Bench:
             # It must live until the job has run.
             self._numbers.append(own)
             numbers = own.ctypes.data
-        if self._changes is not None:
-            assert segment is not None  # noqa: S101 - of what it is a part says where it lies
-            own_changes = ctypes.addressof(self._changes), len(self._changes)
-            places |= {"changes": own_changes, "start": segment.start}
+        if self._changes is not None and self._changes.changes:
+            changes = self._changes.changes
+            places["changes"] = ctypes.addressof(changes), len(changes)
+            places["start"] = self._changes.start + begin
         self.jobs.fill(
             index,
             code,

@@ -57,10 +57,15 @@ class ChangedOperands:
         sources = most_changed_sources(programs, plan.tasks)
         self._rows = np.empty((sources, BLOCK if sources else 0), dtype=np.float32)
 
-    @property
-    def multiplies(self) -> bool:
-        """Whether the machine computes everything that adapters change."""
-        return self._bench is None
+    def operands_of(self, piece: PieceInMemory, encoded: Encoded) -> PieceOperands | None:
+        """Return what the machine reads of a piece that adapters change; None if it cannot.
+
+        Each job has operands of its own, those of :meth:`of_range`, where not all that adapters change is
+        products of stored factors.
+        """
+        if not self.serve(piece, encoded):
+            return None
+        return self._of_piece(piece, encoded) if self._bench is None else PieceOperands(None)
 
     def serve(self, piece: PieceInMemory, encoded: Encoded) -> bool:
         """Return whether the machine can take a piece, given what adapters make of it."""
@@ -76,7 +81,7 @@ class ChangedOperands:
             return False
         return all(each is None or each.dtype in DTYPE_CODES for each in stored)
 
-    def of_piece(self, piece: PieceInMemory, encoded: Encoded) -> PieceOperands:
+    def _of_piece(self, piece: PieceInMemory, encoded: Encoded) -> PieceOperands:
         """Return what the machine needs to compute what adapters change of a piece itself."""
         setting = self._plan.settings[piece.first.task.setting]
         calls = []
@@ -88,7 +93,8 @@ class ChangedOperands:
             for index, delta in enumerate(deltas):
                 assert isinstance(delta, PlainProduct)  # noqa: S101 - the planner saw no others
                 calls.append(delta.call(self._rows[source], adds=index > 0))
-        return PieceOperands(self._operands(piece, encoded), (ChangeCall * len(calls))(*calls))
+        stored = self._operands(piece, encoded)
+        return PieceOperands(stored, (ChangeCall * len(calls))(*calls), piece.first.start)
 
     def of_range(
         self, piece: PieceInMemory, encoded: Encoded, begin: int, end: int, segment: Segment
@@ -132,9 +138,10 @@ class ChangedOperands:
     ) -> None:
         """Compute what adapters make of a part of a block."""
         if self._bench is None:
-            for change in self.of_piece(piece, encoded).changes or ():
+            ours = self._of_piece(piece, encoded)
+            for change in ours.changes or ():
                 self._kernels.change_range(
-                    ctypes.addressof(change), start=piece.first.start + begin, numel=end - begin
+                    ctypes.addressof(change), start=ours.start + begin, numel=end - begin
                 )
             return
         reader = BlockReader(

@@ -191,11 +191,7 @@ class CompiledMeasuring:
         stored = self._find_stored(piece, encoded)
         if stored is not None:
             return PieceOperands(stored)
-        if self._changed is None or not self._changed.serve(piece, encoded):
-            return None
-        if self._changed.multiplies:
-            return self._changed.of_piece(piece, encoded)
-        return PieceOperands(None)
+        return None if self._changed is None else self._changed.operands_of(piece, encoded)
 
     def _find_stored(self, piece: PieceInMemory, encoded: Encoded) -> list[StoredOperand] | None:
         setting = self._plan.settings[piece.first.task.setting]
@@ -229,7 +225,7 @@ class CompiledMeasuring:
             ``[jobs, totals]``, or ``[rows, totals]``.
         """
         bench = self._bench
-        bench.begin(operands.changes)
+        bench.begin(operands)
         stored = self._stored_of(piece, encoded, operands, batch[0])
         n_totals = len(encoded.program.totals)
         rows = batch[0].rows

@@ -121,11 +121,11 @@ class CompiledMerging:
     ) -> bool:
         """Merge what adapters make of a piece; return whether the machine can."""
         changed = self._changed
-        if changed is None or not changed.serve(piece, encoded):
+        ours = None if changed is None else changed.operands_of(piece, surveying or encoded)
+        if changed is None or ours is None:
             self.surveyed_piece = None
             return False
-        if changed.multiplies:
-            ours = changed.of_piece(piece, surveying or encoded)
+        if ours.stored is not None:
             for batch in in_batches(jobs):
                 if self._run_jobs(encoded, ours, batch, out, surveying):
                     self._refuse_changed(
@@ -258,7 +258,7 @@ class CompiledMerging:
         if surveying is not None:
             # What was stored of a tile is read as if it were one more source.
             stored.append(target)
-        bench.begin(operands.changes)
+        bench.begin(operands)
         for index, job in enumerate(batch):
             bench.fill(
                 index,

@@ -48,6 +48,8 @@ class PieceOperands:
     """The base, if there is one, and the sources; None where every job has others."""
     changes: ctypes.Array[ChangeCall] | None = None
     """What it computes before a job, in the place of some of them."""
+    start: int = 0
+    """Flat index of the piece's first element in the matrix that changes."""
 
 
 UNUSED = StoredOperand(0, 0, DTYPE_CODES[DType.F32])

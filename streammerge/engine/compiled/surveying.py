@@ -14,6 +14,7 @@ from streammerge.engine.compiled.bench import Bench, Encoded
 from streammerge.engine.compiled.changed import ChangedOperands
 from streammerge.engine.compiled.operands import (
     CALLS,
+    PieceOperands,
     StoredOperand,
     find_operands,
 )
@@ -91,18 +92,26 @@ class _CompiledAnswers:
         self._result = StoredOperand(
             result.memory.ctypes.data, result.dtype.itemsize, DTYPE_CODES.get(result.dtype, 0)
         )
-        self._stored = find_operands(piece, setting, loads_base=self._totals.loads_base)
+        stored = find_operands(piece, setting, loads_base=self._totals.loads_base)
+        self._operands: PieceOperands | None = None
+        if stored is not None:
+            self._operands = PieceOperands(stored)
+        elif changed is not None:
+            self._operands = changed.operands_of(piece, self._totals)
 
     def serve(self) -> bool:
         """Return whether the machine can read the piece."""
-        if self._stored is not None:
-            return True
-        return self._changed is not None and self._changed.serve(self._piece, self._totals)
+        return self._operands is not None
+
+    @property
+    def _taken(self) -> PieceOperands:
+        assert self._operands is not None  # noqa: S101 - serve() said so
+        return self._operands
 
     def _operands_of(self, job: SurveyJob) -> list[StoredOperand]:
-        if self._stored is not None:
-            return [*self._stored, self._result]
-        assert self._changed is not None  # noqa: S101 - serve() looked
+        if self._taken.stored is not None:
+            return [*self._taken.stored, self._result]
+        assert self._changed is not None  # noqa: S101 - it makes them
         operands = self._changed.of_range(
             self._piece, self._totals, job.begin, job.end, job.segment
         )
@@ -116,7 +125,7 @@ class _CompiledAnswers:
         totals = np.empty((len(jobs), len(encoded.program.totals)))
         done = 0
         for batch in self._batches(jobs, CALLS):
-            bench.begin()
+            bench.begin(self._taken)
             for index, job in enumerate(batch):
                 self._fill(index, encoded, job, totals=totals[done + index :].ctypes.data)
             bench.run(0, len(batch), collects=False)
@@ -144,7 +153,7 @@ class _CompiledAnswers:
         found: list[NDArray[np.float32]],
     ) -> None:
         bench = self._bench
-        bench.begin()
+        bench.begin(self._taken)
         for index, job in enumerate(batch):
             self._fill(index, self._magnitudes, job)
             for source in range(self._sources):
@@ -161,7 +170,7 @@ class _CompiledAnswers:
 
     def _batches(self, jobs: Sequence[SurveyJob], most: int) -> list[Sequence[SurveyJob]]:
         # What adapters make of a range is good until the next one.
-        size = most if self._stored is not None else 1
+        size = most if self._taken.stored is not None else 1
         return [jobs[at : at + size] for at in range(0, len(jobs), size)]
 
     def _fill(self, index: int, encoded: Encoded, job: SurveyJob, totals: int = 0) -> None:

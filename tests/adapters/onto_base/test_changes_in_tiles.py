@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import ctypes
 import math
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from models import assert_same_bits
+from models import MEMORY, assert_same_bits, load_model, write_model
 
+import streammerge
 from streammerge.adapters.onto_base.products import PlainProduct, Tiles, multiply_in_order
 from streammerge.native.library import Kernels, load_kernels
 from streammerge.native.machine import TILE_COLUMNS
+from tests.adapters.onto_base.test_adapters_as_sources import write_adapter
 
 SHAPES = [(1, 1, 1), (3, 0, 5), (4, 1, 64), (5, 63, 65), (9, 64, 128), (6, 65, 63), (13, 70, 200)]
 ODD = 0.30000001192092896
@@ -124,3 +128,37 @@ def test_odd_values_come_out_as_in_the_plain_way(value: float, kernels: Kernels)
         expected = plainly(up, right)
     assert np.array_equal(np.isnan(out), np.isnan(expected))
     assert_same(np.nan_to_num(out, nan=0.0), np.nan_to_num(expected, nan=0.0))
+
+
+def test_two_changes_of_one_source_are_added_up_before_they_reach_the_base(
+    kernels: Kernels, tmp_path: Path
+) -> None:
+    """In several blocks of one call; a plan may say so, though adapters usually have one of each tensor."""
+    base = {
+        f"{name}.weight": torch.from_numpy(draw(1100, 130, seed)) for seed, name in enumerate("ab")
+    }
+    factors = {
+        name: (draw(4, 130, seed), draw(1100, 4, seed + 1)) for name, seed in (("a", 20), ("b", 30))
+    }
+    stored = {}
+    for name, (down, up) in factors.items():
+        stored[f"{name}.lora_A.weight"] = torch.from_numpy(down)
+        stored[f"{name}.lora_B.weight"] = torch.from_numpy(up)
+    lora = write_adapter(tmp_path / "lora", stored, target_modules=["a", "b"], r=4, lora_alpha=3)
+    recipe = {
+        "method": "task_arithmetic",
+        "base": str(write_model(tmp_path / "base", base)),
+        "sources": [{"path": str(lora)}],
+    }
+    plan = streammerge.plan(recipe, memory=MEMORY)
+    assert isinstance(plan, streammerge.MergePlan)
+    assert not plan.needs_torch
+    both = tuple(change for task in plan.tasks for change in task.changes)
+    plan = replace(plan, tasks=tuple(replace(task, changes=both) for task in plan.tasks))
+
+    streammerge.merge(plan, tmp_path / "out")
+
+    added = plainly(*reversed(factors["a"]), 0.75) + plainly(*reversed(factors["b"]), 0.75)
+    merged = load_model(tmp_path / "out")
+    for name, values in base.items():
+        assert_same_bits(merged[name], values + torch.from_numpy(added).view(values.shape), name)
