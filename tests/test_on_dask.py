@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from clusters import (
     OTHER_VERSION,
     ROOT,
@@ -28,7 +27,16 @@ from clusters import (
     wait_until,
     work_for_parts,
 )
-from models import MEMORY, write_model
+from engines import (
+    BUDGET,
+    check_done_again,
+    check_driver_that_ends,
+    check_one_error,
+    check_other_version,
+    check_same_bytes,
+    start_and_wait,
+)
+from models import MEMORY
 from test_kill_loops import JOBS
 
 import streammerge
@@ -38,10 +46,8 @@ from streammerge.cli import main
 from streammerge.errors import (
     ClusterError,
     DependencyError,
-    NonFiniteError,
     OutputError,
     RecipeError,
-    ResumeError,
 )
 from streammerge.executors import apart, dask, driving
 from streammerge.executors.apart import ExecutorApart, connect
@@ -50,13 +56,11 @@ from streammerge.executors.seam import Outcome
 from streammerge.executors.unit import run_unit
 from streammerge.parting import merge_part
 from streammerge.plan.types import MergePlan
-from streammerge.statistics import BLOCK
 
 pytestmark = [
     pytest.mark.timeout(300),
     pytest.mark.skipif(os.name != "posix", reason="processes share locks as POSIX does"),
 ]
-BUDGET = "700MiB"
 
 
 @pytest.fixture(scope="module")
@@ -91,19 +95,7 @@ def recipe(tmp_path: Path) -> dict[str, Any]:
 def test_workers_of_a_scheduler_make_the_same_bytes(
     job: str, cluster: DaskCluster, tmp_path: Path
 ) -> None:
-    recipe = JOBS[job](tmp_path)
-    alone = streammerge.merge(recipe, tmp_path / "alone", memory=MEMORY)
-
-    manifest = merge_on(recipe, tmp_path / "out", on=cluster.on, memory=MEMORY)
-
-    assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "alone")
-    assert manifest.tensors == alone.tensors
-    assert not verify_files(tmp_path / "out").damages
-    assert not list(tmp_path.glob("out.*"))
-    assert [part.part for part in manifest.run.parts] == [1, 2]
-    # One thread per worker; each process keeps to what it was allowed.
-    assert all(part.workers == 1 for part in manifest.run.parts)
-    assert all(0 < part.measured_memory <= part.memory_budget for part in manifest.run.parts)
+    check_same_bytes(cluster.on, JOBS[job](tmp_path), tmp_path)
 
 
 @needs_dask
@@ -171,20 +163,7 @@ def test_the_engine_goes_on_with_what_parts_began_and_the_reverse(
 def test_one_bad_input_is_one_error(
     cluster: DaskCluster, recipe: dict[str, Any], tmp_path: Path
 ) -> None:
-    bad = {f"{i}": torch.zeros(8 * BLOCK) for i in range(8)}
-    bad["5"][7] = float("nan")
-    write_model(tmp_path / "two", bad)
-
-    process = start_merge(recipe, tmp_path / "out", "--on", cluster.on, "--memory", BUDGET)
-    _, said = process.communicate(timeout=120)
-
-    assert process.returncode == 1
-    assert said.count("NonFiniteError") == 1, said
-    assert "part 2/2, on " in said
-    assert "Traceback" not in said
-    assert not (tmp_path / "out").exists()
-    with pytest.raises(NonFiniteError):
-        merge_on(recipe, tmp_path / "out", on=cluster.on, memory=MEMORY)
+    check_one_error(cluster.on, recipe, tmp_path)
 
 
 @needs_dask
@@ -193,10 +172,7 @@ def test_a_worker_of_another_version_is_refused_by_name(
 ) -> None:
     slow.start_worker(OTHER_VERSION)
 
-    with pytest.raises(ResumeError, match=r"versions streammerge was .*, is 9\.9") as caught:
-        merge_on(recipe, tmp_path / "out", on=slow.on, memory=MEMORY)
-
-    assert any("part 1/1, on " in note for note in caught.value.__notes__)
+    check_other_version(slow.on, recipe, tmp_path)
 
 
 @needs_dask
@@ -312,20 +288,15 @@ def test_a_worker_that_is_lost_costs_no_byte(
     streammerge.merge(recipe, tmp_path / "alone", memory=MEMORY)
     lost = slow.start_worker(SLOW)
     out = tmp_path / "out"
-    process = start_merge(recipe, out, "--on", slow.on, "--memory", BUDGET)
-    wait_until(lambda: has_work(out))
+    process = start_and_wait(slow.on, recipe, out)
 
     # The worker, its nanny and the process of the part.
     for each in units():
         each.kill()
     lost.kill()
     slow.start_worker()
-    _, said = process.communicate(timeout=120)
 
-    assert process.returncode == 0, said
-    assert bytes_of(out) == bytes_of(tmp_path / "alone")
-    run = json.loads((out / MANIFEST_NAME).read_text())["run"]
-    assert max(part["attempts"] for part in run["parts"]) >= 2
+    check_done_again(process, out, tmp_path / "alone", 120)
 
 
 @needs_dask
@@ -357,21 +328,9 @@ def test_a_process_that_is_killed_is_started_again_and_not_for_ever(
 def test_a_driver_that_ends_leaves_work_and_nobody_who_works(
     number: int, slow: DaskCluster, recipe: dict[str, Any], tmp_path: Path
 ) -> None:
-    alone = streammerge.merge(recipe, tmp_path / "alone", memory=MEMORY)
     slow.start_worker(SLOW)
-    out = tmp_path / "out"
-    process = start_merge(recipe, out, "--on", slow.on, "--memory", BUDGET)
-    wait_until(lambda: has_work(out))
 
-    process.send_signal(number)
-    _, said = process.communicate(timeout=60)
-    assert process.returncode in {-number, 130}, said
-    # Parts look after their driver every few seconds.
-    wait_until(lambda: not units(), 30)
-    manifest = streammerge.merge(recipe, out, memory=MEMORY, resume=True)
-
-    assert bytes_of(out) == bytes_of(tmp_path / "alone")
-    assert manifest.run.bytes_by_stage["read"] < alone.run.bytes_by_stage["read"]
+    check_driver_that_ends(slow.on, number, recipe, tmp_path)
 
 
 @needs_dask
@@ -392,17 +351,11 @@ def test_a_worker_whose_network_is_cut_costs_no_byte(
         contextlib.closing(Wire(cluster.on.removeprefix("dask://"))) as wire,
     ):
         cluster.start_worker(SLOW, through=wire.address)
-        process = start_merge(recipe, out, "--on", cluster.on, "--memory", BUDGET)
-        wait_until(lambda: has_work(out))
+        process = start_and_wait(cluster.on, recipe, out)
 
         wire.cut()
         cluster.start_worker()
-        _, said = process.communicate(timeout=120)
-
-    assert process.returncode == 0, said
-    assert bytes_of(out) == bytes_of(tmp_path / "alone")
-    run = json.loads((out / MANIFEST_NAME).read_text())["run"]
-    assert max(part["attempts"] for part in run["parts"]) >= 2
+        check_done_again(process, out, tmp_path / "alone", 120)
 
 
 @needs_dask
@@ -449,8 +402,7 @@ def test_a_part_that_lives_on_unseen_leaves_the_merge_after_it_alone(
     streammerge.merge(other, tmp_path / "alone", memory=MEMORY)
     worker = slow.start_worker(SLOW + UNSEEN)
     out = tmp_path / "out"
-    process = start_merge(recipe, out, "--on", slow.on, "--memory", BUDGET)
-    wait_until(lambda: has_work(out))
+    process = start_and_wait(slow.on, recipe, out)
     (orphan,) = units()
     orphan.suspend()
     process.kill()

@@ -10,31 +10,36 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
-import torch
 from clusters import (
     OTHER_VERSION,
     SLOW,
     RayCluster,
     bytes_of,
-    has_work,
     needs_ray,
     start_merge,
     units,
     wait_until,
     work_for_parts,
 )
-from models import MEMORY, write_model
+from engines import (
+    BUDGET,
+    check_done_again,
+    check_driver_that_ends,
+    check_one_error,
+    check_other_version,
+    check_same_bytes,
+    start_and_wait,
+)
+from models import MEMORY
 from test_kill_loops import JOBS
 
 import streammerge
 from streammerge.checkpoint.outputform import MANIFEST_NAME
-from streammerge.checkpoint.verifying import verify_files
-from streammerge.errors import ClusterError, DependencyError, NonFiniteError, ResumeError
+from streammerge.errors import ClusterError, DependencyError
 from streammerge.executors.driving import merge_on
-from streammerge.statistics import BLOCK
 
-BUDGET = "700MiB"
 pytestmark = [
     pytest.mark.timeout(300),
     pytest.mark.skipif(sys.platform == "win32", reason="processes share locks as POSIX does"),
@@ -73,19 +78,7 @@ def recipe(tmp_path: Path) -> dict[str, Any]:
 def test_nodes_of_a_cluster_make_the_same_bytes(
     job: str, cluster: RayCluster, tmp_path: Path
 ) -> None:
-    recipe = JOBS[job](tmp_path)
-    alone = streammerge.merge(recipe, tmp_path / "alone", memory=MEMORY)
-
-    manifest = merge_on(recipe, tmp_path / "out", on=cluster.on, memory=MEMORY)
-
-    assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "alone")
-    assert manifest.tensors == alone.tensors
-    assert not verify_files(tmp_path / "out").damages
-    assert not list(tmp_path.glob("out.*"))
-    assert [part.part for part in manifest.run.parts] == [1, 2]
-    # One thread per processor of a node; each process keeps to what it was allowed.
-    assert all(part.workers == 1 for part in manifest.run.parts)
-    assert all(0 < part.measured_memory <= part.memory_budget for part in manifest.run.parts)
+    check_same_bytes(cluster.on, JOBS[job](tmp_path), tmp_path)
 
 
 @needs_ray
@@ -116,19 +109,30 @@ def test_workers_of_this_machine_need_no_cluster_and_leave_nothing(
     home = tmp_path / "home"
     home.mkdir()
     monkeypatch.setenv("HOME", str(home))
-    before = set(Path("/tmp").iterdir())  # noqa: S108 - where Ray would leave files
+    rays = Path("/tmp/ray")  # noqa: S108 - where Ray would leave files
+    before = rays.exists()
 
     process = start_merge(recipe, tmp_path / "out", "--on", "ray", "--memory", BUDGET, "--quiet")
+    scratch = wait_until(lambda: scratch_of(process.pid))
     said, complaints = process.communicate(timeout=120)
 
     assert process.returncode == 0, complaints
     assert not said + complaints
     assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "alone")
     assert not list(home.iterdir())
-    left = {path.name for path in set(Path("/tmp").iterdir()) - before}  # noqa: S108 - the same
-    assert not [name for name in left if name.startswith(("ray", "streammerge-"))]
+    assert not scratch.exists()
+    assert rays.exists() == before
     parts = json.loads((tmp_path / "out" / MANIFEST_NAME).read_text())["run"]["parts"]
     assert sum(part["workers"] for part in parts) <= len(os.sched_getaffinity(0))
+
+
+def scratch_of(driver: int) -> Path | None:
+    """Return where the process that talks to the engine keeps its files; None before it has begun."""
+    for child in psutil.Process(driver).children():
+        *_, module, _, scratch = ["", "", "", *child.cmdline()]
+        if module == "streammerge.executors.apart":
+            return Path(scratch)
+    return None
 
 
 # -- errors
@@ -139,21 +143,7 @@ def test_workers_of_this_machine_need_no_cluster_and_leave_nothing(
 def test_one_bad_input_is_one_error(
     cluster: RayCluster, recipe: dict[str, Any], tmp_path: Path
 ) -> None:
-    bad = {f"{i}": torch.zeros(8 * BLOCK) for i in range(8)}
-    bad["5"][7] = float("nan")
-    write_model(tmp_path / "two", bad)
-
-    process = start_merge(recipe, tmp_path / "out", "--on", cluster.on, "--memory", BUDGET)
-    _, said = process.communicate(timeout=120)
-
-    assert process.returncode == 1
-    assert said.count("NonFiniteError") == 1, said
-    assert "part 2/2, on " in said
-    assert "Traceback" not in said
-    assert "raylet" not in said
-    assert not (tmp_path / "out").exists()
-    with pytest.raises(NonFiniteError):
-        merge_on(recipe, tmp_path / "out", on=cluster.on, memory=MEMORY)
+    check_one_error(cluster.on, recipe, tmp_path)
 
 
 @needs_ray
@@ -163,10 +153,7 @@ def test_a_node_of_another_version_is_refused_by_name(
 ) -> None:
     slow.start_node(OTHER_VERSION)
 
-    with pytest.raises(ResumeError, match=r"versions streammerge was .*, is 9\.9") as caught:
-        merge_on(recipe, tmp_path / "out", on=slow.on, memory=MEMORY)
-
-    assert any("part 1/1, on " in note for note in caught.value.__notes__)
+    check_other_version(slow.on, recipe, tmp_path)
 
 
 @needs_ray
@@ -203,20 +190,15 @@ def test_a_node_that_is_lost_costs_no_byte(
     streammerge.merge(recipe, tmp_path / "alone", memory=MEMORY)
     lost = slow.start_node(SLOW)
     out = tmp_path / "out"
-    process = start_merge(recipe, out, "--on", slow.on, "--memory", BUDGET)
-    wait_until(lambda: has_work(out))
+    process = start_and_wait(slow.on, recipe, out)
 
     lost.send(number)
     slow.start_node()
     wait_until(lambda: streammerge.read_status(out).parts[0].attempts >= 2, 150)
     # File systems take its locks from a machine that is silent.
     lost.kill()
-    _, said = process.communicate(timeout=60)
 
-    assert process.returncode == 0, said
-    assert bytes_of(out) == bytes_of(tmp_path / "alone")
-    run = json.loads((out / MANIFEST_NAME).read_text())["run"]
-    assert max(part["attempts"] for part in run["parts"]) >= 2
+    check_done_again(process, out, tmp_path / "alone", 60)
 
 
 @needs_ray
@@ -225,20 +207,9 @@ def test_a_node_that_is_lost_costs_no_byte(
 def test_a_driver_that_ends_leaves_work_and_nobody_who_works(
     number: int, slow: RayCluster, recipe: dict[str, Any], tmp_path: Path
 ) -> None:
-    alone = streammerge.merge(recipe, tmp_path / "alone", memory=MEMORY)
     slow.start_node(SLOW)
-    out = tmp_path / "out"
-    process = start_merge(recipe, out, "--on", slow.on, "--memory", BUDGET)
-    wait_until(lambda: has_work(out))
 
-    process.send_signal(number)
-    _, said = process.communicate(timeout=60)
-    assert process.returncode in {-number, 130}, said
-    wait_until(lambda: not units(), 30)
-    manifest = streammerge.merge(recipe, out, memory=MEMORY, resume=True)
-
-    assert bytes_of(out) == bytes_of(tmp_path / "alone")
-    assert manifest.run.bytes_by_stage["read"] < alone.run.bytes_by_stage["read"]
+    check_driver_that_ends(slow.on, number, recipe, tmp_path)
 
 
 @needs_ray
@@ -250,8 +221,7 @@ def test_a_head_that_is_lost_is_an_error_and_the_merge_goes_on_later(
     streammerge.merge(recipe, tmp_path / "alone", memory=MEMORY)
     slow.start_node(SLOW)
     out = tmp_path / "out"
-    process = start_merge(recipe, out, "--on", slow.on, "--memory", BUDGET)
-    wait_until(lambda: has_work(out))
+    process = start_and_wait(slow.on, recipe, out)
 
     slow.head.kill()
     _, said = process.communicate(timeout=200)

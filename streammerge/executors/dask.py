@@ -1,8 +1,7 @@
 """Dask distributed: the workers of a scheduler that runs, or of one that this process starts.
 
 A worker that is lost shows at once by its connection, or after the scheduler's ``worker-ttl`` (five
-minutes, unless it is configured otherwise) if the network is silent; the scheduler then has another
-worker do the part again, up to three times.
+minutes, unless it is configured otherwise) if the network is silent.
 """
 
 from __future__ import annotations
