@@ -52,6 +52,7 @@ from benchmarks.reporting import (
     render_performance_table,
     summarize,
 )
+from benchmarks.roofline import render_roofline
 
 FORMAT = 1
 """Raised when the meaning of a field of the results changes."""
@@ -91,6 +92,7 @@ def main(arguments: Sequence[str]) -> int:
         place=options.results or default_results_path(results),
     )
     print(f"\n{render_performance_table(results)}")
+    print(f"\n{render_roofline(results)}")
     return 0
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -25,6 +26,7 @@ from benchmarks.reporting import (  # noqa: E402 - found through ROOT
     render_measures,
     render_performance_table,
 )
+from benchmarks.roofline import render_roofline  # noqa: E402 - found through ROOT
 from streammerge.adapters.combining.recipes import every_method  # noqa: E402
 from streammerge.methods import discover_methods  # noqa: E402
 from streammerge.methods.describing import render_methods_table  # noqa: E402
@@ -32,6 +34,7 @@ from streammerge.recipe.json_schema import recipe_json_schema  # noqa: E402
 
 MEASURED = {
     "performance": ("1.1B-2src-*.json", render_performance_table),
+    "roofline": ("1.1B-2src-*.json", partial(render_roofline, markdown=True)),
     "baking": ("baking-1.1B-*.json", render_baking_table),
 }
 """Tables of performance: which results they come from, and how they are written."""

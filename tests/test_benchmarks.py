@@ -11,7 +11,7 @@ from models import write_model
 
 pytest.importorskip("benchmarks", reason="needs the project's root on the path")
 
-from benchmarks import adapters, baking, contenders, loras, measuring, memory, reporting
+from benchmarks import adapters, baking, contenders, loras, measuring, memory, reporting, roofline
 from benchmarks.compare import default_results_path, hide_paths, parse_arguments
 from benchmarks.floor import run_floor
 from benchmarks.jobs import (
@@ -98,6 +98,28 @@ def test_performance_table(results):
     ]
     assert "1.1B parameters" in conditions
     assert "commit abc, mergekit 0.1.5" in conditions
+
+
+def test_a_job_is_bounded_by_what_takes_longer_and_its_stages_are_told(results):
+    stages = {"read": 4.0, "compute": 1.0, "write": 2.0, "readers idle": 9.0}
+    ties = results["methods"]["ties"]
+    measured = {
+        name: reporting.summarize([replace(RUN, wall_seconds=seconds)], [stages])
+        for name, seconds in (("streammerge", 3.0), ("floor", 2.5))
+    }
+    slow = ties | {"contenders": measured}
+    results["methods"] = {"ties": slow, "alone": ties | {"contenders": {}}}
+
+    header, _, row = roofline.render_roofline(results, markdown=True).splitlines()
+    measured["streammerge"]["cpu_seconds"] = 12.0
+    told = roofline.render_roofline(results).splitlines()
+
+    assert header.startswith("| job | raw I/O | cores | bound by | time / bound | read | compute |")
+    assert row == (
+        "| `ties` | 2.5 s | 1.0 s | disk | 1.20 | 4.0 s, 1.65 GB/s | 1.0 s | 2.0 s, 1.10 GB/s |"
+    )
+    assert told[1].split()[:8] == ["ties", "2.5", "s", "6.0", "s", "cores", "0.50", "4.0"]
+    assert len(told) == 2
 
 
 def test_a_table_for_the_terminal_names_who_failed_and_why(results):
