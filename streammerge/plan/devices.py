@@ -43,7 +43,7 @@ _TEMPORARY_BYTES = 56
 _SORT_BYTES = 64 * BLOCK
 """For one block that is sorted into a histogram: keys, indices, twice each, and the sort's own."""
 _SLACK_BYTES = 96 * MIB
-"""Requests of the allocator are rounded up to 2 and 20 MiB. An estimate, see docs/design.md."""
+"""Requests of the allocator are rounded up to 2 and 20 MiB. An estimate, see docs/design/devices.md."""
 _LARGEST_STEP = 16 * BLOCK
 """4 million elements: an operation on them takes several times longer than to ask for it."""
 _ON_THE_CPU = (*FUNCTIONS, Op.COMPUTED, Op.CHANGED)

@@ -234,7 +234,7 @@ class Resources:
 class DeviceResources:
     """Accelerators and what is taken of them.
 
-    They change speed and memory; ``docs/design.md`` names the one reduction whose last bit may
+    They change speed and memory; ``docs/design/devices.md`` names the one reduction whose last bit may
     differ from the CPU's.
     """
 
