@@ -158,8 +158,8 @@ class MergeJob:
                 on_progress,
                 resumed=output.continues,
                 pace=self.pace,
-                vouched=self.vouched if self.sink is None else self.sink.has,
-                sink=self.sink,
+                vouched=self.vouched,
+                sender=self.sink,
             )
             try:
                 check_unchanged(planned.files, sources)
@@ -276,17 +276,8 @@ def open_sources(planned: MergePlan, opener: OpenByteSource, stack: ExitStack) -
     return sources
 
 
-class Sink(Protocol):
-    """Where the files of a merge go while it runs."""
-
-    @property
-    def room(self) -> int:
-        """Bytes of disk that shards take here on their way, at most as far as can be told."""
-        ...
-
-    def at_work(self, partial: Path) -> AbstractContextManager[None]:
-        """Go on with, or begin, what goes there from a directory."""
-        ...
+class Sender(Protocol):
+    """Where the shards of a merge go while it runs."""
 
     def has(self, piece: Piece) -> bool:
         """Return whether it has all bytes of a piece already."""
@@ -301,6 +292,19 @@ class Sink(Protocol):
         on_durable: Callable[[Sequence[PieceDone]], None],
     ) -> OutputFile:
         """Open a shard, by its index, that is at a path on its way."""
+        ...
+
+
+class Sink(Sender, Protocol):
+    """Where all files of a merge go."""
+
+    @property
+    def room(self) -> int:
+        """Bytes of disk that shards take here on their way, at most as far as can be told."""
+        ...
+
+    def at_work(self, partial: Path) -> AbstractContextManager[None]:
+        """Go on with, or begin, what goes there from a directory."""
         ...
 
     def publish(self, partial: Path, manifest: Manifest) -> None:
@@ -368,7 +372,7 @@ def write_shards(
     pace: Pace | None = None,
     share: Share | None = None,
     vouched: Callable[[Piece], bool] | None = None,
-    sink: Sink | None = None,
+    sender: Sender | None = None,
     sweep: SweepShare | None = None,
 ) -> tuple[RunReport, int]:
     """Do what is left to do of the shards; also return how many pieces were damaged meanwhile.
@@ -381,12 +385,16 @@ def write_shards(
         resumed: Whether files may be there already.
         pace: Keeps to that of other merges over the same files.
         share: What of it is this process's; None for everything.
-        vouched: As in :class:`MergeJob`.
-        sink: As in :class:`MergeJob`.
+        vouched: As in :class:`MergeJob`; with a sender, what that has.
+        sender: Where the shards go; None for nowhere, which is where they stay.
         sweep: What to do of a sweep over the model, and nothing else; None for a merge.
     """
     recorded = output.recorded
-    doubtful = _find_doubtful(recorded, vouched)
+    doubtful = _find_doubtful(recorded, vouched if sender is None else sender.has)
+    if sender is not None and share is not None:
+        # What waited to be sent lies with the process that made it.
+        recorded = recorded.only(~doubtful)
+        doubtful = np.zeros(len(recorded), dtype=bool)
     own = None if share is None else shards_of(planned, share.tasks)
     files: list[OutputFile] = []
     shards: list[OutputFile | _OfOthers] = []
@@ -397,7 +405,7 @@ def write_shards(
                 continue
             make_folder(output.partial / shard.folder)
             path = output.partial / shard.name
-            if sink is None:
+            if sender is None:
                 opened = OutputFile(
                     path,
                     shard.nbytes,
@@ -408,7 +416,7 @@ def write_shards(
                     on_durable=output.journal.append,
                 )
             else:
-                opened = sink.open(index, path, resumed=resumed, on_durable=output.journal.append)
+                opened = sender.open(index, path, resumed=resumed, on_durable=output.journal.append)
             files.append(opened)
             shards.append(opened)
             opened.write_at(0, memoryview(render_header(planned, index)))

@@ -59,7 +59,7 @@ from streammerge.recipe.types import Recipe
 from streammerge.sources import download_sources, locate_models, read_models
 from streammerge.storage.targets import load_target
 from streammerge.storage.urls import url_of
-from streammerge.storing import find_stored, store_job
+from streammerge.storing.whole import find_stored, store_job
 
 RecipeLike = str | os.PathLike[str] | Mapping[str, Any] | Recipe
 """A recipe file, its parsed document, or a parsed recipe."""

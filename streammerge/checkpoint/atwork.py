@@ -21,10 +21,26 @@ signs: set[str] = set()
 """Of the merges of this process that are at work."""
 
 
-def sign_of_life(sign: str) -> bytes:
-    """Return what the object holds: who is at work."""
-    said = {"host": platform.node(), "process": os.getpid(), "sign": sign}
+def sign_of_life(sign: str, *, of_process: bool = True) -> bytes:
+    """Return what the object holds: who is at work.
+
+    Args:
+        sign: Of the merge.
+        of_process: Whether it ends with this process; else only time tells that it is over.
+    """
+    said: dict[str, object] = {"host": platform.node(), "sign": sign}
+    if of_process:
+        said["process"] = os.getpid()
     return json.dumps(said).encode()
+
+
+def sign_in(content: bytes) -> str | None:
+    """Return the sign that the object holds; None of what says something else."""
+    try:
+        sign = json.loads(content)["sign"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return sign if isinstance(sign, str) else None
 
 
 def is_busy(found: Small | None) -> bool:

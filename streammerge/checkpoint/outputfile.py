@@ -255,17 +255,22 @@ def sync_directory(path: Path) -> None:
         os.close(fd)
 
 
-def write_durably(path: Path, pieces: Iterable[bytes]) -> None:
+def write_durably(path: Path, pieces: Iterable[bytes], *, alone: bool = True) -> None:
     """Write a file from front to back, wait until it is on the disk, and give it its name.
 
     Whatever had the name before is replaced, not written to: it may be a link to another file.
+
+    Args:
+        path: The file.
+        pieces: What it holds.
+        alone: Whether no other process writes files to the directory.
 
     Raises:
         DiskSpaceError: The disk is full.
         OutputError: The system refuses.
     """
     written = 0
-    new = path.with_name(NEW_NAME)
+    new = path.with_name(NEW_NAME if alone else f"{path.name}.new")
     try:
         with os.fdopen(create_own(new), "wb") as stream:
             for piece in pieces:

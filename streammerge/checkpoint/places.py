@@ -43,13 +43,15 @@ _MOVING_NAME = ".streammerge-moving"
 """The note: a JSON list of the names that are moved out of the partial directory."""
 UPLOADS_NAME = ".streammerge-uploads"
 """Beside the journal: what was begun in a store."""
+_WAITING_NAME = ".streammerge-waiting"
+"""What waits to be sent to a store, of each of several processes."""
 OWN_FILES = (
     *(SNAPSHOT_NAME, f"{SNAPSHOT_NAME}.new", MARKER_NAME, JOURNAL_NAME, _MOVING_NAME),
     UPLOADS_NAME,
 )
 """What a merge that was cut off right after it was renamed leaves beside the model."""
 _OWN_OF_ATTEMPT = re.compile(
-    rf"({re.escape(JOURNAL_NAME)}|{re.escape(SNAPSHOT_NAME)})-[0-9a-z]+(-[0-9a-z]+)*(\.new)?"
+    rf"({'|'.join(map(re.escape, (JOURNAL_NAME, SNAPSHOT_NAME, UPLOADS_NAME, _WAITING_NAME)))})-[0-9a-z]+(-[0-9a-z]+)*(\.new)?"
 )
 """Names that hold what a merge, or an attempt at a part of one, is known by."""
 _NO_ENTRIES = frozenset({"lost+found"})
@@ -120,6 +122,11 @@ class Place:
 def is_own(name: str) -> bool:
     """Return whether a file of that name is a merge's own, and no part of the model."""
     return name in OWN_FILES or _OWN_OF_ATTEMPT.fullmatch(name) is not None
+
+
+def waiting_name(epoch: str, attempt: str, shard: int) -> str:
+    """Return the name of the file for what waits of a shard, by index, of one of several processes."""
+    return f"{_WAITING_NAME}-{epoch}-{attempt}-{shard}"
 
 
 def choose_place(out: Path) -> Place:

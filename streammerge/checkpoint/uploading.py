@@ -26,7 +26,7 @@ from typing import Any
 from streammerge.checkpoint.journal import PieceDone
 from streammerge.checkpoint.outputfile import OnDurable, OutputFile, write_durably
 from streammerge.checkpoint.ownfiles import read_own
-from streammerge.checkpoint.places import UPLOADS_NAME
+from streammerge.checkpoint.places import UPLOADS_NAME, is_own
 from streammerge.checkpoint.runs import Runs
 from streammerge.errors import OutputError, ResumeError
 from streammerge.storage.targets import Slice, Target, part_nbytes
@@ -57,6 +57,8 @@ class Uploads:
     """The directory of the unfinished merge."""
     token: str
     """What marks the objects of this merge, whichever attempt makes them."""
+    name: str = UPLOADS_NAME
+    """The file there that says what was begun; of each process that does a part its own."""
     begun: dict[str, str] = field(default_factory=dict)
     """The upload of each file that was begun."""
     known: dict[str, Known] = field(default_factory=dict)
@@ -82,24 +84,35 @@ class Uploads:
         Raises:
             ResumeError: What the earlier run has left cannot be read.
         """
-        uploads = read_uploads(self.place / UPLOADS_NAME)[1]
-        for name, upload in uploads.items():
+        for name, uploads in begun_by_any(self.place, self.token).items():
             if name not in shards:
                 continue
             sizes = dict(_parts_of(shards[name]))
-            parts = self.target.parts(name, upload) if upload else None
-            if parts is not None:
-                # Cut in another way, they would not be the parts that are missing.
-                fit = {
-                    number: part.version
-                    for number, part in parts.items()
-                    if part.nbytes == sizes.get(number)
-                }
-                self.begun[name] = upload
-                self.known[name] = Known(upload, fit)
+            # Several where a process was given up: whichever has most.
+            known = max(
+                (self._look_at(name, upload, sizes) for upload in uploads if upload),
+                key=lambda each: -1 if each is None else len(each.parts),
+                default=None,
+            )
+            if known is not None:
+                self.begun[name] = known.upload
+                self.known[name] = known
             elif self.target.token_of(name) == self.token:
                 self.begun[name] = ""
                 self.known[name] = Known("", dict.fromkeys(sizes, ""))
+
+    def _look_at(self, name: str, upload: str, sizes: Mapping[int, int]) -> Known | None:
+        """Return what has come of an upload; None if it is over."""
+        parts = self.target.parts(name, upload)
+        if parts is None:
+            return None
+        # Cut in another way, they would not be the parts that are missing.
+        fit = {
+            number: part.version
+            for number, part in parts.items()
+            if part.nbytes == sizes.get(number)
+        }
+        return Known(upload, fit)
 
     def upload_of(self, name: str) -> str:
         """Return the upload of a file, begun now if it was not; empty for one that is complete."""
@@ -107,7 +120,7 @@ class Uploads:
             if name not in self.begun:
                 self.begun[name] = self.target.begin(name, self.token)
                 said = write_uploads(self.token, self.begun)
-                write_durably(self.place / UPLOADS_NAME, [said])
+                write_durably(self.place / self.name, [said], alone=self.name == UPLOADS_NAME)
             return self.begun[name]
 
     def send(
@@ -173,6 +186,11 @@ class Uploads:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
 
+def attempt_uploads_name(epoch: str, attempt: str) -> str:
+    """Return the name of the file that says what one of several processes has begun."""
+    return f"{UPLOADS_NAME}-{epoch}-{attempt}"
+
+
 def read_uploads(path: Path) -> tuple[str | None, dict[str, str]]:
     """Return the token of an unfinished merge and its uploads by file; nothing where it has begun none.
 
@@ -191,6 +209,26 @@ def read_uploads(path: Path) -> tuple[str | None, dict[str, str]]:
             f"{path}: does not say what was begun in the store; give --overwrite to start anew"
         )
     return found
+
+
+def begun_by_any(place: Path, token: str) -> dict[str, list[str]]:
+    """Return what one process, or several that did a part each, have begun of a merge, by file.
+
+    Args:
+        place: The directory of the unfinished merge.
+        token: Of its objects.
+
+    Raises:
+        ResumeError: As :func:`read_uploads`.
+    """
+    begun: dict[str, list[str]] = {}
+    for path in sorted(place.glob(f"{UPLOADS_NAME}*")):
+        if not is_own(path.name) or path.name.endswith(".new"):
+            continue
+        said, uploads = read_uploads(path)
+        for name, upload in uploads.items() if said == token else ():
+            begun.setdefault(name, []).append(upload)
+    return begun
 
 
 def write_uploads(token: str, uploads: Mapping[str, str]) -> bytes:

@@ -14,7 +14,7 @@ from results import names_in
 from servers import Server, serving
 from stored_models import draw
 
-from streammerge import storing
+from streammerge.checkpoint.scratch import SCRATCH_VARIABLE
 from streammerge.storage import copies, retrying, stores, targets
 
 
@@ -65,7 +65,7 @@ def bucket(address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ite
         "AWS_ACCESS_KEY_ID": "AKIAEXAMPLE",
         "AWS_SECRET_ACCESS_KEY": "secret",
         "AWS_DEFAULT_REGION": "us-east-1",
-        storing.SCRATCH_VARIABLE: str(tmp_path / "scratch"),
+        SCRATCH_VARIABLE: str(tmp_path / "scratch"),
     }.items():
         monkeypatch.setenv(name, value)
     # Parts that stores take are at least 5 MiB, but for the last one.

@@ -24,9 +24,9 @@ from stored_models import recipe_at
 from test_kill_loops import adapted_models, coded_models, wider_models
 
 import streammerge
-from streammerge import storing
 from streammerge.checkpoint import atwork, bytesource, storedjournal, uploading
 from streammerge.checkpoint.journal import PieceDone
+from streammerge.checkpoint.scratch import SCRATCH_VARIABLE
 from streammerge.errors import CheckpointError, OutputExistsError, ResumeError
 from streammerge.storage.s3target import S3Target
 
@@ -108,7 +108,7 @@ def cut_off(recipe: dict[str, Any], sends: int, monkeypatch: pytest.MonkeyPatch)
 
 def move(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Go to another machine, which has another name and an empty directory."""
-    monkeypatch.setenv(storing.SCRATCH_VARIABLE, str(tmp_path / f"machine-{time.monotonic_ns()}"))
+    monkeypatch.setenv(SCRATCH_VARIABLE, str(tmp_path / f"machine-{time.monotonic_ns()}"))
     monkeypatch.setattr(atwork.platform, "node", lambda: "another")
 
 
@@ -183,7 +183,7 @@ def test_what_two_machines_did_adds_up(
 ) -> None:
     recipe = with_shards(recipe_at(str(large)))
     streammerge.merge(recipe, tmp_path / "local")
-    first = storing.SCRATCH_VARIABLE, str(tmp_path / "scratch")
+    first = SCRATCH_VARIABLE, str(tmp_path / "scratch")
     sent = cut_off(recipe, 3, monkeypatch).sent
     with monkeypatch.context() as patch:
         move(tmp_path, patch)
@@ -446,7 +446,7 @@ class Machine:
 
     def __init__(self, root: Path, monkeypatch: pytest.MonkeyPatch, *options: str) -> None:
         directory = root / f"machine-{time.monotonic_ns()}"
-        monkeypatch.setenv(storing.SCRATCH_VARIABLE, str(directory))
+        monkeypatch.setenv(SCRATCH_VARIABLE, str(directory))
         self._log = directory.with_suffix(".log")
         command = ["merge", "--quiet", "--workers", "1", str(root / "recipe.yaml"), OUT, *options]
         self._process = subprocess.Popen(

@@ -15,8 +15,8 @@ from results import OUT, fetch, leftovers, names_in, shards_of
 from stored_models import recipe_at
 
 import streammerge
-from streammerge import storing
 from streammerge.checkpoint import storedjournal
+from streammerge.checkpoint.scratch import SCRATCH_VARIABLE
 from streammerge.cli import main
 from streammerge.errors import CheckpointError
 from streammerge.storage import copies, s3, stores
@@ -114,7 +114,7 @@ def test_what_does_not_pass_ends_resumable(
 
     for number in range(1 + shift, requests + 1, 5):
         case.clear()
-        monkeypatch.setenv(storing.SCRATCH_VARIABLE, str(case.place / f"first{number}"))
+        monkeypatch.setenv(SCRATCH_VARIABLE, str(case.place / f"first{number}"))
         proxy.restart(lambda n, _, number=number: kind if n >= number else "")
         error = merge_or_fail(case)
         said = "expired" if kind == "expired" else "6 attempts failed"
@@ -129,7 +129,7 @@ def test_what_does_not_pass_ends_resumable(
         case.client.delete_object(Bucket="results", Key="folder/merged/.streammerge-at-work")
         if number % 2:
             # On a machine that knows nothing of it.
-            monkeypatch.setenv(storing.SCRATCH_VARIABLE, str(case.place / f"second{number}"))
+            monkeypatch.setenv(SCRATCH_VARIABLE, str(case.place / f"second{number}"))
         copies.forget_places()
         streammerge.merge(case.recipe, OUT, resume=True)
         case.check()

@@ -18,14 +18,15 @@ from results import OUT, fetch, leftovers, names_in, with_shards
 from stored_models import recipe_at
 
 import streammerge
-from streammerge import storing
 from streammerge.checkpoint import atwork, uploading
+from streammerge.checkpoint.scratch import SCRATCH_VARIABLE
 from streammerge.cli import main
 from streammerge.errors import CheckpointError, OutputError, OutputExistsError
 from streammerge.storage import stores, targets
 from streammerge.storage.retrying import PassingError
 from streammerge.storage.s3 import S3Store
 from streammerge.storage.s3target import S3Target
+from streammerge.storing import working
 
 boto3 = pytest.importorskip("boto3")
 moto = pytest.importorskip("moto.server")
@@ -311,7 +312,7 @@ def test_what_no_journal_tells_of_is_replaced_only_where_that_is_said(
         patch.setattr(S3Target, "complete", cut)
         with pytest.raises(CheckpointError, match="the power is gone"):
             streammerge.merge(recipe_at(str(large)), OUT)
-    monkeypatch.setenv(storing.SCRATCH_VARIABLE, str(tmp_path / "elsewhere"))
+    monkeypatch.setenv(SCRATCH_VARIABLE, str(tmp_path / "elsewhere"))
     for name in names_in(bucket):
         if name.startswith(".streammerge-journal/"):
             bucket.delete_object(Bucket="results", Key=f"folder/merged/{name}")
@@ -341,7 +342,7 @@ def test_two_merges_do_not_write_to_one_place(bucket: Any, root: Path) -> None:
 def test_who_gave_no_sign_and_was_replaced_ends(
     bucket: Any, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(storing, "_BEAT_SECONDS", 0.0)
+    monkeypatch.setattr(working, "_BEAT_SECONDS", 0.0)
     key = f"folder/merged/{atwork.LOCK_NAME}"
     begin = S3Target.begin
 

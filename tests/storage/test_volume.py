@@ -16,7 +16,7 @@ from models import Models
 from results import shards_of
 
 import streammerge
-from streammerge import storing
+from streammerge.checkpoint.scratch import SCRATCH_VARIABLE
 from streammerge.storage import copies, stores
 
 pytest.importorskip("boto3")
@@ -34,7 +34,7 @@ def bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bucket]:
     with serve(tmp_path / "served") as made:
         for name, value in {"AWS_ENDPOINT_URL": made.address, **KEYS}.items():
             monkeypatch.setenv(name, value)
-        monkeypatch.setenv(storing.SCRATCH_VARIABLE, str(tmp_path / "scratch"))
+        monkeypatch.setenv(SCRATCH_VARIABLE, str(tmp_path / "scratch"))
         copies.forget_places()
         stores.close_stores()
         yield made
