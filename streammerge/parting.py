@@ -48,7 +48,16 @@ from streammerge.plan.chunking import Piece
 from streammerge.plan.dividing import divide, find_seams, is_near_seam, shards_of
 from streammerge.plan.types import MergePlan
 from streammerge.run import RecipeLike, as_output, find_complete, plan
-from streammerge.storage.urls import refuse_store
+from streammerge.storage.targets import load_target
+from streammerge.storing.parts import (
+    PartSender,
+    at_work,
+    check_place,
+    publish_parts,
+    sending_part,
+)
+from streammerge.storing.places import StoredPlace, open_place
+from streammerge.storing.sending import room_on_the_way
 
 _SECONDS_BETWEEN_CHECKS = 5.0
 """How often a part asks whether its merge is still the one that is done in the directory."""
@@ -106,8 +115,8 @@ def merge_part(
         ValueError: There is no such part.
     """
     out = parse_path(out, "out")
-    refuse_store(out, "processes that do a part each work in")
     check_part(part, parts)
+    url = load_target(out)
     if isinstance(recipe, MergePlan):
         planned = recipe
     else:
@@ -122,11 +131,13 @@ def merge_part(
         )
         planned = check_divisible(found)
     check_runnable(planned)
+    stored = None if url is None else open_place(url)
     named = as_output(planned, out)
     assert isinstance(named, MergePlan)  # noqa: S101 - as it was
     job = part_job(
         named,
-        out,
+        out if stored is None else stored.local,
+        stored=stored,
         part=part,
         parts=parts,
         overwrite=overwrite,
@@ -200,6 +211,12 @@ class PartJob:
     """That of the merge that another process has begun; None to begin one where there is none."""
     sweep: SweepShare | None = None
     """What to do of a sweep over the model, in place of a part; None for a part."""
+    stored: StoredPlace | None = None
+    """The store to which the result goes from ``out``; None for nowhere, which is where it stays."""
+
+    def divided(self) -> list[frozenset[int]]:
+        """Return the tensors of each part, by index; to a store a part sends whole shards."""
+        return divide(self.planned, self.parts, whole_shards=self.stored is not None)
 
     def run(self, on_progress: OnProgress) -> Manifest | None:
         """Do the part, and put the output in place if it is the last.
@@ -208,7 +225,7 @@ class PartJob:
             StreamMergeError: What is done of the part stays for another attempt.
         """
         planned = self.planned
-        divided = divide(planned, self.parts)
+        divided = self.divided()
         own = divided[self.part - 1] if self.part else frozenset()
         files = len(planned.files) * self.open_files + len(shards_of(planned, own))
         allow_open_files(files)
@@ -222,7 +239,13 @@ class PartJob:
             if self.sweep is not None:
                 self._sweep(directory, sources, self.sweep, watched)
             elif not directory.is_done():
-                done = self._do(directory, sources, own, watched)
+                sender = None
+                if self.stored is not None:
+                    watched = self._announce(self.stored, directory, stack, watched)
+                    sender = stack.enter_context(
+                        sending_part(planned, self.stored, directory, shards_of(planned, own))
+                    )
+                done = self._do(directory, sources, own, sender, watched)
                 try:
                     check_unchanged(planned.files, sources)
                 except CheckpointError:
@@ -231,7 +254,26 @@ class PartJob:
                     raise
                 directory.finish(done)
         # Others let go of the directory before they look whether they were the last, too.
-        return self._publish(directory, divided, on_progress) if self.publishes else None
+        return self._publish(directory, on_progress) if self.publishes else None
+
+    def _announce(
+        self,
+        stored: StoredPlace,
+        directory: PartDirectory,
+        stack: ExitStack,
+        on_progress: OnProgress,
+    ) -> OnProgress:
+        """Let no other merge write to the store, unless the process that hands out the parts sees to it."""
+        if self.epoch is not None:
+            return on_progress
+        sign = stack.enter_context(at_work(stored, directory, alone=False))
+        check_place(stored, directory)
+
+        def report(event: ProgressEvent) -> None:
+            sign.beat()
+            on_progress(event)
+
+        return report
 
     def directory(self, own: frozenset[int]) -> PartDirectory:
         """Return the directory of the merge, for a part of these tensors."""
@@ -245,7 +287,9 @@ class PartJob:
                     *(Path(model.path) for model in planned.models),
                     *(file.path for file in planned.files),
                 ],
-                nbytes=planned.bytes_to_write,
+                nbytes=(
+                    planned.bytes_to_write if self.stored is None else room_on_the_way(planned)
+                ),
                 nbytes_beside=room_beside(planned),
                 names=output_names(planned, form_of(self.out)),
                 identity=identify(planned),
@@ -279,6 +323,7 @@ class PartJob:
         directory: PartDirectory,
         sources: list[ByteSource],
         own: frozenset[int],
+        sender: PartSender | None,
         on_progress: OnProgress,
     ) -> PartDone:
         planned = self.planned
@@ -292,10 +337,13 @@ class PartJob:
                 on_progress,
                 resumed=True,
                 share=Share(own, directory.check_current),
+                sender=sender,
             )
             if own
             else (None, 0)
         )
+        if sender is not None:
+            sender.settle()
         return PartDone(
             seconds=round(time.perf_counter() - began, 3),
             read=0 if report is None else report.bytes_by_stage["read"],
@@ -307,16 +355,12 @@ class PartJob:
             damaged=damaged,
         )
 
-    def _publish(
-        self, directory: PartDirectory, divided: list[frozenset[int]], on_progress: OnProgress
-    ) -> Manifest | None:
+    def _publish(self, directory: PartDirectory, on_progress: OnProgress) -> Manifest | None:
         """Put the output in place if all parts are done and nobody else does it."""
         deadline = time.monotonic() + _PUBLISH_SECONDS
         while len(parts_done(directory.read_attempts(), self.parts)) == self.parts:
             try:
-                return finish_parts(
-                    self, divided, overwrite=directory.overwrite, on_progress=on_progress
-                )
+                return finish_parts(self, directory, on_progress)
             except BusyError:
                 if time.monotonic() > deadline:
                     return None
@@ -348,9 +392,7 @@ def part_job(
     )
 
 
-def finish_parts(
-    job: PartJob, divided: list[frozenset[int]], *, overwrite: bool, on_progress: OnProgress
-) -> Manifest:
+def finish_parts(job: PartJob, directory: PartDirectory, on_progress: OnProgress) -> Manifest:
     """Put the output in place whose parts are all done.
 
     What lies where two parts meet in one file is read again, and made again if it is not what was
@@ -359,27 +401,30 @@ def finish_parts(
 
     Args:
         job: Any of the parts.
-        divided: What :func:`~streammerge.plan.dividing.divide` returned.
-        overwrite: Whether an earlier merge may be replaced.
+        directory: What they shared; closed.
         on_progress: Told how far the work is.
 
     Raises:
         StreamMergeError: As for :func:`streammerge.run.merge`; BusyError where a part still works.
     """
-    seams = find_seams(job.planned, divided)
+    planned = job.planned
+    seams = find_seams(planned, job.divided())
 
     def is_apart(piece: Piece) -> bool:
-        return not is_near_seam(job.planned, seams, piece.task, piece.start, piece.numel)
+        return not is_near_seam(planned, seams, piece.task, piece.start, piece.numel)
 
-    return MergeJob(
-        job.planned,
+    whole = MergeJob(
+        planned,
         job.out,
-        overwrite=overwrite,
+        overwrite=directory.overwrite,
         resume=True,
         opener=job.opener,
         open_files=job.open_files,
         vouched=is_apart,
-    ).run(on_progress)
+    )
+    if job.stored is not None:
+        return publish_parts(whole, job.stored, directory.epoch, on_progress)
+    return whole.run(on_progress)
 
 
 def _watched(

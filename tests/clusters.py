@@ -103,12 +103,14 @@ def work_for_parts(directory: Path) -> dict[str, Any]:
     )
 
 
-def start_merge(recipe: dict[str, Any], out: Path, *options: str) -> subprocess.Popen[str]:
-    """Start the command that merges."""
+def start_merge(
+    recipe: dict[str, Any], out: Path, *options: str, to: str | None = None
+) -> subprocess.Popen[str]:
+    """Start the command that merges to a directory; or to an address, with the recipe beside it."""
     path = out.with_suffix(".yaml")
     path.write_text(yaml.safe_dump(recipe))
     return subprocess.Popen(
-        [sys.executable, "-m", "streammerge", "merge", str(path), str(out), *options],
+        [sys.executable, "-m", "streammerge", "merge", str(path), to or str(out), *options],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -39,6 +39,9 @@ NOT_RUN = {
     "streammerge merge --method linear s3://models/base s3://models/other:0.5 -o s3://results/merged": (
         "needs stores: tests/storage/test_as_written.py has them"
     ),
+    "streammerge merge recipe.yaml s3://results/in-parts --part 1/2": (
+        "needs stores: tests/storage/test_as_written.py has them"
+    ),
     "scripts/quickstart": "installs packages and trains for minutes",
     "pip install .": "changes the environment",
     "pip install --no-deps streammerge-0.1.0-py3-none-PLATFORM.whl": (

@@ -146,6 +146,11 @@ class PartDirectory:
         return self._overwrite
 
     @property
+    def attempt(self) -> str:
+        """What tells this process from others at the same part."""
+        return self._token
+
+    @property
     def journal(self) -> Journal:
         """Where this attempt records what is done."""
         if self._journal is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from streammerge.checkpoint.attempts import Attempt, epoch_of, read_attempts
@@ -17,8 +17,9 @@ from streammerge.checkpoint.journal import (
 )
 from streammerge.checkpoint.locking import FileLock
 from streammerge.checkpoint.permitting import absolute
-from streammerge.checkpoint.places import MARKER_NAME, choose_place
-from streammerge.checkpoint.storedoutputs import look_at_stored
+from streammerge.checkpoint.places import MARKER_NAME, Place, choose_place
+from streammerge.checkpoint.scratch import local_of, scratch_of
+from streammerge.checkpoint.storedoutputs import has_result, look_at_stored
 from streammerge.errors import OutputError, printable
 from streammerge.storage.urls import url_of
 
@@ -92,18 +93,27 @@ def read_status(out: str | os.PathLike[str]) -> Status:
     path = parse_path(out, "out")
     url = url_of(path)
     if url is not None:
+        # Of parts only what they share tells.
+        shared = _status_on_disk(choose_place(local_of(url, scratch_of(url))), url)
+        if shared is not None and shared.parts:
+            return replace(shared, complete=has_result(url))
         complete, unfinished, running, pieces = look_at_stored(url)
         return Status(url, complete, unfinished, running, pieces, parts=())
-    place = choose_place(absolute(path))
+    status = _status_on_disk(choose_place(absolute(path)), str(out))
+    if status is None:
+        raise OutputError(f"{out}: neither a merged model nor an unfinished merge of one is there")
+    return status
+
+
+def _status_on_disk(place: Place, out: str) -> Status | None:
+    """Return how far an output is whose directory lies on a disk; None if nothing is there."""
     complete = place.form.manifest_path.is_file()
     journal = place.partial / JOURNAL_NAME
     found = read_journal(journal)
     if found is None or place.is_moved():
         if not complete:
-            raise OutputError(
-                f"{out}: neither a merged model nor an unfinished merge of one is there"
-            )
-        return Status(str(out), complete, unfinished=False, running=False, pieces=0, parts=())
+            return None
+        return Status(out, complete, unfinished=False, running=False, pieces=0, parts=())
     pieces, divided = 0, None
     for _, record in iter_records(journal):
         pieces += isinstance(record, PieceDone)
@@ -111,7 +121,7 @@ def read_status(out: str | os.PathLike[str]) -> Status:
     parts = 0 if divided is None else divided.parts
     attempts = read_attempts(place.partial, epoch_of(found.identity, journal), count=True)
     return Status(
-        str(out),
+        out,
         complete,
         unfinished=True,
         running=_is_held(place.partial / MARKER_NAME),

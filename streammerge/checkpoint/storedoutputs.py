@@ -212,3 +212,8 @@ def look_at_stored(url: str) -> tuple[bool, bool, bool, int]:
     if not complete and not unfinished:
         raise OutputError(f"{url}: neither a merged model nor an unfinished merge of one is there")
     return complete, unfinished, busy, count_pieces(target, there) if unfinished else 0
+
+
+def has_result(url: str) -> bool:
+    """Return whether a result in a store is complete."""
+    return open_target(check_url(url)).get(MANIFEST_NAME) is not None

@@ -11,7 +11,7 @@ import contextlib
 import os
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,10 +31,12 @@ from streammerge.executors.sweeping import find_model_statistics
 from streammerge.identity import identify
 from streammerge.limits import naming_limits
 from streammerge.parting import PartJob, check_divisible, finish_parts, part_job
-from streammerge.plan.dividing import divide, work_of
+from streammerge.plan.dividing import work_of
 from streammerge.plan.types import MergePlan
 from streammerge.run import RecipeLike, as_output, find_complete, load_recipe, plan
-from streammerge.storage.urls import refuse_store
+from streammerge.storage.targets import load_target
+from streammerge.storing.parts import at_work, check_place
+from streammerge.storing.places import StoredPlace, open_place
 from streammerge.units import GIB
 
 _PARTS_PER_WORKER = 4
@@ -93,8 +95,9 @@ def merge_on(
         ClusterError: The engine, or all of its workers, cannot be reached or were lost.
     """
     out = parse_path(out, "out")
-    refuse_store(out, "workers of an engine merge to")
     check_engine(on)
+    url = load_target(out)
+    stored = None if url is None else open_place(url)
     # A recipe that is none is refused before any engine is asked.
     asked = recipe if isinstance(recipe, MergePlan) else load_recipe(recipe, download=download)
     with contextlib.closing(open_executor(on)) as executor:
@@ -111,8 +114,9 @@ def merge_on(
             return finished
         return drive(
             named,
-            out,
+            out if stored is None else stored.local,
             executor,
+            stored=stored,
             memory=memory,
             workers=workers,
             device=device or "auto",
@@ -188,9 +192,11 @@ class _Driver:
         overwrite: bool,
         resume: bool,
         byte_source: ByteSourceKind,
+        stored: StoredPlace | None = None,
     ) -> None:
         self._planned = planned
         self._out = out
+        self._stored = stored
         self._executor = executor
         self._overwrite, self._resume = overwrite, resume
         self._byte_source = byte_source
@@ -204,6 +210,8 @@ class _Driver:
             "device_memory": device_memory,
             "byte_source": byte_source.value,
             "sharing": 1,
+            "url": None if stored is None else stored.url,
+            "scratch": None if stored is None else str(stored.scratch),
         }
         self._signals: Counter[int] = Counter()
         self._lonely_since: float | None = None
@@ -219,16 +227,32 @@ class _Driver:
             overwrite=self._overwrite,
             resume=self._resume,
             byte_source=self._byte_source,
+            stored=self._stored,
         )
         directory = job.directory(frozenset())
         try:
-            with directory:
-                self._drive(directory, parts, on_progress)
+            with directory, self._announced(directory, on_progress) as hear:
+                self._drive(directory, parts, hear)
         except BaseException:
             # Its lock is free now, so the parts that run end soon.
             self._drain()
             raise
         return self._publish(job, directory, on_progress)
+
+    @contextlib.contextmanager
+    def _announced(self, directory: PartDirectory, on_progress: OnProgress) -> Iterator[OnProgress]:
+        """Let no other merge write to the store that the result goes to, if it goes to one."""
+        if self._stored is None:
+            yield on_progress
+            return
+        with at_work(self._stored, directory, alone=True) as sign:
+            check_place(self._stored, directory)
+
+            def report(event: ProgressEvent) -> None:
+                sign.beat()
+                on_progress(event)
+
+            yield report
 
     def _choose_parts(self, on_progress: OnProgress) -> int:
         recorded = recorded_parts(self._out, identify(self._planned))
@@ -238,7 +262,10 @@ class _Driver:
             self._look_for_workers()
             _report(on_progress, 0, 1, 0.0)
             time.sleep(_TICK_SECONDS)
-        return choose_parts(work_of(self._planned), self._executor.workers())
+        parts = choose_parts(work_of(self._planned), self._executor.workers())
+        # To a store a part sends whole shards.
+        most = parts if self._stored is None else len(self._planned.layout.shards)
+        return min(parts, most)
 
     def _drive(self, directory: PartDirectory, parts: int, on_progress: OnProgress) -> None:
         request = {
@@ -339,7 +366,6 @@ class _Driver:
 
     def _publish(self, job: PartJob, directory: PartDirectory, on_progress: OnProgress) -> Manifest:
         deadline = time.monotonic() + _PUBLISH_SECONDS
-        divided = divide(self._planned, job.parts)
         before = work_of(self._planned)
 
         def add(event: ProgressEvent) -> None:
@@ -348,7 +374,7 @@ class _Driver:
 
         while True:
             try:
-                return finish_parts(job, divided, overwrite=directory.overwrite, on_progress=add)
+                return finish_parts(job, directory, add)
             except BusyError:
                 if time.monotonic() > deadline:
                     raise

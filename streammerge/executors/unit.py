@@ -35,6 +35,8 @@ from streammerge.plan.dividing import divide
 from streammerge.plan.types import MergePlan
 from streammerge.recipe.text import load_document
 from streammerge.run import as_output, parse_document, plan
+from streammerge.storage.targets import open_target
+from streammerge.storing.places import StoredPlace
 from streammerge.units import MIB
 
 _LEAST_SHARE = 512 * MIB
@@ -116,6 +118,10 @@ def _do(request: Request, worker_gone: threading.Event) -> None:
     memory = request["memory"]
     if memory is None and request["sharing"] > 1:
         memory = max(default_budget() // int(request["sharing"]), _LEAST_SHARE)
+    stored = None
+    if request["url"] is not None:
+        # Before anything is planned: the library counts as what is in use then.
+        stored = StoredPlace(request["url"], open_target(request["url"]), Path(request["scratch"]))
     recipe = parse_document(
         load_document(request["recipe"], origin="recipe"), "recipe", download=False
     )
@@ -161,6 +167,7 @@ def _do(request: Request, worker_gone: threading.Event) -> None:
         epoch=request["epoch"],
         publishes=False,
         sweep=sweep,
+        stored=stored,
     )
     run_sheltered(job.run, lambda _: None)
 

@@ -40,12 +40,13 @@ class _Group:
     """Indices into :attr:`MergePlan.tasks`."""
 
 
-def divide(plan: MergePlan, parts: int) -> list[frozenset[int]]:
+def divide(plan: MergePlan, parts: int, *, whole_shards: bool = False) -> list[frozenset[int]]:
     """Return the tasks of each part, by index; parts may be empty where there are few tensors.
 
     Args:
         plan: A merge.
         parts: Into how many.
+        whole_shards: Whether no two parts may write to one file.
     """
     groups = _groups(plan)
     ends = [0, *accumulate(group.work for group in groups)]
@@ -55,7 +56,12 @@ def divide(plan: MergePlan, parts: int) -> list[frozenset[int]]:
     ]
     cuts = [0]
     for part in range(1, parts):
-        cuts.append(max(cuts[-1], _cut(ends, borders, part, parts)))
+        cut = (
+            _nearest(ends, _clean_borders(plan, groups), part, parts)
+            if whole_shards
+            else _cut(ends, borders, part, parts)
+        )
+        cuts.append(max(cuts[-1], cut))
     cuts.append(len(groups))
     return [
         frozenset(task for group in groups[first:last] for task in group.tasks)
@@ -120,6 +126,20 @@ def _cut(ends: Sequence[int], borders: Sequence[int], part: int, parts: int) -> 
         index -= 1
     near = [each for each in borders if abs(ends[each] - wanted) * parts <= ends[-1] * _SLACK]
     return min(near, key=lambda each: abs(ends[each] - wanted), default=index)
+
+
+def _nearest(ends: Sequence[int], borders: Sequence[int], part: int, parts: int) -> int:
+    """Return the border that is nearest to where parts would be equal; arguments as of :func:`_cut`."""
+    wanted = ends[-1] * part / parts
+    return min([0, *borders, len(ends) - 1], key=lambda each: abs(ends[each] - wanted))
+
+
+def _clean_borders(plan: MergePlan, groups: Sequence[_Group]) -> list[int]:
+    """Return the groups before which no group writes to a file that this or a later one writes to."""
+    shards = [[plan.tasks[index].shard for index in group.tasks] for group in groups]
+    before = list(accumulate(map(max, shards), max))
+    after = list(accumulate(map(min, reversed(shards)), min))[::-1]
+    return [index for index in range(1, len(groups)) if before[index - 1] < after[index]]
 
 
 def shards_of(plan: MergePlan, tasks: frozenset[int]) -> frozenset[int]:

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from models import assert_same_model, load_model
 from servers import serving
 from stored_models import recipe_at
@@ -27,6 +28,9 @@ def test_the_commands_of_the_page_merge_what_lies_in_stores(root: Path, tmp_path
     commands = [line for line in text.splitlines() if line.startswith("streammerge ")]
     assert commands[0].startswith("streammerge merge --method ties --base s3://")
     assert "-o s3://results/merged" in commands[1]
+    assert "--part 2/2" in commands[-1]
+    linear = {"method": "linear", "sources": [{"path": str(root / name)} for name in ("base", "a")]}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(linear))
     keys = {
         "AWS_ACCESS_KEY_ID": "AKIAEXAMPLE",
         "AWS_SECRET_ACCESS_KEY": "secret",

@@ -237,8 +237,6 @@ def test_what_wants_a_disk_says_so(
         ["merge", paths["grid"], OUT],
         ["merge", paths["recipe"], OUT, "--also", paths["recipe"], elsewhere],
         ["merge", paths["recipe"], elsewhere, "--also", paths["recipe"], OUT],
-        ["merge", paths["recipe"], OUT, "--part", "1/2"],
-        ["merge", paths["recipe"], OUT, "--on", "dask"],
         ["extract", f"{place}/base", f"{place}/a", OUT, "--rank", "4"],
     ):
         assert main(command) == OutputError.exit_code, command

@@ -420,7 +420,6 @@ def test_what_works_on_a_disk_says_so(bucket: Any, root: Path, tmp_path: Path) -
         ["merge", str(several), OUT],
         ["merge", str(recipe), OUT, "--also", str(recipe), str(tmp_path / "other")],
         ["merge", str(recipe), str(tmp_path / "other"), "--also", str(recipe), OUT],
-        ["merge", str(recipe), OUT, "--part", "1/2"],
         ["extract", base, a, OUT, "--rank", "4"],
     ):
         assert main(command) != 0, command
