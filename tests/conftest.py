@@ -10,6 +10,7 @@ Fixtures: ``models`` makes checkpoints below ``tmp_path`` and merges them (see `
 
 from __future__ import annotations
 
+import gc
 import signal
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,6 +34,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="run one case of each test, and leave out what takes long",
     )
+
+
+def pytest_collection_finish() -> None:
+    """Let no search for cycles look at what is imported, which stays until the end."""
+    gc.freeze()
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -60,6 +60,19 @@ def cover(
     return [(cases[index], kinds[kind]) for index, kind in sorted(chosen)]
 
 
+def share(
+    cases: Iterable[Case],
+    kinds: Sequence[Kind],
+    parts_of: Callable[[Case], Parts],
+    name_of: Callable[[Case], Hashable],
+) -> dict[Hashable, list[Kind]]:
+    """Return which kinds :func:`cover` pairs with each case, by its name."""
+    shares: dict[Hashable, list[Kind]] = {}
+    for case, kind in cover(cases, kinds, parts_of):
+        shares.setdefault(name_of(case), []).append(kind)
+    return shares
+
+
 def choose(
     cases: Iterable[Case],
     parts_of: Callable[[Case], Parts],

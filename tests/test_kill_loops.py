@@ -151,7 +151,7 @@ def shake(
     kills = useful = 0
     journal = out.with_name(f"{out.name}.partial") / JOURNAL_NAME
     options = [first]
-    seconds = chance.uniform(0.2, 0.6)
+    seconds = chance.uniform(0.3, 0.9)
     while True:
         process = subprocess.Popen(
             [*command(recipe, out, chance), *options], stderr=subprocess.PIPE, text=True
@@ -174,7 +174,7 @@ def shake(
             # Before there is a journal, an earlier merge is not being replaced yet.
             options = ["--resume"]
         # Every job comes to its end: each run has more time than the one before.
-        seconds += chance.uniform(0.2, 0.6)
+        seconds += chance.uniform(0.4, 0.9)
     assert bytes_of(out) == expected
     assert not verify_files(out).damages
     left = [path.name for path in out.parent.iterdir() if path.name.startswith(f"{out.name}.")]

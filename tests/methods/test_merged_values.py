@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from covering import Parts, cover, parts_of
 from models import BLOCK, Models, recipe_of, write_model
 from twins.calling import TWINS, Grid, Twin, ask_mergekit, merge_models
 from twins.shapes import Array
@@ -222,9 +223,22 @@ def test_every_method_has_a_twin() -> None:
     assert set(discover_methods()) - set(TWINS) == set()
 
 
-@pytest.mark.parametrize("case", cases(), ids=lambda case: case.id)
+def parts_of_case(case: Case) -> Parts:
+    parts = parts_of(
+        case.method.name, dict(case.parameters), has_base=case.has_base, sources=case.count
+    )
+    return parts | {("sources", case.count), ("semantics", case.semantics)}
+
+
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    [
+        pytest.param(case, dtype, id=f"{case.id}-{dtype}")
+        for case, dtype in cover(cases(), list(TOLERANCES), parts_of_case)
+    ],
+)
 def test_merged_files_hold_what_the_twins_compute(
-    case: Case, stored: Callable[[Case], Stored], models: Models
+    case: Case, dtype: str, stored: Callable[[Case], Stored], models: Models
 ) -> None:
     skip_unknown(case)
     inputs = stored(case)
@@ -237,16 +251,15 @@ def test_merged_files_hold_what_the_twins_compute(
         semantics=case.semantics.value,
         draw=keep_at_random,
     )
-    for dtype, tolerance in TOLERANCES.items():
-        merged, _ = models.merge(case.recipe(inputs.paths[dtype], compute_dtype=dtype))
-        assert sorted(merged) == sorted(expected)
-        for name, values in expected.items():
-            actual = merged[name].to(torch.float64).numpy()
-            what = f"{name} in {dtype}"
-            allowed = tolerance * case.twin.loosely
-            check_values(actual, values, [model[name] for model in inputs.arrays], allowed, what)
-            if case.twin.chooses:
-                check_chosen(actual - base[name], values - base[name], what)
+    merged, _ = models.merge(case.recipe(inputs.paths[dtype], compute_dtype=dtype))
+    assert sorted(merged) == sorted(expected)
+    for name, values in expected.items():
+        actual = merged[name].to(torch.float64).numpy()
+        what = f"{name} in {dtype}"
+        allowed = TOLERANCES[dtype] * case.twin.loosely
+        check_values(actual, values, [model[name] for model in inputs.arrays], allowed, what)
+        if case.twin.chooses:
+            check_chosen(actual - base[name], values - base[name], what)
 
 
 def of_mergekit() -> Iterator[tuple[Case, dict[str, Any]]]:

@@ -6,6 +6,7 @@ They total, rank what is computed across sources, and ask again about what they 
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from covering import cover, parts_of
+from covering import Parts, cover, parts_of, share
 from fake_backend import COMPUTE, COPY_IN, MakeDevices
 from models import (
     BLOCK,
@@ -94,19 +95,31 @@ def test_every_example_is_tested() -> None:
     assert sum(map(len, there.values())) == len(CASES)
 
 
+CUTS = ["tightest", "kept", "two blocks", "resharded", "without kernels", "kept without kernels"]
+
+
 def in_types() -> Iterator[Any]:
-    """Yield cases with element types: every step of their programs with each."""
+    """Yield cases with element types, and how they are cut: every step of their programs with each."""
+
+    def parts(case: Case) -> Parts:
+        return parts_of(case.method, case.parameters, has_base=True)
+
     with made_up_methods():
-        pairs = cover(
-            CASES, list(DTYPES), lambda case: parts_of(case.method, case.parameters, has_base=True)
+        pairs = cover(CASES, list(DTYPES), parts)
+        cuts = share(
+            pairs,
+            CUTS,
+            lambda pair: parts(pair[0]) | {("dtype", pair[1])},
+            lambda pair: (pair[0].method, pair[0].number, pair[1]),
         )
     for case, dtype in pairs:
-        yield pytest.param(case, dtype, id=f"{case.method}-{case.number}-{dtype}")
+        names = cuts[case.method, case.number, dtype]
+        yield pytest.param(case, dtype, names, id=f"{case.method}-{case.number}-{dtype}")
 
 
-@pytest.mark.parametrize(("case", "dtype"), in_types())
+@pytest.mark.parametrize(("case", "dtype", "cuts"), in_types())
 def test_output_bytes_depend_on_nothing_but_recipe_and_inputs(
-    case: Case, dtype: str, models: Models
+    case: Case, dtype: str, cuts: list[str], models: Models
 ) -> None:
     """Also equal to whole tensors in memory, whose totals and ranks are found plainly."""
     tensors = draw(DTYPES[dtype])
@@ -130,16 +143,19 @@ def test_output_bytes_depend_on_nothing_but_recipe_and_inputs(
         models.write(each, shards=n, layout="interleaved") for n, each in enumerate(tensors, 1)
     ]
     in_shards = case.recipe(resharded, output={"max_shard_size": BLOCK * 4}, **document)
-    variants = (tightest, kept, two_blocks, tight_plan(in_shards, workers=4))
-    for variant in variants:
-        again, told = models.merge(variant)
+    variants = {
+        "tightest": lambda: tightest,
+        "kept": lambda: kept,
+        "two blocks": lambda: two_blocks,
+        "resharded": lambda: tight_plan(in_shards, workers=4),
+        "without kernels": lambda: tightest,
+        "kept without kernels": lambda: kept,
+    }
+    for cut in cuts:
+        with without_kernels() if "without" in cut else contextlib.nullcontext():
+            again, told = models.merge(variants[cut]())
         assert_same_model(again, expected)
         assert told.tensors == manifest.tensors
-    with without_kernels():
-        for variant in (tightest, kept):
-            again, told = models.merge(variant)
-            assert_same_model(again, expected)
-            assert told.tensors == manifest.tensors
 
 
 def exact(sources: int, seed: int = 3) -> list[Tensors]:

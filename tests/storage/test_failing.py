@@ -83,7 +83,7 @@ def case(bucket: Any, root: Path, tmp_path: Path) -> Case:
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(
-    "shift", [0, *[pytest.param(i, marks=pytest.mark.slow) for i in range(1, 2 * len(PASSING))]]
+    "shift", [0, *[pytest.param(i, marks=pytest.mark.slow) for i in range(1, 4 * len(PASSING))]]
 )
 def test_what_passes_is_gone_on_from(shift: int, proxy: Proxy, case: Case) -> None:
     proxy.restart()
@@ -91,9 +91,9 @@ def test_what_passes_is_gone_on_from(shift: int, proxy: Proxy, case: Case) -> No
     requests = proxy.count
     assert requests > 40
 
-    for number in range(1 + shift % 2, requests + 1, 2):
+    for number in range(1 + shift % 4, requests + 1, 4):
         case.clear()
-        kind = PASSING[(number + shift // 2) % len(PASSING)]
+        kind = PASSING[(number // 4 + shift // 4) % len(PASSING)]
         proxy.restart(lambda n, _, number=number, kind=kind: kind if n == number else "")
         streammerge.merge(case.recipe, OUT)
         case.check()
@@ -102,7 +102,7 @@ def test_what_passes_is_gone_on_from(shift: int, proxy: Proxy, case: Case) -> No
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(
-    "shift", [0, *[pytest.param(i, marks=pytest.mark.slow) for i in range(1, 5)]]
+    "shift", [0, *[pytest.param(i, marks=pytest.mark.slow) for i in range(1, 10)]]
 )
 @pytest.mark.parametrize("kind", ["expired", "503"])
 def test_what_does_not_pass_ends_resumable(
@@ -112,7 +112,7 @@ def test_what_does_not_pass_ends_resumable(
     streammerge.merge(case.recipe, OUT)
     requests = proxy.count
 
-    for number in range(1 + shift, requests + 1, 5):
+    for number in range(1 + shift, requests + 1, 10):
         case.clear()
         monkeypatch.setenv(SCRATCH_VARIABLE, str(case.place / f"first{number}"))
         proxy.restart(lambda n, _, number=number: kind if n >= number else "")
@@ -127,7 +127,7 @@ def test_what_does_not_pass_ends_resumable(
         assert not published or not streammerge.verify_files(OUT).damages
         # Nobody waits until the merge that could not say so is over.
         case.client.delete_object(Bucket="results", Key="folder/merged/.streammerge-at-work")
-        if number % 2:
+        if number // 10 % 2:
             # On a machine that knows nothing of it.
             monkeypatch.setenv(SCRATCH_VARIABLE, str(case.place / f"second{number}"))
         copies.forget_places()

@@ -49,7 +49,7 @@ DOCUMENTS = st.fixed_dictionaries(
 PATTERN_TEXT = st.text(alphabet=r"ab.*+?()[]{}|^$\d0,1-", max_size=30)
 
 
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=400, deadline=None)
 @given(DOCUMENTS)
 def test_any_configuration_is_read_or_refused_by_name(document):
     try:

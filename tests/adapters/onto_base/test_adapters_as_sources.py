@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from covering import choose, cover
+from covering import choose, cover, share
 from models import (
     MEMORY,
     Models,
@@ -243,6 +243,7 @@ class Merged:
     """One example of one method on one mix of sources, merged in the plainest way."""
 
     case: Case
+    mix: str
     names: tuple[str, ...]
     recipe: dict[str, Any]
     tensors: Tensors
@@ -263,7 +264,16 @@ def merged(
     names = MIXES[mix][: case.of(2)]
     recipe = recipe_for(case, stored.base, [stored.sources[name] for name in names])
     tensors, _ = Models(tmp_path_factory.mktemp("merged")).merge(recipe, workers=1)
-    return Merged(case, names, recipe, tensors)
+    return Merged(case, mix, names, recipe, tensors)
+
+
+CUTS = share(
+    RUNS,
+    ["smallest cut", "large", "tight budget, other shards"],
+    lambda run: run[0].parts | {("mix", run[1])},
+    lambda run: (run[0].id, run[1]),
+)
+"""How each of them is merged once more."""
 
 
 def smallest_cut(plan: MergePlan) -> MergePlan:
@@ -284,8 +294,8 @@ def test_bytes_depend_on_nothing_but_recipe_and_inputs(
         "large": recut(plan, slots=40, workers=4, output_slots=5, slot_blocks=3),
         "tight budget, other shards": tight_plan(resharded, workers=2),
     }
-    for what, asked in variants.items():
-        tensors, _ = models.merge(asked)
+    for what in CUTS[merged.case.id, merged.mix]:
+        tensors, _ = models.merge(variants[what])
 
         assert sorted(tensors) == sorted(merged.tensors)
         for name, tensor in merged.tensors.items():

@@ -159,12 +159,13 @@ def test_the_seed_decides_the_bits_of_random_methods_alone(
 ) -> None:
     base = models.write(draw(torch.float32))
     for case in FEW.values():
-        results = [
-            models.merge(recipe_for(case, base, adapters, seed=seed))[0] for seed in (3, 3, 4)
-        ]
+        # Where the seed is of no matter, two merges are the same merge twice.
+        seeds = (3, 3, 4) if case.random else (3, 4)
+        results = [models.merge(recipe_for(case, base, adapters, seed=seed))[0] for seed in seeds]
 
-        assert_same_model(results[1], results[0])
-        differs = not torch.equal(results[2]["odd.weight"], results[0]["odd.weight"])
+        if case.random:
+            assert_same_model(results[1], results[0])
+        differs = not torch.equal(results[-1]["odd.weight"], results[0]["odd.weight"])
         assert differs is case.random, case.id
 
 
