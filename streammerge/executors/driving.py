@@ -11,7 +11,7 @@ import contextlib
 import os
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -230,29 +230,40 @@ class _Driver:
             stored=self._stored,
         )
         directory = job.directory(frozenset())
-        try:
-            with directory, self._announced(directory, on_progress) as hear:
-                self._drive(directory, parts, hear)
-        except BaseException:
-            # Its lock is free now, so the parts that run end soon.
-            self._drain()
-            raise
+        with contextlib.ExitStack() as announced:
+            try:
+                with directory:
+                    hear = self._announce(directory, announced, on_progress)
+                    self._drive(directory, parts, hear)
+            except BaseException:
+                # Its lock is free now, so the parts that run end soon.
+                self._drain()
+                raise
         return self._publish(job, directory, on_progress)
 
-    @contextlib.contextmanager
-    def _announced(self, directory: PartDirectory, on_progress: OnProgress) -> Iterator[OnProgress]:
-        """Let no other merge write to the store that the result goes to, if it goes to one."""
+    def _announce(
+        self, directory: PartDirectory, announced: contextlib.ExitStack, on_progress: OnProgress
+    ) -> OnProgress:
+        """Let no other merge write to the store that the result goes to, if it goes to one.
+
+        Args:
+            directory: What the parts share, open.
+            announced: Ends this.
+            on_progress: Told how far all parts are together.
+
+        Returns:
+            What is to be told instead.
+        """
         if self._stored is None:
-            yield on_progress
-            return
-        with at_work(self._stored, directory, alone=True) as sign:
-            check_place(self._stored, directory)
+            return on_progress
+        sign = announced.enter_context(at_work(self._stored, directory, alone=True))
+        check_place(self._stored, directory)
 
-            def report(event: ProgressEvent) -> None:
-                sign.beat()
-                on_progress(event)
+        def report(event: ProgressEvent) -> None:
+            sign.beat()
+            on_progress(event)
 
-            yield report
+        return report
 
     def _choose_parts(self, on_progress: OnProgress) -> int:
         recorded = recorded_parts(self._out, identify(self._planned))

@@ -31,7 +31,7 @@ from streammerge.checkpoint.sidecars import make_folder
 from streammerge.checkpoint.storedjournal import HEAD_NAME, is_journal
 from streammerge.checkpoint.uploading import Uploads, attempt_uploads_name
 from streammerge.engine.progress import OnProgress, ProgressEvent
-from streammerge.errors import OutputError, OutputExistsError
+from streammerge.errors import BusyError, OutputError, OutputExistsError
 from streammerge.merging import MergeJob
 from streammerge.plan.chunking import Piece
 from streammerge.plan.types import MergePlan
@@ -89,9 +89,7 @@ def at_work(place: StoredPlace, directory: PartDirectory, *, alone: bool) -> AtW
             if directory.attempt not in each.path.name
         )
 
-    return AtWork(
-        place.target, place.url, directory.epoch, shared=True, outlived=not alone, leaves=leaves
-    )
+    return AtWork(place.target, place.url, directory.epoch, shared=True, leaves=leaves)
 
 
 @contextmanager
@@ -162,10 +160,13 @@ class PartSender(Sender):
 
     def _announce(self) -> None:
         self.directory.check_current()
-        if not self._announced:
+        if self._announced:
+            return
+        self._announced = True
+        earlier = self.place.target.get(MANIFEST_NAME)
+        if earlier is not None and earlier.token != self.directory.epoch:
             # Until the new one is, there is no complete result.
             self.place.target.delete(MANIFEST_NAME)
-            self._announced = True
 
 
 @dataclass
@@ -219,7 +220,8 @@ def publish_parts(
     """
     planned = job.planned
     assert isinstance(planned, MergePlan)  # noqa: S101 - nothing else is done in parts
-    with AtWork(place.target, place.url, epoch, shared=True) as sign:
+    busy = False
+    with AtWork(place.target, place.url, epoch, shared=True, leaves=lambda: not busy) as sign:
 
         def report(event: ProgressEvent) -> None:
             sign.beat()
@@ -227,7 +229,12 @@ def publish_parts(
 
         old = _check_place(place, epoch, overwrite=job.overwrite)
         sender = LastSender(planned, place, epoch=epoch, old=old)
-        manifest = replace(job, out=place.local, sink=sender, vouched=sender.has).run(report)
+        try:
+            manifest = replace(job, out=place.local, sink=sender, vouched=sender.has).run(report)
+        except BusyError:
+            # Somebody else does it, or a part works on.
+            busy = True
+            raise
     with contextlib.suppress(OSError):
         shutil.rmtree(place.scratch)
     return manifest

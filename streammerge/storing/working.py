@@ -40,7 +40,6 @@ class AtWork:
         sign: str,
         *,
         shared: bool = False,
-        outlived: bool = False,
         leaves: Callable[[], bool] = lambda: True,
     ) -> None:
         """Say who is at work; nothing is written yet.
@@ -49,13 +48,12 @@ class AtWork:
             target: The folder.
             url: What messages call it.
             sign: Told apart by; of parts of one merge the same.
-            shared: Whether other processes may give the same sign.
-            outlived: Whether they may be at work when this process is gone.
+            shared: Whether other processes may give the same sign, also when this one is gone.
             leaves: Asked at the end whether nobody else is at work who gives this sign.
         """
         self._target, self._url = target, url
         self._sign, self._shared, self._leaves = sign, shared, leaves
-        self._said = sign_of_life(sign, of_process=not outlived)
+        self._said = sign_of_life(sign, of_process=not shared)
         self._state = threading.Lock()
         self._version = ""
         self._last = 0.0

@@ -23,12 +23,15 @@ from safetensors.torch import load_file, save_file
 from stored_models import recipe_at
 
 import streammerge
+from streammerge import parting
 from streammerge.checkpoint import atwork
 from streammerge.checkpoint.atwork import sign_of_life
 from streammerge.checkpoint.journal import JOURNAL_NAME
+from streammerge.checkpoint.locking import FileLock
+from streammerge.checkpoint.places import MARKER_NAME
 from streammerge.checkpoint.scratch import SCRATCH_VARIABLE
 from streammerge.cli import main
-from streammerge.errors import OutputError, OutputExistsError
+from streammerge.errors import BusyError, OutputError, OutputExistsError
 from streammerge.executors import driving
 from streammerge.parting import merge_part
 from streammerge.plan.dividing import divide
@@ -303,7 +306,7 @@ def test_parts_give_one_sign_together(bucket: Any, monkeypatch: pytest.MonkeyPat
 
     with (
         AtWork(target, OUT, "epoch", shared=True, leaves=lambda: False) as one,
-        AtWork(target, OUT, "epoch", shared=True, outlived=True) as other,
+        AtWork(target, OUT, "epoch", shared=True) as other,
     ):
         for each in (one, other, one, one):
             each.beat()
@@ -325,6 +328,31 @@ def test_parts_give_one_sign_together(bucket: Any, monkeypatch: pytest.MonkeyPat
         target.delete(atwork.LOCK_NAME)
         one.beat()
     assert target.get(atwork.LOCK_NAME) is None
+
+
+def test_who_cannot_put_the_result_in_place_takes_no_sign_away(
+    bucket: Any, large: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of parts that end together one sends the rest; the others find it at work."""
+    recipe = in_shards(large)
+    merge_part(recipe, OUT, part=1, parts=2, memory=MEMORY)
+    publish = parting.publish_parts
+
+    def at_the_same_time(*arguments: Any) -> Any:
+        lock = FileLock(partial() / MARKER_NAME)
+        assert lock.acquire()
+        try:
+            with pytest.raises(BusyError):
+                publish(*arguments)
+            assert atwork.LOCK_NAME in names_in(bucket)
+        finally:
+            lock.close()
+        return publish(*arguments)
+
+    monkeypatch.setattr(parting, "publish_parts", at_the_same_time)
+    assert merge_part(recipe, OUT, part=2, parts=2, memory=MEMORY) is not None
+
+    check_result(bucket, tmp_path, recipe)
 
 
 def test_an_earlier_result_is_replaced_on_request_alone(
