@@ -153,7 +153,8 @@ def _peft(python: Path) -> Contender[Job]:
     def command(job: Job, description: Path, out: Path) -> list[str]:
         description.write_text(peft_job(job), encoding="utf-8")
         script = ROOT / "benchmarks" / "run_peft.py"
-        return [str(python), str(script), str(description), str(out)]
+        # Without the directory of the script, whose modules are called as libraries are (``kernels``).
+        return [str(python), "-P", str(script), str(description), str(out)]
 
     return Contender(
         PEFT,
