@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from covering import choose, cover, parts_of, try_all_pairs
+from covering import choose, cover, parts_of, share, try_all_pairs
 
 from streammerge.methods import discover_methods
 
@@ -49,6 +49,15 @@ def test_what_has_been_met_is_not_tried_again() -> None:
         ("four", "x"),
         ("four", "y"),
     ]
+
+
+def test_the_share_of_a_case_is_what_it_is_paired_with() -> None:
+    assert share(LETTERS, ["x", "y"], letters_of, str.upper) == {
+        "ONE": ["x"],
+        "TWO": ["y"],
+        "THREE": ["x"],
+        "FOUR": ["x", "y"],
+    }
 
 
 def test_the_first_of_a_method_is_chosen_and_whatever_else_brings_a_part() -> None:

@@ -143,18 +143,14 @@ def parts_and_registers(case: tuple[str, dict[str, Any]]) -> Parts:
 
 
 CASES = [
-    *(
-        pytest.param(method.name, method.examples[0], True, id=f"{method.name}-compiled")
-        for method in discover_methods().values()
-    ),
-    *(
-        pytest.param(name, example, False, id=f"{name}-plain")
-        for name, example in choose(
-            [(method.name, method.examples[-1]) for method in discover_methods().values()],
-            parts_and_registers,
-            lambda _: "",
-        )
-    ),
+    pytest.param(name, example, kernels, id=f"{name}-{'compiled' if kernels else 'plain'}")
+    # How much a program takes is a matter of its parts, and which method it is of none.
+    for number, kernels in ((0, True), (-1, False))
+    for name, example in choose(
+        [(method.name, method.examples[number]) for method in discover_methods().values()],
+        parts_and_registers,
+        lambda _: "",
+    )
 ]
 
 
