@@ -15,7 +15,7 @@ import os
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +51,7 @@ from streammerge.run import RecipeLike, as_output, find_complete, plan
 from streammerge.storage.targets import load_target
 from streammerge.storing.parts import (
     PartSender,
-    at_work,
-    check_place,
+    announce,
     publish_parts,
     sending_part,
 )
@@ -241,7 +240,9 @@ class PartJob:
             elif not directory.is_done():
                 sender = None
                 if self.stored is not None:
-                    watched = self._announce(self.stored, directory, stack, watched)
+                    if self.epoch is None:
+                        # Else the process that hands out the parts has done so.
+                        watched = announce(self.stored, directory, stack, watched, alone=False)
                     sender = stack.enter_context(
                         sending_part(planned, self.stored, directory, shards_of(planned, own))
                     )
@@ -255,25 +256,6 @@ class PartJob:
                 directory.finish(done)
         # Others let go of the directory before they look whether they were the last, too.
         return self._publish(directory, on_progress) if self.publishes else None
-
-    def _announce(
-        self,
-        stored: StoredPlace,
-        directory: PartDirectory,
-        stack: ExitStack,
-        on_progress: OnProgress,
-    ) -> OnProgress:
-        """Let no other merge write to the store, unless the process that hands out the parts sees to it."""
-        if self.epoch is not None:
-            return on_progress
-        sign = stack.enter_context(at_work(stored, directory, alone=False))
-        check_place(stored, directory)
-
-        def report(event: ProgressEvent) -> None:
-            sign.beat()
-            on_progress(event)
-
-        return report
 
     def directory(self, own: frozenset[int]) -> PartDirectory:
         """Return the directory of the merge, for a part of these tensors."""
@@ -408,11 +390,6 @@ def finish_parts(job: PartJob, directory: PartDirectory, on_progress: OnProgress
         StreamMergeError: As for :func:`streammerge.run.merge`; BusyError where a part still works.
     """
     planned = job.planned
-    seams = find_seams(planned, job.divided())
-
-    def is_apart(piece: Piece) -> bool:
-        return not is_near_seam(planned, seams, piece.task, piece.start, piece.numel)
-
     whole = MergeJob(
         planned,
         job.out,
@@ -420,11 +397,16 @@ def finish_parts(job: PartJob, directory: PartDirectory, on_progress: OnProgress
         resume=True,
         opener=job.opener,
         open_files=job.open_files,
-        vouched=is_apart,
     )
     if job.stored is not None:
+        # Whose parts meet in no file.
         return publish_parts(whole, job.stored, directory.epoch, on_progress)
-    return whole.run(on_progress)
+    seams = find_seams(planned, job.divided())
+
+    def is_apart(piece: Piece) -> bool:
+        return not is_near_seam(planned, seams, piece.task, piece.start, piece.numel)
+
+    return replace(whole, vouched=is_apart).run(on_progress)
 
 
 def _watched(

@@ -35,7 +35,7 @@ from streammerge.plan.dividing import work_of
 from streammerge.plan.types import MergePlan
 from streammerge.run import RecipeLike, as_output, find_complete, load_recipe, plan
 from streammerge.storage.targets import load_target
-from streammerge.storing.parts import at_work, check_place
+from streammerge.storing.parts import announce
 from streammerge.storing.places import StoredPlace, open_place
 from streammerge.units import GIB
 
@@ -233,37 +233,15 @@ class _Driver:
         with contextlib.ExitStack() as announced:
             try:
                 with directory:
-                    hear = self._announce(directory, announced, on_progress)
+                    hear = on_progress
+                    if self._stored is not None:
+                        hear = announce(self._stored, directory, announced, hear, alone=True)
                     self._drive(directory, parts, hear)
             except BaseException:
                 # Its lock is free now, so the parts that run end soon.
                 self._drain()
                 raise
         return self._publish(job, directory, on_progress)
-
-    def _announce(
-        self, directory: PartDirectory, announced: contextlib.ExitStack, on_progress: OnProgress
-    ) -> OnProgress:
-        """Let no other merge write to the store that the result goes to, if it goes to one.
-
-        Args:
-            directory: What the parts share, open.
-            announced: Ends this.
-            on_progress: Told how far all parts are together.
-
-        Returns:
-            What is to be told instead.
-        """
-        if self._stored is None:
-            return on_progress
-        sign = announced.enter_context(at_work(self._stored, directory, alone=True))
-        check_place(self._stored, directory)
-
-        def report(event: ProgressEvent) -> None:
-            sign.beat()
-            on_progress(event)
-
-        return report
 
     def _choose_parts(self, on_progress: OnProgress) -> int:
         recorded = recorded_parts(self._out, identify(self._planned))

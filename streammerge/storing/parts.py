@@ -16,7 +16,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import KW_ONLY, dataclass, field, replace
 from pathlib import Path
 
@@ -30,7 +30,7 @@ from streammerge.checkpoint.places import waiting_name
 from streammerge.checkpoint.sidecars import make_folder
 from streammerge.checkpoint.storedjournal import HEAD_NAME, is_journal
 from streammerge.checkpoint.uploading import Uploads, attempt_uploads_name
-from streammerge.engine.progress import OnProgress, ProgressEvent
+from streammerge.engine.progress import OnProgress
 from streammerge.errors import BusyError, OutputError, OutputExistsError
 from streammerge.merging import MergeJob
 from streammerge.plan.chunking import Piece
@@ -41,44 +41,29 @@ from streammerge.storing.sending import Sender
 from streammerge.storing.working import AtWork
 
 
-def check_place(place: StoredPlace, directory: PartDirectory) -> list[str]:
-    """Return the objects at a place that a merge in parts replaces; it is at work there.
+def announce(
+    place: StoredPlace,
+    directory: PartDirectory,
+    stack: ExitStack,
+    on_progress: OnProgress,
+    *,
+    alone: bool,
+) -> OnProgress:
+    """Let no other merge write to a place while parts of one are done, until a stack ends.
 
     Args:
-        place: Where its result goes.
-        directory: What its processes share, open.
+        place: Where their result goes.
+        directory: What they share, open.
+        stack: Ends it.
+        on_progress: Told how far the work is.
+        alone: Whether this process gives the sign for all of them.
+
+    Returns:
+        What is to be told instead.
 
     Raises:
         OutputError: Objects cannot be marked there.
         OutputExistsError: There is something else.
-    """
-    sign = place.target.get(LOCK_NAME)
-    if sign is not None and sign.token is None:
-        raise OutputError(
-            f"{place.url}: the store keeps no metadata with objects, by which the processes that do a part each "
-            "tell theirs from others; merge by one process, without --part or --on"
-        )
-    return _check_place(place, directory.epoch, overwrite=directory.overwrite)
-
-
-def _check_place(place: StoredPlace, epoch: str, *, overwrite: bool) -> list[str]:
-    listed = [each.name for each in place.target.list()]
-    if HEAD_NAME in listed and not overwrite:
-        raise OutputExistsError(
-            f"{place.url}: holds an unfinished merge by one process; finish it with --resume and without --part "
-            "or --on, or give --overwrite to start anew"
-        )
-    there = [name for name in listed if name != LOCK_NAME and not is_journal(name)]
-    return check_objects(place, there, {epoch}, replaces=overwrite)
-
-
-def at_work(place: StoredPlace, directory: PartDirectory, *, alone: bool) -> AtWork:
-    """Return what keeps other merges from a place while parts of one are done.
-
-    Args:
-        place: Where their result goes.
-        directory: What they share.
-        alone: Whether this process gives the sign for all of them.
     """
 
     def leaves() -> bool:
@@ -89,7 +74,29 @@ def at_work(place: StoredPlace, directory: PartDirectory, *, alone: bool) -> AtW
             if directory.attempt not in each.path.name
         )
 
-    return AtWork(place.target, place.url, directory.epoch, shared=True, leaves=leaves)
+    sign = stack.enter_context(
+        AtWork(place.target, place.url, directory.epoch, shared=True, leaves=leaves)
+    )
+    found = place.target.get(LOCK_NAME)
+    if found is not None and found.token is None:
+        raise OutputError(
+            f"{place.url}: the store keeps no metadata with objects, by which the processes that do a part each "
+            "tell theirs from others; merge by one process, without --part or --on"
+        )
+    _check_place(place, directory.epoch, overwrite=directory.overwrite)
+    return sign.hearing(on_progress)
+
+
+def _check_place(place: StoredPlace, epoch: str, *, overwrite: bool) -> list[str]:
+    """Return the objects at a place that a merge in parts replaces; raise if there is something else."""
+    listed = [each.name for each in place.target.list()]
+    if HEAD_NAME in listed and not overwrite:
+        raise OutputExistsError(
+            f"{place.url}: holds an unfinished merge by one process; finish it with --resume and without --part "
+            "or --on, or give --overwrite to start anew"
+        )
+    there = [name for name in listed if name != LOCK_NAME and not is_journal(name)]
+    return check_objects(place, there, {epoch}, replaces=overwrite)
 
 
 @contextmanager
@@ -222,15 +229,12 @@ def publish_parts(
     assert isinstance(planned, MergePlan)  # noqa: S101 - nothing else is done in parts
     busy = False
     with AtWork(place.target, place.url, epoch, shared=True, leaves=lambda: not busy) as sign:
-
-        def report(event: ProgressEvent) -> None:
-            sign.beat()
-            on_progress(event)
-
         old = _check_place(place, epoch, overwrite=job.overwrite)
         sender = LastSender(planned, place, epoch=epoch, old=old)
         try:
-            manifest = replace(job, out=place.local, sink=sender, vouched=sender.has).run(report)
+            manifest = replace(job, out=place.local, sink=sender, vouched=sender.has).run(
+                sign.hearing(on_progress)
+            )
         except BusyError:
             # Somebody else does it, or a part works on.
             busy = True

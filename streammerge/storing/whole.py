@@ -90,14 +90,13 @@ def store_job(job: MergeJob, url: str) -> Callable[[OnProgress], Manifest]:
         with AtWork(place.target, url, secrets.token_hex(8)) as at_work:
 
             def report(event: ProgressEvent) -> None:
-                at_work.beat()
                 sender.keep_up()
                 on_progress(event)
 
             # What an earlier run has published here was on its way to the store.
             shutil.rmtree(place.local, ignore_errors=True)
             sender.take_up()
-            manifest = replace(job, out=place.local, sink=sender).run(report)
+            manifest = replace(job, out=place.local, sink=sender).run(at_work.hearing(report))
         shutil.rmtree(place.scratch, ignore_errors=True)
         return manifest
 

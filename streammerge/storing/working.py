@@ -23,6 +23,7 @@ from streammerge.checkpoint.atwork import (
     sign_of_life,
     signs,
 )
+from streammerge.engine.progress import OnProgress, ProgressEvent
 from streammerge.errors import OutputError, OutputExistsError, StreamMergeError
 from streammerge.storage.targets import Small, Target
 
@@ -75,6 +76,15 @@ class AtWork:
         with contextlib.suppress(StreamMergeError):
             if self._leaves():
                 self._target.delete(LOCK_NAME)
+
+    def hearing(self, on_progress: OnProgress) -> OnProgress:
+        """Return what is told how far the work is, and says now and then that there is work."""
+
+        def hear(event: ProgressEvent) -> None:
+            self.beat()
+            on_progress(event)
+
+        return hear
 
     def beat(self) -> None:
         """Say that the merge is still at work, if that was not said for a minute.
