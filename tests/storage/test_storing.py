@@ -20,6 +20,7 @@ from stored_models import recipe_at
 import streammerge
 from streammerge.checkpoint import atwork, uploading
 from streammerge.checkpoint.scratch import SCRATCH_VARIABLE
+from streammerge.checkpoint.uploading import Uploads
 from streammerge.cli import main
 from streammerge.errors import CheckpointError, OutputError, OutputExistsError
 from streammerge.storage import stores, targets
@@ -52,23 +53,50 @@ def test_what_is_there_is_what_would_be_on_a_disk(bucket: Any, large: Path, tmp_
     assert not list((tmp_path / "scratch").iterdir())
 
 
-def test_no_more_than_some_parts_lie_here(
-    bucket: Any, large: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_what_was_sent_is_cut_out(
+    bucket: Any, large: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    most: list[int] = []
-    send = S3Target.put_part
+    left: list[int] = []
+    cut = uploading.cut_out
+
+    def watch(descriptor: int, offset: int, nbytes: int) -> None:
+        cut(descriptor, offset, nbytes)
+        left.append(os.fstat(descriptor).st_blocks * 512)
+
+    monkeypatch.setattr(uploading, "cut_out", watch)
+    streammerge.merge(recipe_at(str(large)), OUT, memory="4GiB")
+
+    # Of a file of 20 MiB the header stays.
+    assert len(left) == 5
+    assert min(left) < 2**20
+
+
+def test_whoever_writes_waits_for_what_is_sent(
+    bucket: Any, large: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(uploading, "_AT_ONCE", 1)
+    monkeypatch.setattr(uploading, "_WAITING", 1)
+    waiting: list[int] = []
+    taken: list[None] = []
+    send, put = Uploads.send, S3Target.put_part
+
+    def take(self: Uploads, *arguments: Any) -> Any:
+        future = send(self, *arguments)
+        taken.append(None)
+        return future
 
     def watch(self: S3Target, name: str, upload: str, number: int, part: Any) -> str:
-        version = send(self, name, upload, number, part)
-        most.append(part.path.stat().st_blocks * 512)
-        return version
+        # Long enough for all to come that do not wait.
+        time.sleep(0.2)
+        waiting.append(len(taken) - len(waiting))
+        return put(self, name, upload, number, part)
 
+    monkeypatch.setattr(Uploads, "send", take)
     monkeypatch.setattr(S3Target, "put_part", watch)
     streammerge.merge(recipe_at(str(large)), OUT, memory="4GiB")
 
-    # The file is 20 MiB, and what was sent is cut out of it.
-    assert len(most) == 5
-    assert min(most) < 15 * 2**20
+    assert len(waiting) == 5
+    assert max(waiting) <= 2
 
 
 def test_objects_become_complete_side_by_side(
