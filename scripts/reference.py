@@ -15,7 +15,7 @@ from typing import Any
 
 from streammerge.adapters.combining.combinations import COMBINATIONS
 from streammerge.adapters.combining.describing import describe_combination
-from streammerge.cli import build_parser
+from streammerge.cli.arguments import build_parser
 from streammerge.methods.base import MergeMethod
 from streammerge.methods.describing import (
     describe_count,

@@ -7,7 +7,7 @@ import os
 import sys
 from typing import NoReturn
 
-from streammerge.signals import leave_on_signals
+from streammerge.cli.signals import leave_on_signals
 
 _COLLECT_AFTER = 150_000
 """New objects between two searches for unreachable cycles. To start a merge makes 100,000, which are all
@@ -22,8 +22,8 @@ def run() -> NoReturn:
     """
     leave_on_signals()
     # Only now, so that a signal finds its handler as early as can be.
-    from streammerge.cli import main  # noqa: PLC0415
-    from streammerge.streams import prepare_streams  # noqa: PLC0415
+    from streammerge.cli.arguments import main  # noqa: PLC0415
+    from streammerge.cli.streams import prepare_streams  # noqa: PLC0415
 
     prepare_streams()
     gc.set_threshold(_COLLECT_AFTER, 50, 50)

@@ -30,7 +30,7 @@ from streammerge.checkpoint import bytesource
 from streammerge.checkpoint.bytesource import ByteSourceKind, PreadSource, choose_file_source
 from streammerge.checkpoint.outputform import MANIFEST_NAME
 from streammerge.checkpoint.places import MARKER_NAME
-from streammerge.cli import main
+from streammerge.cli.arguments import main
 from streammerge.errors import CheckpointError, TruncatedShardError
 from streammerge.native.library import load_kernels
 
@@ -1185,7 +1185,7 @@ TRUNCATED_MAPPING = """
 import os, sys
 import streammerge.run as run
 from streammerge.checkpoint.bytesource import MmapSource
-from streammerge.cli import main
+from streammerge.cli.arguments import main
 
 class Shortened(MmapSource):
     def _read_some(self, offset, buffer):

@@ -15,7 +15,7 @@ from streammerge.chaining import running
 from streammerge.chaining.foreseeing import plan_chain
 from streammerge.chaining.running import merge_chain
 from streammerge.chaining.stages import Chain, read_recipes
-from streammerge.cli import main
+from streammerge.cli.arguments import main
 from streammerge.errors import OutputExistsError, RecipeError, ShapeMismatchError
 from streammerge.run import merge
 

@@ -16,7 +16,7 @@ from streammerge.chaining import foreseeing, running
 from streammerge.chaining.foreseeing import plan_chain
 from streammerge.chaining.running import merge_chain
 from streammerge.chaining.stages import Chain, read_recipes
-from streammerge.cli import main
+from streammerge.cli.arguments import main
 from streammerge.engine import computing
 from streammerge.errors import CheckpointError, MemoryBudgetError, NonFiniteError, RecipeError
 from streammerge.methods import discover_methods

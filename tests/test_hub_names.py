@@ -14,7 +14,7 @@ from models import Models, assert_same_model, load_model, recipe_of, write_adapt
 
 import streammerge
 from streammerge.checkpoint.outputform import MANIFEST_NAME, RECIPE_NAME
-from streammerge.cli import main
+from streammerge.cli.arguments import main
 from streammerge.errors import CheckpointError, OutputExistsError
 
 COMMIT, LATER = "0123456789abcdef" * 2 + "01234567", "f" * 40
@@ -142,7 +142,7 @@ def test_inspect_knows_names_of_the_hub(cache: Path, capsys: pytest.CaptureFixtu
 def test_planning_does_not_import_huggingface_hub(cache: Path, tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe("org/base", "org/tuned")))
     code = (
-        "import sys; from streammerge.cli import main; assert main(sys.argv[1:]) == 0; "
+        "import sys; from streammerge.cli.arguments import main; assert main(sys.argv[1:]) == 0; "
         "assert 'huggingface_hub' not in sys.modules"
     )
 

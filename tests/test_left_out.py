@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 import streammerge
 from streammerge.checkpoint.outputform import MANIFEST_NAME
-from streammerge.cli import main
+from streammerge.cli.arguments import main
 
 TENSORS = {"a.weight": torch.arange(6.0).reshape(2, 3), "b": torch.ones(4)}
 LEFT_OUT = "'epoch' (int), 'optimizer_states' (list)"

@@ -22,7 +22,7 @@ from models import MEMORY, recipe_of, write_model
 
 import streammerge
 from streammerge import limits
-from streammerge.cli import main
+from streammerge.cli.arguments import main
 from streammerge.engine import memory
 from streammerge.errors import CheckpointError, OutOfMemoryError, OutputError, SystemLimitError
 from streammerge.limits import LEAST_ADDRESS_SPACE, allow_open_files
@@ -172,7 +172,7 @@ def test_memory_that_is_refused_by_words_alone_is_named(said: str) -> None:
 
 
 def test_torch_that_does_not_fit_the_address_space_is_named() -> None:
-    code = "from streammerge.cli import main; from streammerge.lazily import load_torch\n"
+    code = "from streammerge.cli.arguments import main; from streammerge.lazily import load_torch\n"
     code += "import streammerge.cli as cli; cli.answering.run_methods = lambda _: load_torch()\n"
     code += "import sys; sys.exit(main(['methods']))"
     done = subprocess.run(

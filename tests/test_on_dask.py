@@ -42,7 +42,7 @@ from test_kill_loops import JOBS
 import streammerge
 from streammerge.checkpoint.outputform import MANIFEST_NAME
 from streammerge.checkpoint.verifying import verify_files
-from streammerge.cli import main
+from streammerge.cli.arguments import main
 from streammerge.errors import (
     ClusterError,
     DependencyError,

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 import streammerge
 from streammerge.checkpoint.metadata import read_metadata
 from streammerge.checkpoint.reading import read_checkpoint
-from streammerge.cli import main
+from streammerge.cli.arguments import main
 from streammerge.dtypes import DType
 from streammerge.errors import OutputExistsError, RecipeError
 from streammerge.plan.layout import plan_layout_like

@@ -37,7 +37,7 @@ from streammerge.checkpoint.journal import (
 )
 from streammerge.checkpoint.outputform import MANIFEST_NAME
 from streammerge.checkpoint.verifying import verify_files
-from streammerge.cli import main
+from streammerge.cli.arguments import main
 from streammerge.errors import (
     BusyError,
     CheckpointError,

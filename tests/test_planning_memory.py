@@ -57,7 +57,7 @@ def run(*arguments: str) -> tuple[int, int, str]:
     """Run a command in a fresh process; return its exit code, its peak memory and its errors."""
     # Not getrusage, which remembers what the process was before it was this one.
     script = (
-        "import re, sys; from streammerge.cli import main; code = main(sys.argv[1:]); "
+        "import re, sys; from streammerge.cli.arguments import main; code = main(sys.argv[1:]); "
         "status = open('/proc/self/status').read(); "
         "print(int(re.search(r'VmHWM:\\s*(\\d+) kB', status).group(1)) * 1024); sys.exit(code)"
     )

@@ -39,7 +39,7 @@ from streammerge.checkpoint.outputform import MANIFEST_NAME
 from streammerge.checkpoint.recorded import Recorded
 from streammerge.checkpoint.snapshot import SNAPSHOT_NAME, load_snapshot, save_snapshot
 from streammerge.checkpoint.verifying import verify_files
-from streammerge.cli import main
+from streammerge.cli.arguments import main
 from streammerge.engine import scheduling
 from streammerge.engine.pipeline import run_pipeline
 from streammerge.engine.progress import ProgressEvent

@@ -22,7 +22,7 @@ from streammerge.checkpoint.outputform import MANIFEST_NAME
 from streammerge.checkpoint.reading import read_checkpoint
 from streammerge.checkpoint.sidecars import plan_sidecars, read_companions, write_sidecars
 from streammerge.checkpoint.torchfile import read_torch_header
-from streammerge.cli import main
+from streammerge.cli.arguments import main
 from streammerge.errors import (
     MAX_LINE_CHARACTERS,
     CheckpointError,

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import streammerge
-from streammerge.cli import build_parser
+from streammerge.cli.arguments import build_parser
 from streammerge.methods import discover_methods
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -23,7 +23,7 @@ import streammerge
 from streammerge import together
 from streammerge.checkpoint.bytesource import PreadSource
 from streammerge.checkpoint.sharing import SharedFiles
-from streammerge.cli import main
+from streammerge.cli.arguments import main
 from streammerge.engine.monitor import StoppedError
 from streammerge.engine.pacing import Pacer
 from streammerge.engine.progress import ProgressEvent

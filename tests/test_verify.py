@@ -26,7 +26,7 @@ from streammerge.checkpoint.header import read_safetensors_header
 from streammerge.checkpoint.manifest import is_plain_path
 from streammerge.checkpoint.outputform import MANIFEST_NAME
 from streammerge.checkpoint.verifying import verify_files
-from streammerge.cli import main
+from streammerge.cli.arguments import main
 from streammerge.errors import CheckpointError, HeaderError, OutputError
 from streammerge.run import verify_against
 
@@ -166,7 +166,7 @@ def test_names_stay_below_the_directory(name: str, *, plain: bool) -> None:
 def test_verify_does_not_wait_for_torch(out: Path) -> None:
     script = (
         "import sys\n"
-        "from streammerge.cli import main\n"
+        "from streammerge.cli.arguments import main\n"
         f"code = main(['verify', {str(out)!r}])\n"
         "sys.exit(code or 'torch' in sys.modules)\n"
     )

@@ -17,7 +17,7 @@ from models import MEMORY, Models, date_back, recipe_of
 
 import streammerge
 from streammerge.checkpoint.outputform import MANIFEST_NAME
-from streammerge.cli import main
+from streammerge.cli.arguments import main
 from streammerge.errors import CheckpointError, HeaderError, OutputExistsError
 
 pytestmark = pytest.mark.timeout(3600)

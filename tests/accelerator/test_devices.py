@@ -11,7 +11,7 @@ from fake_backend import MakeDevices
 from models import BLOCK, MEMORY, Models, recipe_of
 
 import streammerge
-from streammerge.cli import main
+from streammerge.cli.arguments import main
 from streammerge.engine.accelerator.opening import choose_devices
 from streammerge.engine.accelerator.stage import AcceleratorStage
 from streammerge.errors import DeviceError, MemoryBudgetError

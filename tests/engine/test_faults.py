@@ -509,7 +509,7 @@ SLOW_MERGE = """
 import os, sys, time
 import streammerge.run as run
 from streammerge.checkpoint.bytesource import PreadSource
-from streammerge.cli import main
+from streammerge.cli.arguments import main
 
 class Slow(PreadSource):
     def read_into(self, offset, buffer):

@@ -22,7 +22,7 @@ from transformers import (
 )
 
 import streammerge
-from streammerge.cli import main
+from streammerge.cli.arguments import main
 from streammerge.errors import (
     MemoryBudgetError,
     MissingTensorError,

@@ -13,7 +13,7 @@ from test_recipes import check_alike, run_mergekit
 
 from streammerge.chaining.foreseeing import plan_chain
 from streammerge.chaining.stages import Chain, read_recipes
-from streammerge.cli import main
+from streammerge.cli.arguments import main
 
 TASKS = "merge_method: {method}\nbase_model: {a}+{lora}\ndtype: float32\nmodels:\n"
 SOURCES = (

@@ -281,7 +281,7 @@ def hide(name):
         raise importlib.metadata.PackageNotFoundError(name)
     return version(name)
 importlib.metadata.version = hide
-from streammerge.cli import main
+from streammerge.cli.arguments import main
 sys.exit(main(sys.argv[1:]))
 """
 """The command line where torch is not installed."""

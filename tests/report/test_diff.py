@@ -10,7 +10,7 @@ import torch
 from models import MEMORY, Models, load_model, write_adapter
 
 import streammerge
-from streammerge.cli import main
+from streammerge.cli.arguments import main
 
 
 def model(seed: int, **more: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -16,7 +16,7 @@ from results import OUT, fetch, names_in, shards_of
 from stored_models import recipe_at
 
 import streammerge
-from streammerge.cli import main
+from streammerge.cli.arguments import main
 from streammerge.errors import OutputError
 from streammerge.storage import copies
 

@@ -17,7 +17,7 @@ from stored_models import recipe_at
 import streammerge
 from streammerge.checkpoint import storedjournal
 from streammerge.checkpoint.scratch import SCRATCH_VARIABLE
-from streammerge.cli import main
+from streammerge.cli.arguments import main
 from streammerge.errors import CheckpointError
 from streammerge.storage import copies, s3, stores
 

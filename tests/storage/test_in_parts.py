@@ -30,7 +30,7 @@ from streammerge.checkpoint.journal import JOURNAL_NAME
 from streammerge.checkpoint.locking import FileLock
 from streammerge.checkpoint.places import MARKER_NAME
 from streammerge.checkpoint.scratch import SCRATCH_VARIABLE
-from streammerge.cli import main
+from streammerge.cli.arguments import main
 from streammerge.errors import BusyError, OutputError, OutputExistsError
 from streammerge.executors import driving
 from streammerge.parting import merge_part

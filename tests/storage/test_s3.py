@@ -14,7 +14,7 @@ from models import Models, assert_same_model, load_model
 from stored_models import draw, recipe_at
 
 import streammerge
-from streammerge.cli import main
+from streammerge.cli.arguments import main
 from streammerge.errors import CheckpointError
 from streammerge.storage import copies, stores
 

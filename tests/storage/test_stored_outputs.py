@@ -17,7 +17,7 @@ from stored_models import recipe_at
 
 import streammerge
 from streammerge.checkpoint import atwork
-from streammerge.cli import main
+from streammerge.cli.arguments import main
 from streammerge.errors import CheckpointError, HeaderError, OutputError
 from streammerge.storage import copies
 from streammerge.storage.s3target import S3Target

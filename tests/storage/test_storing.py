@@ -21,7 +21,7 @@ import streammerge
 from streammerge.checkpoint import atwork, uploading
 from streammerge.checkpoint.scratch import SCRATCH_VARIABLE
 from streammerge.checkpoint.uploading import Uploads
-from streammerge.cli import main
+from streammerge.cli.arguments import main
 from streammerge.errors import CheckpointError, OutputError, OutputExistsError
 from streammerge.storage import stores, targets
 from streammerge.storage.retrying import PassingError

@@ -10,7 +10,7 @@ from servers import Server
 from stored_models import draw, recipe_at
 
 import streammerge
-from streammerge.cli import main
+from streammerge.cli.arguments import main
 from streammerge.errors import CheckpointError
 from streammerge.storage import copies, retrying
 from streammerge.storage.web import WebStore

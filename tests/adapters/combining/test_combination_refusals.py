@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 import streammerge
 from streammerge.adapters.combining.plans import CombinationPlan
-from streammerge.cli import main
+from streammerge.cli.arguments import main
 from streammerge.errors import (
     CheckpointError,
     MemoryBudgetError,

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from streammerge.adapters.files.inspecting import describe_adapter, describe_adapter_as_json
 from streammerge.adapters.files.reading import is_adapter, read_adapter
 from streammerge.adapters.files.types import AdapterKind, LayerKind, Naming
-from streammerge.cli import main
+from streammerge.cli.arguments import main
 from streammerge.errors import (
     CheckpointError,
     HeaderError,
@@ -420,7 +420,7 @@ def test_inspect_shows_an_adapter(adapter: Path, capsys: pytest.CaptureFixture[s
 
 def test_reading_does_not_import_torch(adapter: Path):
     script = (
-        "import sys; from pathlib import Path; from streammerge.cli import main; "
+        "import sys; from pathlib import Path; from streammerge.cli.arguments import main; "
         f"main(['inspect', {str(adapter)!r}]); assert 'torch' not in sys.modules"
     )
 

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 import streammerge
 from streammerge.checkpoint import outputfile
-from streammerge.cli import main
+from streammerge.cli.arguments import main
 from streammerge.errors import MemoryBudgetError, OutputExistsError
 from tests.adapters.tiny import Tensors
 

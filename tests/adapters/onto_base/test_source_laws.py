@@ -31,7 +31,7 @@ from torch import Tensor
 import streammerge
 from streammerge import merging
 from streammerge.checkpoint import outputfile
-from streammerge.cli import main
+from streammerge.cli.arguments import main
 from streammerge.errors import DiskSpaceError
 from streammerge.plan.chunking import most_around
 from streammerge.plan.codec import parse_plan

@@ -13,8 +13,8 @@ import yaml
 from models import MEMORY, Models, load_model, write_adapter
 
 import streammerge
-from streammerge.cli import main
-from streammerge.wording import parse_source
+from streammerge.cli.arguments import main
+from streammerge.cli.wording import parse_source
 
 WEIGHTS = {"layer.weight": (12, 8)}
 SOURCES: list[tuple[str, dict[str, Any]]] = [

@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from streammerge.cli.streams import as_courtesy
 from streammerge.errors import printable
-from streammerge.streams import as_courtesy
 from streammerge.units import format_size
 
 if TYPE_CHECKING:

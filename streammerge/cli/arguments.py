@@ -1,4 +1,4 @@
-"""The command line: arguments in, exit code out; what commands do is in :mod:`streammerge.commands`.
+"""Arguments in, exit code out.
 
 Exit codes: 0 done, 1 merge failed or verification found damage, 2 usage or recipe, 3 does not fit,
 4 output exists, 130 interrupted.
@@ -12,10 +12,8 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from streammerge import answering, commands, looking
-from streammerge.errors import StreamMergeError, printable
-from streammerge.limits import check_address_space, naming_limits
-from streammerge.options import (
+from streammerge.cli import answering, commands, looking
+from streammerge.cli.options import (
     add_command,
     add_completion,
     add_doctor,
@@ -29,9 +27,11 @@ from streammerge.options import (
     read_part,
     read_size,
 )
-from streammerge.streams import print_result
+from streammerge.cli.streams import print_result
+from streammerge.cli.wording import settle_words
+from streammerge.errors import StreamMergeError, printable
+from streammerge.limits import check_address_space, naming_limits
 from streammerge.version import VERSION
-from streammerge.wording import settle_words
 
 if TYPE_CHECKING:
     from _typeshed import SupportsWrite

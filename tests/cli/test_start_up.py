@@ -14,7 +14,7 @@ from models import Models, recipe_of
 
 import streammerge
 from streammerge import lazily
-from streammerge.cli import main
+from streammerge.cli.arguments import main
 from streammerge.plan.chunking import iter_units
 
 MANY = 20_000
@@ -24,7 +24,7 @@ def modules_after(arguments: list[str]) -> set[str]:
     """Run a command in a fresh interpreter and return what it has imported."""
     code = (
         "import sys\n"
-        "from streammerge.cli import main\n"
+        "from streammerge.cli.arguments import main\n"
         "try:\n"
         "    code = main(sys.argv[1:])\n"
         "except SystemExit as ended:\n"
@@ -42,7 +42,7 @@ def modules_after(arguments: list[str]) -> set[str]:
 def test_help_does_not_wait_for_torch(command: list[str]) -> None:
     modules = modules_after(command)
 
-    assert "streammerge.cli" in modules
+    assert "streammerge.cli.arguments" in modules
     assert modules.isdisjoint({"torch", "numpy", "pydantic", "yaml"})
 
 
@@ -80,7 +80,7 @@ def test_python_m_does_not_wait_for_torch() -> None:
     )
 
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
-    assert "streammerge.cli" in imported
+    assert "streammerge.cli.arguments" in imported
     assert "torch" not in imported
 
 

@@ -8,10 +8,10 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from streammerge.commands import read_one_recipe, resources_of
+from streammerge.cli.commands import read_one_recipe, resources_of
+from streammerge.cli.signals import stopping_signals
+from streammerge.cli.streams import print_result
 from streammerge.errors import OutputExistsError, printable
-from streammerge.signals import stopping_signals
-from streammerge.streams import print_result
 
 if TYPE_CHECKING:
     from streammerge.report.document import Report
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 def run_diff(options: argparse.Namespace) -> int:
     """Tell what models differ in; the exit code is 1 where they do."""
+    from streammerge.cli.display import show_progress
     from streammerge.differing import diff, differs
-    from streammerge.display import show_progress
     from streammerge.report.rendering import render_comparison
 
     page = _check_page(options)
@@ -43,7 +43,7 @@ def run_diff(options: argparse.Namespace) -> int:
 def run_analyze(options: argparse.Namespace) -> int:
     """Tell what a merge would make of its sources, without merging."""
     from streammerge.analysing import analyze
-    from streammerge.display import show_progress
+    from streammerge.cli.display import show_progress
     from streammerge.report.rendering import render_report
 
     recipe = read_one_recipe(options)

@@ -15,8 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from streammerge.cli.streams import as_courtesy
 from streammerge.errors import OutputError, OutputExistsError, RecipeError, printable
-from streammerge.streams import as_courtesy
 
 if TYPE_CHECKING:
     from streammerge.recipe.types import Recipe

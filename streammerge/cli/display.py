@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from typing import TextIO
 
+from streammerge.cli.streams import as_courtesy
 from streammerge.engine.progress import OnProgress, ProgressEvent
-from streammerge.streams import as_courtesy
 from streammerge.units import format_size
 
 _SECONDS_BETWEEN_LINES = 10.0
@@ -32,7 +32,7 @@ def show_progress(*, quiet: bool, as_json: bool) -> Iterator[OnProgress]:
         yield lambda _: None
     elif sys.stderr.isatty():
         # Nothing else needs tqdm, which takes as long to import as numpy does by half.
-        from streammerge.bar import Bar, open_bar  # noqa: PLC0415 - see above
+        from streammerge.cli.bar import Bar, open_bar
 
         with open_bar() as bar:
             yield Bar(bar)

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
-from streammerge import answering
+from streammerge.cli import answering
 from streammerge.units import parse_size
 
 
@@ -129,7 +129,7 @@ def read_fraction(text: str) -> float:
 
 def read_engine(text: str) -> str:
     """Return an engine, as ``--on`` names it."""
-    from streammerge.executors.driving import check_engine  # noqa: PLC0415 - most commands have no use for it
+    from streammerge.executors.driving import check_engine  # Most commands have no use for it.
 
     try:
         check_engine(text)

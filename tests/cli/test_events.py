@@ -11,9 +11,9 @@ import pytest
 import torch
 from models import Models, write_adapter
 
-from streammerge.cli import main
+from streammerge.cli.arguments import main
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 SCHEMA = json.loads((ROOT / "docs/reference/events.schema.json").read_text())
 KINDS = SCHEMA["$defs"]
 LINE = ["--method", "linear", "first", "second"]

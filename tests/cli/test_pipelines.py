@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 import streammerge
 from streammerge.checkpoint.composite import read_model
 from streammerge.checkpoint.foreseeing import foresee_headers
-from streammerge.cli import main
+from streammerge.cli.arguments import main
 from streammerge.errors import (
     CheckpointError,
     HeaderError,

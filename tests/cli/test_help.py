@@ -11,8 +11,7 @@ from shutil import which
 
 import pytest
 
-from streammerge import cli
-from streammerge.cli import build_parser, main
+from streammerge.cli.arguments import _parse, build_parser, main
 from streammerge.methods import discover_methods
 
 
@@ -37,7 +36,7 @@ def test_the_help_of_a_command_ends_with_an_example_that_parses(
     assert heading == "example:"
     program, *arguments = shlex.split(re.sub(r" > .*", "", example))
     assert (program, arguments[0]) == ("streammerge", name)
-    assert cli._parse(arguments).command is not None
+    assert _parse(arguments).command is not None
 
 
 @pytest.mark.parametrize("name", commands())
@@ -87,7 +86,7 @@ def test_without_the_library_it_is_named(
 
 
 def test_help_imports_no_large_library() -> None:
-    code = "import sys; from streammerge.cli import build_parser; build_parser().format_help(); "
+    code = "import sys; from streammerge.cli.arguments import build_parser; build_parser().format_help(); "
     code += "print(sorted({'torch', 'numpy', 'yaml', 'pydantic'} & set(sys.modules)))"
 
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)

@@ -14,9 +14,9 @@ import torch
 import yaml
 from models import Models, recipe_of
 
-from streammerge import doctor, probing
 from streammerge.checkpoint.types import ShardFile
-from streammerge.cli import main
+from streammerge.cli import doctor, probing
+from streammerge.cli.arguments import main
 from streammerge.native import library
 from streammerge.units import MIB
 from streammerge.version import VERSION

@@ -51,7 +51,7 @@ def print_result(text: str) -> None:
         OutputError: It cannot be written.
     """
     try:
-        print(text, flush=True)  # noqa: T201 - what it is for
+        print(text, flush=True)
     except BrokenPipeError:
         raise
     except OSError as error:

@@ -13,13 +13,13 @@ import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from streammerge.cli.probing import Rate, probe_directory
 from streammerge.engine.memory import available_memory, cgroup_limit, default_budget, total_memory
 from streammerge.errors import DependencyError
 from streammerge.lazily import torch
 from streammerge.limits import SHOWN_LIMITS, limit_of
 from streammerge.machine import count_cores
 from streammerge.native.library import Kernels, find_kernels
-from streammerge.probing import Rate, probe_directory
 from streammerge.units import format_size
 from streammerge.version import VERSION
 

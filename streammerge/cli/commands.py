@@ -13,12 +13,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from streammerge.cli.signals import stopping_signals
+from streammerge.cli.streams import print_result
+from streammerge.cli.telling import tell_complete, tell_done, tell_part, time_of
+from streammerge.cli.wording import read_words, settle_baking
 from streammerge.errors import RecipeError, printable
-from streammerge.signals import stopping_signals
-from streammerge.streams import print_result
-from streammerge.telling import tell_complete, tell_done, tell_part, time_of
 from streammerge.units import format_size
-from streammerge.wording import read_words, settle_baking
 
 if TYPE_CHECKING:
     from streammerge.adapters.combining.plans import CombinationPlan
@@ -69,7 +69,7 @@ def run_merge(options: argparse.Namespace) -> int:
 @contextmanager
 def _at_work(options: argparse.Namespace) -> Iterator[OnProgress]:
     """Show how far work is, and let signals stop it in good order."""
-    from streammerge.display import show_progress
+    from streammerge.cli.display import show_progress
 
     with (
         stopping_signals(),
@@ -280,7 +280,7 @@ def _print_estimate(
     """Print how long the disk will take, if that is asked for."""
     if not options.estimate:
         return
-    from streammerge.probing import estimate_seconds
+    from streammerge.cli.probing import estimate_seconds
 
     estimate = estimate_seconds(
         [file for planned in plans for file in planned.files if file.made is None],
@@ -366,7 +366,7 @@ def run_verify(options: argparse.Namespace) -> int:
     found = verify_files(Path(options.out))
     compared = None
     if options.against is not None and not found.damages:
-        from streammerge.display import show_progress
+        from streammerge.cli.display import show_progress
         from streammerge.run import verify_against
 
         with show_progress(quiet=options.quiet or options.json, as_json=False) as on_progress:

@@ -16,12 +16,13 @@ import yaml
 from models import MEMORY, Models, load_model, recipe_of
 
 import streammerge
-from streammerge import display, merging, run
+from streammerge import merging, run
 from streammerge.adapters.combining.combinations import COMBINATIONS
 from streammerge.checkpoint.manifest import read_manifest_files
 from streammerge.checkpoint.outputform import MANIFEST_NAME, RECIPE_NAME
-from streammerge.cli import main
-from streammerge.display import show_progress
+from streammerge.cli import display
+from streammerge.cli.arguments import main
+from streammerge.cli.display import show_progress
 from streammerge.engine.progress import ProgressEvent
 from streammerge.methods import discover_methods
 from streammerge.plan.codec import parse_plan

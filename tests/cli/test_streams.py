@@ -20,7 +20,7 @@ import yaml
 from models import MEMORY, Models, assert_same_bits, load_model, recipe_of
 
 import streammerge
-from streammerge.cli import main
+from streammerge.cli.arguments import main
 from streammerge.plan.codec import parse_plan
 
 
@@ -41,7 +41,7 @@ A = torch.arange(300_000.0)
 PROGRAM = [sys.executable, "-m", "streammerge"]
 OFTEN = """
 import os, sys
-from streammerge import display
+from streammerge.cli import display
 from streammerge.__main__ import run
 display._SECONDS_BETWEEN_LINES = 0.0
 sys.argv[0] = "streammerge"
@@ -273,7 +273,8 @@ def test_a_signal_during_an_import_is_one_line_and_130(  # noqa: PLR0917
 
 STARTED = """
 import os, sys
-from streammerge import __main__, signals
+from streammerge import __main__
+from streammerge.cli import signals
 leave = signals.leave_on_signals
 def leave_on_signals():
     leave()

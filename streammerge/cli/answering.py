@@ -8,8 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from streammerge.cli.streams import print_result
 from streammerge.errors import RecipeError
-from streammerge.streams import print_result
 
 
 def run_inspect(options: argparse.Namespace) -> int:
@@ -103,7 +103,7 @@ def run_methods(options: argparse.Namespace) -> int:
 
 def run_doctor(options: argparse.Namespace) -> int:
     """Show what the machine and the installation have for merges."""
-    from streammerge.doctor import as_json, examine, render
+    from streammerge.cli.doctor import as_json, examine, render
 
     found = examine(None if options.no_probe else Path(options.directory))
     print_result(json.dumps(as_json(found)) if options.json else render(found))
@@ -112,7 +112,7 @@ def run_doctor(options: argparse.Namespace) -> int:
 
 def run_completion(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     """Print what lets a shell complete commands."""
-    from streammerge.completing import render_completion
+    from streammerge.cli.completing import render_completion
 
     print_result(render_completion(parser, options.shell))
     return 0
