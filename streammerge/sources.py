@@ -15,7 +15,7 @@ from streammerge.checkpoint.header import ParsedHeaders
 from streammerge.checkpoint.hub import locate_model
 from streammerge.checkpoint.metadata import read_metadata
 from streammerge.checkpoint.quantised import check_not_quantized
-from streammerge.checkpoint.reading import check_gathered
+from streammerge.checkpoint.reading import check_gathered, check_whole
 from streammerge.checkpoint.types import Checkpoint
 from streammerge.errors import RecipeError, naming_source
 from streammerge.recipe.types import Recipe, Source
@@ -136,6 +136,7 @@ def _read_source(
 def _read_model(path: Path, label: str, parsed: ParsedHeaders) -> Checkpoint:
     with naming_source(label):
         checkpoint = read_codes(read_model(path, parsed))
+        check_whole(checkpoint)
         check_gathered(checkpoint)
         for part in (checkpoint, *(part for _, part in checkpoint.parts)):
             check_not_quantized(part)

@@ -112,6 +112,20 @@ def write_raw(directory: Path, content: bytes, name: str = "model.safetensors") 
 # -- files that are not what they should be
 
 
+def test_one_shard_of_several_is_no_model(refuse: Refuse, models: Models) -> None:
+    sharded = models.write(TENSORS, "sharded", shards=2)
+    shard = sharded / "model-00001-of-00002.safetensors"
+
+    said = refuse(
+        recipe_of("linear", None, [shard, shard]),
+        code=FAILED,
+        error="CheckpointError",
+        says=(shard, "one shard of several", f"name the directory, {sharded}"),
+    )
+
+    assert "sources[0]" in said
+
+
 @pytest.mark.parametrize(
     ("content", "error", "says"),
     [

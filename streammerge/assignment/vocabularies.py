@@ -267,7 +267,11 @@ class _Drawing:
         text = f"that of {tokens.label}"
         if more:
             text += f", and {' and '.join(more)} behind it"
-        yield Note("vocabulary", f"{text}: {tokens.count:,} numbers, {self._count:,} rows")
+        if tokens.count:
+            text += f": {tokens.count:,} numbers, {self._count:,} rows"
+        else:
+            text += ", which all models have: rows stay where they are"
+        yield Note("vocabulary", text)
         for index, (model, label) in enumerate(zip(drawn, self._labels, strict=True)):
             if model is self._models[index]:
                 continue

@@ -169,6 +169,25 @@ def read_file(
     )
 
 
+def check_whole(checkpoint: Checkpoint) -> None:
+    """Return if the checkpoint is all of a model, and not the one file of several that was named.
+
+    Raises:
+        CheckpointError: The file is called like a shard of many.
+    """
+    path = checkpoint.path
+    if (
+        len(checkpoint.files) == 1
+        and checkpoint.files[0].path == path
+        and _SHARD_OF_MANY.fullmatch(path.stem)
+    ):
+        raise CheckpointError(
+            f"{path}: is one shard of several by its name, and the others' tensors would be missing in the "
+            f"result; name the directory, {path.parent}, or the index in it; a file that is complete by itself "
+            "can be given another name"
+        )
+
+
 def check_gathered(checkpoint: Checkpoint) -> None:
     """Return if the weights are whole, and not what is left of them on one of many devices.
 

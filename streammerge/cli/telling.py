@@ -6,11 +6,13 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from streammerge.cli.streams import as_courtesy
 from streammerge.errors import printable
 from streammerge.units import format_size
+
+_SHOWN_REMARKS = 12
 
 if TYPE_CHECKING:
     from streammerge.checkpoint.manifest import Manifest
@@ -83,6 +85,7 @@ def tell_done(options: argparse.Namespace, manifest: Manifest, place: str | None
             f"{format_size(run.measured_memory)} of {format_size(run.memory_budget)}",
             file=sys.stderr,
         )
+        _tell_remarks(manifest, out)
         from streammerge.checkpoint.outputform import form_of
 
         form = form_of(Path(out))
@@ -91,6 +94,21 @@ def tell_done(options: argparse.Namespace, manifest: Manifest, place: str | None
             # An address is no path, whose slashes would be put together.
             where = f"{str(out).rstrip('/')}/{page}" if form.file is None else form.folder / page
             print(f"{printable(out)}: its report is {printable(str(where))}", file=sys.stderr)
+
+
+def _tell_remarks(manifest: Manifest, out: Any) -> None:
+    """Tell what was decided without being asked for, what differs, and what is not in the output."""
+    rows = [f"differs: {each}" for each in manifest.differences]
+    if manifest.left_behind:
+        rows.append(f"left behind: {', '.join(manifest.left_behind)}")
+    rows += [f"{note.topic}: {note.text}" for note in manifest.notes]
+    for row in rows[:_SHOWN_REMARKS]:
+        print(f"  {printable(row)}", file=sys.stderr)
+    if len(rows) > _SHOWN_REMARKS:
+        print(
+            f"  and {len(rows) - _SHOWN_REMARKS} more; the manifest of {printable(out)} has all",
+            file=sys.stderr,
+        )
 
 
 def tell_part(options: argparse.Namespace, part: int, parts: int) -> None:

@@ -19,9 +19,10 @@ from streammerge.checkpoint.types import (
     Companion,
     CompanionDifference,
     JsonChange,
+    Note,
 )
 from streammerge.companions.comparing import Participant, compare_companions
-from streammerge.companions.depth import ArrangedLayers, LayerOrigin
+from streammerge.companions.depth import ArrangedLayers, LayerOrigin, remark_on_depth
 from streammerge.companions.described import Described
 from streammerge.companions.fitting import fit_config
 from streammerge.companions.kinds import gather_companions, kind_of, read_object, read_template
@@ -67,7 +68,7 @@ def accompany(
     ]
     taken = _choose_origins(recipe, participants)
     if tokens is not None:
-        taken |= _with_tokenizer(recipe, tokens, taken)
+        taken |= _with_tokenizer(recipe, tokens, taken, participants)
     default = participants[0].directory
     wanted = recipe.output.chat_template
     companions = gather_companions(
@@ -80,7 +81,7 @@ def accompany(
         _check_given(recipe, taken, companions, own)
     _check_modules(taken[CompanionKind.CONFIG].directory, models[0], companions)
     arranged = _arranged_layers(planned, recipe, models[0])
-    changes = _fit(planned, models, taken[CompanionKind.CONFIG], arranged, recipe.mixture)
+    changes, remarks = _fit(planned, models, taken[CompanionKind.CONFIG], arranged, recipe.mixture)
     changes[_CONFIG] = (
         *changes.get(_CONFIG, ()),
         *_storage(planned, models[0], participants[0], taken[CompanionKind.CONFIG]),
@@ -95,6 +96,7 @@ def accompany(
     return replace(
         planned,
         companions=companions,
+        notes=(*planned.notes, *(Note("config", remark) for remark in remarks)),
         differences=tuple(_compare(recipe, participants, models, taken)),
         left_behind=_left_behind(planned, models[0], default, companions),
     )
@@ -124,14 +126,21 @@ def _choose_origins(
 
 
 def _with_tokenizer(
-    recipe: Recipe, tokens: Tokens, taken: Mapping[CompanionKind, Participant]
+    recipe: Recipe,
+    tokens: Tokens,
+    taken: Mapping[CompanionKind, Participant],
+    participants: Sequence[Participant],
 ) -> dict[CompanionKind, Participant]:
     """Return where a tokenizer comes from whose tokens the rows of the result stand for."""
     given = recipe.output.companions
-    origin = Participant(tokens.label.split()[0], tokens.origin)
+    origin = (
+        Participant(tokens.label.split()[0], tokens.origin)
+        if tokens.owner is None
+        else participants[tokens.owner]
+    )
     if (
         CompanionKind.TOKENIZER in given
-        and taken[CompanionKind.TOKENIZER].directory != tokens.origin
+        and taken[CompanionKind.TOKENIZER].directory != origin.directory
     ):
         raise RecipeError(
             f"output.companions.tokenizer: rows are drawn for the tokens of {tokens.origin}, not for those of "
@@ -247,8 +256,11 @@ def _fit(
     origin: Participant,
     arranged: ArrangedLayers | None,
     mixture: Mixture | None,
-) -> dict[str, tuple[JsonChange, ...]]:
-    """Return what the chosen configurations have to say of the planned tensors, by their file's name."""
+) -> tuple[dict[str, tuple[JsonChange, ...]], list[str]]:
+    """Return what the chosen configurations have to say of the planned tensors, by their file's name.
+
+    And what they say that does not hold.
+    """
     named = [
         (model.label, companion_directory(Path(model.path)), dict(each.parts) or {"": each})
         for model, each in zip(planned.models, models, strict=True)
@@ -277,6 +289,7 @@ def _fit(
             if len(present) == 1 and present[0] in full:
                 copied.setdefault(folder, {})[name] = planned.models[present[0]].label
     changes: dict[str, tuple[JsonChange, ...]] = {}
+    remarks: list[str] = []
     for folder, result in results.items():
         described = [
             (directory, _describe(label, parts[folder]))
@@ -303,10 +316,12 @@ def _fit(
                 fit_mixture(own, mixture, len(planned.models) - 1, result, is_first=is_first)
             )
         )
+        remark = remark_on_depth(own, found, result)
+        remarks += [] if remark is None else [remark]
         if folder:
             found += tuple(_dtype_changes(merged.get(folder, set()), own.config))
         changes[f"{folder}/{_CONFIG}" if folder else _CONFIG] = found
-    return changes
+    return changes, remarks
 
 
 def _storage(

@@ -109,6 +109,40 @@ def fit_arranged(
                 yield JsonChange(section, key, json.dumps(made), why)
 
 
+def remark_on_depth(
+    own: Described, changes: Sequence[JsonChange], result: Mapping[str, tuple[int, ...]]
+) -> str | None:
+    """Return what the configuration of the result says of its layers, if that is another number than they are.
+
+    A loader makes layers up that are missing, and leaves those out that are too many. Where several keys count
+    layers, nobody knows which of them is meant.
+    """
+    said = {
+        (section, key): value
+        for section, settings in sections(own.config)
+        for key in _LAYERS
+        if type(value := settings.get(key)) is int
+    }
+    said |= {
+        (each.section, each.key): json.loads(each.value)
+        for each in changes
+        if (each.section, each.key) in said and each.value is not None
+    }
+    numbered = stacks(result)
+    if len(said) != 1 or not numbered:
+        return None
+    ((section, key), count) = said.popitem()
+    stack = max(numbered, key=lambda name: len(numbered[name]))
+    numbers = numbered[stack]
+    if len(numbers) == count and max(numbers) == count - 1:
+        return None
+    where = f"{section}.{key}" if section else key
+    return (
+        f"{where} of {own.label} says {count}, and the result has {len(numbers)} layers, {stack}.{min(numbers)} to "
+        f"{stack}.{max(numbers)}: a loader makes up what is missing, and leaves out what is too much"
+    )
+
+
 def _arranged_value(
     key: str,
     value: object,

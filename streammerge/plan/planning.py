@@ -43,7 +43,7 @@ from streammerge.plan.devices import add_devices, choose_device_resources
 from streammerge.plan.fusing import Earlier, fuse, note_of, reader_nbytes, shared_nbytes
 from streammerge.plan.kernels import measure_baseline, why_torch
 from streammerge.plan.layout import place_parts, plan_layout_like
-from streammerge.plan.participants import labels_of, models_of
+from streammerge.plan.participants import labels_of, models_of, remark_on_participants
 from streammerge.plan.rendering import PrintedPlan
 from streammerge.plan.requantising import encode_as_base
 from streammerge.plan.sweeps import Needs, bytes_beyond_once, programs_of_settings
@@ -232,6 +232,7 @@ def plan_merge(
         config=_config(checkpoints, assignment.tensors, recipe, unties=ties.unties),
         notes=(
             *(Note("mergekit", remark) for remark in recipe.remarks),
+            *remark_on_participants(recipe, method, sources),
             *_notes_of_files(checkpoints, labels),
             *renamings,
             *arranged.notes,
@@ -277,8 +278,8 @@ def _compute_dtype(recipe: Recipe) -> DType:
 
 def _notes_of_files(models: Sequence[Model], labels: Sequence[str]) -> Iterator[Note]:
     for label, model in zip(labels, models, strict=True):
-        if isinstance(model, Checkpoint):
-            yield from (Note("files", f"{label}: {text}") for text in model.notes)
+        topic = "files" if isinstance(model, Checkpoint) else "adapter"
+        yield from (Note(topic, f"{label}: {text}") for text in model.notes)
 
 
 def _twins(

@@ -9,6 +9,7 @@ from streammerge.adapters.files.components import read_named
 from streammerge.adapters.files.types import Adapter
 from streammerge.adapters.onto_base.changes import Change, list_changes
 from streammerge.adapters.onto_base.finding import find_homes
+from streammerge.adapters.onto_base.remarks import remark_on_origin
 from streammerge.checkpoint.types import Checkpoint, ShardFile, TensorEntry
 from streammerge.errors import RecipeError, naming_source
 from streammerge.recipe.types import Source
@@ -26,6 +27,8 @@ class AdaptedModel:
     """Changes of the base's tensors, or of those that the adapter brings along, by name."""
     untied: Mapping[str, str]
     """Tensors that the base's files lack, because they are tied, by the one that each equals."""
+    notes: tuple[str, ...] = ()
+    """What its configuration says that does not fit, or that PEFT would do otherwise."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,9 +69,10 @@ def read_tuned(source: Source, label: str, model: Checkpoint) -> TunedModel:
         for name, of_name in adapted.changes.items()
     }
     whole = _with_untied(model, adapted.untied)
+    notes = tuple(f"its adapter {note}" for note in adapted.notes)
     return TunedModel(
         **{each.name: getattr(whole, each.name) for each in fields(Checkpoint)}
-        | {"tensors": {**whole.tensors, **brought}},
+        | {"tensors": {**whole.tensors, **brought}, "notes": (*whole.notes, *notes)},
         changes=changes,
         adapter_files=adapted.files,
         replaced={name: whole.tensors.get(name) for name in brought},
@@ -149,6 +153,7 @@ def adapt(adapter: Adapter, base: Checkpoint, *, where: str, shares_ties: bool) 
         tensors=tensors,
         changes={name: tuple(each) for name, each in changes.items()},
         untied=homes.untied,
+        notes=tuple(remark_on_origin(adapter, base)),
     )
 
 
