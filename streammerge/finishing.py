@@ -157,7 +157,7 @@ def write_companions(
     method = find_method(planned.method)
     for name, digest in copied.items():
         _check_copy(directory / name, digest)
-    texts = {form.recipe: planned.recipe.encode()}
+    texts = {form.recipe: planned.document.encode()}
     texts |= render_indexes(planned)
     if form.card is not None:
         texts[form.card] = render_model_card(
@@ -165,7 +165,7 @@ def write_companions(
             method=method.name,
             summary=method.summary,
             reference=method.reference,
-            recipe_yaml=planned.recipe,
+            recipe_yaml=planned.document,
             models=[
                 row
                 for model in planned.models
@@ -254,8 +254,8 @@ def _manifest(
         version=MANIFEST_VERSION,
         method=planned.method,
         semantics=planned.semantics,
-        recipe=planned.recipe,
-        recipe_digest=digest_recipe(planned.recipe),
+        recipe=planned.document,
+        recipe_digest=digest_recipe(planned.document),
         inputs=tuple(replace(file, path=Path(file.origin)) for file in planned.files),
         files=files,
         dropped=planned.dropped,

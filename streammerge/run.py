@@ -54,7 +54,7 @@ from streammerge.recipe.dumping import dump_recipe
 from streammerge.recipe.grid import GRID_KEY
 from streammerge.recipe.parsing import native_document, recipe_from_mapping
 from streammerge.recipe.resolving import build_resolver
-from streammerge.recipe.text import MAX_TEXT_BYTES, load_document
+from streammerge.recipe.text import MAX_TEXT_BYTES, load_documents
 from streammerge.recipe.types import Recipe
 from streammerge.sources import download_sources, locate_models, read_models
 from streammerge.storage.targets import load_target
@@ -405,8 +405,16 @@ def load_recipe(recipe: RecipeLike, *, download: bool = False) -> Recipe:
     if isinstance(recipe, Mapping):
         return parse_document(recipe, "recipe", download=download)
     path = parse_path(recipe, "recipe")
-    text = read_recipe_text(path)
-    return parse_document(load_document(text, origin=str(path)), str(path), download=download)
+    documents = load_documents(read_recipe_text(path), origin=str(path))
+    while len(documents) > 1 and documents[-1] is None:
+        documents.pop()
+    if len(documents) > 1:
+        raise RecipeError(
+            f"{path}: has {len(documents)} recipes, of which later ones merge what earlier ones make; `streammerge "
+            "merge FILE OUT` does that, and what it has made is compared by merging into another directory and "
+            "`streammerge diff`; name the file of one recipe here"
+        )
+    return parse_document(documents[0] if documents else None, str(path), download=download)
 
 
 def read_recipe_text(path: Path) -> str:

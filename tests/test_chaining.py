@@ -108,6 +108,41 @@ def test_the_last_result_is_that_of_each_recipe_by_itself(
     assert texts[2].startswith("recipes and inputs: SHA-256 ")
 
 
+def test_the_recipe_beside_the_result_makes_it_again(write: Write, tmp_path: Path) -> None:
+    out, again = tmp_path / "out", tmp_path / "again"
+    assert main(["merge", str(write(CHAIN)), str(out), "--quiet"]) == 0
+    beside = out / "streammerge_recipe.yaml"
+
+    assert main(["merge", str(beside), str(again), "--quiet"]) == 0
+
+    assert_same_model(load_model(again), load_model(out))
+    assert (again / beside.name).read_bytes() == beside.read_bytes()
+    assert "path: arc" in (out / "README.md").read_text()
+    document = json.loads((out / "streammerge_manifest.json").read_text())
+    assert document["recipe"] == beside.read_text()
+    assert ".stages" not in document["recipe"]
+
+
+def test_what_takes_one_recipe_says_what_takes_several(
+    write: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert main(["merge", str(write(CHAIN)), str(out), "--quiet"]) == 0
+
+    assert main(["verify", str(out), "--against", str(write(CHAIN))]) == 2
+
+    assert "has 3 recipes, of which later ones merge" in capsys.readouterr().err
+    with pytest.raises(RecipeError, match="has 3 recipes"):
+        streammerge.plan(write(CHAIN))
+
+
+def test_a_name_that_is_none_is_named(write: Write) -> None:
+    slip = CHAIN.replace("path: sum}", "path: summ}")
+
+    with pytest.raises(RecipeError, match='merges "sum", and "summ" is neither a name nor here'):
+        read_recipes(write(slip), download=False)
+
+
 def test_all_are_planned_before_the_first_one_runs(
     write: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

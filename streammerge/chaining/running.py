@@ -11,7 +11,7 @@ from typing import Any
 
 from streammerge.chaining.between import Begun, begin, clear, find_begun
 from streammerge.chaining.foreseeing import foresee, foresee_chain, naming, plan_stage
-from streammerge.chaining.stages import Chain
+from streammerge.chaining.stages import Chain, dump_chain
 from streammerge.checkpoint.bytesource import ByteSourceKind
 from streammerge.checkpoint.finished import find_finished
 from streammerge.checkpoint.journal import JOURNAL_NAME
@@ -95,7 +95,7 @@ def merge_chain(
             continue
         if last:
             notes = _notes(chain, identity, fused)
-            planned = replace(planned, notes=(*planned.notes, *notes))
+            planned = replace(planned, notes=(*planned.notes, *notes), chain=dump_chain(chain))
         # The last one replaces what is there, unless that is what it was doing already.
         replaces = last and begun.overwrite and not (resume and _has_begun(out))
         with naming(stage):

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from streammerge.errors import RecipeError
+from streammerge.recipe.dumping import dump_recipe
 from streammerge.recipe.grid import expand_grid
 from streammerge.recipe.refusing import shown
 from streammerge.recipe.text import load_documents
@@ -43,6 +44,16 @@ class Chain:
     """What it holds."""
     stages: tuple[Stage, ...]
     """At least two."""
+
+
+def dump_chain(chain: Chain, dump: Callable[[Recipe], str] = dump_recipe) -> str:
+    """Return all recipes as one text of YAML documents that makes the same result.
+
+    Args:
+        chain: The recipes.
+        dump: Writes one of them.
+    """
+    return "---\n".join(f"name: {each.name}\n{dump(each.recipe)}" for each in chain.stages)
 
 
 def read_recipes(path: Path, *, download: bool) -> Recipe | Chain | Grid:
@@ -128,10 +139,18 @@ def _stages(path: Path, documents: Sequence[object], *, download: bool) -> list[
     unused = [stage.name for stage in stages[:-1] if stage.name not in used]
     if unused:
         raise RecipeError(
-            f"{path}: no later recipe merges {', '.join(map(shown, unused))}; the results in between "
-            "are removed in the end, so give a recipe of its own to what is to be kept"
+            f"{path}: no later recipe merges {', '.join(map(shown, unused))}{_perhaps_meant(stages)}; the results "
+            "in between are removed in the end, so give a recipe of its own to what is to be kept"
         )
     return stages
+
+
+def _perhaps_meant(stages: Sequence[Stage]) -> str:
+    """Return which names in recipes are those of nothing, one of which may be a slip."""
+    names = {stage.name for stage in stages}
+    named = {str(path) for stage in stages for path in models_of(stage.recipe)} - names
+    nothing = sorted(each for each in named if _NAME.fullmatch(each) and not os.path.lexists(each))
+    return f", and {', '.join(map(shown, nothing))} is neither a name nor here" if nothing else ""
 
 
 def _name_of(name: object, where: str) -> str:

@@ -38,7 +38,7 @@ def run_inspect(options: argparse.Namespace) -> int:
 
 def run_convert(options: argparse.Namespace) -> int:
     """Print a recipe in this tool's words."""
-    from streammerge.chaining.stages import read_recipes
+    from streammerge.chaining.stages import dump_chain, read_recipes
     from streammerge.recipe.dumping import write_out
     from streammerge.recipe.types import Recipe
     from streammerge.together import Grid
@@ -49,13 +49,8 @@ def run_convert(options: argparse.Namespace) -> int:
             f"{options.recipe}: grid: makes {len(found.recipes)} outputs; convert the recipe without it, "
             "and give the result a grid"
         )
-    stages = (
-        [(None, found)] if isinstance(found, Recipe) else [(s.name, s.recipe) for s in found.stages]
-    )
-    texts = [
-        ("" if name is None else f"name: {name}\n") + write_out(recipe) for name, recipe in stages
-    ]
-    print_result("---\n".join(texts).rstrip("\n"))
+    text = write_out(found) if isinstance(found, Recipe) else dump_chain(found, write_out)
+    print_result(text.rstrip("\n"))
     return 0
 
 

@@ -369,6 +369,13 @@ class MergePlan:
     """Earlier recipes whose results are computed where they are read, each after those that it reads."""
     survey: bool = False
     """Whether what a report tells is found while tensors are merged."""
+    chain: str = ""
+    """The recipes of a file of several, if this is the last of them; empty for a recipe by itself."""
+
+    @property
+    def document(self) -> str:
+        """The recipe as it goes to the output: with those before it that made its sources."""
+        return self.chain or self.recipe
 
     @property
     def asks_stores(self) -> bool:
