@@ -11,6 +11,7 @@ On accelerators, and where adapters are combined, which takes seconds, they run 
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import threading
@@ -28,6 +29,7 @@ from streammerge.checkpoint.inputs import parse_path
 from streammerge.checkpoint.manifest import Manifest
 from streammerge.checkpoint.outputform import form_of
 from streammerge.checkpoint.permitting import allocated, check_place
+from streammerge.checkpoint.places import choose_place
 from streammerge.checkpoint.sharing import SharedFiles
 from streammerge.engine.accelerator.opening import choose_devices
 from streammerge.engine.pacing import Pacer
@@ -216,13 +218,18 @@ def _cut(to_do: Sequence[int], sizes: Sequence[int]) -> Iterator[list[int]]:
 
 
 def _check_apart(outs: Sequence[Path]) -> None:
-    """Raise if an output is another one, or inside of it."""
+    """Raise if an output is another one, or inside of it, or is where another one grows."""
+    taken = [(out, choose_place(out).partial) for out in outs]
     for index, out in enumerate(outs):
-        for other in outs[:index]:
-            if out == other or out in other.parents or other in out.parents:
+        for at, other in enumerate(outs[:index]):
+            if any(_overlap(*pair) for pair in itertools.product(taken[index], taken[at])):
                 raise OutputExistsError(
                     f"{out}: overlaps the output {other}; give each recipe a place of its own"
                 )
+
+
+def _overlap(one: Path, other: Path) -> bool:
+    return one == other or one in other.parents or other in one.parents
 
 
 def _make_folders(outs: Sequence[Path]) -> None:

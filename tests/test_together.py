@@ -262,7 +262,7 @@ def test_a_chain_is_merged_by_itself(
     assert not (tmp_path / "a.partial").exists()
 
 
-@pytest.mark.parametrize("second", ["out", "out/inside", "."])
+@pytest.mark.parametrize("second", ["out", "out/inside", ".", "out.partial", "out.partial/in"])
 def test_outputs_lie_apart(second: str, paths: list[Path], tmp_path: Path) -> None:
     recipes = recipes_over(paths)
 

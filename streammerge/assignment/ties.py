@@ -19,8 +19,10 @@ from streammerge.checkpoint.ties import (
     TIE_KEY,
     Pair,
     declares_tie,
+    head_pair,
     iter_pairs,
     iter_unstored_pairs,
+    says_nothing,
     scales_when_tied,
 )
 from streammerge.checkpoint.types import Checkpoint, Note, TensorEntry
@@ -41,8 +43,8 @@ class SettledTies:
     """What was decided."""
     known: frozenset[str]
     """Names that stand for another one, so that rules may still speak of them."""
-    unties: bool
-    """Whether the first model's configuration must be told that embeddings are apart."""
+    tied: bool | None
+    """What the first model's configuration must be told: that embeddings are apart, or one; None for nothing."""
     twins: tuple[Twins, ...]
     """Tensors that must hold the same values for that to be right."""
 
@@ -63,10 +65,12 @@ def settle_ties(
     names = dict.fromkeys(chain.from_iterable(map(_names_of, models)))
     # Several families of models may know the same pair.
     pairs = list(dict.fromkeys(iter_pairs(names)))
-    if not pairs:
-        return SettledTies(tuple(models), (), frozenset(), unties=False, twins=())
     configs = _configs(models)
     views = [_View(model, config) for model, config in zip(models, configs, strict=True)]
+    if not pairs:
+        # No file has a head.
+        tied = _has_to_say_so(views, filter(None, map(head_pair, names)))
+        return SettledTies(tuple(models), (), frozenset(), tied=tied, twins=())
     joins = _joins(views, pairs)
     joined, apart = _decide(pairs, joins, resolve)
     if any(views[0].says_tied(pair) for pair in apart):
@@ -96,9 +100,21 @@ def settle_ties(
         tuple(settled),
         notes=_notes(kept, parted),
         known=frozenset(kept),
-        unties=bool(unties),
+        tied=False if unties else _has_to_say_so(views, joined),
         twins=tuple(twins),
     )
+
+
+def _has_to_say_so(views: Sequence[_View], joined: Iterable[Pair]) -> bool | None:
+    """Return whether the first model leaves open what another one says, or has in its file; None if not.
+
+    What a loader takes for granted where the key is missing depends on its version and the kind of model.
+    """
+    first, *others = views
+    for pair in joined:
+        if first.leaves_open(pair) and any(each.knows_tied(pair) for each in others):
+            return True
+    return None
 
 
 def _joins(views: Sequence[_View], pairs: Sequence[Pair]) -> list[list[bool]]:
@@ -191,6 +207,18 @@ class _View:
     def says_tied(self, pair: Pair) -> bool:
         """Return whether the configuration has to be changed for a pair to come apart."""
         return self._config is not None and declares_tie(self._config, pair) is not False
+
+    def leaves_open(self, pair: Pair) -> bool:
+        """Return whether the model's own configuration says nothing of a pair."""
+        config = self.model.config if isinstance(self.model, Checkpoint) else None
+        return config is not None and says_nothing(config, pair)
+
+    def knows_tied(self, pair: Pair) -> bool:
+        """Return whether the model says that a pair is one tensor, or has both."""
+        if not isinstance(self.model, Checkpoint):
+            return False
+        both = pair.inner in self._entries and pair.outer in self._entries
+        return both or declares_tie(self.model.config, pair) is True
 
     def parts_with_the_others(self, pair: Pair) -> bool:
         """Return whether a configuration that says that embeddings are apart is about a pair too."""

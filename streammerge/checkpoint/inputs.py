@@ -22,7 +22,7 @@ from streammerge.errors import (
 )
 from streammerge.limits import name_limit
 
-MAX_NUMEL = 2**63
+MAX_NUMEL = 2**63 - 1
 """The most elements that a shape may have: sizes beyond it overflow in every reader."""
 MAX_JSON_DEPTH = 64
 """Nesting of a JSON file; a model's files need six levels. Without a limit of ours it would be the

@@ -367,6 +367,11 @@ def declares_tie(config: _Config | None, pair: Pair) -> bool | None:
     return True if {kind, text.get("model_type")} & _TIED_BY_DEFAULT else None
 
 
+def says_nothing(config: _Config, pair: Pair) -> bool:
+    """Return whether a configuration has no key about the tensors of a pair, and is of no kind that ties them."""
+    return not _said(_scope(config, pair.prefix)) and declares_tie(config, pair) is None
+
+
 def says_apart(config: _Config) -> bool:
     """Return whether a configuration says that no embeddings are shared."""
     return _said(config) == {False}

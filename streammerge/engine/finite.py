@@ -89,6 +89,11 @@ def check_range(merged: Floats, piece: PieceInMemory, begin: int) -> None:
     if element is None:
         return
     name, place = _place(piece, begin + element)
+    if np.isnan(merged[element]):
+        raise NonFiniteError(
+            f"{name}: the merged value at {place} is NaN, though its inputs are finite: on the way a number became too "
+            f"large, or two of them cancel; change the weights, or set `compute_dtype: float64`"
+        )
     raise NonFiniteError(
         f"{name}: the merged value {float(merged[element]):g} at {place} exceeds {limit:g}, the "
         f"largest {dtype}; choose a wider output.dtype or smaller weights"

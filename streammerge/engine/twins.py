@@ -48,7 +48,7 @@ def _compare(
             element = (begin + byte) // twins.one.dtype.itemsize
             raise CheckpointError(
                 f"{plan.files[twins.other.file].path}: {printable(twins.other.name)} and "
-                f"{printable(twins.one.name)} are one tensor by the configuration of {twins.label}, "
+                f"{printable(twins.one.name)} are one tensor in {twins.label}, by its configuration or, if it has none, that of another model, "
                 f"but differ from flat element {element} on, so that it depends on the program that "
                 f"loads it which one counts; if both do, set {TIE_KEY}: false in its config.json; if "
                 f"only {printable(twins.one.name)} does, add a rule "

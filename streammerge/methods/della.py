@@ -160,6 +160,18 @@ def _rounds(params: _Params) -> tuple[Round, ...]:
     return (l1_round(lambda sheet: _dropped(sheet, params), dropping, about),)
 
 
+def _refuse(params: _Params) -> str | None:
+    """Return which probabilities are none; mergekit refuses the same."""
+    for density, epsilon in zip(params.density, params.epsilon, strict=True):
+        if 0 < density < 1 and not 0 < density - epsilon <= density + epsilon < 1:
+            return (
+                f"epsilon: {epsilon:g} around density {density:g} makes probabilities from {density - epsilon:g} to "
+                f"{density + epsilon:g}, which have to lie between 0 and 1; give an epsilon below "
+                f"{min(density, 1 - density):g}"
+            )
+    return None
+
+
 def _ranks(sheet: Sheet) -> Sequence[Row]:
     return sheet.task_vectors
 
@@ -196,6 +208,7 @@ METHODS = (
         params=DellaLinearParams,
         operand=Operand.TASK_VECTORS,
         work=della_linear,
+        refuse=_refuse,
         semantics=(Semantics.MERGEKIT, Semantics.PAPER),
         random=True,
         examples=(
@@ -213,6 +226,7 @@ METHODS = (
         params=DellaParams,
         operand=Operand.TASK_VECTORS,
         work=della,
+        refuse=_refuse,
         semantics=(Semantics.MERGEKIT, Semantics.PAPER),
         random=True,
         examples=(

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+import numpy as np
+
 from streammerge.adapters.onto_base.adapted import AdaptedModel
 from streammerge.assignment.types import Assignment, Model
 from streammerge.errors import RecipeError, printable, suggestion
@@ -144,6 +146,21 @@ def check_settings(method: MergeMethod, assignment: Assignment) -> bool:
             "of each covers the whole model; set `scope: tensor`"
         )
     return True
+
+
+def check_numbers(recipe: Recipe, assignment: Assignment) -> None:
+    """Raise if a parameter is no number of the type that is computed in, but 0 or infinity."""
+    if recipe.compute_dtype is not ComputeDType.FLOAT32:
+        return
+    least, most = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
+    for setting in assignment.settings:
+        for name, value in setting.values:
+            for number in value if isinstance(value, tuple) else (value,):
+                if isinstance(number, float) and number != 0 and not least <= abs(number) <= most:
+                    raise RecipeError(
+                        f"{name}: {number:g} is no number of float32, whose magnitudes go from {least:.3g} to "
+                        f"{most:.3g}; give another one, or set `compute_dtype: float64`"
+                    )
 
 
 def check_in_turn(recipe: Recipe, assignment: Assignment, sources: Sequence[Model]) -> None:

@@ -31,6 +31,7 @@ from streammerge.plan.adapting import describe_changes
 from streammerge.plan.asking import (
     check_in_turn,
     check_layers,
+    check_numbers,
     check_settings,
     check_sources,
     find_method,
@@ -158,6 +159,7 @@ def plan_merge(
     if recipe.output.quantization is not None:
         assignment = encode_as_base(assignment, checkpoints, recipe, resolve)
     model_scope = check_settings(method, assignment)
+    check_numbers(recipe, assignment)
     if takes_in_turn(recipe, method):
         check_in_turn(recipe, assignment, sources)
     layout, places = place_parts(
@@ -229,7 +231,7 @@ def plan_merge(
         input_nbytes=demand.input_nbytes,
         dropped=assignment.dropped,
         copied_from_base=assignment.copied_from_base,
-        config=_config(checkpoints, assignment.tensors, recipe, unties=ties.unties),
+        config=_config(checkpoints, assignment.tensors, recipe, tied=ties.tied),
         notes=(
             *(Note("mergekit", remark) for remark in recipe.remarks),
             *remark_on_participants(recipe, method, sources),
@@ -302,7 +304,7 @@ def _config(
     tensors: Sequence[AssignedTensor],
     recipe: Recipe,
     *,
-    unties: bool,
+    tied: bool | None,
 ) -> tuple[tuple[str, bool | int | None], ...]:
     """Return the keys of the base's ``config.json`` that the result contradicts."""
     base = models[0]
@@ -311,8 +313,8 @@ def _config(
     settings: dict[str, bool | int | None] = {}
     if base.dequantised and recipe.output.quantization is None:
         settings[QUANTIZATION_KEY] = None
-    if unties:
-        settings[TIE_KEY] = False
+    if tied is not None:
+        settings[TIE_KEY] = tied
     stored = stored_tensors(base)
     config = base.config or {}
     inner = config.get("text_config")

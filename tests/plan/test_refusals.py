@@ -54,6 +54,15 @@ WRONG = [
     # numbers below their range
     ("nearswap", 1, {"t": -0.1}, "parameters.t: "),
     ("ram", 2, {"epsilon": -1}, "parameters.epsilon: "),
+    # probabilities that are none; mergekit refuses the same
+    ("della", 2, {"density": 0.9}, r"epsilon: 0.15 around density 0.9 .* 0.75 to 1.05, .* below 0.1"),
+    ("della_linear", 2, {"density": [0.5, 0.15]}, "epsilon: 0.15 around density 0.15 .* from 0 to 0.3"),
+    ("della", 1, {"density": 0.5, "epsilon": 0.5}, "from 0 to 1, .* give an epsilon below 0.5"),
+    # what float32 cannot hold
+    ("linear", 2, {"weight": [1e-45, 1.0]}, "weight: 1e-45 is no number of float32.*compute_dtype: float64"),
+    ("task_arithmetic", 2, {"weight": -1e39}, "weight: -1e\\+39 is no number of float32"),
+    ("dare_linear", 2, {"density": 1e-300}, "density: 1e-300 is no number"),
+    ("ties", 2, {"density": 0.5, "lambda": 1e39}, "lambda: 1e\\+39 is no number"),
     # what would do nothing
     ("dare_ties", 2, {"density": 0.5, "rescale": "l1", "rescale_by": 0.3}, "rescale_by: .*rescale: l1"),
 ]  # fmt: skip
@@ -70,6 +79,11 @@ def test_what_a_method_cannot_do_is_refused(
 # What is near to the above, and fine.
 RIGHT = [
     ("linear", 2, {"weight": [0.5, -0.5], "normalize": False}),
+    ("linear", 2, {"weight": [1.2e-38, 3.4e38]}),
+    ("linear", 2, {"weight": [0.0, -1e38]}),
+    ("della", 2, {"density": [0.85, 0.15], "epsilon": 0.149}),
+    # Nothing is drawn.
+    ("della", 2, {"density": [0.0, 1.0], "epsilon": 0.15}),
     # Rounds to 5.6e-17, and is what was asked for.
     ("linear", 2, {"weight": [0.1 + 0.2, -0.3]}),
     ("multislerp", 2, {"weight": [1.0, -1.0], "normalize": False}),
@@ -88,6 +102,12 @@ def test_what_is_near_to_that_is_not(
     method: str, count: int, parameters: dict[str, Any], paths: list[Path]
 ) -> None:
     plan(paths, method, count, parameters=parameters)
+
+
+def test_what_float32_cannot_hold_float64_can(paths: list[Path]) -> None:
+    parameters = {"weight": [1e-300, 1e-300]}
+
+    plan(paths, "linear", 2, parameters=parameters, compute_dtype="float64")
 
 
 def test_weights_that_a_rule_makes_sum_to_zero_are_refused(paths: list[Path]) -> None:
