@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from typing import Any
 
 from streammerge.adapters.combining.plans import CombinationPlan
 from streammerge.checkpoint.manifest import digest_recipe
+from streammerge.checkpoint.permitting import TOLD
 from streammerge.lazily import torch_version
 from streammerge.plan.types import MergePlan
+from streammerge.recipe.text import load_document
 from streammerge.version import VERSION
+
+_MOST_TOLD = 1 << 14
+"""Characters of the longest recipe that a journal has the values of."""
 
 
 def identify(planned: MergePlan | CombinationPlan) -> dict[str, Any]:
@@ -47,6 +53,28 @@ def identify(planned: MergePlan | CombinationPlan) -> dict[str, Any]:
         # Another build may round differently.
         "versions": {"streammerge": VERSION, "torch": torch_version()},
     }
+
+
+def told(planned: MergePlan | CombinationPlan) -> dict[str, Any]:
+    """Return what a journal has beside the identity: the recipe's values, by which another recipe is told.
+
+    They decide nothing: the digest of the recipe does.
+    """
+    if len(planned.recipe) > _MOST_TOLD:
+        return {}
+    return {TOLD: dict(_values(load_document(planned.recipe, origin="recipe"), ""))}
+
+
+def _values(value: object, path: str) -> Iterator[tuple[str, object]]:
+    """Yield every single value of a recipe with the way to it, as ``sources[0].weight``."""
+    if isinstance(value, dict) and value:
+        for key, inner in value.items():
+            yield from _values(inner, f"{path}.{key}" if path else str(key))
+    elif isinstance(value, list) and value:
+        for index, inner in enumerate(value):
+            yield from _values(inner, f"{path}[{index}]")
+    else:
+        yield path, value
 
 
 def _digest_work(parts: tuple[Any, ...]) -> str:

@@ -51,7 +51,7 @@ from streammerge.finishing import (
     room_beside,
     write_companions,
 )
-from streammerge.identity import identify
+from streammerge.identity import identify, told
 from streammerge.limits import allow_open_files, name_limit
 from streammerge.machine import fits_page_cache
 from streammerge.plan.asking import find_method
@@ -114,7 +114,7 @@ class MergeJob:
             return write_adapter(
                 CombinationJob(planned),
                 self.out,
-                identity=identify(planned),
+                identity=identify(planned) | told(planned),
                 overwrite=self.overwrite,
                 resume=self.resume,
                 opener=self.opener,
@@ -137,7 +137,7 @@ class MergeJob:
                 nbytes=planned.bytes_to_write if self.sink is None else self.sink.room,
                 nbytes_beside=room_beside(planned),
                 names=output_names(planned, form_of(self.out)),
-                identity=identity,
+                identity=identity | told(planned),
                 overwrite=self.overwrite,
                 resume=self.resume,
                 check=entry_check(planned),

@@ -40,7 +40,7 @@ from streammerge.engine.shelter import run_sheltered
 from streammerge.engine.twins import check_twins
 from streammerge.errors import BusyError, CheckpointError, OutputExistsError, RecipeError
 from streammerge.finishing import output_names, room_beside
-from streammerge.identity import identify
+from streammerge.identity import identify, told
 from streammerge.limits import allow_open_files, naming_limits
 from streammerge.merging import MergeJob, Share, naming_errors, open_sources, write_shards
 from streammerge.plan.checking import check_runnable
@@ -274,7 +274,7 @@ class PartJob:
                 ),
                 nbytes_beside=room_beside(planned),
                 names=output_names(planned, form_of(self.out)),
-                identity=identify(planned),
+                identity=identify(planned) | told(planned),
                 overwrite=self.overwrite,
                 resume=self.resume,
                 wanted=own,

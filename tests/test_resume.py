@@ -328,10 +328,30 @@ def test_an_unfinished_merge_is_not_discarded_unasked(
 
 
 def test_another_recipe_is_refused(unfinished: dict[str, Any], tmp_path: Path) -> None:
-    other = unfinished | {"seed": 5}
+    other = unfinished | {"seed": 5, "parameters": {"lambda": 0.5}}
+    other["sources"] = [each | {"weight": 0.25} for each in other["sources"]]
+
+    with pytest.raises(ResumeError) as refused:
+        streammerge.merge(other, tmp_path / "out", memory=MEMORY, resume=True)
+
+    said = str(refused.value)
+    assert (
+        "another one: parameters was {}; " in said or "parameters.lambda was None, is 0.5" in said
+    )
+    assert "; seed was 0, is 5; sources[0].weight was None, is 0.25; " in said
+    # Nobody can do anything with these.
+    assert not re.search(r"\b(recipe|work) was", said)
+
+
+def test_another_recipe_of_many_values_is_refused(
+    unfinished: dict[str, Any], tmp_path: Path
+) -> None:
+    rules = [{"tensors": "ids", "copy": "base"}] * 1000
 
     with pytest.raises(ResumeError, match=r"recipe was \w+, is \w+"):
-        streammerge.merge(other, tmp_path / "out", memory=MEMORY, resume=True)
+        streammerge.merge(
+            unfinished | {"rules": rules}, tmp_path / "out", memory=MEMORY, resume=True
+        )
 
 
 def test_a_changed_input_is_refused(

@@ -121,10 +121,36 @@ def test_every_kind_of_damage_is_named(out: Path, capsys: pytest.CaptureFixture[
 
 
 def test_a_directory_without_a_manifest_is_refused(base: Path, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="is not there"):
+    with pytest.raises(
+        CheckpointError, match=r"has no streammerge_manifest\.json, so it is no result"
+    ):
         verify_files(base)
     assert main(["verify", str(base)]) == 1
     assert main(["verify", str(tmp_path / "nowhere")]) == 1
+    with pytest.raises(CheckpointError, match="no such file or directory"):
+        verify_files(tmp_path / "nowhere")
+    with pytest.raises(CheckpointError, match="no such file"):
+        verify_files(tmp_path / "nowhere.safetensors")
+
+
+def test_what_holds_results_and_what_will_be_one_is_said(
+    recipe: dict[str, Any], tmp_path: Path
+) -> None:
+    (tmp_path / "grid").mkdir()
+    for name in ("d", "b", "c", "a"):
+        streammerge.merge(recipe, tmp_path / "grid" / name, memory=MEMORY)
+    streammerge.merge_part(recipe, tmp_path / "parts", part=1, parts=2, memory=MEMORY)
+
+    grid = tmp_path / "grid"
+    with pytest.raises(
+        CheckpointError,
+        match=rf"holds 4 merged model\(s\), {grid}/a, {grid}/b, {grid}/c and 1 more;",
+    ):
+        verify_files(grid)
+    with pytest.raises(OutputError, match=rf"but 4 in folders of it; name one, as {grid}/a"):
+        streammerge.read_status(grid)
+    with pytest.raises(CheckpointError, match=r"is an unfinished merge, in .*parts\.partial; "):
+        verify_files(tmp_path / "parts")
 
 
 @pytest.mark.parametrize(

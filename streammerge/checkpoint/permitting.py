@@ -24,6 +24,10 @@ from streammerge.errors import (
 from streammerge.units import format_size
 
 _LISTED = 5
+TOLD = "told"
+"""Of an identity: the values of the recipe, which decide nothing that its digest does not."""
+_DIGESTS = ("recipe", "work")
+"""What differs with them."""
 
 
 def absolute(out: Path) -> Path:
@@ -118,8 +122,17 @@ def check_replaced(place: Place, *, overwrite: bool, continues: bool) -> None:
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
-    """Say what differs between the identities of two merges, key by key."""
-    for key in sorted({*before, *now} - {"overwrite", "epoch"}):
+    """Say what differs between the identities of two merges, key by key.
+
+    Of another recipe its values are told where both have them, in the place of digests.
+    """
+    told: list[str] = []
+    if TOLD in before and TOLD in now and before.get("recipe") != now.get("recipe"):
+        told = list(differences(before[TOLD], now[TOLD]))
+        yield from told[:_LISTED]
+        if len(told) > _LISTED:
+            yield f"and {len(told) - _LISTED} more values of the recipe"
+    for key in sorted({*before, *now} - {"overwrite", "epoch", TOLD, *(_DIGESTS if told else ())}):
         old, new = before.get(key), now.get(key)
         if isinstance(old, dict) and isinstance(new, dict):
             yield from (f"{key} {text}" for text in differences(old, new))

@@ -6,6 +6,7 @@ import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from streammerge.checkpoint.absent import results_in
 from streammerge.checkpoint.attempts import Attempt, epoch_of, read_attempts
 from streammerge.checkpoint.inputs import parse_path
 from streammerge.checkpoint.journal import (
@@ -101,7 +102,11 @@ def read_status(out: str | os.PathLike[str]) -> Status:
         return Status(url, complete, unfinished, running, pieces, parts=())
     status = _status_on_disk(choose_place(absolute(path)), str(out))
     if status is None:
-        raise OutputError(f"{out}: neither a merged model nor an unfinished merge of one is there")
+        inside = results_in(absolute(path))
+        held = f", but {len(inside)} in folders of it; name one, as {inside[0]}" if inside else ""
+        raise OutputError(
+            f"{out}: neither a merged model nor an unfinished merge of one is there{held}"
+        )
     return status
 
 

@@ -10,6 +10,7 @@ import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from streammerge.checkpoint.absent import explain_no_result
 from streammerge.checkpoint.digests import (
     FileDigest,
     MakeHash,
@@ -50,12 +51,16 @@ def verify_files(
         on_file: Told the name of each file before it is read.
 
     Raises:
-        HeaderError: There is no manifest, or it is not one.
+        CheckpointError: There is no manifest.
+        HeaderError: It is not one.
     """
     path = parse_path(out, "out")
     url = url_of(path)
     if url is not None:
         return verify_stored(url, on_file)
+    absent = explain_no_result(path)
+    if absent is not None:
+        raise CheckpointError(absent)
     form = found_form(path)
     directory = form.folder
     manifest = find_manifest(path)

@@ -252,9 +252,12 @@ def resources_of(options: argparse.Namespace) -> dict[str, Any]:
 def run_plan(options: argparse.Namespace) -> int:
     """Show what a merge would do."""
     from streammerge.recipe.types import Recipe
+    from streammerge.report.drawing import check_drawing
     from streammerge.run import plan
     from streammerge.together import Grid
 
+    if options.report:
+        check_drawing()
     recipe = _recipes_of(options)
     if options.also or isinstance(recipe, Grid):
         return _plan_together(options, recipe)

@@ -63,7 +63,7 @@ def _check_page(options: argparse.Namespace) -> Path | None:
 
     Raises:
         OutputExistsError: Something is there.
-        RecipeError: The library that draws pages is not installed.
+        DependencyError: The library that draws pages is not installed.
     """
     if options.page is None:
         return None

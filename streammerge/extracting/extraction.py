@@ -12,6 +12,7 @@ from streammerge.checkpoint.bytesource import ByteSourceKind, choose_byte_source
 from streammerge.checkpoint.inputs import parse_path
 from streammerge.checkpoint.manifest import Manifest, digest_recipe
 from streammerge.checkpoint.outputform import form_of
+from streammerge.checkpoint.permitting import check_place
 from streammerge.dtypes import DTYPES_BY_TORCH_NAME, DType
 from streammerge.engine.memory import resident_memory
 from streammerge.engine.progress import OnProgress, ProgressEvent
@@ -79,6 +80,8 @@ def extract(
     refuse_store(place, "an adapter is extracted to")
     if rank < 1:
         raise RecipeError(f"--rank: expected a whole number of at least 1, got {rank}")
+    # Before the models are read, which may take long; and once more before anything is written.
+    check_place(place, [Path(base), Path(tuned)], overwrite=overwrite)
     began = time.perf_counter()
 
     def compared(done: int, everything: int) -> None:

@@ -17,7 +17,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from streammerge.errors import OutputError, RecipeError
+from streammerge.errors import DependencyError, OutputError
 
 _DISTRIBUTION = "vl-convert-python"
 _MAKING = (
@@ -32,7 +32,7 @@ def check_drawing() -> None:
     """Return if pages can be drawn here; what that takes is then there.
 
     Raises:
-        RecipeError: The library is not installed.
+        DependencyError: The library is not installed.
         OutputError: It is, and does not work.
     """
     load_script()
@@ -42,13 +42,13 @@ def load_script() -> str:
     """Return the script.
 
     Raises:
-        RecipeError: The library is not installed.
+        DependencyError: The library is not installed.
         OutputError: It is, and does not work.
     """
     try:
         version = importlib.metadata.version(_DISTRIBUTION)
     except importlib.metadata.PackageNotFoundError:
-        raise RecipeError(
+        raise DependencyError(
             "report: pages are drawn with Vega, which is not installed: pip install 'streammerge[report]'; "
             "`streammerge analyze --json` tells the numbers without it"
         ) from None

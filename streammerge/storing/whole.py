@@ -34,7 +34,7 @@ from streammerge.checkpoint.storedjournal import (
 from streammerge.checkpoint.uploading import Uploads, begun_by_any, read_uploads
 from streammerge.engine.progress import OnProgress, ProgressEvent
 from streammerge.errors import OutputError, OutputExistsError, StreamMergeError
-from streammerge.identity import identify
+from streammerge.identity import identify, told
 from streammerge.merging import MergeJob
 from streammerge.plan.types import MergePlan
 from streammerge.storage.targets import open_target
@@ -150,7 +150,9 @@ class WholeSender(Sender):
         if head is None:
             token = token or secrets.token_hex(8)
         else:
-            check_same(Path(self.place.url), head.identity, identify(self.planned))
+            check_same(
+                Path(self.place.url), head.identity, identify(self.planned) | told(self.planned)
+            )
             if token not in {None, head.token}:
                 # Another machine has begun anew since: what lies here is of a merge that was given up.
                 shutil.rmtree(partial, ignore_errors=True)

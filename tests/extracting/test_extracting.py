@@ -321,8 +321,11 @@ def test_what_cannot_be_extracted_is_refused(
     with pytest.raises(RecipeError, match="is one file"):
         streammerge.extract(base, tuned, tmp_path / "out.safetensors", rank=4)
     streammerge.extract(base, tuned, out, rank=4)
+    plans: list[object] = []
     with pytest.raises(OutputExistsError):
-        streammerge.extract(base, tuned, out, rank=4)
+        streammerge.extract(base, tuned, out, rank=4, on_plan=plans.append)
+    # Without a look at the values.
+    assert not plans
 
 
 def test_modules_with_others_inside_are_left_out(models: Models, tmp_path: Path) -> None:

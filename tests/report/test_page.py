@@ -11,9 +11,12 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from models import MEMORY, Models, recipe_of
 
 import streammerge
+from streammerge.cli.arguments import main
+from streammerge.errors import DependencyError
 from streammerge.report import drawing
 from streammerge.report.document import Report
 from streammerge.report.page import render_page
@@ -313,8 +316,12 @@ def test_without_the_library_a_report_is_refused_before_anything_is_made(
     monkeypatch.setattr(drawing, "_DISTRIBUTION", "no-such-distribution-of-anything")
     out = models.new_output()
 
-    with pytest.raises(streammerge.StreamMergeError, match=r"streammerge\[report\]"):
+    with pytest.raises(DependencyError, match=r"streammerge\[report\]"):
         streammerge.merge(recipe, out, memory=MEMORY, report=True)
+    file = models.root / "recipe.yaml"
+    file.write_text(yaml.safe_dump(recipe))
+    assert main(["plan", str(file), "--report"]) == 1
+    assert main(["plan", str(file)]) == 0
 
     assert not out.exists()
     assert not out.with_name(f"{out.name}.partial").exists()
