@@ -33,6 +33,7 @@ and a name that would move the cursor is escaped.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
@@ -41,6 +42,7 @@ MAX_LINE_CHARACTERS = 4_000
 _TAIL_CHARACTERS = 1_000  # the end of a message says what to do
 
 
+_NUMBER = re.compile("[0-9]+")
 _renaming: list[Callable[[str], str]] = []
 
 
@@ -202,6 +204,9 @@ def suggestion(word: str, known: Iterable[str]) -> str:
     """
     candidates = sorted(known)
     close = difflib.get_close_matches(word, candidates, n=1, cutoff=0.6)
+    if close and "." in word and _NUMBER.sub("#", close[0]) == _NUMBER.sub("#", word):
+        # A tensor of the same name in another layer is hardly meant.
+        return ""
     if close:
         return f'; did you mean "{close[0]}"?'
     return f"; known: {', '.join(candidates)}" if candidates else ""

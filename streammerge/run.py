@@ -61,6 +61,8 @@ from streammerge.storage.targets import load_target
 from streammerge.storage.urls import url_of
 from streammerge.storing.whole import find_stored, store_job
 
+_CONFIGURATION = frozenset({"architectures", "model_type"})
+"""Keys of a model's ``config.json``, and of no recipe."""
 RecipeLike = str | os.PathLike[str] | Mapping[str, Any] | Recipe
 """A recipe file, its parsed document, or a parsed recipe."""
 
@@ -459,6 +461,8 @@ def parse_document(
             "them, each in a directory of its own inside OUT; here a recipe of one output is needed, as "
             "lies in each of them"
         )
+    if isinstance(document, Mapping) and document.keys() >= _CONFIGURATION:
+        raise RecipeError(f"{origin}: is the configuration of a model, not a recipe; name a recipe")
     models = {name: method.parameters for name, method in discover_methods().items()}
     native = native_document(document, origin=origin, methods=models)
     if download:

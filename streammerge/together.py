@@ -104,8 +104,20 @@ def plan_together(recipes: Sequence[RecipeLike], **options: Any) -> list[Group]:
             if size == 1:
                 raise
             continue
-        return [Group(tuple(plans[at : at + size])) for at in range(0, len(plans), size)]
+        groups = [plans[at : at + size] for at in range(0, len(plans), size)]
+        return [Group(tuple(_beside_each_other(each))) for each in groups]
     raise AssertionError  # A size of 1 returns or raises.
+
+
+def _beside_each_other(plans: Sequence[AnyPlan]) -> Iterator[AnyPlan]:
+    """Yield plans that say what the others take, in the place of what these might have taken."""
+    own = [each.memory.own if isinstance(each, MergePlan) else 0 for each in plans]
+    for planned, nbytes in zip(plans, own, strict=True):
+        if isinstance(planned, MergePlan) and len(plans) > 1:
+            memory = replace(planned.memory, beside=sum(own) - nbytes)
+            yield replace(planned, memory=memory)
+        else:
+            yield planned
 
 
 def _sizes(count: int) -> Iterator[int]:

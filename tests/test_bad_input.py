@@ -911,7 +911,7 @@ def test_an_output_that_is_a_link_is_not_followed(
         "--overwrite",
         code=EXISTS,
         error="OutputExistsError",
-        says=("not a directory",),
+        says=("out: is a link; choose another place, or name what it leads to",),
     )
 
 
@@ -1284,3 +1284,63 @@ def test_a_merge_that_drops_everything_writes_an_empty_model(models: Models, goo
 
     assert merged == {}
     assert sorted(manifest.dropped) == sorted(TENSORS)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "says"),
+    [
+        (
+            {"model_type": "llama", "architectures": []},
+            "is the configuration of a model, not a recipe",
+        ),
+        (
+            {"method": "linear", "gird": {}, "sources": []},
+            'gird: unknown key; did you mean "grid"?',
+        ),
+        (
+            {"method": "linear", "sources": [{"path": "a"}], "output": {"dtype": "promotd"}},
+            'did you mean "promoted"?',
+        ),
+    ],
+)
+def test_a_slip_is_told_from_what_is_near(
+    recipe: dict[str, Any], says: str, refuse: Refuse
+) -> None:
+    refuse(recipe, code=USAGE, error="RecipeError", says=(says,))
+
+
+def test_a_configuration_is_no_index(refuse: Refuse, good: Path) -> None:
+    (good / "config.json").write_text("{}")
+    recipe = recipe_of("linear", None, [good / "config.json", good])
+
+    said = refuse(
+        recipe, code=FAILED, error="HeaderError", says=("is no index of shards", "got nothing")
+    )
+
+    assert "NoneType" not in said
+
+
+def test_a_path_that_leads_nowhere_says_where_it_began(
+    refuse: Refuse, good: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "models").mkdir()
+    good.rename(tmp_path / "models" / "good")
+    monkeypatch.chdir(tmp_path)
+
+    refuse(
+        recipe_of("linear", None, [Path("models/goood"), Path("models/good")]),
+        code=FAILED,
+        error="CheckpointError",
+        says=(
+            f"models/goood: No such file or directory in {tmp_path} (did you mean models/good?)",
+        ),
+    )
+    said = refuse(
+        recipe_of("linear", None, [Path("elsewhere/one"), Path("models/good")]),
+        code=FAILED,
+        error="CheckpointError",
+        says=(
+            f"elsewhere/one: No such file or directory in {tmp_path}, and the Hugging Face cache",
+        ),
+    )
+    assert "did you mean" not in said

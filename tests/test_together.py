@@ -262,6 +262,16 @@ def test_a_chain_is_merged_by_itself(
     assert not (tmp_path / "a.partial").exists()
 
 
+def test_a_plan_states_what_the_others_take(paths: list[Path]) -> None:
+    (group,) = plan_together(recipes_over(paths), memory="8GiB")
+    memories = [each.memory for each in group.plans if isinstance(each, MergePlan)]
+
+    own = sum(memory.own for memory in memories)
+    for memory in memories:
+        assert memory.peak == memory.baseline + own
+        assert memory.beside < (memory.budget - memory.baseline) // 4
+
+
 @pytest.mark.parametrize("second", ["out", "out/inside", ".", "out.partial", "out.partial/in"])
 def test_outputs_lie_apart(second: str, paths: list[Path], tmp_path: Path) -> None:
     recipes = recipes_over(paths)

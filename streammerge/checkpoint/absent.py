@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from streammerge.checkpoint.inputs import absolute
 from streammerge.checkpoint.journal import JOURNAL_NAME
 from streammerge.checkpoint.outputform import MANIFEST_NAME, found_form
 from streammerge.checkpoint.places import choose_place
@@ -19,11 +20,14 @@ def explain_no_result(out: Path) -> str | None:
 
     Args:
         out: The directory, or the one file.
+
+    Raises:
+        CheckpointError: It is relative to a working directory that has been removed.
     """
     form = found_form(out)
     if os.path.lexists(form.manifest_path):
         return None
-    partial = choose_place(Path(os.path.abspath(out))).partial  # noqa: PTH100 - follows no link
+    partial = choose_place(absolute(out)).partial
     if (partial / JOURNAL_NAME).is_file():
         return (
             f"{out}: is an unfinished merge, in {partial}; `streammerge status` tells how far it is, and "

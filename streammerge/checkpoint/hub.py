@@ -8,6 +8,8 @@ asked for.
 
 from __future__ import annotations
 
+import contextlib
+import difflib
 import importlib
 import json
 import os
@@ -101,10 +103,24 @@ def locate_model(path: Path, *, download: bool) -> Path:
             f"{name.command}, or give --download"
         )
     raise CheckpointError(
-        f"{path}: No such file or directory, and the Hugging Face cache ({cache}) has no such model"
+        f"{path}: No such file or directory{_looked_in(path)}, and the Hugging Face cache ({cache}) has no such model"
         f"{_known_revisions(cache, name)}; if it is on the hub, download it: {name.command}, or give "
         "--download"
     )
+
+
+def _looked_in(path: Path) -> str:
+    """Return where a relative path was looked for, and what there is called nearly like it."""
+    names: list[str] = []
+    with contextlib.suppress(OSError):
+        names = sorted(each.name for each in path.parent.iterdir())
+    close = difflib.get_close_matches(path.name, names, n=1)
+    meant = f" (did you mean {path.parent / close[0]}?)" if close else ""
+    try:
+        return f" in {Path.cwd()}{meant}"
+    except OSError:
+        # The working directory has been removed.
+        return meant
 
 
 def hub_revision(path: Path) -> str | None:

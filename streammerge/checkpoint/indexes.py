@@ -63,6 +63,12 @@ def read_indexed(
     return files, _settle(index, weight_map, names, entries, notes)
 
 
+def _said_of(value: object) -> str:
+    if value is None:
+        return "nothing"
+    return "an empty one" if value == {} else type(value).__name__
+
+
 def _read_weight_map(index: Path) -> dict[str, str]:
     """Return the file name of each tensor."""
     content = parse_json_object(
@@ -71,8 +77,8 @@ def _read_weight_map(index: Path) -> dict[str, str]:
     weight_map = content.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise HeaderError(
-            f"{index}: weight_map: expected an object with at least 1 tensor, got "
-            f"{'an empty one' if weight_map == {} else type(weight_map).__name__}; copy it again"
+            f"{index}: is no index of shards: weight_map: expected an object with at least 1 tensor, got "
+            f"{_said_of(weight_map)}; name the directory, or copy the index again"
         )
     for name, shard in weight_map.items():
         if not isinstance(shard, str):

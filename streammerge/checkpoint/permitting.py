@@ -183,7 +183,8 @@ def check_existing(place: Place, *, overwrite: bool) -> None:
     elif not os.path.lexists(out):
         return
     elif not out.is_dir() or out.is_symlink():
-        raise OutputExistsError(f"{out}: is not a directory; choose another place")
+        what = "is a link" if out.is_symlink() else "is not a directory"
+        raise OutputExistsError(f"{out}: {what}; choose another place, or name what it leads to")
     entries = list(place.iter_entries())
     if not entries:
         return

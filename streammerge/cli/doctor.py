@@ -15,7 +15,7 @@ from pathlib import Path
 
 from streammerge.cli.probing import Rate, probe_directory
 from streammerge.engine.memory import available_memory, cgroup_limit, default_budget, total_memory
-from streammerge.errors import DependencyError
+from streammerge.errors import DependencyError, OutputError
 from streammerge.lazily import torch
 from streammerge.limits import SHOWN_LIMITS, limit_of
 from streammerge.machine import count_cores
@@ -76,6 +76,8 @@ class Machine:
     """Bytes per second from that disk."""
     write_per_second: float | None
     """Bytes per second to it."""
+    why_no_rates: str | None
+    """Why it could not be tried."""
     extras: tuple[Extra, ...]
     """Complete or not."""
     advice: tuple[str, ...]
@@ -87,14 +89,17 @@ def examine(directory: Path | None) -> Machine:
 
     Args:
         directory: Where to try the disk; None leaves it alone.
-
-    Raises:
-        OutputError: The directory cannot be written in.
     """
     versions = _versions()
     kernels = find_kernels()
     devices, why_no_devices = _devices() if versions["torch"] else ((), "torch is not installed")
-    rates: tuple[Rate, Rate] | None = None if directory is None else probe_directory(directory)
+    rates: tuple[Rate, Rate] | None = None
+    why_no_rates: str | None = None
+    if directory is not None:
+        try:
+            rates = probe_directory(directory)
+        except OutputError as error:
+            why_no_rates = str(error)
     found = isinstance(kernels, Kernels)
     return Machine(
         versions=versions,
@@ -112,6 +117,7 @@ def examine(directory: Path | None) -> Machine:
         directory=None if directory is None else str(directory),
         read_per_second=None if rates is None else rates[0].per_second,
         write_per_second=None if rates is None else rates[1].per_second,
+        why_no_rates=why_no_rates,
         extras=_extras(),
         advice=tuple(_advise(versions, kernels=found)),
     )
@@ -156,7 +162,7 @@ def _memory(machine: Machine) -> str:
 
 def _disk(machine: Machine) -> str:
     if machine.read_per_second is None or machine.write_per_second is None:
-        return "not tried"
+        return machine.why_no_rates or "not tried"
     return (
         f"{machine.directory}: reads {format_size(int(machine.read_per_second))}/s, writes "
         f"{format_size(int(machine.write_per_second))}/s, by a short probe"

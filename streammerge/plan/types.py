@@ -272,6 +272,11 @@ class MemoryProjection:
     """The share of the merges that run in the same process at the same time."""
 
     @property
+    def own(self) -> int:
+        """What the merge itself takes, beside the process and others in it."""
+        return self.peak - self.baseline - self.beside
+
+    @property
     def peak(self) -> int:
         """The sum of the parts; never above the budget."""
         return (

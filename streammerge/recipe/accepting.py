@@ -48,7 +48,7 @@ def _parse_dtype(value: object) -> DType | Literal["promoted"] | None:
         return PROMOTED
     if isinstance(value, str) and value in OUTPUT_DTYPES:
         return OUTPUT_DTYPES[value]
-    said = refuse_choice(value, [name for name in OUTPUT_DTYPES if name.islower()])
+    said = refuse_choice(value, [*(name for name in OUTPUT_DTYPES if name.islower()), PROMOTED])
     raise PydanticCustomError("said", "{said}", {"said": said})
 
 

@@ -37,6 +37,7 @@ from streammerge.recipe.accepting import (
     accept_vocabulary,
     word_of,
 )
+from streammerge.recipe.grid import GRID_KEY
 from streammerge.recipe.mixture import SCHEMA as MIXTURE_SCHEMA
 from streammerge.recipe.refusing import (
     MERGEKIT_KEYS,
@@ -355,4 +356,4 @@ def _refuse_key(steps: tuple[int | str, ...], parameter_names: frozenset[str]) -
         return f'a parameter of the method; move it under "parameters": parameters.{key}'
     if key in keys_of(OutputDocument) and key not in MERGEKIT_KEYS:
         return f'unknown key at the top level; move it under "output": output.{key}'
-    return unknown_key(key, keys_of(RecipeDocument))
+    return unknown_key(key, {*keys_of(RecipeDocument), GRID_KEY})

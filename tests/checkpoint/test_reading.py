@@ -358,7 +358,7 @@ def test_shard_in_a_folder_below_is_read(sharded: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "essential"),
     [
-        ({}, "weight_map: expected an object with at least 1 tensor, got NoneType"),
+        ({}, "weight_map: expected an object with at least 1 tensor, got nothing"),
         ({"weight_map": []}, "got list"),
         ({"weight_map": {}}, "got an empty one"),
         ({"weight_map": {"a.weight": 3}}, "'a.weight': expected a file name, got int"),

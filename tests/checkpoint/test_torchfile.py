@@ -436,7 +436,7 @@ OFFSET, SHAPE, STRIDE = b"QK\x00", b"K\x06\x85", b"K\x01\x85"
         (OFFSET, b"QN", HeaderError, "storage offset or stride"),
         (OFFSET, b"Q\x88", HeaderError, "storage offset or stride"),
         (SHAPE, b"J\xff\xff\xff\xff\x85", HeaderError, "not a whole number"),
-        (SHAPE, b"\x8a\x09" + b"\xff" * 8 + b"\x00\x85", HeaderError, f"more than {2**63}"),
+        (SHAPE, b"\x8a\x09" + b"\xff" * 8 + b"\x00\x85", HeaderError, f"more than {2**63 - 1}"),
         (SHAPE, b"K\x06", HeaderError, "shape and stride do not match"),
         (SHAPE, b"K\x02K\x03\x86", HeaderError, "shape and stride do not match"),
         (STRIDE, b"K\x00\x85", HeaderError, "stride [0]"),

@@ -245,7 +245,7 @@ def test_anchors_and_merge_keys_are_allowed():
         (linear("rules: [{tensor: a, tensors: b, drop: true}]"), 'rules[0].tensor: unknown key; did you mean "tensors"?'),
         (linear("rules: [{tensors: b, normalise: true}]"), 'rules[0].normalise: unknown key; did you mean "normalize"?'),
         (linear("output: {dtyp: BF16}"), 'output.dtyp: unknown key; did you mean "dtype"?'),
-        (linear("'two words': 1"), '"two words": unknown key; known: base, compute_dtype, layers, method, mismatch, missing, mixture, non_finite, output, parameters, rules, seed, semantics, sources, vocabulary'),
+        (linear("'two words': 1"), '"two words": unknown key; known: base, compute_dtype, grid, layers, method, mismatch, missing, mixture, non_finite, output, parameters, rules, seed, semantics, sources, vocabulary'),
         (linear("parameters: {3: 1}"), "parameters[3]: unknown key; known: normalize, weight"),
         # Known keys in the wrong place.
         (linear("normalize: true"), 'normalize: a parameter of the method; move it under "parameters": parameters.normalize'),
@@ -306,8 +306,8 @@ def test_anchors_and_merge_keys_are_allowed():
         (linear("seed: '1'"), 'seed: expected an integer in [0, 18446744073709551615], got "1"'),
         # Output.
         (linear("output: BF16"), 'output: expected a mapping of keys to values, got "BF16"'),
-        (linear("output: {dtype: bf16}"), 'output.dtype: expected float64 or float32 or float16 or bfloat16 or float8_e4m3fn or float8_e5m2, got "bf16"; did you mean "bfloat16"?'),
-        (linear("output: {dtype: int8}"), 'output.dtype: expected float64 or float32 or float16 or bfloat16 or float8_e4m3fn or float8_e5m2, got "int8"'),
+        (linear("output: {dtype: bf16}"), 'output.dtype: expected float64 or float32 or float16 or bfloat16 or float8_e4m3fn or float8_e5m2 or promoted, got "bf16"; did you mean "bfloat16"?'),
+        (linear("output: {dtype: int8}"), 'output.dtype: expected float64 or float32 or float16 or bfloat16 or float8_e4m3fn or float8_e5m2 or promoted, got "int8"'),
         (linear("output: {max_shard_size: big}"), 'output.max_shard_size: expected a size such as "512MiB" or "5GB", or a number of bytes, got "big"'),
         (linear("output: {max_shard_size: 1.5}"), 'output.max_shard_size: expected a size such as "512MiB" or "5GB", or a number of bytes, got 1.5'),
         (linear("output: {max_shard_size: 0}"), "output.max_shard_size: expected from 1 to 9223372036854775807 bytes, got 0"),
