@@ -124,6 +124,10 @@ def check_layers(recipe: Recipe, method: MergeMethod) -> None:
 
 def check_settings(method: MergeMethod, assignment: Assignment) -> bool:
     """Check what concerns several parameters at once; return whether statistics span the model."""
+    if assignment.dropped and not assignment.tensors:
+        raise RecipeError(
+            f"rules: all {len(assignment.dropped)} tensors are dropped, and nothing is left to merge; drop fewer"
+        )
     scopes = set()
     for setting in assignment.settings:
         params = method.bind(setting.values)

@@ -110,6 +110,11 @@ def test_what_float32_cannot_hold_float64_can(paths: list[Path]) -> None:
     plan(paths, "linear", 2, parameters=parameters, compute_dtype="float64")
 
 
+def test_a_recipe_that_drops_everything_is_refused(paths: list[Path]) -> None:
+    with pytest.raises(RecipeError, match="all 1 tensors are dropped"):
+        plan(paths, "linear", 2, rules=[{"tensors": "*", "drop": True}])
+
+
 def test_weights_that_a_rule_makes_sum_to_zero_are_refused(paths: list[Path]) -> None:
     rules = [{"tensors": "w*", "weight": [1.0, -1.0]}]
 
