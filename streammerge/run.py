@@ -408,8 +408,6 @@ def load_recipe(recipe: RecipeLike, *, download: bool = False) -> Recipe:
         return parse_document(recipe, "recipe", download=download)
     path = parse_path(recipe, "recipe")
     documents = load_documents(read_recipe_text(path), origin=str(path))
-    while len(documents) > 1 and documents[-1] is None:
-        documents.pop()
     if len(documents) > 1:
         raise RecipeError(
             f"{path}: has {len(documents)} recipes, of which later ones merge what earlier ones make; `streammerge "

@@ -70,9 +70,6 @@ def read_recipes(path: Path, *, download: bool) -> Recipe | Chain | Grid:
     """
     text = read_recipe_text(path)
     documents = load_documents(text, origin=str(path))
-    while len(documents) > 1 and documents[-1] is None:
-        # What a line of dashes at the end makes.
-        documents.pop()
     if len(documents) < 2:
         document = documents[0] if documents else None
         expanded = expand_grid(document, origin=str(path))

@@ -42,7 +42,7 @@ def load_document(text: str, *, origin: str) -> object:
 
 
 def load_documents(text: str, *, origin: str) -> list[object]:
-    """Return the plain values of every document of a YAML text.
+    """Return the plain values of every document of a YAML text, but for what a line of dashes at its end makes.
 
     Args:
         text: YAML documents, with ``---`` between them.
@@ -52,9 +52,12 @@ def load_documents(text: str, *, origin: str) -> list[object]:
         RecipeError: The text is not YAML.
     """
     try:
-        return _load_all(text)
+        documents = _load_all(text)
     except RecipeError as error:
         raise RecipeError(f"{origin}: {error}") from error.__cause__
+    while len(documents) > 1 and documents[-1] is None:
+        documents.pop()
+    return documents
 
 
 def dump_document(document: object) -> str:
