@@ -7,6 +7,7 @@ Exit codes: 0 done, 1 merge failed or verification found damage, 2 usage or reci
 from __future__ import annotations
 
 import argparse
+import difflib
 import os
 import sys
 from collections.abc import Sequence
@@ -88,10 +89,33 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     # Words that stand behind an option are left over where any number of them may stand.
     options, rest = parser.parse_known_args(arguments)
     if rest and not ("words" in options and not any(word.startswith("-") for word in rest)):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        options.parser.error(
+            f"unrecognized arguments: {' '.join(rest)}{_meant(options.parser, rest)}"
+        )
     if "words" in options:
         settle_words(options, [*options.words, *rest])
     return options
+
+
+def _meant(parser: argparse.ArgumentParser, rest: Sequence[str]) -> str:
+    """Return what options that a command has not may have been meant to be."""
+    from streammerge.adapters.combining.recipes import every_method
+    from streammerge.methods import discover_methods
+
+    known = [option for action in parser._actions for option in action.option_strings]  # noqa: SLF001 - argparse tells it nowhere else
+    methods = every_method({name: each.parameters for name, each in discover_methods().items()})
+    parameters = {spec.name for specs in methods.values() for spec in specs}
+    said = []
+    for word in rest:
+        option, _, value = word.partition("=")
+        close = difflib.get_close_matches(option, known, n=1, cutoff=0.7)
+        if option.startswith("--") and option[2:] in parameters and "-p" in known:
+            said.append(
+                f"{option[2:]} is a parameter of methods: -p {option[2:]}={value or 'VALUE'}"
+            )
+        elif option.startswith("-") and close:
+            said.append(f"did you mean {close[0]}?")
+    return "".join(f"; {each}" for each in said)
 
 
 def build_parser() -> argparse.ArgumentParser:

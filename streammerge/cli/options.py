@@ -12,7 +12,7 @@ from streammerge.units import parse_size
 
 def add_command(added: Any, name: str, summary: str, example: str, **more: str) -> Any:
     """Add a command whose help ends with an example, and return its parser."""
-    return added.add_parser(
+    parser = added.add_parser(
         name,
         help=summary,
         description=f"{summary[0].upper()}{summary[1:]}.",
@@ -20,6 +20,8 @@ def add_command(added: Any, name: str, summary: str, example: str, **more: str) 
         formatter_class=argparse.RawDescriptionHelpFormatter,
         **more,
     )
+    parser.set_defaults(parser=parser)
+    return parser
 
 
 def add_words(parser: argparse.ArgumentParser) -> None:

@@ -92,3 +92,30 @@ def test_help_imports_no_large_library() -> None:
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
 
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["merge", "r", "o", "--memry", "1GiB"], "--memry 1GiB; did you mean --memory?"),
+        (
+            ["merge", "r", "o", "--density", "0.2"],
+            "density is a parameter of methods: -p density=VALUE",
+        ),
+        (["merge", "r", "o", "--lambda=0.2"], "lambda is a parameter of methods: -p lambda=0.2"),
+        # Which takes none.
+        (["verify", "o", "--density", "0.2"], "unrecognized arguments: --density 0.2\n"),
+        (["verify", "o", "--agianst=r"], "did you mean --against?"),
+        (["merge", "r", "o", "--zzzzzz"], "unrecognized arguments: --zzzzzz\n"),
+    ],
+)
+def test_an_option_that_is_none_is_told_from_what_is_near(
+    arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+
+    assert ended.value.code == 2
+    said = capsys.readouterr().err
+    assert says in said
+    assert said.startswith(f"usage: streammerge {arguments[0]} ")
