@@ -143,6 +143,8 @@ def document(method: str, paths: list[Path], **parameters: Any) -> dict[str, Any
             source["weight"] = (1.0, -0.7, 0.3)[index % 3]
         if "density" in known:
             source["density"] = (0.3, 0.81, 1.0, 0.0, 3e-6)[index % 5]
+        if "epsilon" in known and "density" in known:
+            source["epsilon"] = (0.15, 0.1, 0.0, 0.0, 2e-6)[index % 5]
         sources.append(source)
     return {
         "method": method,
