@@ -114,7 +114,7 @@ class MergeJob:
             return write_adapter(
                 CombinationJob(planned),
                 self.out,
-                identity=identify(planned) | told(planned),
+                identity=identify(planned),
                 overwrite=self.overwrite,
                 resume=self.resume,
                 opener=self.opener,

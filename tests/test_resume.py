@@ -860,7 +860,7 @@ def test_a_link_to_a_complete_merge_is_not_followed(plan: MergePlan, tmp_path: P
     streammerge.merge(plan, tmp_path / "out")
     (tmp_path / "link").symlink_to("out")
 
-    with pytest.raises(OutputExistsError, match="not a directory"):
+    with pytest.raises(OutputExistsError, match="is a link"):
         streammerge.merge(plan, tmp_path / "link", resume=True)
 
 

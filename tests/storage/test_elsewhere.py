@@ -338,7 +338,8 @@ def test_another_merge_is_refused_by_name(
     move(tmp_path, monkeypatch)
 
     with pytest.raises(
-        ResumeError, match="s3://results/folder/merged: the unfinished merge is another one: recipe"
+        ResumeError,
+        match="s3://results/folder/merged: the unfinished merge is another one: seed was 0, is 7",
     ):
         streammerge.merge(recipe | {"seed": 7}, OUT, resume=True)
     assert names_in(bucket) == before
