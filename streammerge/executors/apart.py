@@ -44,6 +44,8 @@ _BEGIN_SECONDS = 120.0
 """How long it may take to connect; libraries give up earlier, and say why."""
 _CLOSE_SECONDS = 20.0
 """How long it may take to let go."""
+_WORDS_SECONDS = 2.0
+"""Until the last lines of a process that has gone are waited for no more."""
 _TICK_SECONDS = 0.5
 _LOOK_SECONDS = 0.1
 _LINES = 50
@@ -156,6 +158,8 @@ class ExecutorApart:
             return restore_error(self._failure)
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(_TICK_SECONDS)
+        # Its last words may be on their way still; what it has started may keep the stream open.
+        self._listeners[1].join(_WORDS_SECONDS)
         return ClusterError(
             f"{self._on}: the process that talks to the engine ended with code {self._process.poll()}"
             f"{self._complaint()}; look after the engine, then give the same command again"
