@@ -86,6 +86,8 @@ def engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @contextlib.contextmanager
 def opened(on: str = "dask") -> Iterator[ExecutorApart]:
     with contextlib.closing(ExecutorApart(on)) as executor:
+        # Until it is connected.
+        executor.workers()
         yield executor
 
 
@@ -117,8 +119,11 @@ def test_nothing_is_left_of_an_engine_that_was_used() -> None:
 
 
 def test_an_error_of_connecting_is_raised_as_it_is() -> None:
-    with pytest.raises(ClusterError, match=r"^nobody answers there$"):
-        ExecutorApart("dask://a:1")
+    with (
+        contextlib.closing(ExecutorApart("dask://a:1")) as executor,
+        pytest.raises(ClusterError, match=r"^nobody answers there$"),
+    ):
+        executor.workers()
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
@@ -167,6 +172,7 @@ def test_a_process_that_is_stopped_is_an_error_too(monkeypatch: pytest.MonkeyPat
 def test_an_engine_that_does_not_let_go_ends_without_its_driver() -> None:
     """The driver may have been killed."""
     executor = ExecutorApart("dask://b:1")
+    assert executor.workers() == 2
     assert executor._process.stdin is not None
 
     executor._process.stdin.close()

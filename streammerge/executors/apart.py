@@ -68,11 +68,10 @@ class ExecutorApart:
     """An engine behind pipes; see :class:`~streammerge.executors.seam.Executor`."""
 
     def __init__(self, on: str) -> None:
-        """Start the process, and wait until it is connected.
+        """Start the process, which connects meanwhile: whatever is asked first waits for it.
 
-        Raises:
-            DependencyError: The engine's library is not installed.
-            ClusterError: It cannot be reached.
+        What is asked then may raise a DependencyError, where the engine's library is not installed, or a
+        ClusterError, where it cannot be reached.
         """
         self._on = on
         # Names of sockets may have a hundred characters, of which Ray takes sixty.
@@ -106,7 +105,6 @@ class ExecutorApart:
         try:
             for thread in self._listeners:
                 thread.start()
-            self._wait_until_connected()
         except BaseException:
             self.close()
             raise
@@ -146,11 +144,13 @@ class ExecutorApart:
         Raises:
             ClusterError: The process failed, has gone, or is silent.
         """
+        if self._said is None:
+            self._wait_until_connected()
         if self._failure is not None or self._gone:
             raise self._as_error()
         if time.monotonic() - self._said_at > SILENT_SECONDS:
             raise self._silent(SILENT_SECONDS)
-        assert self._said is not None  # noqa: S101 - the constructor waited for it
+        assert self._said is not None  # noqa: S101 - as was waited for
         return self._said
 
     def _as_error(self) -> StreamMergeError:

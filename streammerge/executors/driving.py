@@ -101,12 +101,14 @@ def merge_on(
     # A recipe that is none is refused before any engine is asked.
     asked = recipe if isinstance(recipe, MergePlan) else load_recipe(recipe, download=download)
     with contextlib.closing(open_executor(on)) as executor:
+        # It connects meanwhile.
         if isinstance(asked, MergePlan):
             planned = asked
         else:
             planned = check_divisible(
                 plan(asked, memory=memory, device=device or "auto", download=download)
             )
+        executor.workers()
         named = as_output(planned, out)
         assert isinstance(named, MergePlan)  # noqa: S101 - as it was
         finished = find_complete(named, out) if resume else None
@@ -162,12 +164,7 @@ def check_engine(on: str) -> None:
 
 
 def open_executor(on: str) -> Executor:
-    """Connect to the engine that a text names.
-
-    Raises:
-        DependencyError: Its library is not installed.
-        ClusterError: It cannot be reached.
-    """
+    """Begin to connect to the engine that a text names; see :class:`~streammerge.executors.apart.ExecutorApart`."""
     return ExecutorApart(on)
 
 

@@ -272,6 +272,19 @@ def test_the_index_names_every_tensor_and_the_bytes_of_all(
     assert list(index["weight_map"]) == sorted(index["weight_map"])
 
 
+def test_an_index_is_spelled_as_transformers_spells_it_with_names_as_they_are() -> None:
+    tensors = [tensor("b.weight"), tensor("größe")]
+    layout, _ = plan_layout(tensors, 16)
+
+    (content,) = render_indexes(plan_of(tensors, layout)).values()  # type: ignore[arg-type]
+
+    assert content.decode() == (
+        '{\n  "metadata": {\n    "total_parameters": 8,\n    "total_size": 32\n  },\n  "weight_map": {\n'
+        '    "b.weight": "model-00001-of-00002.safetensors",\n'
+        '    "größe": "model-00002-of-00002.safetensors"\n  }\n}\n'
+    )
+
+
 def test_a_model_without_tensors_is_a_shard_without_tensors() -> None:
     layout, places = plan_layout([], 100)
 
