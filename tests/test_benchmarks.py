@@ -195,7 +195,8 @@ def test_jobs_ask_the_same_of_mergekit(job_models, method):
 
 
 def test_every_method_is_measured():
-    assert {method.streammerge for method in METHODS.values()} == set(discover_methods())
+    measured = {method.streammerge for method in METHODS.values()}
+    assert measured == set(discover_methods()), "METHODS in benchmarks/jobs.py has a row for each"
 
 
 def test_with_many_sources_what_takes_fewer_is_not_measured_once_more():

@@ -48,5 +48,6 @@ def test_what_only_one_side_has_is_named() -> None:
 def test_every_method_that_the_kernels_run_has_a_figure(place) -> None:
     figures = instructions.read_figures(place)
 
-    assert {f"merge {name} BF16" for name in BY_ELEMENT} <= figures.keys()
+    missing = {f"merge {name} BF16" for name in BY_ELEMENT} - figures.keys()
+    assert not missing, "run `python -m benchmarks.instructions --write`"
     assert min(figures.values()) > 1

@@ -30,7 +30,7 @@ def describe_method(method: MergeMethod) -> str:
         f"sources: {describe_count(method)}",
         f"rounds: {describe_rounds(method)}",
         f"scope: {' or '.join(scopes_of(method))}",
-        "parameters:",
+        "parameters:" if method.parameters else "parameters: none",
     ]
     return "\n".join([*lines, *parameter_lines(method.parameters, method.semantics)])
 

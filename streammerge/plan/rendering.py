@@ -229,7 +229,7 @@ def _setting_rows(plan: MergePlan) -> list[tuple[str, str]]:
     for index, setting in list(enumerate(plan.settings))[:_SHOWN_SETTINGS]:
         values = ", ".join(f"{name}={_value(value)}" for name, value in setting.values)
         of = f" of {', '.join(plan.models[i].label for i in setting.models)}" if differ else ""
-        rows.append(("settings", f"{values} for {uses[index]} tensor(s){of}"))
+        rows.append(("settings", f"{values or 'no parameters'} for {uses[index]} tensor(s){of}"))
     if len(plan.settings) > _SHOWN_SETTINGS:
         rows.append(("", f"and {len(plan.settings) - _SHOWN_SETTINGS} more"))
     return rows

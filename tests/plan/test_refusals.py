@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -154,3 +155,11 @@ def test_every_example_can_be_merged() -> None:
                 alone = spec.per_source and not isinstance(value, tuple)
                 values.append((spec.name, (value,) * count if alone else value))
             assert method.refuse(method.bind(values)) is None, (method.name, example)
+
+
+def test_a_method_without_parameters_says_so(paths: list[Path]) -> None:
+    recipe = recipe_of("arcee_fusion", paths[0], paths[1:2])
+
+    printed = str(streammerge.plan(recipe, memory=MEMORY))
+
+    assert re.search(r"^settings +no parameters for 1 tensor\(s\)$", printed, re.MULTILINE)
