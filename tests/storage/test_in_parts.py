@@ -15,7 +15,16 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from clusters import SLOW, DaskCluster, needs_dask, start_merge, units, wait_until
+from clusters import (
+    SLOW,
+    DaskCluster,
+    RayCluster,
+    needs_dask,
+    needs_ray,
+    start_merge,
+    units,
+    wait_until,
+)
 from engines import BUDGET
 from models import MEMORY
 from results import OUT, fetch, leftovers, names_in, shards_of
@@ -473,6 +482,23 @@ def test_workers_of_an_engine_send_the_same_bytes(
         manifest = driving.merge_on(recipe, OUT, on=cluster.on, memory=MEMORY)
 
     assert 4 <= len(manifest.run.parts) <= 6
+    check_result(bucket, tmp_path, recipe)
+
+
+@needs_ray
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_nodes_of_a_cluster_send_the_same_bytes(
+    bucket: Any, large: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(driving, "_LEAST_WORK", 2**20)
+    recipe = in_shards(large)
+    with RayCluster() as cluster:
+        for _ in range(2):
+            cluster.start_node()
+        manifest = driving.merge_on(recipe, OUT, on=cluster.on, memory=MEMORY)
+
+    assert len(manifest.run.parts) >= 4
     check_result(bucket, tmp_path, recipe)
 
 
