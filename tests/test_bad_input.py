@@ -1277,13 +1277,10 @@ def test_tensors_without_elements_from_different_sources_are_copied(models: Mode
     assert sorted(merged) == names
 
 
-def test_a_merge_that_drops_everything_writes_an_empty_model(models: Models, good: Path) -> None:
-    rules = [{"tensors": "*", "drop": True}]
+def test_a_merge_that_drops_everything_is_refused(refuse: Refuse, good: Path) -> None:
+    recipe = recipe_of("linear", None, [good], rules=[{"tensors": "*", "drop": True}])
 
-    merged, manifest = models.merge(recipe_of("linear", None, [good], rules=rules))
-
-    assert merged == {}
-    assert sorted(manifest.dropped) == sorted(TENSORS)
+    refuse(recipe, code=USAGE, error="RecipeError", says=("rules: all 2 tensors are dropped",))
 
 
 @pytest.mark.parametrize(
