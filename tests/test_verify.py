@@ -144,7 +144,7 @@ def test_what_holds_results_and_what_will_be_one_is_said(
     grid = tmp_path / "grid"
     with pytest.raises(
         CheckpointError,
-        match=rf"holds 4 merged model\(s\), {grid}/a, {grid}/b, {grid}/c and 1 more;",
+        match=rf"holds 4 merged model\(s\), {grid}/a, {grid}/b, {grid}/c, {grid}/d;",
     ):
         verify_files(grid)
     with pytest.raises(OutputError, match=rf"but 4 in folders of it; name one, as {grid}/a"):

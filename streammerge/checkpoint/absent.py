@@ -5,14 +5,13 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from streammerge.checkpoint.inputs import absolute
+from streammerge.checkpoint.inputs import absolute, listed
 from streammerge.checkpoint.journal import JOURNAL_NAME
 from streammerge.checkpoint.outputform import MANIFEST_NAME, found_form
 from streammerge.checkpoint.places import choose_place
 
 _MOST_FOLDERS = 10_000
 """Of the folders in a directory as many are looked at."""
-_SHOWN = 3
 
 
 def explain_no_result(out: Path) -> str | None:
@@ -37,8 +36,7 @@ def explain_no_result(out: Path) -> str | None:
         return f"{out}: no such file or directory; name a merged model"
     inside = results_in(out)
     if inside:
-        more = f" and {len(inside) - _SHOWN} more" if len(inside) > _SHOWN else ""
-        return f"{out}: holds {len(inside)} merged model(s), {', '.join(inside[:_SHOWN])}{more}; name one of them"
+        return f"{out}: holds {len(inside)} merged model(s), {listed(inside)}; name one of them"
     return (
         f"{out}: has no {form.manifest}, so it is no result of streammerge, or that file was lost; name a "
         "merged model, or copy it again"

@@ -81,7 +81,8 @@ def extract(
     if rank < 1:
         raise RecipeError(f"--rank: expected a whole number of at least 1, got {rank}")
     # Before the models are read, which may take long; and once more before anything is written.
-    check_place(place, [Path(base), Path(tuned)], overwrite=overwrite)
+    models = parse_path(base, "base"), parse_path(tuned, "tuned")
+    check_place(place, models, overwrite=overwrite)
     began = time.perf_counter()
 
     def compared(done: int, everything: int) -> None:
@@ -89,8 +90,7 @@ def extract(
         on_progress(ProgressEvent.at("compare", done, everything, seconds))
 
     plan = plan_extraction(
-        parse_path(base, "base"),
-        parse_path(tuned, "tuned"),
+        *models,
         Wishes(rank, modules, _parse_dtype(dtype), exact),
         memory=memory,
         workers=workers or count_cores(),

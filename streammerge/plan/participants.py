@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from streammerge.adapters.onto_base.adapted import AdaptedModel
 from streammerge.assignment.types import Model
@@ -73,17 +74,17 @@ def remark_on_participants(
                 "beside the tensors, and values where a rule copies them",
             )
         return
-    base = _real(str(recipe.base))
+    base = _real(recipe.base)
     for index, source in enumerate(recipe.sources):
-        if source.adapter is None and _real(str(source.path)) == base:
+        if source.adapter is None and _real(source.path) == base:
             yield Note("sources", f"sources[{index}] is the base: its task vector is 0 everywhere")
 
 
 def _what(source: Source) -> tuple[str, str, str | None]:
-    adapter = "" if source.adapter is None else _real(str(source.adapter))
-    return _real(str(source.path)), adapter, source.component
+    adapter = "" if source.adapter is None else _real(source.adapter)
+    return _real(source.path), adapter, source.component
 
 
-def _real(path: str) -> str:
-    """Return where a path leads; an address as it is."""
-    return path if "://" in path else os.path.realpath(path)
+def _real(path: Path) -> str:
+    """Return where a path leads; the address of what it is a copy of."""
+    return address_of(path) or os.path.realpath(path)

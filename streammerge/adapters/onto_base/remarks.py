@@ -6,10 +6,10 @@ from collections.abc import Iterator
 
 from streammerge.adapters.files.patterns import matches_targets
 from streammerge.adapters.files.types import Adapter, Naming, strip_wrappers
+from streammerge.checkpoint.inputs import listed
 from streammerge.checkpoint.types import Checkpoint
 from streammerge.storage.copies import origin_of
 
-_SHOWN = 3
 _ALL_LINEAR = "all-linear"
 """What PEFT takes for a list of all linear layers, where somebody wrote it into the file."""
 
@@ -37,8 +37,7 @@ def remark_on_origin(adapter: Adapter, base: Checkpoint) -> Iterator[str]:
         if not matches_targets(targets, strip_wrappers(stem), where=str(adapter.path))
     ]
     if beside:
-        more = f" and {len(beside) - _SHOWN} more" if len(beside) > _SHOWN else ""
         yield (
             f"has {len(beside)} module(s) that target_modules of its configuration does not name, "
-            f"{', '.join(beside[:_SHOWN])}{more}: they are merged, and PEFT would leave them out"
+            f"{listed(beside)}: they are merged, and PEFT would leave them out"
         )
