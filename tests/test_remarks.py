@@ -184,3 +184,17 @@ def test_of_many_the_first_are_told(
     told = [line for line in lines if line.startswith("  differs: ")]
     assert len(told) == 12
     assert f"  and 8 more; the manifest of {tmp_path / 'out'} has all" in lines
+
+
+def test_what_holds_for_all_outputs_of_a_grid_is_told_once(
+    three: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = recipe_of("linear", None, [three[0], three[0]]) | {"grid": {"seed": [1, 2, 3]}}
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump(recipe))
+
+    assert main(["merge", str(file), str(tmp_path / "out"), "--memory", MEMORY]) == 0
+
+    said = capsys.readouterr().err
+    assert said.count("sources[1] is sources[0] once more") == 1
+    assert said.count(" tensors in ") == 3

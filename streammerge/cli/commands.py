@@ -23,6 +23,7 @@ from streammerge.units import format_size
 if TYPE_CHECKING:
     from streammerge.adapters.combining.plans import CombinationPlan
     from streammerge.chaining.stages import Chain
+    from streammerge.checkpoint.manifest import Manifest
     from streammerge.engine.progress import OnProgress
     from streammerge.extracting.plans import ExtractionPlan
     from streammerge.plan.types import MergePlan
@@ -184,10 +185,14 @@ def _merge_together(options: argparse.Namespace, first: Recipe | Chain | Grid) -
             on_progress=on_progress,
             **resources_of(options),
         )
+    told: list[Manifest] = []
     for (out, _), manifest, time in zip(merges, manifests, before, strict=True):
-        # A resume leaves those alone that are complete.
-        say = tell_complete if time is not None and time == time_of(out) else tell_done
-        say(options, manifest, out)
+        if time is not None and time == time_of(out):
+            # A resume leaves those alone that are complete.
+            tell_complete(options, manifest, out)
+            continue
+        tell_done(options, manifest, out, told)
+        told.append(manifest)
     return 0
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,8 +45,13 @@ def tell_complete(
         )
 
 
-def tell_done(options: argparse.Namespace, manifest: Manifest, place: str | None = None) -> None:
-    """Tell what the merge took."""
+def tell_done(
+    options: argparse.Namespace,
+    manifest: Manifest,
+    place: str | None = None,
+    earlier: Sequence[Manifest] = (),
+) -> None:
+    """Tell what the merge took, and what is to be remarked on it that was not of earlier ones."""
     run = manifest.run
     out = options.out if place is None else place
     moved = {
@@ -85,7 +91,7 @@ def tell_done(options: argparse.Namespace, manifest: Manifest, place: str | None
             f"{format_size(run.measured_memory)} of {format_size(run.memory_budget)}",
             file=sys.stderr,
         )
-        _tell_remarks(manifest, out)
+        _tell_remarks(manifest, out, earlier)
         from streammerge.checkpoint.outputform import form_of
 
         form = form_of(Path(out))
@@ -96,12 +102,17 @@ def tell_done(options: argparse.Namespace, manifest: Manifest, place: str | None
             print(f"{printable(out)}: its report is {printable(str(where))}", file=sys.stderr)
 
 
-def _tell_remarks(manifest: Manifest, out: Any) -> None:
-    """Tell what was decided without being asked for, what differs, and what is not in the output."""
+def _remarks(manifest: Manifest) -> list[str]:
+    """Return what was decided without being asked for, what differs, and what is not in the output."""
     rows = [f"differs: {each}" for each in manifest.differences]
     if manifest.left_behind:
         rows.append(f"left behind: {', '.join(manifest.left_behind)}")
-    rows += [f"{note.topic}: {note.text}" for note in manifest.notes]
+    return rows + [f"{note.topic}: {note.text}" for note in manifest.notes]
+
+
+def _tell_remarks(manifest: Manifest, out: Any, earlier: Sequence[Manifest]) -> None:
+    told = {row for each in earlier for row in _remarks(each)}
+    rows = [row for row in _remarks(manifest) if row not in told]
     for row in rows[:_SHOWN_REMARKS]:
         print(f"  {printable(row)}", file=sys.stderr)
     if len(rows) > _SHOWN_REMARKS:
