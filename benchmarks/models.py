@@ -35,6 +35,7 @@ class Size:
 
 
 SIZES = {
+    "0.01B": Size("10M", 10_000_000, 30_000_000),
     "0.15B": Size("150M", 120_000_000, 400_000_000),
     "1.1B": Size("1.1B", 1_000_000_000, 2_300_000_000),
     "8B": Size("8B", 4_000_000_000, 16_500_000_000),
@@ -83,20 +84,24 @@ def check_disk(work: Path, size: str, sources: int) -> None:
         )
 
 
-def prepare_models(work: Path, size: str, sources: int) -> Models:
+def prepare_models(
+    work: Path, size: str, sources: int, *, timeout_seconds: float | None = None
+) -> Models:
     """Return the models of a size, made where they are missing.
 
     Args:
         work: Where they are kept.
         size: A key of :data:`SIZES`.
         sources: Number of fine-tunes.
+        timeout_seconds: How long that may take; None for any time.
 
     Raises:
+        subprocess.TimeoutExpired: It took longer.
         subprocess.CalledProcessError: They could not be made; the reason is on standard error.
     """
     directory = work / "models" / size
     command = [sys.executable, "-m", "benchmarks.models", str(directory), size, str(sources)]
-    subprocess.run(command, cwd=ROOT, check=True)
+    subprocess.run(command, cwd=ROOT, check=True, timeout=timeout_seconds)
     tuned = tuple(directory / f"tuned-{number}" for number in range(sources))
     return Models(size, directory / "base", tuned)
 

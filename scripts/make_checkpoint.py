@@ -11,7 +11,8 @@ vectors in bfloat16 have what real ones have: many exact zeros and many equal ma
 Values come from one pool of Gaussian samples. Every block of 2^20 elements of a tensor takes its
 samples from its own place in the pool, with its own sign and scale, all drawn from a hash of (seed,
 model, tensor name, block number). So a value depends on its position alone, never on the chunk in
-which it was made, and a block does not repeat itself. Holds the pool, three chunks and the headers.
+which it was made, and a block does not repeat itself. So tensors are made on as many threads as there
+are cores. Holds the pool, the headers, and three chunks per thread.
 """
 
 from __future__ import annotations
@@ -20,10 +21,12 @@ import argparse
 import hashlib
 import json
 import math
+import os
 import re
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
@@ -84,6 +87,7 @@ class ModelSpec:
 
 
 PRESETS = {
+    "10M": ModelSpec(hidden=512, layers=2, intermediate=1536, vocab=4096, heads=8, kv_heads=2),
     "150M": ModelSpec(hidden=768, layers=12, intermediate=3072, vocab=32000, heads=12, kv_heads=4),
     "1.1B": ModelSpec(hidden=2048, layers=22, intermediate=5632, vocab=32000, heads=32, kv_heads=4),
     "8B": ModelSpec(hidden=4096, layers=32, intermediate=14336, vocab=128256, heads=32, kv_heads=8),
@@ -168,18 +172,21 @@ def write_model(
         chunk_numel=max(1, chunk_nbytes // itemsize),
     )
     weight_map: dict[str, str] = {}
+    places: list[tuple[int, Path, TensorSpec]] = []
     for number, group in enumerate(groups, start=1):
         file_name = "model.safetensors"
         if len(groups) > 1:
             file_name = f"model-{number:05d}-of-{len(groups):05d}.safetensors"
         # The order in which the safetensors library writes tensors of one dtype.
         group.sort(key=lambda tensor: tensor.name)
-        with (directory / file_name).open("xb", buffering=2**20) as shard:
+        with (directory / file_name).open("xb") as shard:
             _write_header(shard, group, format_dtype, itemsize)
-            for tensor in group:
-                for chunk in source.iter_chunks(tensor):
-                    shard.write(chunk)
+            offset = shard.tell()
+        for tensor in group:
+            places.append((offset, directory / file_name, tensor))
+            offset += tensor.numel * itemsize
         weight_map.update((tensor.name, file_name) for tensor in group)
+    _write_tensors(source, places)
 
     nbytes = sum(tensor.numel for tensor in tensors) * itemsize
     if len(groups) > 1:
@@ -187,6 +194,35 @@ def write_model(
         _write_json(directory / "model.safetensors.index.json", index)
     _write_json(directory / "config.json", _config(spec, dtype))
     return nbytes
+
+
+def _write_tensors(source: _Values, places: Sequence[tuple[int, Path, TensorSpec]]) -> None:
+    """Write every tensor at its offset in its file, on as many threads as there are cores."""
+
+    def write(place: tuple[int, Path, TensorSpec]) -> None:
+        offset, path, tensor = place
+        with path.open("r+b", buffering=0) as shard:
+            shard.seek(offset)
+            for chunk in source.iter_chunks(tensor):
+                rest = chunk
+                while rest:
+                    rest = rest[shard.write(rest) :]
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(_count_cores()) as pool:
+            # By offset, and so from file to file: the kernel lets one thread at a time write to one.
+            for _ in pool.map(write, sorted(places, key=lambda place: place[0])):
+                pass
+    finally:
+        torch.set_num_threads(before)
+
+
+def _count_cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def iter_tensors(spec: ModelSpec) -> Iterator[TensorSpec]:
@@ -242,11 +278,12 @@ class _Values:
         self._seed = seed
         self._finetune = finetune
         self._noise = noise
-        self._values = torch.empty(min(chunk_numel, BLOCK_NUMEL), dtype=dtype)
-        self._change = torch.empty_like(self._values)
+        self._chunk_numel = min(chunk_numel, BLOCK_NUMEL)
 
     def iter_chunks(self, tensor: TensorSpec) -> Iterator[memoryview]:
         """Yield the bytes of a tensor in order; each chunk is valid until the next is asked for."""
+        whole = torch.empty(self._chunk_numel, dtype=self._pool.dtype)
+        whole_change = torch.empty_like(whole)
         # Fine-tuning moves some tensors more than others.
         change_std = self._noise * tensor.std * (0.5 + self._draw("reach", tensor.name, 0)[1])
         for block_start in range(0, tensor.numel, BLOCK_NUMEL):
@@ -254,9 +291,9 @@ class _Values:
             place, scale = self._place("base", tensor.name, block, tensor.std)
             change_place, change_scale = self._place("change", tensor.name, block, change_std)
             block_numel = min(BLOCK_NUMEL, tensor.numel - block_start)
-            for start in range(0, block_numel, self._values.numel()):
-                numel = min(self._values.numel(), block_numel - start)
-                values, change = self._values[:numel], self._change[:numel]
+            for start in range(0, block_numel, self._chunk_numel):
+                numel = min(self._chunk_numel, block_numel - start)
+                values, change = whole[:numel], whole_change[:numel]
                 torch.mul(self._samples(place + start, numel), scale, out=values)
                 if tensor.mean:
                     values.add_(tensor.mean)
