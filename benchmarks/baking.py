@@ -115,11 +115,14 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def prepare_adapters(base: Path, count: int) -> tuple[Path, ...]:
-    """Return adapters beside the base, made where they are missing."""
+def prepare_adapters(
+    base: Path, count: int, *, timeout_seconds: float | None = None
+) -> tuple[Path, ...]:
+    """Return adapters beside the base, made where they are missing, in so much time at most."""
     directory = base.parent
     command = [sys.executable, "-m", "benchmarks.loras", str(directory), str(base)]
-    subprocess.run([*command, str(RANK), str(count)], cwd=ROOT, check=True)
+    command += [str(RANK), str(count)]
+    subprocess.run(command, cwd=ROOT, check=True, timeout=timeout_seconds)
     return tuple(directory / f"lora-{RANK}-{seed}" for seed in range(count))
 
 

@@ -33,6 +33,7 @@ from benchmarks.contenders import (
     needs_environment,
     prepare_environment,
 )
+from benchmarks.environment import hide_paths
 from benchmarks.jobs import DENSITY, METHODS, AnyJob, Job, choose_methods
 from benchmarks.measuring import Run, drop_page_cache, measure
 from benchmarks.models import (
@@ -249,9 +250,9 @@ def compare(
                     everything=options.cache == "all",
                 )
             )
-            run, stage = run_once(job, contender, timeout_seconds=options.timeout, work=work)
+            run, manifest = run_once(job, contender, timeout_seconds=options.timeout, work=work)
             runs[contender.name].append(run)
-            stages[contender.name].append(stage)
+            stages[contender.name].append(stages_of(manifest))
     summaries = {name: summarize(runs[name], stages[name]) for name in runs}
     for contender in able:
         summaries[contender.name]["memory"] = contender.memory
@@ -266,8 +267,8 @@ def compare(
 
 def run_once(
     job: JobT, contender: Contender[JobT], *, timeout_seconds: float, work: Path
-) -> tuple[Run, dict[str, float] | None]:
-    """Run a contender once; return what it took, and its seconds per stage where it tells them."""
+) -> tuple[Run, dict[str, Any] | None]:
+    """Run a contender once; return what it took, and the manifest where it wrote one."""
     out = work / "out"
     partial = work / "out.partial"
     description = work / "job.json"
@@ -288,27 +289,28 @@ def run_once(
         if nbytes != job.nbytes_to_write:
             wrong = f"wrote {nbytes} bytes of tensors, expected {job.nbytes_to_write}"
             return replace(run, failure=wrong), None
-        return run, read_stages(out)
+        return run, read_manifest(out)
     finally:
         for leftover in (out, partial):
             shutil.rmtree(leftover, ignore_errors=True)
         description.unlink(missing_ok=True)
 
 
-def read_stages(out: Path) -> dict[str, float] | None:
-    """Return the seconds per stage that streammerge's manifest records; None without a manifest."""
-    manifest = out / "streammerge_manifest.json"
-    if not manifest.exists():
+def read_manifest(out: Path) -> dict[str, Any] | None:
+    """Return the manifest beside a result; None where there is none, as with other mergers."""
+    place = out / "streammerge_manifest.json"
+    if not place.exists():
         return None
-    stages: dict[str, float] = json.loads(manifest.read_bytes())["run"]["seconds_by_stage"]
+    manifest: dict[str, Any] = json.loads(place.read_bytes())
+    return manifest
+
+
+def stages_of(manifest: dict[str, Any] | None) -> dict[str, float] | None:
+    """Return the seconds per stage that a manifest records; None without a manifest."""
+    if manifest is None:
+        return None
+    stages: dict[str, float] = manifest["run"]["seconds_by_stage"]
     return stages
-
-
-def hide_paths(message: str, work: Path) -> str:
-    """Return a message without the places of this project and of its files on this machine."""
-    for place, name in ((work, "WORK"), (ROOT, "ROOT"), (Path.home(), "HOME")):
-        message = message.replace(f"{place}/", f"{name}/")
-    return message
 
 
 if __name__ == "__main__":

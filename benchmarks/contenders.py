@@ -14,6 +14,7 @@ from typing import Generic, TypeVar
 
 from benchmarks.jobs import AnyJob, Job, mergekit_config, peft_job, streammerge_recipe
 from benchmarks.models import ROOT
+from benchmarks.wheels import MERGEKIT_REQUIREMENT
 from streammerge.checkpoint.outputfile import lies_in_memory
 
 FLOOR = "floor"
@@ -24,7 +25,7 @@ NAMES = (STREAMMERGE, MERGEKIT, PEFT, FLOOR)
 """What ``--contenders`` takes; streammerge runs once per memory budget."""
 
 TORCH_REQUIREMENT = "torch==2.13.0"
-REQUIREMENTS = ("mergekit==0.1.5", "peft==0.21.2")
+REQUIREMENTS = (MERGEKIT_REQUIREMENT, "peft==0.21.2")
 """The other mergers. They never share an environment with this project: mergekit asks for
 versions of its own."""
 
@@ -74,9 +75,12 @@ def choose_contenders(
         if name not in names:
             continue
         if name == STREAMMERGE:
-            chosen += [_streammerge(budget, main=index == 0) for index, budget in enumerate(memory)]
+            chosen += [
+                streammerge_contender(budget, main=index == 0)
+                for index, budget in enumerate(memory)
+            ]
         elif name == MERGEKIT:
-            chosen.append(_mergekit(python))
+            chosen.append(mergekit_contender([str(python.with_name("mergekit-yaml"))]))
         elif name == PEFT:
             chosen.append(_peft(python))
         else:
@@ -125,7 +129,9 @@ def merge_command(recipe: Path, out: Path, *, memory: str) -> list[str]:
     return [*merge, "--memory", memory, "--quiet"]
 
 
-def _streammerge(memory: str, *, main: bool) -> Contender[Job]:
+def streammerge_contender(memory: str, *, main: bool = True) -> Contender[Job]:
+    """Return streammerge with a budget, which is in its name unless it is the ``main`` one."""
+
     def command(job: Job, description: Path, out: Path) -> list[str]:
         description.write_text(streammerge_recipe(job), encoding="utf-8")
         return merge_command(description, out, memory=memory)
@@ -134,12 +140,13 @@ def _streammerge(memory: str, *, main: bool) -> Contender[Job]:
     return Contender(name, command, lambda _: True, memory=memory)
 
 
-def _mergekit(python: Path) -> Contender[Job]:
+def mergekit_contender(program: Sequence[str]) -> Contender[Job]:
+    """Return mergekit, called by these words."""
+
     def command(job: Job, description: Path, out: Path) -> list[str]:
         description.write_text(mergekit_config(job), encoding="utf-8")
         shard_size = ["--out-shard-size", str(job.models.max_shard_nbytes)]
-        program = str(python.with_name("mergekit-yaml"))
-        return [program, str(description), str(out), *MERGEKIT_FLAGS, *shard_size]
+        return [*program, str(description), str(out), *MERGEKIT_FLAGS, *shard_size]
 
     return Contender(
         MERGEKIT,

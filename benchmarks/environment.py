@@ -62,6 +62,13 @@ def disk_rates(files: Sequence[Path], directory: Path) -> dict[str, float]:
     return rates
 
 
+def hide_paths(message: str, work: Path) -> str:
+    """Return a message without the places of this project and of its files on this machine."""
+    for place, name in ((work, "WORK"), (ROOT, "ROOT"), (Path.home(), "HOME")):
+        message = message.replace(f"{place}/", f"{name}/")
+    return message
+
+
 def compile_modules() -> None:
     """Compile this environment's modules, as pip does and as the first import would.
 

@@ -20,10 +20,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from benchmarks import environment
-from benchmarks.compare import run_once
+from benchmarks.bus import measure_bus
+from benchmarks.compare import run_once, stages_of
 from benchmarks.contenders import (
     FLOOR,
     MERGEKIT,
@@ -33,15 +34,16 @@ from benchmarks.contenders import (
     environment_directory,
     prepare_environment,
 )
-from benchmarks.jobs import DENSITY, FEW, METHODS, Job
+from benchmarks.jobs import DENSITY, FEW, METHODS, AnyJob, Job
 from benchmarks.measuring import Run, drop_page_cache
-from benchmarks.models import RESULTS, ROOT, SIZES, WORK, check_disk, prepare_models
+from benchmarks.models import RESULTS, SIZES, WORK, check_disk, prepare_models
 from benchmarks.reporting import add_ratios, render_method, summarize
 
 FORMAT = 1
 """Raised when the meaning of a field of the results changes."""
 CACHES = ("warm", "cold")
 _READ_NBYTES = 8 * 2**20
+JobT = TypeVar("JobT", bound=AnyJob)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -102,16 +104,17 @@ def on_device(options: argparse.Namespace, work: Path) -> list[Contender]:
     for contender in choose_contenders(options.contenders, [options.memory], work):
         if contender.name == STREAMMERGE:
             more = ["--device", options.device, "--device-memory", options.device_memory]
-            chosen.append(_with(contender, STREAMMERGE, more))
-            chosen.append(_with(contender, f"{STREAMMERGE} cpu", ["--device", "cpu"]))
+            chosen.append(with_options(contender, STREAMMERGE, more))
+            chosen.append(with_options(contender, f"{STREAMMERGE} cpu", ["--device", "cpu"]))
         elif contender.name == MERGEKIT:
-            chosen.append(_with(contender, MERGEKIT, ["--cuda"]))
+            chosen.append(with_options(contender, MERGEKIT, ["--cuda"]))
         else:
             chosen.append(contender)
     return chosen
 
 
-def _with(contender: Contender, name: str, more: Sequence[str]) -> Contender:
+def with_options(contender: Contender[JobT], name: str, more: Sequence[str]) -> Contender[JobT]:
+    """Return a contender of another name, which has more options at the end of its command."""
     command = contender.command
     return replace(
         contender, name=name, command=lambda job, where, out: [*command(job, where, out), *more]
@@ -160,9 +163,9 @@ def take_turns(
             drop_page_cache(files, everything=cache == "cold")
             if cache == "warm":
                 read_all(files)
-            run, stage = run_once(job, contender, timeout_seconds=options.timeout, work=work)
+            run, manifest = run_once(job, contender, timeout_seconds=options.timeout, work=work)
             runs[contender.name].append(run)
-            stages[contender.name].append(stage)
+            stages[contender.name].append(stages_of(manifest))
     summaries = {name: summarize(runs[name], stages[name]) for name in runs}
     add_ratios(summaries)
     bus = measure_bus(options.device, in_nbytes=job.nbytes_to_read, out_nbytes=job.nbytes_to_write)
@@ -183,19 +186,6 @@ def read_all(files: Sequence[Path]) -> int:
             while part := stream.read(_READ_NBYTES):
                 total += len(part)
     return total
-
-
-def measure_bus(device: str, *, in_nbytes: int, out_nbytes: int) -> dict[str, Any]:
-    """Return what ``benchmarks.bus`` prints, run in a process of its own.
-
-    Raises:
-        subprocess.CalledProcessError: The device cannot be used.
-    """
-    command = [sys.executable, "-m", "benchmarks.bus", "--device", device]
-    command += ["--in-nbytes", str(in_nbytes), "--out-nbytes", str(out_nbytes)]
-    finished = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
-    found: dict[str, Any] = json.loads(finished.stdout)
-    return found
 
 
 def render_bus(result: dict[str, Any]) -> str:
