@@ -182,6 +182,7 @@ def iter_steps(place: Place, options: argparse.Namespace) -> Iterator[Step]:
         memory=options.memory,
         device_memory=options.device_memory,
         cores=environment.machine_facts(place.work)["cores"],
+        seconds=options.minutes * 60,
     )
     yield from gpu_steps.plan_steps(session)
 

@@ -46,8 +46,8 @@ ADAPTERS = (1, 4)
 EXTRACTED_RANK = 16
 SOURCES = 2
 START_SIZE = "0.01B"
-LATER_SECONDS = 150.0
-"""Kept, while methods are measured that are variants of others, for what differs more from them."""
+LATER_SHARE = 0.3
+"""Of all time, kept for what comes after the methods: it differs from them more than they do."""
 _BUS_NBYTES = 3 * 2**30
 _LEAST_SECONDS = 2.0
 """For one more run: what has less time left would only be killed."""
@@ -70,6 +70,8 @@ class Session:
     """Budget on the device."""
     cores: int
     """Cores that may be used."""
+    seconds: float
+    """That all of it may take."""
     models: dict[str, Models] = field(default_factory=dict)
     """Models by size, once they are made."""
     adapters: tuple[Path, ...] = ()
@@ -93,7 +95,7 @@ def plan_steps(session: Session) -> list[Step]:
         *(_models_step(session, size) for size in dict.fromkeys((START_SIZE, session.size, small))),
         _method_step(session, "ties", START_SIZE, name="start", limit=60, mergekit=True, rounds=2),
         *(usual(name, limit=90, mergekit=True, rounds=2) for name in FIRST),
-        *(usual(name, limit=25, keep=LATER_SECONDS) for name in rest),
+        *(usual(name, limit=25, keep=LATER_SHARE * session.seconds) for name in rest),
         *(_scaling_step(session, name) for name in SCALED),
         *_baking_steps(session),
         *(
