@@ -37,7 +37,7 @@ from benchmarks.steps import Limit, Outcome, Step
 DEVICE = "device"
 CPU = "cpu"
 FIRST = ("ties", "linear", "task_arithmetic", "dare_ties", "slerp")
-"""Measured first, twice, and beside mergekit."""
+"""Measured first, twice, and then with mergekit."""
 SCALED = ("ties", "linear")
 MATRICES = ("tsv_m", "iso_c")
 MATRICES_SIZE = "0.15B"
@@ -45,6 +45,7 @@ WORKERS = (1, 2, 4, 8, 16)
 ADAPTERS = (1, 4)
 EXTRACTED_RANK = 16
 SOURCES = 2
+START = "start"
 START_SIZE = "0.01B"
 LATER_SHARE = 0.3
 """Of all time, kept for what comes after the methods: it differs from them more than they do."""
@@ -93,8 +94,10 @@ def plan_steps(session: Session) -> list[Step]:
     return [
         Step("bus", partial(find_bus, session), 40),
         *(_models_step(session, size) for size in dict.fromkeys((START_SIZE, session.size, small))),
-        _method_step(session, "ties", START_SIZE, name="start", limit=60, mergekit=True, rounds=2),
-        *(usual(name, limit=90, mergekit=True, rounds=2) for name in FIRST),
+        _method_step(session, "ties", START_SIZE, name=START, limit=60, rounds=2),
+        *(usual(name, limit=60, rounds=2) for name in FIRST),
+        _mergekit_step(session, "ties", START_SIZE, name=START),
+        *(_mergekit_step(session, name, session.size, name=name) for name in FIRST),
         *(usual(name, limit=25, keep=LATER_SHARE * session.seconds) for name in rest),
         *(_scaling_step(session, name) for name in SCALED),
         *_baking_steps(session),
@@ -123,18 +126,31 @@ def _method_step(
     *,
     limit: float,
     name: str | None = None,
-    mergekit: bool = False,
     rounds: int = 1,
     keep: float = 0.0,
 ) -> Step:
     def run(given: Limit) -> Outcome:
         job = Job(METHODS[method], session.models[size])
         both = on_both(session, streammerge_contender(session.memory))
-        others = [on_mergekit(session)] if mergekit else []
-        return measure_job(session, job, [*both * rounds, *others], given)
+        return measure_job(session, job, both * rounds, given)
 
     needs = (f"models of {size}",)
     return Step(name or method, run, limit, keep_seconds=keep, needs=needs)
+
+
+def _mergekit_step(session: Session, method: str, size: str, *, name: str) -> Step:
+    def run(given: Limit) -> Outcome:
+        job = Job(METHODS[method], session.models[size])
+        return measure_job(session, job, [on_mergekit(session)], given)
+
+    return Step(
+        f"{MERGEKIT}, {name}",
+        run,
+        45,
+        least_seconds=15,
+        keep_seconds=LATER_SHARE * session.seconds,
+        needs=(f"models of {size}",),
+    )
 
 
 def _scaling_step(session: Session, method: str) -> Step:
@@ -274,7 +290,7 @@ def measure_job(
         "read_nbytes": job.nbytes_to_read,
         "written_nbytes": job.nbytes_to_write,
         "bus_seconds": _floor(session, job),
-        "same_bytes": same_bytes([each[0] for name, each in manifests.items() if name != MERGEKIT]),
+        "same_bytes": same_bytes([each[0] for each in manifests.values()]),
         "contenders": summaries,
     }
     return Outcome(values, _failure_of(summaries))

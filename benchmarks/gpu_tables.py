@@ -10,12 +10,15 @@ from benchmarks.reporting import GIB, MERGEKIT, format_memory
 DEVICE = "device"
 CPU = "cpu"
 _ABSENT = "-"
+_OTHER = f"{MERGEKIT}, "
+"""How the names of the steps begin in which it did the same."""
 
 
 def render_check(results: Mapping[str, Any]) -> str:
     """Return all tables of a results document."""
     measured = [step for step in results["steps"] if step["values"].get("contenders")]
-    scaling = [step for step in measured if not {DEVICE, CPU} & step["values"]["contenders"].keys()]
+    programs = {DEVICE, CPU, MERGEKIT}
+    scaling = [step for step in measured if not programs & step["values"]["contenders"].keys()]
     both = [step for step in measured if step not in scaling]
     parts = [
         _conditions(results),
@@ -30,15 +33,23 @@ def render_times(steps: Sequence[Mapping[str, Any]]) -> str:
     """Return what each job took on the device, on the CPU and with mergekit.
 
     Seconds are those of whole programs, the least of their runs. The column ``without start`` takes
-    off what the step ``start`` took on the device.
+    off what the step ``start`` took on the device. What mergekit took is a step of its own, and
+    no row.
     """
+    others = {
+        step["name"].removeprefix(_OTHER): _least(step, MERGEKIT)
+        for step in steps
+        if step["name"].startswith(_OTHER)
+    }
+    steps = [step for step in steps if not step["name"].startswith(_OTHER)]
     start = next((_least(step, DEVICE) for step in steps if step["name"] == "start"), None)
     header = ["job", "device", "CPU", "mergekit", "bus", "device / bus", "without start"]
     header += ["CPU / device", "mergekit / device", "device memory", "same bytes"]
     rows = [header, ["---", *["---:"] * (len(header) - 1)]]
     for step in steps:
         values = step["values"]
-        own, cpu, other = (_least(step, name) for name in (DEVICE, CPU, MERGEKIT))
+        own, cpu = (_least(step, name) for name in (DEVICE, CPU))
+        other = others.get(step["name"])
         bus = values.get("bus_seconds")
         rest = None if own is None or start is None or own <= start else own - start
         peak = values["contenders"].get(DEVICE, {}).get("peak_device_nbytes")

@@ -144,14 +144,16 @@ def test_the_end_of_a_long_output_is_kept_and_the_log_stays_small(
 def test_the_most_telling_is_planned_first(session: gpu_steps.Session) -> None:
     names = [step.name for step in gpu_steps.plan_steps(session)]
 
-    assert names[:10] == [
+    assert names[:16] == [
         "bus",
-        *("models of 0.01B", "models of 1.1B", "models of 0.15B", "start"),
-        *gpu_steps.FIRST,
+        *("models of 0.01B", "models of 1.1B", "models of 0.15B"),
+        *("start", *gpu_steps.FIRST),
+        *("mergekit, start", *(f"mergekit, {name}" for name in gpu_steps.FIRST)),
     ]
     methods = METHODS.keys() - set(DECOMPOSING)
-    assert set(names[5 : 5 + len(methods)]) == methods
-    assert names[5 + len(methods) :] == [
+    rest = methods - set(gpu_steps.FIRST)
+    assert set(names[16 : 16 + len(rest)]) == rest
+    assert names[16 + len(rest) :] == [
         *("workers, ties", "workers, linear", "adapters"),
         *("baking, adapters: 1", "baking, adapters: 4"),
         *("tsv_m, 0.15B", "iso_c, 0.15B", "extract, rank 16"),
@@ -162,7 +164,7 @@ def test_the_most_telling_is_planned_first(session: gpu_steps.Session) -> None:
 def test_variants_leave_time_for_what_comes_after_them(session: gpu_steps.Session) -> None:
     planned = {step.name: step for step in gpu_steps.plan_steps(session)}
 
-    assert planned["karcher"].keep_seconds == 0.3 * 480
+    assert planned["karcher"].keep_seconds == planned["mergekit, ties"].keep_seconds == 0.3 * 480
     assert planned["ties"].keep_seconds == planned["workers, ties"].keep_seconds == 0
     known = set(planned)
     assert all(set(step.needs) <= known for step in planned.values())
@@ -384,7 +386,6 @@ def test_times_are_set_beside_the_bus_the_cpu_and_mergekit() -> None:
     ties = {
         "device": took(3.0) | {"peak_device_nbytes": 2**30},
         "cpu": took(6.0),
-        "mergekit": took(30.0),
     }
     failed = {"device": {"failure": "killed"}, "cpu": took(6.0)}
     lines = gpu_tables.render_times(
@@ -395,6 +396,7 @@ def test_times_are_set_beside_the_bus_the_cpu_and_mergekit() -> None:
                 "values": {"contenders": ties, "bus_seconds": 0.5, "same_bytes": True},
             },
             {"name": "linear", "values": {"contenders": failed, "bus_seconds": 0.5}},
+            {"name": "mergekit, ties", "values": {"contenders": {"mergekit": took(30.0)}}},
         ]
     ).splitlines()
 
