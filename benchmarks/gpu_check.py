@@ -168,6 +168,7 @@ def iter_steps(place: Place, options: argparse.Namespace) -> Iterator[Step]:
     yield Step("wheels", partial(gpu_setup.install, place), 60)
     kernels = gpu_setup.load_kernels if options.keep_kernels else gpu_setup.compile_kernels
     yield Step("kernels", partial(kernels, place), 90)
+    yield Step("modules", partial(gpu_setup.compile_modules, place), 40)
     yield Step("tests", partial(gpu_setup.run_tests, place), 150, least_seconds=20)
     try:
         from benchmarks import gpu_steps

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import shutil
 import sys
+import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -76,17 +77,29 @@ def missing_modules() -> list[str]:
     return [name for name in MODULES if importlib.util.find_spec(name) is None]
 
 
-def install_command(folder: Path, target: Path) -> list[str]:
-    """Return the command that installs all wheels of a folder below ``target``, without a network.
+def find_wheels(folder: Path) -> list[Path]:
+    """Return the wheels in a folder.
 
     Raises:
         FileNotFoundError: There are none.
     """
-    wheels = sorted(map(str, folder.glob("*.whl")))
+    wheels = sorted(folder.glob("*.whl"))
     if not wheels:
         raise FileNotFoundError(
             f"no wheels in {folder.name}/; make them with scripts/gpu_check pack"
         )
+    return wheels
+
+
+def install_command(wheels: Sequence[Path], target: Path) -> list[str]:
+    """Return the command that installs wheels below ``target``, without a network."""
     # They are there as they were chosen: nothing is asked of an index.
     alone = ["--no-index", "--no-deps", "--no-compile", "--target", str(target)]
-    return [*_PIP, "install", *alone, *wheels]
+    return [*_PIP, "install", *alone, *map(str, wheels)]
+
+
+def unpack(wheels: Sequence[Path], target: Path) -> None:
+    """Do what that command does to these wheels, where there is no pip: they are modules alone."""
+    for wheel in wheels:
+        with zipfile.ZipFile(wheel) as archive:
+            archive.extractall(target)

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import time
+import zipfile
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -328,7 +329,25 @@ def test_wheels_that_are_too_large_are_refused_and_the_old_ones_stay(
 
 def test_without_wheels_the_command_that_packs_them_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="make them with scripts/gpu_check pack"):
-        wheels.install_command(tmp_path / "none", tmp_path)
+        wheels.find_wheels(tmp_path / "none")
+
+
+def test_wheels_are_installed_with_pip_and_without(tmp_path: Path) -> None:
+    wheel = tmp_path / "small-1-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr("small.py", "")
+        archive.writestr(
+            "small-1.dist-info/METADATA", "Metadata-Version: 2.1\nName: small\nVersion: 1"
+        )
+        archive.writestr("small-1.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\n")
+        archive.writestr("small-1.dist-info/RECORD", "small.py,,\n")
+    found = wheels.find_wheels(tmp_path)
+
+    subprocess.run(wheels.install_command(found, tmp_path / "pip"), check=True)
+    wheels.unpack(found, tmp_path / "alone")
+
+    assert (tmp_path / "pip" / "small.py").exists()
+    assert (tmp_path / "alone" / "small.py").exists()
 
 
 @pytest.mark.skipif(count_devices() > 0, reason="there is a CUDA device here")
