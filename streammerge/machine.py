@@ -66,7 +66,8 @@ def describe_machine(
         ValueError: There are fewer workers than one.
     """
     # Opened before memory is looked at, for the driver takes some that no plan can foresee.
-    free = min((each.free_bytes() for each in opening.open_devices(devices)), default=0)
+    opened = opening.open_devices(devices)
+    free = min((each.free_bytes() for each in opened), default=0)
     return Machine(
         budget=choose_budget(memory),
         baseline=measure_baseline,
@@ -75,6 +76,7 @@ def describe_machine(
         writers=max(1, _WRITERS // at_once),
         devices=tuple(devices),
         device_free=free,
+        device_kernels=bool(opened) and all(each.tile for each in opened),
         device_budget=device_budget,
         at_once=at_once,
     )

@@ -11,20 +11,27 @@ Fixtures: ``models`` makes checkpoints below ``tmp_path`` and merges them (see `
 from __future__ import annotations
 
 import gc
+import os
 import signal
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from covering import try_all_pairs
-from fake_backend import FakeBackend, MakeDevices
+from fake_backend import FakeBackend, MakeDevices, add_up_blocks
 from fast import choose_fast
 from models import Models
+from numpy.typing import NDArray
 from old_transformers import install_old_transformers
 
 from streammerge.engine.accelerator import opening
+
+if not torch.cuda.is_available():
+    # Read when Triton is imported: kernels run in its interpreter, on tensors of the CPU.
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -80,6 +87,23 @@ def models(tmp_path: Path) -> Models:
     return Models(tmp_path)
 
 
+def _multiply_high(a: NDArray[np.uint64], b: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """Return the high halves of products, which Triton's interpreter computes one by one."""
+    half, low = np.uint64(32), np.uint64(2**32 - 1)
+    a_low, a_high, b_low, b_high = a & low, a >> half, b & low, b >> half
+    middle = a_high * b_low + (a_low * b_low >> half)
+    other = a_low * b_high + (middle & low)
+    return a_high * b_high + (middle >> half) + (other >> half)
+
+
+# Triton reads its environment when it is imported.
+from triton.runtime import interpreter  # noqa: E402
+
+from streammerge.engine.accelerator.fused.running import FusedSteps  # noqa: E402
+
+interpreter.np_umulhi_u64 = _multiply_high
+
+
 @pytest.fixture
 def devices(monkeypatch: pytest.MonkeyPatch) -> MakeDevices:
     """Return a function that makes two fake devices, with options of :class:`FakeBackend`."""
@@ -91,6 +115,7 @@ def devices(monkeypatch: pytest.MonkeyPatch) -> MakeDevices:
             return [made[name] for name in names]
 
         monkeypatch.setattr(opening, "open_devices", open_devices)
+        monkeypatch.setattr(FusedSteps, "total", add_up_blocks)
         monkeypatch.setattr(opening, "count_devices", lambda: len(made))
         return made
 

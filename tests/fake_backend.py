@@ -25,6 +25,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from streammerge.engine.accelerator.backend import Failure
+from streammerge.statistics import BLOCK
+from streammerge.tiles.program import Op
+from streammerge.tiles.totalling import total_rows
 
 COPY_IN, COMPUTE, COPY_OUT = range(3)
 """Streams of a worker, in the order in which it makes them."""
@@ -148,6 +151,8 @@ class FakeBackend:
     """Bytes allocated now."""
     peak: int = 0
     """Most bytes that were allocated."""
+    tile: int = 2**18
+    """Elements per instance of a fused kernel, which Triton's interpreter runs: the more the faster."""
     temporary: int = 0
     """Most bytes that one enqueued piece of work had beside what is allocated."""
     refusals: int = 0
@@ -238,7 +243,8 @@ class FakeBackend:
         meeting, self.meeting = self.meeting, None
         if meeting is not None:
             meeting.wait(timeout=60)
-        with Watch() as watch:
+        # Triton's interpreter computes with numpy, which tells of infinities that stages look for.
+        with Watch() as watch, np.errstate(all="ignore"):
             yield
         with self._lock:
             self.temporary = max(self.temporary, watch.peak)
@@ -256,6 +262,13 @@ class FakeBackend:
         if isinstance(error, FakeOutOfMemoryError):
             return Failure.OUT_OF_MEMORY
         return Failure.LOST if isinstance(error, FakeLostError) else Failure.OTHER
+
+
+def add_up_blocks(_self: Any, op: Op, a: Tensor, b: Tensor | None, column: Tensor) -> None:
+    """Total blocks as the fused kernel does, which takes Triton's interpreter seconds for each."""
+    for block, begin in enumerate(range(0, a.numel(), BLOCK)):
+        rows = [each[begin : begin + BLOCK].numpy()[None] for each in (a, a if b is None else b)]
+        column[block] = total_rows(op, rows[0], rows[1])[0]
 
 
 MakeDevices = Callable[..., dict[str, FakeBackend]]

@@ -7,6 +7,7 @@ computed, the next one is copied in and the last one out. The parts, in bytes, f
     rows        (registers of the programs, base, magnitudes) · step in the compute dtype
     temporary   what single operations need beside that, per element of a step
     answers     per ranked value: what is collected, a histogram, counts per block; totals per block
+    constants   numbers of a piece, and the factors of one tensor's adapters, for fused kernels
     notes       largest magnitudes per step, to tell NaN, infinity and overflows
 
 and once for each device the allocator's slack. The driver's own memory, a few hundred MiB that it
@@ -22,6 +23,7 @@ from dataclasses import dataclass, replace
 from functools import reduce
 
 from streammerge.assignment.types import Action, Setting
+from streammerge.dtypes import DType
 from streammerge.errors import MemoryBudgetError
 from streammerge.methods.base import MergeMethod
 from streammerge.methods.programs import Counts, Programs
@@ -33,6 +35,7 @@ from streammerge.plan.types import DeviceResources, MergePlan, TensorTask
 from streammerge.statistics import BLOCK, count_blocks
 from streammerge.statistics.in_tensors import COUNTS
 from streammerge.statistics.magnitude import BINS
+from streammerge.tiles.fusing import Layout, count_sink_rows
 from streammerge.tiles.program import FUNCTIONS, Op, Program
 from streammerge.units import MIB, format_budget, format_size
 
@@ -46,8 +49,10 @@ _SLACK_BYTES = 96 * MIB
 """Requests of the allocator are rounded up to 2 and 20 MiB. An estimate, see docs/design/devices.md."""
 _LARGEST_STEP = 16 * BLOCK
 """4 million elements: an operation on them takes several times longer than to ask for it."""
-_ON_THE_CPU = (*FUNCTIONS, Op.COMPUTED, Op.CHANGED)
-"""Steps that are done in numpy, or by adapters."""
+_ON_THE_CPU = (Op.COMPUTED, Op.CHANGED)
+"""Steps that no device does."""
+FUSED_DTYPES = frozenset({DType.F32, DType.BF16, DType.F16, DType.F64})
+"""Types that fused kernels read and write."""
 HOST_GROWTH_BYTES = 192 * MIB
 """What a device's kernels and streams take of the process once they are used. An estimate."""
 
@@ -76,6 +81,12 @@ class StepShape:
     """Elements in the largest chunk."""
     step_numel: int
     """Elements in a step; whole blocks."""
+    ranks: int = 0
+    """Ranks of a tensor."""
+    constants: int = 0
+    """Numbers that a piece brings along, of 8 bytes; 0 without fused kernels."""
+    factor_bytes: int = 0
+    """Factors of one tensor's adapters."""
 
     @property
     def steps(self) -> int:
@@ -111,14 +122,20 @@ class StepShape:
         notes = self.steps * self.notes * self.compute_itemsize
         borders = 4 * (BINS + 1) if self.searches else 0
         answers = self.searches * self._answer_bytes + self._total_bytes
-        return lanes + rows + temporary + notes + borders + answers
+        return lanes + rows + temporary + notes + borders + answers + self._brought_bytes
 
     @property
     def host_bytes(self) -> int:
         """Bytes of page-locked memory that one worker takes for what comes back."""
         notes = self.steps * self.notes * self.compute_itemsize
         # torch rounds page-locked memory up to powers of two.
-        return 2 * (notes + self.searches * self._answer_bytes + self._total_bytes)
+        answers = self.searches * self._answer_bytes + self._total_bytes
+        return 2 * (notes + answers + self._brought_bytes)
+
+    @property
+    def _brought_bytes(self) -> int:
+        """Bytes of what comes with a piece, and of what is found of its ties."""
+        return 8 * (max(1, self.constants) + max(1, self.ranks)) + max(4, self.factor_bytes)
 
     @property
     def _total_bytes(self) -> int:
@@ -131,26 +148,52 @@ class StepShape:
 
 
 def runs_on_device(
-    task: TensorTask, programs: Sequence[Programs], settings: Sequence[Setting]
+    task: TensorTask,
+    programs: Sequence[Programs],
+    settings: Sequence[Setting],
+    *,
+    fused: bool = False,
 ) -> bool:
     """Return whether a tensor is measured and merged on an accelerator, if there is one.
 
     A tensor of at most a block costs a core less time than it takes to ask a device for some thirty
-    operations. The products of adapters are computed on the CPU, whose bits no other library has, and
-    so is what sees whole rows or tensors together. What is copied or converted has no arithmetic.
+    operations. What sees whole rows or tensors together is the CPU's, and without fused kernels so are
+    roots, exponentials, logarithms and the products of adapters, whose bits torch's operations do not
+    have. What is copied or converted has no arithmetic.
+
+    Args:
+        task: The tensor.
+        programs: What the method does, for each of its settings.
+        settings: These settings.
+        fused: Whether kernels can be compiled there.
     """
-    if task.action is not Action.MERGE or task.numel <= BLOCK or task.changes:
+    if task.action is not Action.MERGE or task.numel <= BLOCK:
         return False
     work, setting = programs[task.setting], settings[task.setting]
     if work.by_rows or any(_has_steps_of_the_cpu(program) for program in work.all):
         return False
-    return not setting.has_base or task.inputs[setting.models[0]] is not None
+    if setting.has_base and task.inputs[setting.models[0]] is None:
+        return False
+    if fused and is_fused(task):
+        return all(change.is_plain for change in task.changes)
+    return not task.changes and not any(program.uses(*FUNCTIONS) for program in work.all)
+
+
+def is_fused(task: TensorTask) -> bool:
+    """Return whether fused kernels read and write a tensor, where there are any."""
+    stored = {entry.dtype for entry in task.inputs if entry is not None}
+    return {*stored, task.made_dtype} <= FUSED_DTYPES
 
 
 def _has_steps_of_the_cpu(program: Program) -> bool:
     """Return whether a program has a step that no device does, or does with other bits."""
     draws_by_row = any(step.op is Op.KEEP_RANDOM and step.b >= 0 for step in program.steps)
     return draws_by_row or program.uses(*_ON_THE_CPU)
+
+
+def _factor_bytes(task: TensorTask) -> int:
+    """Return the bytes of all factors of a tensor's adapters, in float32."""
+    return 4 * sum(factor.numel for change in task.changes for factor in change.factors)
 
 
 def shape_step(
@@ -162,6 +205,7 @@ def shape_step(
     searched_numel: int,
     programs: Sequence[Programs],
     settings: Sequence[Setting],
+    fused: bool,
 ) -> StepShape | None:
     """Return what a worker needs on a device; None where no tensor goes there.
 
@@ -173,10 +217,12 @@ def shape_step(
         searched_numel: Elements in the largest scope of a statistic; 0 where none is needed.
         programs: What the method does, for each of its settings.
         settings: These settings.
+        fused: Whether kernels can be compiled there.
     """
-    there = [task for task in tasks if runs_on_device(task, programs, settings)]
+    there = [task for task in tasks if runs_on_device(task, programs, settings, fused=fused)]
     if not there:
         return None
+    products = max(len(task.changes) for task in there)
     models = len(there[0].inputs)
     counts = reduce(Counts.joined, (each.counts for each in programs))
     largest = max(
@@ -186,13 +232,28 @@ def shape_step(
         models=models,
         input_itemsize=max(widest_input(task) for task in there),
         output_itemsize=max(task.made_dtype.itemsize for task in there),
-        rows=count_plain_rows(programs, ()),
+        rows=max(count_plain_rows(programs, ()), _count_sink_rows(programs) if fused else 0),
         compute_itemsize=compute_itemsize,
         searches=counts.ranked,
         totals=counts.totals,
         collected=min(largest, values_limit(searched_numel)) if counts.ranked else 0,
         chunk_numel=largest,
         step_numel=min(step_numel, -(-largest // BLOCK) * BLOCK),
+        ranks=max(sum(each.ranked for each in one.rounds) for one in programs),
+        constants=_count_constants(programs, products) if fused else 0,
+        factor_bytes=max(map(_factor_bytes, there)),
+    )
+
+
+def _count_sink_rows(programs: Sequence[Programs]) -> int:
+    """Return the most rows that fused kernels leave to those who count."""
+    return max((count_sink_rows(each) for one in programs for each in one.rounds), default=0)
+
+
+def _count_constants(programs: Sequence[Programs], products: int) -> int:
+    """Return the most constants of a piece: those of one program, and of all rounds."""
+    return max(
+        sum(Layout(each, products).size for each in (one.merge, *one.rounds)) for one in programs
     )
 
 
@@ -203,6 +264,7 @@ def add_devices(
     settings: Sequence[Setting],
     *,
     count: int,
+    fused: bool,
 ) -> Demand:
     """Return a demand with what the use of ``count`` devices takes of the host."""
     shape = shape_step(
@@ -213,6 +275,7 @@ def add_devices(
         searched_numel=demand.statistic_numel,
         programs=programs,
         settings=settings,
+        fused=fused,
     )
     return replace(
         demand,
@@ -221,7 +284,9 @@ def add_devices(
     )
 
 
-def plan_step(plan: MergePlan, method: MergeMethod, step_numel: int) -> StepShape | None:
+def plan_step(
+    plan: MergePlan, method: MergeMethod, step_numel: int, *, fused: bool
+) -> StepShape | None:
     """Return the shape of a plan's steps; see :func:`shape_step`."""
     merged = [task.numel for task in plan.tasks if task.action is Action.MERGE]
     scope = sum(merged) if plan.model_scope else max(merged, default=0)
@@ -233,6 +298,7 @@ def plan_step(plan: MergePlan, method: MergeMethod, step_numel: int) -> StepShap
         searched_numel=scope,
         programs=programs_of_plan(plan, method),
         settings=plan.settings,
+        fused=fused,
     )
 
 
@@ -243,6 +309,7 @@ def choose_device_resources(
     names: Sequence[str],
     budget: int | None,
     free: int,
+    fused: bool,
 ) -> DeviceResources:
     """Cut chunks into steps as large as is useful within the memory of the devices.
 
@@ -252,13 +319,14 @@ def choose_device_resources(
         names: The devices.
         budget: Most bytes on each of them; None takes what is useful.
         free: Bytes that are free on the fullest of them.
+        fused: Whether kernels can be compiled there.
 
     Raises:
         MemoryBudgetError: Not even steps of one block fit; names the smallest budget that does.
     """
     workers = -(-plan.resources.workers // len(names))
     allowed = free if budget is None else min(budget, free)
-    least = _peak(plan_step(plan, method, BLOCK), workers)
+    least = _peak(plan_step(plan, method, BLOCK, fused=fused), workers)
     if least > allowed:
         limit = (
             f"only {format_size(free)} are free there"
@@ -272,13 +340,13 @@ def choose_device_resources(
         )
     step_numel = BLOCK
     while step_numel < _LARGEST_STEP:
-        shape = plan_step(plan, method, 2 * step_numel)
+        shape = plan_step(plan, method, 2 * step_numel, fused=fused)
         # No step needs to be larger than half a chunk: the other half is copied meanwhile.
         if shape is None or shape.chunk_numel < 4 * step_numel or _peak(shape, workers) > allowed:
             break
         step_numel *= 2
-    peak = _peak(plan_step(plan, method, step_numel), workers)
-    return DeviceResources(tuple(names), step_numel=step_numel, peak=peak, budget=allowed)
+    peak = _peak(plan_step(plan, method, step_numel, fused=fused), workers)
+    return DeviceResources(tuple(names), step_numel, peak=peak, budget=allowed, fused=fused)
 
 
 def _peak(shape: StepShape | None, workers: int) -> int:

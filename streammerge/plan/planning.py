@@ -88,6 +88,8 @@ class Machine:
     """Accelerators, by name; none for the CPU."""
     device_free: int = 0
     """Free memory of the fullest of them, in bytes."""
+    device_kernels: bool = False
+    """Whether kernels can be compiled for all of them."""
     device_budget: int | None = None
     """Most memory that each of them gives, in bytes; None for what is useful."""
     at_once: int = 1
@@ -194,7 +196,12 @@ def plan_merge(
     )
     if machine.devices:
         demand = add_devices(
-            demand, tasks, programs, assignment.settings, count=len(machine.devices)
+            demand,
+            tasks,
+            programs,
+            assignment.settings,
+            count=len(machine.devices),
+            fused=machine.device_kernels,
         )
     demand = replace(demand, reader_bytes=demand.reader_bytes + reader_nbytes(fused))
     resources, memory = choose_resources(
@@ -263,6 +270,7 @@ def plan_merge(
         names=machine.devices,
         budget=machine.device_budget,
         free=machine.device_free,
+        fused=machine.device_kernels,
     )
     return replace(plan, device=device)
 

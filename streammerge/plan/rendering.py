@@ -110,7 +110,8 @@ def render_plan(plan: MergePlan) -> str:
 def _device(device: DeviceResources) -> str:
     return (
         f"{', '.join(device.names)}: up to {format_size(device.peak)} of "
-        f"{format_size(device.budget)} on each, in steps of {device.step_numel:,} elements"
+        f"{format_size(device.budget)} on each, in steps of {device.step_numel:,} elements, "
+        f"by {'fused kernels' if device.fused else 'single operations'}"
     )
 
 

@@ -246,6 +246,8 @@ class DeviceResources:
     """Most bytes of each device that the merge takes, the driver's own not included."""
     budget: int
     """What the user, or the device's free memory, allows, in bytes."""
+    fused: bool = False
+    """Whether a program is one kernel there, which Triton compiles, instead of operations of torch."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -39,7 +39,7 @@ NOT_FOR_SINGLE = 4
 """Terms, the first of either series, that float32 does without."""
 LOWEST, HIGHEST = -745.2, 709.7
 """Powers that float64 can hold; what lies beyond is cut off there."""
-_SQRT_HALF = 0.70710678118654752440
+SQRT_HALF = 0.70710678118654752440
 """Mantissas below it are doubled, so that they lie around 1."""
 
 
@@ -111,7 +111,7 @@ def _split(values: Floats) -> tuple[Floats, Floats]:
     bits = values.view(np.int64)
     exponents = ((bits >> 52) - 1022).astype(np.float64)
     mantissas = ((bits & (1 << 52) - 1) | 1022 << 52).view(np.float64)
-    small = mantissas < _SQRT_HALF
+    small = mantissas < SQRT_HALF
     mantissas = np.where(small, mantissas + mantissas, mantissas)
     return np.where(small, exponents - 1.0, exponents), mantissas - 1.0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -112,7 +113,7 @@ def recipe_for(
 
 
 def adds_up(plan: MergePlan) -> bool:
-    """Return whether a merge depends on sums over whole tensors, which a device adds otherwise."""
+    """Return whether a merge depends on sums over whole tensors, which torch adds otherwise."""
     programs = programs_of_plan(plan, find_method(plan.method))
     return any(
         not {Op.SUM, Op.DOT}.isdisjoint(each.totals) for one in programs for each in one.rounds
@@ -129,6 +130,18 @@ def in_steps(plan: MergePlan, blocks: int) -> MergePlan:
     """Return a plan whose steps on the device have so many blocks."""
     assert plan.device is not None
     return replace(plan, device=replace(plan.device, step_numel=blocks * BLOCK))
+
+
+def by_single_operations(plan: MergePlan) -> MergePlan:
+    """Return a plan without fused kernels."""
+    assert plan.device is not None
+    return replace(plan, device=replace(plan.device, fused=False))
+
+
+def check_close(found: Tensors, expected: Tensors) -> None:
+    """Sums differ by some units in the last place of float64: mostly by nothing, and else a rounding."""
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=0.01, atol=1e-5)
 
 
 def check_equal(found: tuple[Tensors, Manifest], expected: tuple[Tensors, Manifest]) -> None:
@@ -152,23 +165,24 @@ def test_every_method_has_the_bytes_of_the_cpu(
     backend = devices(eager=SCHEDULES["copies in run ahead"])["cuda:0"]
     plan = plan_on(recipe)
 
-    found = models.merge(plan)
-    if adds_up(plan):
-        # Some units in the last place of float64, hence mostly nothing, and else a rounding.
-        for name, tensor in expected[0].items():
-            torch.testing.assert_close(found[0][name], tensor, rtol=0.01, atol=1e-5)
-        expected = found
-    check_equal(found, expected)
+    check_equal(models.merge(plan), expected)
     inputs = len(plan.models)
     cuts = CUTS[method, repr(parameters), dtype]
     if "tight" in cuts:
         tight = in_steps(recut(plan, slots=inputs, workers=1, statistics_bytes=1), 1)
-        check_equal(models.merge(tight), expected)
+        found = models.merge(by_single_operations(tight))
+        if adds_up(plan):
+            check_close(found[0], expected[0])
+        else:
+            check_equal(found, expected)
     if "steps" in cuts:
         steps = in_steps(recut(plan, slots=4 * inputs, slot_blocks=3), 2)
         check_equal(models.merge(steps), expected)
     programs = programs_of_plan(plan, find_method(plan.method))
-    computes_there = any(runs_on_device(task, programs, plan.settings) for task in plan.tasks)
+    computes_there = any(
+        runs_on_device(task, programs, plan.settings, fused=plan.device.fused)
+        for task in plan.tasks
+    )
     assert (("run", COMPUTE) in backend.log) is computes_there
 
 
@@ -231,7 +245,7 @@ def test_copying_in_computing_and_copying_out_may_overlap(
 
     copies, steps = ("copy", COPY_IN), ("run", COMPUTE)
     first_step = backend.log.index(steps)
-    assert backend.log[:first_step].count(copies) == 2 * len(paths)
+    assert backend.log[:first_step].count(copies) == 1 + 2 * len(paths)
     # Once for the piece, of five steps, and three times when the worker ends.
     assert backend.log.count(("synchronize", -1)) == 1 + 3
     assert backend.log.count(("copy", COPY_OUT)) == 5 + 2
@@ -345,7 +359,9 @@ def test_a_plan_states_what_the_device_is_asked_for(devices: MakeDevices, models
         plan = plan_on(recipe_for(method, paths, parameters), workers=1)
         _, manifest = models.merge(plan)
         assert plan.device is not None
-        shape = plan_step(plan, find_method(method), plan.device.step_numel)
+        shape = plan_step(
+            plan, find_method(method), plan.device.step_numel, fused=plan.device.fused
+        )
         assert shape is not None
 
         assert 0 < backend.peak + backend.temporary <= shape.device_bytes <= plan.device.peak
@@ -353,6 +369,8 @@ def test_a_plan_states_what_the_device_is_asked_for(devices: MakeDevices, models
         assert backend.peak + backend.temporary > shape.device_bytes // 3
         assert manifest.run.measured_device_memory == backend.peak
         assert manifest.run.projected_device_memory == plan.device.peak
+        # Triton's interpreter leaves circles behind, with what they were given.
+        gc.collect()
         assert backend.used == 0
 
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from streammerge.adapters.onto_base.changes import WHOLE_NORM_NUMEL, Change, ChangeKind
 from streammerge.adapters.onto_base.kronecker import fill_kronecker
-from streammerge.adapters.onto_base.products import multiply
+from streammerge.adapters.onto_base.products import Product, multiply
 from streammerge.adapters.onto_base.rotations import rotate_
 from streammerge.adapters.onto_base.rows import by_rows
 from streammerge.adapters.onto_base.workings import LEAST_ROWS
@@ -81,6 +81,15 @@ class Delta:
         """Let go of the factors, so that their memory is free whoever still refers to this."""
         self._factors = ()
         self._vector = self._vector.new_empty(0)
+
+    def product(self) -> Product | None:
+        """Return what it is made of; None of what is more than a product of float32 factors."""
+        if not self._change.is_plain or self.depends_on_cut:
+            return None
+        down, up = (factor.numpy() for factor in self._factors)
+        columns = self._change.matrix[1]
+        # All columns in one tile.
+        return Product(up, down.reshape(-1), columns, max(columns, 1), self._change.scaling)
 
     @property
     def is_sum(self) -> bool:

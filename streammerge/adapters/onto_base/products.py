@@ -8,6 +8,7 @@ order that suits their blocks, and differ in the last bits from one processor to
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,6 +20,22 @@ from streammerge.native.machine import TILE_COLUMNS, ChangeCall
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Product:
+    """A product of two stored factors and a number, for whoever computes it elsewhere."""
+
+    up: NDArray[np.float32]
+    """B, ``[rows, rank]``."""
+    down: NDArray[np.float32]
+    """A, ``[rank * columns]``, in tiles of columns; see :class:`Tiles`."""
+    columns: int
+    """Columns of A."""
+    wide: int
+    """Those of a tile; the last one may have fewer."""
+    scaling: float
+    """Factor of the product."""
 
 
 class PlainProduct:
@@ -38,6 +55,10 @@ class PlainProduct:
         self._tiles, self._up = tiles, up
         self._columns = columns
         self._scaling = scaling
+
+    def product(self) -> Product:
+        """Return what it is made of."""
+        return Product(self._up, self._tiles, self._columns, TILE_COLUMNS, self._scaling)
 
     def forget(self) -> None:
         """Let go of the factors, so that their memory is free whoever still refers to this."""

@@ -77,6 +77,11 @@ class Backend(Protocol):
         """``"cuda:0"``."""
         ...
 
+    @property
+    def tile(self) -> int:
+        """Elements that one instance of a fused kernel works on; 0 where none can be compiled."""
+        ...
+
     def on_thread(self) -> AbstractContextManager[None]:
         """Make this the device of the calling thread."""
         ...

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from streammerge.engine.accelerator.fused.opening import open_fused
 from streammerge.engine.accelerator.ring import Returned, Ring, Step
 from streammerge.engine.asking import Asking, BlockAnswer
 from streammerge.engine.device import Applied
@@ -25,6 +26,7 @@ from streammerge.engine.pieces import PieceInMemory, Stored, torch_dtype
 from streammerge.engine.plain import bind_numbers, checks_operands, count_kept_of
 from streammerge.lazily import torch
 from streammerge.methods.base import MergeMethod
+from streammerge.plan.devices import is_fused
 from streammerge.plan.sweeps import programs_of_plan
 from streammerge.plan.types import MergePlan
 from streammerge.rng import stream_key
@@ -46,6 +48,8 @@ from streammerge.tiles.program import Op, Program
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from streammerge.engine.accelerator.fused.running import FusedSteps
+
 
 class Suspicion(Exception):  # noqa: N818 - no error yet: the CPU's stage finds out what it is
     """A value is not finite, or beyond the range of the result's type."""
@@ -54,13 +58,21 @@ class Suspicion(Exception):  # noqa: N818 - no error yet: the CPU's stage finds 
 class DeviceComputing:
     """Measures and merges the pieces of one worker on its device."""
 
-    def __init__(self, plan: MergePlan, method: MergeMethod, ring: Ring) -> None:
-        """Prepare to compute in a ring's memory."""
+    def __init__(self, plan: MergePlan, method: MergeMethod, ring: Ring, tile: int) -> None:
+        """Prepare to compute in a ring's memory.
+
+        Args:
+            plan: The plan.
+            method: Its method.
+            ring: The memory.
+            tile: Elements per instance of a fused kernel; 0 for operations of torch.
+        """
         self._plan = plan
         self._programs = programs_of_plan(plan, method)
         self._ring = ring
         self._n_models = len(plan.models)
         self._tells = method.random or plan.model_scope
+        self._fused = open_fused(plan, ring, tile) if tile else None
 
     def merge(self, piece: PieceInMemory, found: Found, out: Stored) -> Applied:
         """Merge a piece of one part; see :meth:`streammerge.engine.device.DeviceStage.apply`.
@@ -72,7 +84,8 @@ class DeviceComputing:
         programs = self._programs[piece.first.task.setting]
         ring.run(ring.clear)
         dtype = torch_dtype(piece.first.task.made_dtype)
-        merge = partial(self._merge_step, piece, programs.merge, found, dtype)
+        fused = self._begin_fused(piece, programs.merge, found)
+        merge = partial(self._merge_step, piece, programs.merge, found, dtype, fused=fused)
         ring.stream(_tensors(piece), piece.numel, merge, torch.from_numpy(out.memory))
         checked = not self._plan.keep_non_finite
         counts = ring.counts.device.numel()
@@ -95,7 +108,8 @@ class DeviceComputing:
         asked = [index for index, question in enumerate(questions) if question is not None]
         checked = checks_operands(self._plan, program)
         ring.run(ring.clear)
-        measure = partial(self._measure_step, piece, program, asking, checked=checked)
+        fused = self._begin_fused(piece, program, asking.found)
+        measure = partial(self._measure_step, piece, program, asking, checked=checked, fused=fused)
         ring.stream(_tensors(piece), piece.numel, measure, None)
         blocks = count_blocks(piece.numel)
         totals = len(program.totals)
@@ -126,6 +140,16 @@ class DeviceComputing:
             )
             for block in range(blocks)
         ]
+
+    def _begin_fused(
+        self, piece: PieceInMemory, program: Program, found: Found
+    ) -> FusedSteps | None:
+        """Return what runs fused kernels on a piece; None if they do not take it."""
+        task = piece.first.task
+        if self._fused is None or not is_fused(task):
+            return None
+        self._fused.begin(piece, self._programs[task.setting], program, found)
+        return self._fused
 
     def _counted(self, source: int, question: Question, numel: int, size: int) -> list[Counted]:
         ring = self._ring
@@ -160,10 +184,15 @@ class DeviceComputing:
         found: Found,
         dtype: torch.dtype,
         step: Step,
+        *,
+        fused: FusedSteps | None,
     ) -> None:
         checked = not self._plan.keep_non_finite
         if not checked:
             _count_non_finite(step.inputs, self._ring.counts.device[-1])
+        if fused is not None:
+            fused.merge(program, step, checked=checked, count=self._tells)
+            return
         merged = self._run(program, piece, step, found, checked=checked, count=self._tells)
         assert merged is not None  # noqa: S101 - a merge stores
         if checked:
@@ -171,9 +200,23 @@ class DeviceComputing:
         step.out.view(dtype).copy_(merged)
 
     def _measure_step(
-        self, piece: PieceInMemory, program: Program, asking: Asking, step: Step, *, checked: bool
+        self,
+        piece: PieceInMemory,
+        program: Program,
+        asking: Asking,
+        step: Step,
+        *,
+        checked: bool,
+        fused: FusedSteps | None,
     ) -> None:
-        sinks = _DeviceSinks(self._ring, asking, step)
+        sinks = _DeviceSinks(self._ring, asking, step, fused)
+        if fused is not None:
+            for each in fused.measure(program, step, checked=checked):
+                if each.op is Op.RANK:
+                    sinks.rank(each.index, each.a)
+                else:
+                    sinks.total(each.index, each.op, each.a, each.b)
+            return
         self._run(program, piece, step, asking.found, checked=checked, sinks=sinks)
 
     def _run(
@@ -220,6 +263,7 @@ class _DeviceSinks:
     ring: Ring
     asking: Asking
     step: Step
+    fused: FusedSteps | None = None
 
     def rank(self, index: int, row: Tensor) -> None:
         question = self.asking.questions[index]
@@ -231,7 +275,10 @@ class _DeviceSinks:
             return
         first = self.step.begin // BLOCK
         column = self.ring.totals.device[first : first + count_blocks(a.numel()), index]
-        total_blocks_(op, a, b, column)
+        if self.fused is not None and op in (Op.SUM, Op.DOT):
+            self.fused.total(op, a, b, column)
+        else:
+            total_blocks_(op, a, b, column)
 
 
 @dataclass(frozen=True, slots=True)

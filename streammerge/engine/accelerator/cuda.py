@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from streammerge.engine.accelerator.backend import Failure, lost
+from streammerge.engine.accelerator.fused.opening import why_not_fused
 from streammerge.errors import OutOfMemoryError
 from streammerge.lazily import torch
 from streammerge.units import format_size
@@ -24,6 +25,8 @@ from streammerge.units import format_size
 if TYPE_CHECKING:
     from torch import Tensor
 
+_TILE = 2048
+"""Elements per instance of a fused kernel."""
 _LOST = ("CUDA error", "CUDA driver error", "device-side assert")
 """How torch's messages about a device that has failed begin, in a RuntimeError or a kind of it."""
 
@@ -82,6 +85,11 @@ class CudaBackend:
     def name(self) -> str:
         """``"cuda:0"``."""
         return str(self._device)
+
+    @property
+    def tile(self) -> int:
+        """Elements per instance of a kernel: 16 for each thread, those of a counter of Philox."""
+        return _TILE if why_not_fused(self._device) is None else 0
 
     def on_thread(self) -> AbstractContextManager[None]:
         """Make this the device of the calling thread."""

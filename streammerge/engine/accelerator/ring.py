@@ -91,6 +91,9 @@ class Ring:
             backend,
             backend.allocate(8 * totals).view(torch.float64).view(-1, max(1, shape.totals)),
         )
+        self.constants = Returned(backend, max(1, shape.constants), torch.int64)
+        self.lasts = backend.allocate(8 * max(1, shape.ranks)).view(torch.int64)
+        self.factors = Returned(backend, max(1, shape.factor_bytes // 4), torch.float32)
         self.answers = self._make_answers(dtype) if shape.searches else ()
         self.values = tuple(Returned.of(backend, each.values) for each in self.answers)
         self.counted = tuple(Returned.of(backend, each.counts) for each in self.answers)
@@ -121,6 +124,19 @@ class Ring:
     def run(self, work: Callable[[], None]) -> None:
         """Enqueue operations beside those of steps."""
         self._compute.run(work)
+
+    def bring_constants(self, numbers: Sequence[int]) -> None:
+        """Enqueue a copy of what steps read, before they do; nothing may be in flight."""
+        self.constants.host.numpy()[: len(numbers)] = numbers
+        self._bring_first(self.constants, len(numbers))
+
+    def bring_factors(self, count: int) -> None:
+        """Enqueue a copy of the first elements of factors, which the host has written, likewise."""
+        self._bring_first(self.factors, count)
+
+    def _bring_first(self, there: Returned, count: int) -> None:
+        if count:
+            self._copy_in.copy(there.device_bytes(count), there.host_bytes(count))
 
     def clear(self) -> None:
         """Set all that is added up over a piece to zero; to be run."""

@@ -52,6 +52,7 @@ class AcceleratorStage:
         self._backend = backend
         self._host = open_cpu_stage(plan, method)
         self._step_numel = resources.step_numel
+        self._fused = resources.fused
         self._retried = False
         self._ring: Ring | None = None
         self._computing: DeviceComputing | None = None
@@ -105,7 +106,9 @@ class AcceleratorStage:
         self._ring = self._computing = None
 
     def _takes(self, piece: PieceInMemory) -> bool:
-        return runs_on_device(piece.first.task, self._programs, self._plan.settings)
+        return runs_on_device(
+            piece.first.task, self._programs, self._plan.settings, fused=self._fused
+        )
 
     def _attempt(self, work: Callable[[DeviceComputing], Result]) -> Result:
         """Run work on the device; once, if its memory runs out, again in smaller steps."""
@@ -130,7 +133,7 @@ class AcceleratorStage:
 
     def _open(self) -> DeviceComputing:
         if self._computing is None:
-            shape = plan_step(self._plan, self._method, self._step_numel)
+            shape = plan_step(self._plan, self._method, self._step_numel, fused=self._fused)
             assert shape is not None  # noqa: S101 - there is a piece for the device
             dtype = torch_dtype(self._plan.compute_dtype)
             # What each trim or source keeps, and values that are not finite.
@@ -138,11 +141,12 @@ class AcceleratorStage:
                 max(len(each.merge.trims), len(each.merge.streams)) for each in self._programs
             )
             self._ring = Ring(self._backend, shape, dtype, counts=counts)
-            self._computing = DeviceComputing(self._plan, self._method, self._ring)
+            tile = self._backend.tile if self._fused else 0
+            self._computing = DeviceComputing(self._plan, self._method, self._ring, tile)
         return self._computing
 
     def _too_little(self) -> MemoryBudgetError:
-        shape = plan_step(self._plan, self._method, self._step_numel)
+        shape = plan_step(self._plan, self._method, self._step_numel, fused=self._fused)
         needed = (
             "" if shape is None else f", of which a worker needs {format_size(shape.device_bytes)}"
         )

@@ -149,9 +149,11 @@ NUMBERS = (0.0, -0.0, 1.0, -1.0, 0.5, 0.3, -2.75, 1e-3, 1e30, 3e-39)
 
 
 @st.composite
-def expressions(draw: st.DrawFn, sheet: Sheet) -> list[Row]:
+def expressions(draw: st.DrawFn, sheet: Sheet, *, row_by_row: bool = True) -> list[Row]:
     """Draw rows that use each other; each is used by some, or by none."""
-    pool = [*sheet.values, *(sheet.computed(index) for index in range(COMPUTED))]
+    pool = [*sheet.values]
+    if row_by_row:
+        pool += [sheet.computed(index) for index in range(COMPUTED)]
     if sheet.has_base:
         pool += [sheet.base, *sheet.task_vectors, *sheet.task_vectors]
     trims, streams = iter(range(100)), iter(range(sheet.sources))
@@ -164,7 +166,7 @@ def expressions(draw: st.DrawFn, sheet: Sheet) -> list[Row]:
         kind = draw(st.integers(0, 5))
         if kind == 0:
             return sheet.number(draw(st.integers(0, FOUND - 1)))
-        if kind == 1:
+        if kind == 1 and row_by_row:
             return sheet.row_number(draw(st.integers(0, FOUND - 1)))
         return draw(st.sampled_from(NUMBERS))
 
@@ -187,7 +189,7 @@ def expressions(draw: st.DrawFn, sheet: Sheet) -> list[Row]:
         if source is None:
             return row() + 1.0
         chance = draw(st.sampled_from([0.0, 0.25, 0.7, 1e-5, 1.0, 3e-10]))
-        return keep_random(row(), source, row() if draw(st.booleans()) else chance)
+        return keep_random(row(), source, row() if row_by_row and draw(st.booleans()) else chance)
 
     def summed() -> Row:
         rows = [row() for _ in range(draw(st.integers(1, 4)))]
@@ -224,10 +226,10 @@ def expressions(draw: st.DrawFn, sheet: Sheet) -> list[Row]:
 
 
 @st.composite
-def programs(draw: st.DrawFn, *, sources: int, has_base: bool) -> Program:
+def programs(draw: st.DrawFn, *, sources: int, has_base: bool, row_by_row: bool = True) -> Program:
     """Draw a program that stores a result, or one that totals and ranks."""
     sheet = Sheet(sources, has_base)
-    pool = draw(expressions(sheet))
+    pool = draw(expressions(sheet, row_by_row=row_by_row))
     if draw(st.booleans()):
         return compile_result(
             sheet.base + pool[-1] if has_base and draw(st.booleans()) else pool[-1]
@@ -245,10 +247,10 @@ def programs(draw: st.DrawFn, *, sources: int, has_base: bool) -> Program:
 
 
 @st.composite
-def cases(draw: st.DrawFn) -> Case:
-    """Draw a program and what it runs on."""
+def cases(draw: st.DrawFn, *, row_by_row: bool = True) -> Case:
+    """Draw a program and what it runs on; also one that needs to know of rows, if so asked."""
     sources, has_base = draw(st.integers(1, 4)), draw(st.booleans())
-    program = draw(programs(sources=sources, has_base=has_base))
+    program = draw(programs(sources=sources, has_base=has_base, row_by_row=row_by_row))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**20)))
     jobs, row_found, row_numel = [], [], []
     for _ in range(draw(st.integers(1, 3))):

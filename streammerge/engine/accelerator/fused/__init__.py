@@ -1,0 +1,1 @@
+"""Programs as kernels that Triton compiles: every step on a tile that stays in registers."""

@@ -1,0 +1,95 @@
+"""The factors of adapters on a device, those of one tensor at a time.
+
+Pieces of a tensor follow each other, so a worker brings its factors once and keeps them until another
+tensor comes.
+
+Memory: the plan's :attr:`~streammerge.plan.devices.StepShape.factor_bytes` on the device, and as many
+page-locked, through which they are copied.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from streammerge.adapters.onto_base.products import Product
+from streammerge.engine.accelerator.ring import Ring
+from streammerge.engine.pieces import PieceInMemory
+from streammerge.lazily import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class ProductThere:
+    """A product of factors that lie on the device."""
+
+    up: Tensor
+    """B, ``[rows * rank]``."""
+    down: Tensor
+    """A, ``[rank * columns]``, in tiles."""
+    scaling: float
+    """Factor of the product."""
+    rank: int
+    """Terms of each element."""
+    columns: int
+    """Columns of A."""
+    wide: int
+    """Columns of a tile of A."""
+
+
+class FactorRoom:
+    """Where the factors of one tensor lie."""
+
+    def __init__(self, ring: Ring) -> None:
+        """Keep nothing yet."""
+        self._ring = ring
+        self._task = -1
+        self._by_model: tuple[tuple[ProductThere, ...], ...] = ()
+
+    def bring(
+        self, piece: PieceInMemory, sources: Sequence[int]
+    ) -> tuple[tuple[ProductThere, ...], ...]:
+        """Enqueue copies of what a piece needs and is not there; nothing may be in flight.
+
+        Returns:
+            What each source adds; nothing at all where none adds anything.
+        """
+        if not any(piece.deltas):
+            return ()
+        if piece.first.task_index != self._task:
+            self._task = piece.first.task_index
+            self._by_model = self._copied(piece)
+        return tuple(self._by_model[model] for model in sources)
+
+    def _copied(self, piece: PieceInMemory) -> tuple[tuple[ProductThere, ...], ...]:
+        place = 0
+        by_model: list[tuple[ProductThere, ...]] = []
+        for deltas in piece.deltas:
+            own = []
+            for delta in deltas:
+                product = delta.product()
+                assert product is not None  # noqa: S101 - the planner sends no others
+                up, place = self._put(product.up, place)
+                down, place = self._put(product.down, place)
+                own.append(_there(product, up, down))
+            by_model.append(tuple(own))
+        self._ring.bring_factors(place)
+        return tuple(by_model)
+
+    def _put(self, values: NDArray[np.float32], place: int) -> tuple[Tensor, int]:
+        """Write a factor where copies are made from; return where it will be, and what comes behind."""
+        flat = torch.from_numpy(values).view(-1)
+        end = place + flat.numel()
+        self._ring.factors.host[place:end].copy_(flat)
+        return self._ring.factors.device[place:end], end
+
+
+def _there(product: Product, up: Tensor, down: Tensor) -> ProductThere:
+    rank = product.up.shape[1]
+    return ProductThere(up, down, product.scaling, rank, product.columns, product.wide)
