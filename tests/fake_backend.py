@@ -84,6 +84,14 @@ class FakeStream:
     def run(self, work: Callable[[], None]) -> None:
         self._enqueue(Operation("run", work))
 
+    def run_waiting(self, work: Callable[[], None]) -> None:
+        self.backend.check_lost()
+        while self.queue:
+            self.step()
+        self.backend.log.append(("waiting", self.kind))
+        with self.backend.computing():
+            work()
+
     def copy(self, target: Tensor, source: Tensor) -> None:
         self.backend.check_copy(target, source)
         self._enqueue(Operation("copy", lambda: target.copy_(source)))
@@ -150,13 +158,15 @@ class FakeBackend:
     used: int = 0
     """Bytes allocated now."""
     peak: int = 0
-    """Most bytes that were allocated."""
+    """Most bytes that were allocated, with temporary ones of work that may wait."""
     tile: int = 2**18
     """Elements per instance of a fused kernel, which Triton's interpreter runs: the more the faster."""
     temporary: int = 0
     """Most bytes that one enqueued piece of work had beside what is allocated."""
     refusals: int = 0
     """Allocations that were refused."""
+    unused: int = 0
+    """Bytes that the allocator keeps for later requests, until it is told to give them back."""
     trims: int = 0
     """How often unused memory was given back."""
 
@@ -187,7 +197,7 @@ class FakeBackend:
     def allocate(self, nbytes: int) -> Tensor:
         with self._lock:
             self.check_lost()
-            if self.used + nbytes > self.capacity:
+            if self.used + self.unused + nbytes > self.capacity:
                 self.refusals += 1
                 raise FakeOutOfMemoryError(f"{nbytes} bytes")
             self.used += nbytes
@@ -234,7 +244,11 @@ class FakeBackend:
         return "pageable"
 
     def check_lost(self) -> None:
-        runs = sum(kind == "run" for kind, _ in self.log) if self.lost_after is not None else 0
+        runs = (
+            sum(kind in {"run", "waiting"} for kind, _ in self.log)
+            if self.lost_after is not None
+            else 0
+        )
         if self.lost_after is not None and runs >= self.lost_after:
             raise FakeLostError("CUDA error: unspecified launch failure")
 
@@ -249,10 +263,28 @@ class FakeBackend:
         with self._lock:
             self.temporary = max(self.temporary, watch.peak)
 
+    @contextmanager
+    def computing(self) -> Iterator[None]:
+        """See work that may wait: it must use the device's memory, of which it counts."""
+        with Watch(self) as watch:
+            yield
+        with self._lock:
+            self.peak = max(self.peak, self.used + watch.peak)
+
+    def check_room(self, temporary: int) -> None:
+        with self._lock:
+            if self.used + self.unused + temporary > self.capacity:
+                self.refusals += 1
+                raise FakeOutOfMemoryError(f"{temporary} bytes")
+
+    def is_device(self, tensor: Tensor) -> bool:
+        return self._kind_of(tensor) == "device"
+
     def free_bytes(self) -> int:
         return self.capacity - self.used
 
     def trim(self) -> None:
+        self.unused = 0
         self.trims += 1
 
     def peak_bytes(self) -> int:
@@ -276,24 +308,32 @@ MakeDevices = Callable[..., dict[str, FakeBackend]]
 
 
 class Watch(TorchDispatchMode):
-    """Sees every operation: refuses those that wait, and adds up memory that they allocate."""
+    """Sees every operation: refuses those that wait, and adds up memory that they allocate.
 
-    def __init__(self) -> None:
+    With a device, operations may wait; operands must lie there, and results must find room.
+    """
+
+    def __init__(self, backend: FakeBackend | None = None) -> None:
         super().__init__()
         self.peak = 0
+        self._backend = backend
         self._live: dict[int, tuple[int, int]] = {}
         """Storages by address: bytes, and tensors that hold them."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func._schema.name.split("::")[1]
-        assert name not in WAITING, f"{name} makes the host wait"
-        given = {id(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
-        known = {
-            leaf.untyped_storage().data_ptr()
-            for leaf in tree_leaves((args, kwargs))
-            if isinstance(leaf, Tensor)
-        } - set(self._live)
+        operands = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        if self._backend is None:
+            assert name not in WAITING, f"{name} makes the host wait"
+        else:
+            self._check_operands(name, operands)
+        given = {id(leaf) for leaf in operands}
+        known = {leaf.untyped_storage().data_ptr() for leaf in operands} - set(self._live)
         result = func(*args, **(kwargs or {}))
+        if self._backend is not None and not operands:
+            # torch.zeros and the like, which here cannot be told from those that name the device.
+            numel = max((each.numel() for each in tree_leaves(result)), default=0)
+            assert numel <= 1, f"{name} makes a tensor of the host"
         for leaf in tree_leaves(result):
             if not isinstance(leaf, Tensor) or id(leaf) in given:
                 continue
@@ -304,8 +344,20 @@ class Watch(TorchDispatchMode):
             nbytes, holders = self._live.get(address, (storage.nbytes(), 0))
             self._live[address] = (nbytes, holders + 1)
             weakref.finalize(leaf, self._let_go, address)
-        self.peak = max(self.peak, sum(nbytes for nbytes, _ in self._live.values()))
+        now = sum(nbytes for nbytes, _ in self._live.values())
+        self.peak = max(self.peak, now)
+        if self._backend is not None:
+            self._backend.check_room(now)
         return result
+
+    def _check_operands(self, name: str, operands: list[Tensor]) -> None:
+        assert self._backend is not None
+        # Numbers are operands of no dimension, which a device takes from the host.
+        for each in operands:
+            there = not each.numel() or each.untyped_storage().data_ptr() in self._live
+            assert not each.dim() or there or self._backend.is_device(each), (
+                f"{name} of host memory"
+            )
 
     def _let_go(self, address: int) -> None:
         nbytes, holders = self._live[address]

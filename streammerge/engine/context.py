@@ -8,6 +8,7 @@ from pathlib import Path
 
 from streammerge.engine.buffers import Allowance, SlotPool
 from streammerge.engine.device import DeviceStage
+from streammerge.engine.gathering import MakeWhole
 from streammerge.engine.merging import ChunkMerger
 from streammerge.engine.monitor import Monitor
 from streammerge.engine.progress import Progress
@@ -68,5 +69,7 @@ class MergeContext:
     """Where to save the state of a sweep over the model, now and then; None for nowhere."""
     keep_cached: bool
     """Whether all inputs fit the page cache, so that a second sweep finds them there."""
+    make_whole: MakeWhole
+    """Makes of whole tensors what the method does."""
     sweep: SweepShare | None = None
     """What to do of a sweep over the model, and nothing else; None for a merge."""

@@ -1,13 +1,13 @@
 """A tensor of all sources gathered, for methods that must see whole matrices.
 
-Memory: what :func:`streammerge.plan.budgeting.whole_bytes` says, reserved by the caller; what was made,
+Memory: what :func:`streammerge.plan.device_matrices.gathering_bytes` says, reserved by the caller; what was made,
 one value per element, for as long as the tensor is merged.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,9 @@ from streammerge.plan.types import TensorTask
 from streammerge.statistics import count_blocks
 from streammerge.statistics.rounds import Found
 
+MakeWhole = Callable[[Work, NDArray[Any], TensorTask], Found]
+"""What :func:`make_on_cpu` is: the CPU's, or that of accelerators."""
+
 
 class GatheredTensor:
     """Collects the vectors of one tensor, and makes of them what the method does; thread-safe.
@@ -32,7 +35,15 @@ class GatheredTensor:
     sample_runs = 0
     """Nothing is sampled."""
 
-    def __init__(self, work: Work, task: TensorTask, *, sources: int, compute_dtype: DType) -> None:
+    def __init__(
+        self,
+        work: Work,
+        task: TensorTask,
+        *,
+        sources: int,
+        compute_dtype: DType,
+        make: MakeWhole,
+    ) -> None:
         """Make room.
 
         Args:
@@ -40,7 +51,9 @@ class GatheredTensor:
             task: The tensor.
             sources: Number of sources.
             compute_dtype: F32 or F64.
+            make: Makes of the whole tensor what the method does.
         """
+        self._make = make
         self._work = work
         self._task = task
         dtype = np.dtype(compute_dtype.torch_name)
@@ -69,8 +82,13 @@ class GatheredTensor:
     def conclude(self) -> None:
         """Make of the whole tensor what the method does."""
         assert self._vectors is not None  # noqa: S101 - it ends once
-        self.found = make_whole(self._work, self._vectors, self._task.shape)
+        self.found = self._make(self._work, self._vectors, self._task)
         self._vectors = None
+
+
+def make_on_cpu(work: Work, vectors: NDArray[Any], task: TensorTask) -> Found:
+    """Return what a method makes of the whole of a planned tensor; see :func:`make_whole`."""
+    return make_whole(work, vectors, task.shape)
 
 
 def make_whole(work: Work, vectors: NDArray[Any], shape: tuple[int, ...]) -> Found:

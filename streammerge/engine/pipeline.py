@@ -191,6 +191,7 @@ class _Running:
             on_scope=on_scope,
             snapshot=snapshot,
             keep_cached=keep_cached,
+            make_whole=self._accelerators.whole_maker(self._monitor),
             sweep=sweep,
         )
         self._loader = Loader(

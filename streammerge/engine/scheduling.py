@@ -38,6 +38,7 @@ from streammerge.methods.programs import Programs
 from streammerge.plan.budgeting import private_limit, scattered_bytes
 from streammerge.plan.chunking import Chunk, Piece, Residence, Unit, iter_units
 from streammerge.plan.demanding import rows_to_remember
+from streammerge.plan.device_matrices import gathering_bytes
 from streammerge.plan.sweeps import (
     Needs,
     collecting_limit,
@@ -123,7 +124,7 @@ class Schedule:
             return stage.settle(piece)
         # Small enough for the room that a worker keeps for itself: nothing is reserved.
         limit, rows = private_limit(need.counts, task.numel), memory_of(need, task)
-        statistics = _tensor_statistics(self._context.plan, need, task, limit=limit, rows=rows)
+        statistics = _tensor_statistics(self._context, need, task, limit=limit, rows=rows)
         assert isinstance(statistics, ScopeStatistics)  # noqa: S101 - others have units of their own
         while statistics.found is None:
             sample_pieces(stage, statistics, [piece])
@@ -216,7 +217,11 @@ class Schedule:
         """Reserve what the statistics of a tensor take, and start them."""
         plan, need = self._context.plan, self._context.needs.of(task)
         assert need is not None  # noqa: S101 - or it would be passing
-        searching = scope_bytes(plan, need, task.numel)
+        if need.work.whole is None:
+            searching = scope_bytes(plan, need, task.numel)
+        else:
+            itemsize, has_devices = plan.compute_dtype.itemsize, plan.device is not None
+            searching = gathering_bytes(task, need, itemsize, has_devices=has_devices)
         kept = RowMemory.nbytes_of(rows_to_remember(need, task), need.row_numbers)
         if searching + kept > plan.resources.statistics_bytes:
             # What is found about rows is found once more, then.
@@ -226,7 +231,7 @@ class Schedule:
         if need.work.whole is not None:
             kept = task.numel * plan.compute_dtype.itemsize
         limit = collecting_limit(plan, need, task.numel, searching)
-        statistics = _tensor_statistics(plan, need, task, limit=limit, rows=rows)
+        statistics = _tensor_statistics(self._context, need, task, limit=limit, rows=rows)
         return _Begun(statistics, reserved - kept, kept)
 
     def _sweep_model(self) -> Generator[Load, None, Found | None]:
@@ -420,7 +425,7 @@ class _Begun:
 
 
 def _tensor_statistics(
-    plan: MergePlan, need: Programs, task: TensorTask, *, limit: int, rows: RowMemory | None
+    context: MergeContext, need: Programs, task: TensorTask, *, limit: int, rows: RowMemory | None
 ) -> ScopeStatistics | GatheredTensor:
     """Start the statistics of one tensor."""
     if need.work.whole is not None:
@@ -428,13 +433,14 @@ def _tensor_statistics(
             need.work,
             task,
             sources=need.sources,
-            compute_dtype=plan.compute_dtype,
+            compute_dtype=context.plan.compute_dtype,
+            make=context.make_whole,
         )
     return ScopeStatistics(
         need,
         numel=task.numel,
         blocks=count_blocks(task.numel),
-        compute_dtype=plan.compute_dtype,
+        compute_dtype=context.plan.compute_dtype,
         limit=limit,
         rows=rows,
     )

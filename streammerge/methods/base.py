@@ -94,6 +94,9 @@ class Work:
     base), each of the tensor's shape, in the compute dtype, one of the same shape in float64. The
     merge then finds it as :meth:`Sheet.computed` of 0. It may take
     :data:`streammerge.plan.budgeting.WHOLE_BYTES` per element beside what it is given."""
+    decomposes: bool = False
+    """Whether ``whole`` is made of singular value decompositions and products, by operations of torch
+    that work where the vectors lie: an accelerator then does them for large matrices."""
     kept: Callable[[Sequence[int]], Sequence[int]] = _as_it_is
     """From how many entries each trim, or each source's random numbers, kept, to the entries that
     each source keeps; nothing where the method does not choose entries."""

@@ -63,7 +63,7 @@ def iso_c(params: IsoCParams) -> Work:
     def merge(sheet: Sheet) -> Row:
         return sheet.base + times(sheet.computed(0), params.lambda_)
 
-    return Work(merge, whole=_equalise)
+    return Work(merge, whole=_equalise, decomposes=True)
 
 
 def iso_cts(params: IsoCtsParams) -> Work:
@@ -72,7 +72,9 @@ def iso_cts(params: IsoCtsParams) -> Work:
     def merge(sheet: Sheet) -> Row:
         return sheet.base + times(sheet.computed(0), params.lambda_)
 
-    return Work(merge, whole=lambda vectors: _join(vectors, params.common_space_fraction))
+    return Work(
+        merge, whole=lambda vectors: _join(vectors, params.common_space_fraction), decomposes=True
+    )
 
 
 def _equalise(vectors: Sequence[Tensor]) -> Tensor:
@@ -101,7 +103,7 @@ def _join(vectors: Sequence[Tensor], fraction: float) -> Tensor:
     parts.append(shared)
     values = torch.cat([part.values for part in parts])
     if not values.numel():
-        return torch.zeros(vectors[0].shape, dtype=torch.float64)
+        return torch.zeros_like(vectors[0], dtype=torch.float64)
     left = nearest_orthogonal(torch.cat([part.left for part in parts], dim=1))
     right = nearest_orthogonal(torch.cat([part.right for part in parts], dim=0))
     return values.mean() * (left @ right)

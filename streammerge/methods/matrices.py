@@ -3,8 +3,11 @@
 Where a singular value is 0 up to rounding, its vectors are whatever the library happens to return. Such
 directions are left out, so that a result depends on its inputs alone; of full rank nothing is left out.
 
+All of it is done where the given matrices lie, on the CPU or on an accelerator.
+
 Memory: at most some fifteen matrices of the tensor's size in float64; see
-:data:`streammerge.plan.budgeting.WHOLE_BYTES`.
+:data:`streammerge.plan.budgeting.WHOLE_BYTES`, and for accelerators
+:func:`streammerge.plan.device_matrices.decomposing_bytes`.
 """
 
 from __future__ import annotations
@@ -16,6 +19,10 @@ from streammerge.lazily import torch
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+OBLONG = 2
+"""Beyond this ratio of its sides a matrix is made square before it is decomposed."""
 
 
 class Factors(NamedTuple):
@@ -38,7 +45,7 @@ def decompose(matrix: Tensor, count: int, *, beside: float | None = None) -> Fac
         beside: The largest singular value of what the matrix was made from, where that is larger than
             its own: what rounding leaves of it is no direction.
     """
-    left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+    left, values, right = singular_parts(matrix)
     scale = beside if beside is not None else float(values.max()) if values.numel() else 0.0
     limit = max(matrix.shape) * torch.finfo(torch.float64).eps * scale
     count = min(count, int((values > limit).sum()))
@@ -46,8 +53,35 @@ def decompose(matrix: Tensor, count: int, *, beside: float | None = None) -> Fac
     return Factors(left[:, :count].clone(), values[:count].clone(), right[:count].clone())
 
 
+def singular_parts(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the thin singular value decomposition of a matrix, in its dtype.
+
+    An oblong one is made square first, by a QR decomposition: LAPACK does so by itself, while cuSOLVER may
+    ask for a workspace of the longer side squared.
+
+    Args:
+        matrix: ``[m, n]``, float32 or float64.
+
+    Returns:
+        ``[m, k]``, ``[k]`` the largest first, and ``[k, n]``, of ``k = min(m, n)``.
+    """
+    rows, columns = matrix.shape
+    if rows and columns > OBLONG * rows:
+        left, values, right = singular_parts(matrix.T)
+        return right.T, values, left.T
+    if columns and rows > OBLONG * columns:
+        basis, square = torch.linalg.qr(matrix)
+        left, values, right = torch.linalg.svd(square, full_matrices=False)
+        return basis @ left, values, right
+    left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+    return left, values, right
+
+
 def largest_value(matrix: Tensor) -> float:
     """Return the largest singular value of ``[m, n]``."""
+    if min(matrix.shape) and max(matrix.shape) > OBLONG * min(matrix.shape):
+        tall = matrix if matrix.shape[0] > matrix.shape[1] else matrix.T
+        matrix = torch.linalg.qr(tall, mode="r").R
     values = torch.linalg.svdvals(matrix)
     return float(values.max()) if values.numel() else 0.0
 
@@ -60,7 +94,7 @@ def nearest_orthogonal(matrix: Tensor) -> Tensor:
 
 def added_up(vectors: Sequence[Tensor]) -> Tensor:
     """Return the sum in float64."""
-    total = torch.zeros(vectors[0].shape, dtype=torch.float64)
+    total = torch.zeros_like(vectors[0], dtype=torch.float64)
     for vector in vectors:
         total += vector
     return total

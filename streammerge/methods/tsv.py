@@ -37,7 +37,7 @@ def tsv_m(params: TsvParams) -> Work:
     def merge(sheet: Sheet) -> Row:
         return sheet.base + times(sheet.computed(0), params.lambda_)
 
-    return Work(merge, whole=_join)
+    return Work(merge, whole=_join, decomposes=True)
 
 
 def _join(vectors: Sequence[Tensor]) -> Tensor:

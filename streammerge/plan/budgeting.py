@@ -94,10 +94,12 @@ class Demand:
     """Bytes of adapters that the tensor which needs most of them needs."""
     factors_nbytes: int = 0
     """Bytes of adapters that all tensors need."""
-    whole_numel: int = 0
-    """Elements of the largest tensor that must be seen whole; 0 where none must."""
-    whole_sources: int = 0
-    """Vectors of it that are gathered."""
+    whole_nbytes: int = 0
+    """What one tensor that must be seen whole takes at most; 0 where none must."""
+    whole_useful: int = 0
+    """What several take that are in work at the same time, where that helps."""
+    whole_worker_bytes: int = 0
+    """What a worker takes for one of at most a block."""
     around_numel: int = 0
     """Most elements that a chunk reads beyond its own, for the sake of whole rows."""
     run_numel: int = BLOCK
@@ -215,10 +217,6 @@ def whole_bytes(sources: int, numel: int, itemsize: int) -> int:
     return ((sources + 1) * itemsize + WHOLE_BYTES) * numel
 
 
-def _demanded_whole(demand: Demand, numel: int) -> int:
-    return whole_bytes(demand.whole_sources, numel, demand.compute_itemsize) if numel else 0
-
-
 def records_bytes(tensors: int, blocks: int) -> int:
     """Return the memory of what is known of finished tensors until the manifest is written."""
     return tensors * _RECORD_BYTES + blocks * _BLOCK_RECORD_BYTES
@@ -301,30 +299,29 @@ def _has_statistics(demand: Demand) -> bool:
 
 def _statistics_floor(demand: Demand) -> int:
     # A tensor has its search behind it when its scales are found.
-    whole = _demanded_whole(demand, demand.whole_numel)
     if not _has_statistics(demand):
-        return max(demand.scales_nbytes, whole)
+        return max(demand.scales_nbytes, demand.whole_nbytes)
     limit = min(demand.statistic_numel, _direct_limit(demand.statistics))
     search = search_bytes(demand.statistics, demand.statistic_numel, demand.compute_itemsize, limit)
     search += demand.scattered_nbytes
-    return max(search, demand.scales_nbytes)
+    return max(search, demand.scales_nbytes, demand.whole_nbytes)
 
 
 def _statistics_useful(demand: Demand) -> int:
     """Two scopes at once, so that one is counted while the other is sorted out."""
-    whole = _demanded_whole(demand, demand.whole_numel)
+    whole = max(demand.whole_nbytes, demand.whole_useful)
     if not _has_statistics(demand):
         return max(2 * demand.scales_nbytes, whole)
     numel = demand.statistic_numel
     search = search_bytes(demand.statistics, numel, demand.compute_itemsize, values_limit(numel))
     search += demand.scattered_nbytes
-    return 2 * max(search, demand.scales_nbytes)
+    return max(2 * search, 2 * demand.scales_nbytes, whole)
 
 
 def _worker_bytes(demand: Demand) -> int:
     """One worker's blocks, and the search that it runs by itself on a small tensor."""
     blocks = demand.compute_rows * demand.run_numel * demand.compute_itemsize + _WORKER_BYTES
-    blocks += demand.row_bytes + _demanded_whole(demand, min(demand.whole_numel, BLOCK))
+    blocks += demand.row_bytes + demand.whole_worker_bytes
     blocks += demand.device_worker_bytes + demand.encoding_bytes
     if not _has_statistics(demand):
         return blocks

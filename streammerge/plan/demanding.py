@@ -10,7 +10,13 @@ from streammerge.assignment.types import Action
 from streammerge.checkpoint.types import coded_bits
 from streammerge.methods.programs import Counts, Programs
 from streammerge.methods.surveying import Survey
-from streammerge.plan.budgeting import LARGEST_SLOT, Demand, scattered_bytes, survey_bytes
+from streammerge.plan.budgeting import (
+    LARGEST_SLOT,
+    Demand,
+    scattered_bytes,
+    survey_bytes,
+    whole_bytes,
+)
 from streammerge.plan.chunking import DECODING_BYTES, most_around, output_bytes, widest_input
 from streammerge.plan.factors import factors_nbytes, stored_nbytes
 from streammerge.plan.types import TensorTask
@@ -53,6 +59,8 @@ def measure_demand(
     nbytes = [_input_nbytes(task) for task in tasks]
     changed = [task for task in merged if task.changes]
     encoded = [task for task in tasks if task.encoding is not None]
+    whole_numel = max((task.numel for task in tasks if task.whole), default=0)
+    sources = max((each.sources for each in programs), default=0)
     return Demand(
         inputs=max(1, len(_models_read(tasks))),
         input_itemsize=max(widest.values(), default=1),
@@ -71,8 +79,8 @@ def measure_demand(
             changed=most_changed_sources(programs, tasks),
         ),
         compute_itemsize=itemsize,
-        whole_numel=max((task.numel for task in tasks if task.whole), default=0),
-        whole_sources=max((each.sources for each in programs), default=0),
+        whole_nbytes=whole_bytes(sources, whole_numel, itemsize),
+        whole_worker_bytes=whole_bytes(sources, min(whole_numel, BLOCK), itemsize),
         around_numel=max((most_around(task.row) for task in tasks), default=0),
         run_numel=max([BLOCK, *(task.row for task in tasks)]),
         row_bytes=max((_row_bytes(each, tasks) for each in programs if each.by_rows), default=0),

@@ -10,7 +10,8 @@ computed, the next one is copied in and the last one out. The parts, in bytes, f
     constants   numbers of a piece, and the factors of one tensor's adapters, for fused kernels
     notes       largest magnitudes per step, to tell NaN, infinity and overflows
 
-and once for each device the allocator's slack. The driver's own memory, a few hundred MiB that it
+and once for each device the allocator's slack, and what one decomposition takes
+(:mod:`~streammerge.plan.device_matrices`). The driver's own memory, a few hundred MiB that it
 takes before a first kernel runs, is not in it.
 
 Which tensors go there is decided by the tensor alone, never by how it is cut.
@@ -30,6 +31,7 @@ from streammerge.methods.programs import Counts, Programs
 from streammerge.plan.budgeting import LARGEST_SLOT, Demand, values_limit
 from streammerge.plan.chunking import widest_input
 from streammerge.plan.demanding import count_plain_rows
+from streammerge.plan.device_matrices import shape_matrices, told_matrix, with_matrices
 from streammerge.plan.sweeps import programs_of_plan
 from streammerge.plan.types import DeviceResources, MergePlan, TensorTask
 from streammerge.statistics import BLOCK, count_blocks
@@ -259,7 +261,7 @@ def _count_constants(programs: Sequence[Programs], products: int) -> int:
 
 def add_devices(
     demand: Demand,
-    tasks: Iterable[TensorTask],
+    tasks: Sequence[TensorTask],
     programs: Sequence[Programs],
     settings: Sequence[Setting],
     *,
@@ -277,11 +279,12 @@ def add_devices(
         settings=settings,
         fused=fused,
     )
-    return replace(
+    demand = replace(
         demand,
         device_worker_bytes=0 if shape is None else shape.host_bytes,
         device_growth=count * HOST_GROWTH_BYTES,
     )
+    return with_matrices(demand, tasks, programs, count=count)
 
 
 def plan_step(
@@ -326,7 +329,10 @@ def choose_device_resources(
     """
     workers = -(-plan.resources.workers // len(names))
     allowed = free if budget is None else min(budget, free)
-    least = _peak(plan_step(plan, method, BLOCK, fused=fused), workers)
+    matrices = shape_matrices(
+        plan.tasks, programs_of_plan(plan, method), plan.compute_dtype.itemsize
+    )
+    least = _peak(plan_step(plan, method, BLOCK, fused=fused), workers) + matrices.nbytes
     if least > allowed:
         limit = (
             f"only {format_size(free)} are free there"
@@ -335,18 +341,27 @@ def choose_device_resources(
         )
         raise MemoryBudgetError(
             f"{workers} worker(s) need at least {format_size(least)} of each of "
-            f"{', '.join(names)}, and {limit}; give --device-memory {format_budget(least)} or more, "
+            f"{', '.join(names)}{told_matrix(matrices)}, and {limit}; give --device-memory {format_budget(least)} or more, "
             "fewer --workers, a smaller --memory, which makes chunks smaller, or --device cpu"
         )
     step_numel = BLOCK
     while step_numel < _LARGEST_STEP:
         shape = plan_step(plan, method, 2 * step_numel, fused=fused)
         # No step needs to be larger than half a chunk: the other half is copied meanwhile.
-        if shape is None or shape.chunk_numel < 4 * step_numel or _peak(shape, workers) > allowed:
+        if shape is None or shape.chunk_numel < 4 * step_numel:
+            break
+        if _peak(shape, workers) + matrices.nbytes > allowed:
             break
         step_numel *= 2
-    peak = _peak(plan_step(plan, method, step_numel, fused=fused), workers)
-    return DeviceResources(tuple(names), step_numel, peak=peak, budget=allowed, fused=fused)
+    return DeviceResources(
+        tuple(names),
+        step_numel=step_numel,
+        peak=_peak(plan_step(plan, method, step_numel, fused=fused), workers) + matrices.nbytes,
+        budget=allowed,
+        matrices=matrices.count,
+        matrix_bytes=matrices.nbytes,
+        fused=fused,
+    )
 
 
 def _peak(shape: StepShape | None, workers: int) -> int:

@@ -12,8 +12,8 @@ from streammerge.checkpoint.metadata import FORMAT
 from streammerge.checkpoint.types import JsonChange
 from streammerge.errors import printable
 from streammerge.methods import discover_methods
-from streammerge.plan.budgeting import whole_bytes
 from streammerge.plan.chunking import fits_one_slot
+from streammerge.plan.device_matrices import gathering_bytes
 from streammerge.plan.kernels import kernels_serve
 from streammerge.plan.sweeps import programs_of_plan
 from streammerge.plan.types import DeviceResources, MergePlan
@@ -108,10 +108,18 @@ def render_plan(plan: MergePlan) -> str:
 
 
 def _device(device: DeviceResources) -> str:
+    how = []
+    if device.peak > device.matrix_bytes or not device.matrices:
+        by = "fused kernels" if device.fused else "single operations"
+        how.append(f"in steps of {device.step_numel:,} elements, by {by}")
+    if device.matrices:
+        how.append(
+            f"{device.matrices:,} matrices are decomposed there, the largest in "
+            f"{format_size(device.matrix_bytes)}"
+        )
     return (
         f"{', '.join(device.names)}: up to {format_size(device.peak)} of "
-        f"{format_size(device.budget)} on each, in steps of {device.step_numel:,} elements, "
-        f"by {'fused kernels' if device.fused else 'single operations'}"
+        f"{format_size(device.budget)} on each, {'; '.join(how)}"
     )
 
 
@@ -279,8 +287,17 @@ def _locality_rows(plan: MergePlan) -> list[tuple[str, str]]:
     largest = max((task.numel for task in plan.tasks if task.whole), default=0)
     if not largest:
         return []
-    sources = max(len(each.sources) for each in plan.settings)
-    nbytes = whole_bytes(sources, largest, plan.compute_dtype.itemsize)
+    programs = programs_of_plan(plan, discover_methods()[plan.method])
+    nbytes = max(
+        gathering_bytes(
+            task,
+            programs[task.setting],
+            plan.compute_dtype.itemsize,
+            has_devices=plan.device is not None,
+        )
+        for task in plan.tasks
+        if task.whole
+    )
     size = format_size(nbytes)
     return [
         ("sees", f"whole tensors, the largest of {largest:,} elements, for which it takes {size}")

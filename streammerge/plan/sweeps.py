@@ -12,7 +12,7 @@ from streammerge.assignment.types import Action, Setting
 from streammerge.methods.base import MergeMethod
 from streammerge.methods.programs import Programs, programs_of
 from streammerge.methods.surveying import Survey, survey_of
-from streammerge.plan.budgeting import affordable_limit, search_bytes, values_limit, whole_bytes
+from streammerge.plan.budgeting import affordable_limit, search_bytes, values_limit
 from streammerge.plan.chunking import (
     Chunk,
     Piece,
@@ -112,8 +112,6 @@ def _any_open(ranks: Sequence[Rank], numel: int) -> bool:
 def scope_bytes(plan: MergePlan, need: Programs, numel: int) -> int:
     """Return the bytes that the statistics of a scope reserve, at most what the plan has."""
     itemsize = plan.compute_dtype.itemsize
-    if need.work.whole is not None:
-        return whole_bytes(need.sources, numel, itemsize)
     useful = search_bytes(need.counts, numel, itemsize, values_limit(numel))
     return min(useful, plan.resources.statistics_bytes)
 

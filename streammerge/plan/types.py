@@ -248,6 +248,10 @@ class DeviceResources:
     """What the user, or the device's free memory, allows, in bytes."""
     fused: bool = False
     """Whether a program is one kernel there, which Triton compiles, instead of operations of torch."""
+    matrices: int = 0
+    """Tensors that are decomposed there, one at a time on each device."""
+    matrix_bytes: int = 0
+    """What the largest of them takes of :attr:`peak`, in bytes."""
 
 
 @dataclass(frozen=True, slots=True)

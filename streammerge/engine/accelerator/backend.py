@@ -51,6 +51,14 @@ class Stream(Protocol):
         """
         ...
 
+    def run_waiting(self, work: Callable[[], None]) -> None:
+        """Do what was enqueued here, then the torch operations that ``work`` calls.
+
+        They may wait for the device, as decompositions do, which look at what they have found. All
+        that they make is made of what lies there: what is made of nothing would lie on the host.
+        """
+        ...
+
     def copy(self, target: Tensor, source: Tensor) -> None:
         """Enqueue a copy of bytes between page-locked host memory and the device.
 
@@ -123,9 +131,19 @@ class Backend(Protocol):
         ...
 
 
-def lost(name: str, error: BaseException) -> DeviceLostError:
-    """Return the error about a device that has failed."""
+GO_ON = "continue with --resume"
+"""How a merge goes on after an error of a device."""
+
+
+def lost(name: str, error: BaseException, then: str = GO_ON) -> DeviceLostError:
+    """Return the error about a device that has failed.
+
+    Args:
+        name: The device.
+        error: What came of it.
+        then: How the work goes on.
+    """
     reason = str(error).split("\n", maxsplit=1)[0]
     return DeviceLostError(
-        f"{name} failed: {reason}; continue with --resume, on another device or with --device cpu"
+        f"{name} failed: {reason}; {then}, on another device or with --device cpu"
     )

@@ -27,8 +27,11 @@ if TYPE_CHECKING:
 
 _TILE = 2048
 """Elements per instance of a fused kernel."""
-_LOST = ("CUDA error", "CUDA driver error", "device-side assert")
-"""How torch's messages about a device that has failed begin, in a RuntimeError or a kind of it."""
+_LOST = ("CUDA error", "CUDA driver error", "device-side assert", "cusolver error")
+"""What torch's messages about a device that has failed have, in a RuntimeError or a kind of it."""
+_FULL = ("out of memory", "STATUS_ALLOC_FAILED")
+"""What they have where a library under torch asked the driver itself for memory: cuBLAS and cuSOLVER do
+for their handles, and torch calls that an error of CUDA, too."""
 
 
 class CudaEvent:
@@ -53,6 +56,11 @@ class CudaStream:
 
     def run(self, work: Callable[[], None]) -> None:
         """Enqueue operations."""
+        with torch.cuda.stream(self._stream):
+            work()
+
+    def run_waiting(self, work: Callable[[], None]) -> None:
+        """Do operations that may wait; torch lets them wait for this stream alone."""
         with torch.cuda.stream(self._stream):
             work()
 
@@ -152,10 +160,28 @@ class CudaBackend:
             return Failure.OUT_OF_MEMORY
         if not isinstance(error, RuntimeError):
             return Failure.OTHER
-        if "out of memory" in str(error):
-            # Where a library under torch asks the driver itself.
+        if any(each in str(error) for each in _FULL):
             return Failure.OUT_OF_MEMORY
         return Failure.LOST if any(each in str(error) for each in _LOST) else Failure.OTHER
+
+
+@contextmanager
+def full_products() -> Iterator[None]:
+    """Let products of float32 matrices have float32's precision on devices, whatever the program asked for.
+
+    Torch has one setting for the whole process, so this is for a whole job and not for one product.
+    """
+    products = torch.backends.cuda.matmul
+    # The second is what torch had before 2.9; whoever mixes both gets an error from torch.
+    name, full = (
+        ("fp32_precision", "ieee") if hasattr(products, "fp32_precision") else ("allow_tf32", False)
+    )
+    before = getattr(products, name)
+    setattr(products, name, full)
+    try:
+        yield
+    finally:
+        setattr(products, name, before)
 
 
 def _first_line(error: BaseException) -> str:

@@ -13,7 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from streammerge.engine.accelerator import opening
+from streammerge.engine.accelerator.matrices import WholeOnDevices
 from streammerge.engine.accelerator.stage import AcceleratorStage
+from streammerge.engine.gathering import MakeWhole, make_on_cpu
+from streammerge.engine.monitor import Monitor
 from streammerge.methods.base import MergeMethod
 from streammerge.plan.types import MergePlan
 
@@ -37,6 +40,14 @@ class Accelerators:
     def pin(self) -> Callable[[int], NDArray[np.uint8]] | None:
         """Gives page-locked memory, which all devices can copy from; None without devices."""
         return self._backends[0].pin if self._backends else None
+
+    def whole_maker(self, monitor: Monitor) -> MakeWhole:
+        """Return what makes of whole tensors what the method does.
+
+        Args:
+            monitor: Ends waiting for a device.
+        """
+        return WholeOnDevices(self._backends, monitor).make if self._backends else make_on_cpu
 
     @contextmanager
     def stage_of(self, worker: int) -> Iterator[AcceleratorStage]:
