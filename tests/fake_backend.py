@@ -202,7 +202,8 @@ class FakeBackend:
                 raise FakeOutOfMemoryError(f"{nbytes} bytes")
             self.used += nbytes
             self.peak = max(self.peak, self.used)
-        memory = np.full(nbytes, 0xA5, dtype=np.uint8)
+        # Aligned as a device's is: where products begin within a cache line decides last bits.
+        memory = torch.full((nbytes,), 0xA5, dtype=torch.uint8).numpy()
         self._register(self._device, memory, lambda: self._free(nbytes))
         return torch.from_numpy(memory)
 

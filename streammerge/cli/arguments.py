@@ -408,6 +408,19 @@ def _add_extract(added: Any) -> None:
     )
     extract.add_argument("--memory", type=read_size, metavar="SIZE", help="as for merge")
     extract.add_argument("--workers", type=read_count, metavar="N", help="as for merge")
+    extract.add_argument(
+        "--device",
+        default="auto",
+        metavar="DEVICE",
+        help="where large matrices are decomposed: cpu, cuda:0, cuda:0,cuda:1, or auto, which is the cpu "
+        "(default: auto)",
+    )
+    extract.add_argument(
+        "--device-memory",
+        type=read_size,
+        metavar="SIZE",
+        help="most memory on each accelerator (default: what is needed, of what is free)",
+    )
     _add_download(extract)
     extract.add_argument(
         "--overwrite", action="store_true", help="replace an earlier result in OUT"

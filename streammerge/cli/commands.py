@@ -422,6 +422,8 @@ def run_extract(options: argparse.Namespace) -> int:
             exact=options.exact,
             memory=options.memory,
             workers=options.workers,
+            device=options.device,
+            device_memory=options.device_memory,
             download=options.download,
             overwrite=options.overwrite,
             on_plan=tell,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from streammerge.adapters.combining.writing import write_adapter
@@ -14,6 +15,7 @@ from streammerge.checkpoint.manifest import Manifest, digest_recipe
 from streammerge.checkpoint.outputform import form_of
 from streammerge.checkpoint.permitting import check_place
 from streammerge.dtypes import DTYPES_BY_TORCH_NAME, DType
+from streammerge.engine.accelerator.opening import choose_devices
 from streammerge.engine.memory import resident_memory
 from streammerge.engine.progress import OnProgress, ProgressEvent
 from streammerge.errors import RecipeError
@@ -21,7 +23,8 @@ from streammerge.extracting.planning import Wishes, plan_extraction
 from streammerge.extracting.plans import ExtractionPlan
 from streammerge.lazily import torch_version
 from streammerge.limits import allow_open_files, naming_limits
-from streammerge.machine import count_cores
+from streammerge.machine import choose_device_budget, count_cores, describe_machine
+from streammerge.plan.planning import Machine
 from streammerge.storage.urls import refuse_store
 from streammerge.version import VERSION
 
@@ -40,6 +43,8 @@ def extract(
     exact: bool = False,
     memory: int | str | None = None,
     workers: int | None = None,
+    device: str = "auto",
+    device_memory: int | str | None = None,
     download: bool = False,
     overwrite: bool = False,
     on_plan: Callable[[ExtractionPlan], None] = lambda _: None,
@@ -61,7 +66,10 @@ def extract(
         exact: Whether all singular values of every matrix are found.
         memory: Most private memory, in bytes or as ``"2GiB"``; None takes a quarter of what is
             available.
-        workers: Most threads; None for one per core.
+        workers: Most threads; None for one per core, or three per accelerator.
+        device: Where large matrices are decomposed: ``"cpu"``, ``"cuda:0"``, several as
+            ``"cuda:0,cuda:1"``, or ``"auto"``, which is the CPU.
+        device_memory: Most memory of each accelerator; None takes what is needed and free.
         download: Whether models named as on the hub are fetched.
         overwrite: Whether an earlier result in ``out`` may be replaced.
         on_plan: Told what is going to be done, once the models are compared.
@@ -81,6 +89,7 @@ def extract(
     if rank < 1:
         raise RecipeError(f"--rank: expected a whole number of at least 1, got {rank}")
     # Before the models are read, which may take long; and once more before anything is written.
+    choose_device_budget(choose_devices(device), device_memory)
     models = parse_path(base, "base"), parse_path(tuned, "tuned")
     check_place(place, models, overwrite=overwrite)
     began = time.perf_counter()
@@ -92,13 +101,27 @@ def extract(
     plan = plan_extraction(
         *models,
         Wishes(rank, modules, _parse_dtype(dtype), exact),
-        memory=memory,
-        workers=workers or count_cores(),
+        machine=_describe(memory, workers, device, device_memory),
         download=download,
         on_compared=compared,
     )
     on_plan(plan)
     return _run(plan, place, overwrite=overwrite, on_progress=on_progress)
+
+
+def _describe(
+    memory: int | str | None, workers: int | None, device: str, device_memory: int | str | None
+) -> Machine:
+    """Return what the extraction may use."""
+    names = choose_devices(device)
+    machine = describe_machine(
+        memory=memory,
+        workers=workers,
+        devices=names,
+        device_budget=choose_device_budget(names, device_memory),
+    )
+    # A decomposition holds no lock of the interpreter: on the CPU every core has one.
+    return machine if names or workers else replace(machine, workers=count_cores())
 
 
 def _parse_dtype(name: str) -> DType:

@@ -8,13 +8,16 @@ algorithms 4.4 and 5.1).
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from streammerge.extracting.plans import EXACT_BELOW
+from streammerge.methods.matrices import singular_parts
 
 OVERSAMPLE = 24
 """Columns of the projection beyond the rank."""
@@ -39,7 +42,7 @@ class Factored:
 
 
 def factor(matrix: Tensor, rank: int, *, exact: bool, seed: int) -> Factored:
-    """Return the factors of a matrix.
+    """Return the factors of a matrix that lies on the host.
 
     Args:
         matrix: ``[m, n]`` in float32.
@@ -47,10 +50,39 @@ def factor(matrix: Tensor, rank: int, *, exact: bool, seed: int) -> Factored:
         exact: Whether to find all singular values first; else those of a random projection.
         seed: Of the projection, for each matrix one of its own.
     """
-    if exact:
-        left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+    drawn = None if exact else torch.from_numpy(draw_projection(matrix.shape, rank, seed))
+    return factor_with(matrix, rank, drawn)
+
+
+def draw_projection(shape: Sequence[int], rank: int, seed: int) -> NDArray[np.float32]:
+    """Return the columns that a matrix is multiplied with, ``[n, k]``: the same for every device.
+
+    Args:
+        shape: ``(m, n)``.
+        rank: At most the smaller side.
+        seed: For each matrix one of its own.
+    """
+    columns = min(rank + OVERSAMPLE, *shape)
+    generator = np.random.Generator(np.random.Philox(key=seed))
+    # Memory of torch's begins with a cache line, which NumPy's need not: products of the CPU's libraries
+    # have the same bits only from the same place in one.
+    drawn: NDArray[np.float32] = torch.empty(shape[1], columns).numpy()
+    return generator.standard_normal(dtype=np.float32, out=drawn)
+
+
+def factor_with(matrix: Tensor, rank: int, projection: Tensor | None) -> Factored:
+    """Return the factors of a matrix, where it lies.
+
+    Args:
+        matrix: ``[m, n]`` in float32.
+        rank: At most the smaller side.
+        projection: What :func:`draw_projection` returned, beside the matrix; None to find all singular
+            values first.
+    """
+    if projection is None:
+        left, values, right = singular_parts(matrix)
     else:
-        left, values, right = _project(matrix, rank, seed)
+        left, values, right = _project(matrix, projection)
     roots = values[:rank].sqrt()
     up, down = left[:, :rank] * roots, roots[:, None] * right[:rank]
     # Singular vectors have no sign of their own: the largest entry of every column of B is positive.
@@ -59,16 +91,13 @@ def factor(matrix: Tensor, rank: int, *, exact: bool, seed: int) -> Factored:
     return Factored((down * signs.T).contiguous(), (up * signs).contiguous())
 
 
-def _project(matrix: Tensor, rank: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+def _project(matrix: Tensor, projection: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return leading singular vectors and values, from a space that powers of the matrix turn to them."""
-    columns = min(rank + OVERSAMPLE, *matrix.shape)
-    generator = np.random.Generator(np.random.Philox(key=seed))
-    drawn = generator.standard_normal((matrix.shape[1], columns), dtype=np.float32)
-    space, _ = torch.linalg.qr(matrix @ torch.from_numpy(drawn))
+    space, _ = torch.linalg.qr(matrix @ projection)
     for _ in range(_POWERS):
         other, _ = torch.linalg.qr(matrix.T @ space)
         space, _ = torch.linalg.qr(matrix @ other)
-    small, values, right = torch.linalg.svd(space.T @ matrix, full_matrices=False)
+    small, values, right = singular_parts(space.T @ matrix)
     return space @ small, values, right
 
 
@@ -99,9 +128,17 @@ def workspace(rows: int, columns: int, rank: int, *, exact: bool) -> int:
 
 def _small(rows: int, columns: int) -> int:
     """Return what comparing, reading and the library's own buffers take beside that."""
-    # In the error: a product, the rest of it, both as doubles, and their squares.
-    compared = (4 * 2 + 8 * 4) * _ERROR_ROWS * columns
-    return compared + _READING_BYTES + _LIBRARY_BYTES + 16 * (rows + columns)
+    return comparing_bytes(columns) + reading_bytes() + _LIBRARY_BYTES + 16 * (rows + columns)
+
+
+def comparing_bytes(columns: int) -> int:
+    """Return what :func:`relative_error` takes: a product, the rest of it, both as doubles, and squares."""
+    return (4 * 2 + 8 * 4) * _ERROR_ROWS * columns
+
+
+def reading_bytes() -> int:
+    """Return what the reading of a difference takes."""
+    return _READING_BYTES
 
 
 def is_exact(rows: int, columns: int, rank: int, *, wanted: bool) -> bool:

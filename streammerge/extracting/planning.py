@@ -29,10 +29,16 @@ from streammerge.errors import (
     UnsupportedDTypeError,
     printable,
 )
+from streammerge.extracting.devices import (
+    host_bytes,
+    host_growth_bytes,
+    is_for_device,
+    share_devices,
+)
 from streammerge.extracting.factoring import is_exact, workspace
 from streammerge.extracting.plans import CopyTask, ExtractionPlan, FactorTask, Pair
 from streammerge.extracting.reading import differs
-from streammerge.machine import choose_budget, measure_baseline
+from streammerge.plan.planning import Machine
 from streammerge.recipe.resolving import Resolved
 from streammerge.recipe.text import dump_document
 from streammerge.recipe.types import (
@@ -80,8 +86,7 @@ def plan_extraction(
     tuned: Path,
     wishes: Wishes,
     *,
-    memory: int | str | None,
-    workers: int,
+    machine: Machine,
     download: bool,
     on_compared: Callable[[int, int], None] = lambda _done, _all: None,
 ) -> ExtractionPlan:
@@ -91,15 +96,14 @@ def plan_extraction(
         base: The model that the other one was tuned from.
         tuned: The tuned model.
         wishes: What is asked for.
-        memory: Most private memory; None takes a quarter of what is available.
-        workers: Most threads.
+        machine: What may be used.
         download: Whether models named as on the hub are fetched.
         on_compared: Told the bytes that were compared, and how many there are.
 
     Raises:
         RecipeError: One of the two is an adapter, or nothing is left to extract.
         CheckpointError: A model is not what it should be, or they do not belong together.
-        MemoryBudgetError: One matrix does not fit the budget.
+        MemoryBudgetError: One matrix does not fit the budget, or the devices.
     """
     asked = _recipe(base, tuned)
     located = locate_models(asked, download=download)
@@ -120,9 +124,11 @@ def plan_extraction(
             f"layer that --modules allows; the first is {printable(changed[0].name)}"
         )
     placed, header = place_tensors(draft.outputs)
-    budget, baseline = choose_budget(memory), measure_baseline(torch=True) + _GROWTH_BYTES
     factors = [replace(t, down=placed[t.down.name], up=placed[t.up.name]) for t in draft.matrices]
-    each = max(_workspace(task) for task in factors)
+    device = share_devices(factors, machine)
+    budget = machine.budget
+    baseline = machine.baseline(torch=True) + _GROWTH_BYTES + host_growth_bytes(machine)
+    each = max(_workspace(task, has_devices=device is not None) for task in factors)
     fitting = (budget - baseline) // each
     if fitting < 1:
         raise MemoryBudgetError(
@@ -130,7 +136,7 @@ def plan_extraction(
             f"for the process, and --memory allows {format_size(budget)}; give --memory "
             f"{format_budget(baseline + each + _VARIES_BYTES)} or more"
         )
-    threads = min(workers, fitting, len(factors))
+    threads = min(machine.workers, fitting, len(factors))
     return ExtractionPlan(
         base=base,
         tuned=tuned,
@@ -145,6 +151,7 @@ def plan_extraction(
         workers=threads,
         peak_memory=baseline + threads * each,
         budget=budget,
+        device=device,
     )
 
 
@@ -267,7 +274,10 @@ def _changed(
     return changed
 
 
-def _workspace(task: FactorTask) -> int:
+def _workspace(task: FactorTask, *, has_devices: bool) -> int:
+    """Return the host memory of a matrix."""
+    if has_devices and is_for_device(task):
+        return host_bytes(task)
     rows, columns = task.pair.shape
     return workspace(rows, columns, task.rank, exact=task.exact)
 

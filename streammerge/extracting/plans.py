@@ -60,6 +60,20 @@ class CopyTask:
 
 
 @dataclass(frozen=True, slots=True)
+class DeviceShare:
+    """Accelerators and what is taken of them."""
+
+    names: tuple[str, ...]
+    """``"cuda:0"`` and so on; each factors one matrix at a time."""
+    matrices: int
+    """Matrices that are factored there."""
+    peak: int
+    """Most bytes of each, the driver's own not included."""
+    budget: int
+    """What the user, or the device's free memory, allows, in bytes."""
+
+
+@dataclass(frozen=True, slots=True)
 class ExtractionPlan:
     """An extraction, decided and checked."""
 
@@ -89,6 +103,13 @@ class ExtractionPlan:
     """Most resident memory of the process, in bytes."""
     budget: int
     """What the user allows, in bytes."""
+    device: DeviceShare | None = None
+    """Accelerators; None for the CPU."""
+
+    @property
+    def device_name(self) -> str:
+        """What computes: ``cpu``, ``cuda:0``, or several with commas between."""
+        return "cpu" if self.device is None else ",".join(self.device.names)
 
     @property
     def outputs(self) -> tuple[OutputTensor, ...]:
@@ -120,6 +141,15 @@ class ExtractionPlan:
             ("write", format_size(self.bytes_to_write)),
             ("peak memory", f"{format_size(self.peak_memory)} of {format_size(self.budget)}"),
         ]
+        if self.device is not None:
+            rows.append(("device", _told(self.device)))
         rows = [row for row in rows if row[0] != "left out" or self.left_out]
         width = max(len(name) for name, _ in rows)
         return "\n".join(f"{name:<{width}}  {printable(value)}" for name, value in rows)
+
+
+def _told(device: DeviceShare) -> str:
+    return (
+        f"{', '.join(device.names)}: {device.matrices:,} matrices, with up to {format_size(device.peak)} "
+        f"of {format_size(device.budget)} on each"
+    )

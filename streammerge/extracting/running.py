@@ -1,18 +1,17 @@
 """Runs a planned extraction: matrices side by side, each from both models to its place in the file.
 
-Memory: what :func:`streammerge.extracting.factoring.workspace` says of a matrix, for each thread.
+Memory: what :mod:`streammerge.extracting.benches` says of a matrix, for each thread.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
-from torch import Tensor
 
 from streammerge.adapters.combining.config import render_config
 from streammerge.adapters.combining.plans import OutputTensor
@@ -30,14 +29,9 @@ from streammerge.checkpoint.modelcard import render_model_card
 from streammerge.checkpoint.outputfile import OutputFile
 from streammerge.checkpoint.outputform import OutputForm
 from streammerge.checkpoint.types import Note, ShardFile
-from streammerge.engine.buffers import allocate
-from streammerge.engine.memory import release_free_memory
-from streammerge.engine.pieces import torch_dtype
-from streammerge.errors import NonFiniteError, printable
-from streammerge.extracting.factoring import factor, relative_error
+from streammerge.extracting.benches import FactorBench, open_bench
 from streammerge.extracting.plans import CopyTask, ExtractionPlan, FactorTask
-from streammerge.extracting.reading import STEP, read_difference, read_values
-from streammerge.rng import stream_key
+from streammerge.extracting.reading import STEP, read_values
 from streammerge.storage.urls import spelled
 from streammerge.version import VERSION
 
@@ -50,6 +44,8 @@ class ExtractionJob:
     """What :func:`~streammerge.extracting.planning.plan_extraction` returned."""
     errors: dict[str, float] = field(default_factory=dict)
     """``|D - B A| / |D|`` of every matrix that is done, by its name."""
+    device_peak: int = 0
+    """Most memory that was had of any one accelerator, in bytes."""
 
     @property
     def inputs(self) -> Sequence[Path]:
@@ -86,23 +82,38 @@ class ExtractionJob:
 
         Raises:
             NonFiniteError: A difference, or a factor in its type, is not finite.
+            DeviceLostError: A device has failed.
+            MemoryBudgetError: A device's memory has run out twice.
         """
         for copied in self.plan.copies:
             on_task(_copy(sources, output, copied), copied.output.nbytes)
+        names = () if self.plan.device is None else self.plan.device.names
+        with open_bench(names) as bench:
+            self._factor_on(bench, sources, output, on_task)
+        self.device_peak = bench.device_peak
+
+    def _factor_on(
+        self,
+        bench: FactorBench,
+        sources: Sequence[ByteSource],
+        output: OutputFile,
+        on_task: Callable[[int, int], None],
+    ) -> None:
         before = torch.get_num_threads()
-        # One for each matrix: more would add in another order.
+        # One for each matrix: more would add in another order. Threads that are new ask once more.
         torch.set_num_threads(1)
         try:
-            with ThreadPoolExecutor(self.plan.workers) as pool:
-                self._factor_all(pool, sources, output, on_task)
+            with ThreadPoolExecutor(
+                self.plan.workers, initializer=torch.set_num_threads, initargs=(1,)
+            ) as pool:
+                self._factor_all(pool, partial(bench.factor, sources, output), on_task)
         finally:
             torch.set_num_threads(before)
 
     def _factor_all(
         self,
         pool: ThreadPoolExecutor,
-        sources: Sequence[ByteSource],
-        output: OutputFile,
+        factor: Callable[[FactorTask], float],
         on_task: Callable[[int, int], None],
     ) -> None:
         """Keep as many matrices under way as there are threads; the first error ends it."""
@@ -111,7 +122,7 @@ class ExtractionJob:
         while left or running:
             while left and len(running) < self.plan.workers:
                 task = left.pop()
-                running[pool.submit(_factor, sources, output, task)] = task
+                running[pool.submit(factor, task)] = task
             done, _ = wait(running, return_when=FIRST_COMPLETED)
             for future in done:
                 task = running.pop(future)
@@ -158,12 +169,17 @@ class ExtractionJob:
             copied_from_base=(),
             tensors=dict(sorted(self._records().items())),
             notes=tuple(notes),
-            run=meter.record(
-                workers=plan.workers,
-                projected=plan.peak_memory,
-                budget=plan.budget,
-                identity=identity,
-                byte_source=byte_source,
+            run=replace(
+                meter.record(
+                    workers=plan.workers,
+                    projected=plan.peak_memory,
+                    budget=plan.budget,
+                    identity=identity,
+                    byte_source=byte_source,
+                ),
+                device=plan.device_name,
+                projected_device_memory=0 if plan.device is None else plan.device.peak,
+                measured_device_memory=self.device_peak,
             ),
             revisions={},
         )
@@ -183,41 +199,6 @@ class ExtractionJob:
             )
             for tensor in self.plan.outputs
         }
-
-
-def _factor(sources: Sequence[ByteSource], output: OutputFile, task: FactorTask) -> float:
-    """Write the factors of one matrix; return what is missing of its norm."""
-    try:
-        with torch.inference_mode():
-            return _factor_one(sources, output, task)
-    finally:
-        # What a matrix took lies in the heaps of threads, in pieces that the next one does not fit.
-        release_free_memory()
-
-
-def _factor_one(sources: Sequence[ByteSource], output: OutputFile, task: FactorTask) -> float:
-    room = allocate(task.pair.base.numel * 4)
-    memory = torch.from_numpy(room.view(np.float32))
-    read_difference(sources, task.pair, memory)
-    matrix = memory.view(task.pair.shape)
-    matrix = matrix.T if task.transposed else matrix
-    seed = stream_key(0, 0, task.pair.name)
-    made = factor(matrix, task.rank, exact=task.exact, seed=seed & (2**63 - 1))
-    down = _write(output, task.down, made.down, task.pair.name)
-    up = _write(output, task.up, made.up, task.pair.name)
-    return relative_error(matrix, down, up)
-
-
-def _write(output: OutputFile, place: OutputTensor, values: Tensor, name: str) -> Tensor:
-    """Write a factor in its type, and return it so."""
-    rounded = values.to(torch_dtype(place.dtype)).contiguous()
-    if not bool(torch.isfinite(rounded).all()):
-        raise NonFiniteError(
-            f"{printable(name)}: a factor reaches {float(values.abs().max()):g}, beyond the range of "
-            f"{place.dtype}; choose a wider --dtype"
-        )
-    output.write_at(place.offset, rounded.view(-1).view(torch.uint8).numpy().data)
-    return rounded
 
 
 def _copy(sources: Sequence[ByteSource], output: OutputFile, task: CopyTask) -> int:

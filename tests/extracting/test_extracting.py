@@ -215,6 +215,23 @@ def test_threads_change_no_byte(pair: tuple[Path, Path], tmp_path: Path) -> None
     assert files[0] == files[1]
 
 
+def test_a_new_thread_computes_as_one_that_has_computed(models: Models, tmp_path: Path) -> None:
+    """Torch's number of threads is that of each thread, and decides in which order it adds."""
+    shapes = [(600, 520), (520, 700), (130, 400), (40, 400)]
+    made = []
+    for seed in (1, 2):
+        generator = torch.Generator().manual_seed(seed)
+        tensors = {f"{i}.weight": torch.randn(s, generator=generator) for i, s in enumerate(shapes)}
+        made.append(models.write(tensors))
+    files = []
+    for workers in (1, len(shapes)):
+        out = tmp_path / f"out{workers}"
+        streammerge.extract(*made, out, rank=8, workers=workers)
+        files.append((out / "adapter_model.safetensors").read_bytes())
+
+    assert files[0] == files[1]
+
+
 def test_the_adapter_merges_into_its_base_here(
     pair: tuple[Path, Path], models: Models, tmp_path: Path
 ) -> None:
