@@ -179,7 +179,7 @@ def finished(case: Case, notes: torch.Tensor, counts: torch.Tensor, out: torch.T
 @pytest.mark.filterwarnings("ignore:Generating overly large repr")
 @settings(
     deadline=None,
-    max_examples=150,
+    max_examples=200,
     suppress_health_check=[HealthCheck.filter_too_much, HealthCheck.function_scoped_fixture],
 )
 @given(case=cases(row_by_row=False))

@@ -298,8 +298,9 @@ class _Writer:
             f"upper = tl.load(constants + {limit})",
             f"lower = tl.load(constants + {limit + 1})",
             "kept = functions.keep_random(low, high, start // 16 + 1, upper, lower, TILE)",
-            # Nothing at all is kept by a limit below 0, which leaves no signs either.
-            f"{out} = tl.where(upper < 0, 0.0, {a} * kept.to({self._float}))",
+            # What is no number is none when it is dropped, unless everything is.
+            f"nothing = tl.where(upper < 0, 0.0, {a} * 0.0 + 0.0)",
+            f"{out} = tl.where(kept, {a}, nothing)",
         ]
         # Where both choose, what trims keep is told.
         if not self.kind.program.trims:
