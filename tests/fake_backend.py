@@ -94,6 +94,8 @@ class FakeStream:
 
     def copy(self, target: Tensor, source: Tensor) -> None:
         self.backend.check_copy(target, source)
+        if self.kind == COPY_IN:
+            self.backend.brought.append(target.nbytes)
         self._enqueue(Operation("copy", lambda: target.copy_(source)))
 
     def record(self, event: FakeEvent) -> None:
@@ -155,6 +157,8 @@ class FakeBackend:
     """Where the first run of this device waits for those of others; None for nowhere."""
     log: list[tuple[str, int]] = field(default_factory=list)
     """What has run: kind of operation, kind of stream."""
+    brought: list[int] = field(default_factory=list)
+    """Bytes of each copy to the device."""
     used: int = 0
     """Bytes allocated now."""
     peak: int = 0

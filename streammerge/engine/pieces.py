@@ -62,7 +62,8 @@ class Stored:
         return wide
 
 
-@dataclass(frozen=True, slots=True)
+# Compared as the object that it is: a device keeps what it was given until the piece ends.
+@dataclass(frozen=True, slots=True, weakref_slot=True, eq=False)
 class PieceInMemory:
     """A range of one tensor, or several whole tensors that together are at most one block."""
 

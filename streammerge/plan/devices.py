@@ -10,7 +10,8 @@ computed, the next one is copied in and the last one out. The parts, in bytes, f
     constants   numbers of a piece, and the factors of one tensor's adapters, for fused kernels
     notes       largest magnitudes per step, to tell NaN, infinity and overflows
 
-and once for each device the allocator's slack, and what one decomposition takes
+and once for each device the inputs of chunks that stay there between measuring and merging, as many as
+there is room for; the allocator's slack; and what one decomposition takes
 (:mod:`~streammerge.plan.device_matrices`). The driver's own memory, a few hundred MiB that it
 takes before a first kernel runs, is not in it.
 
@@ -43,6 +44,8 @@ from streammerge.units import MIB, format_budget, format_size
 
 LANES = 2
 """One is computed while the other is copied. The workers of a device add further ones."""
+KEPT_ALIGNMENT = 256
+"""Where inputs that stay on a device begin, in bytes: those of several lie side by side."""
 _TEMPORARY_BYTES = 56
 """Per element of a step: a random mask, or the places of collected magnitudes, at their peak."""
 _SORT_BYTES = 64 * BLOCK
@@ -109,6 +112,12 @@ class StepShape:
     def output_bytes(self) -> int:
         """Bytes of the result in a lane."""
         return self.step_numel * self.output_itemsize
+
+    @property
+    def piece_bytes(self) -> int:
+        """Bytes of the inputs of the largest chunk, where they stay on the device."""
+        nbytes = self.chunk_numel * self.input_itemsize
+        return self.models * -(-nbytes // KEPT_ALIGNMENT) * KEPT_ALIGNMENT
 
     @property
     def notes(self) -> int:
@@ -353,15 +362,26 @@ def choose_device_resources(
         if _peak(shape, workers) + matrices.nbytes > allowed:
             break
         step_numel *= 2
+    shape = plan_step(plan, method, step_numel, fused=fused)
+    peak = _peak(shape, workers) + matrices.nbytes
+    kept = _count_kept(plan, shape, allowed - peak)
     return DeviceResources(
         tuple(names),
         step_numel=step_numel,
-        peak=_peak(plan_step(plan, method, step_numel, fused=fused), workers) + matrices.nbytes,
+        peak=peak + (0 if shape is None else kept * shape.piece_bytes),
         budget=allowed,
+        kept_pieces=kept,
         matrices=matrices.count,
         matrix_bytes=matrices.nbytes,
         fused=fused,
     )
+
+
+def _count_kept(plan: MergePlan, shape: StepShape | None, room: int) -> int:
+    """Return how many chunks' inputs can stay on a device: no more than wait in the host's memory."""
+    if shape is None or not (shape.searches or shape.totals):
+        return 0
+    return min(plan.resources.slots // shape.models, room // shape.piece_bytes)
 
 
 def _peak(shape: StepShape | None, workers: int) -> int:

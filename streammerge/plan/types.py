@@ -246,6 +246,8 @@ class DeviceResources:
     """Most bytes of each device that the merge takes, the driver's own not included."""
     budget: int
     """What the user, or the device's free memory, allows, in bytes."""
+    kept_pieces: int = 0
+    """Inputs of chunks that stay on each device between measuring and merging, at most."""
     fused: bool = False
     """Whether a program is one kernel there, which Triton compiles, instead of operations of torch."""
     matrices: int = 0

@@ -105,11 +105,14 @@ def count_kept(magnitudes: Floats, top: TopK, block: int, masks: NDArray[np.bool
     if top.greater == top.numel or not magnitudes.size:
         # An empty tensor has the number of the block that follows, and none of its ties.
         return magnitudes.size
-    above = masks[0, : magnitudes.size]
+    # What is no number ranks above everything, so those below are counted.
+    below = masks[0, : magnitudes.size]
     ties = top.ties_to_keep(block)
     if ties is None:
-        return int(np.count_nonzero(np.greater_equal(magnitudes, top.threshold, out=above)))
-    return int(np.count_nonzero(np.greater(magnitudes, top.threshold, out=above))) + ties
+        np.less(magnitudes, top.threshold, out=below)
+        return magnitudes.size - int(np.count_nonzero(below))
+    np.less_equal(magnitudes, top.threshold, out=below)
+    return magnitudes.size - int(np.count_nonzero(below)) + ties
 
 
 def ties_kept(tie_policy: TiePolicy, wanted: int, equal: int) -> int:

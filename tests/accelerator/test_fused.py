@@ -31,6 +31,7 @@ from streammerge.tiles.fusing import Layout, count_sink_rows, sink_rows
 from streammerge.tiles.program import Op, Origin, Program
 from streammerge.tiles.totalling import add_up
 
+pytestmark = pytest.mark.gpu
 HERE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TILE = 2048
 STORED = {torch.float32: DType.F32, torch.bfloat16: DType.BF16, torch.float16: DType.F16}
@@ -179,7 +180,8 @@ def finished(case: Case, notes: torch.Tensor, counts: torch.Tensor, out: torch.T
 @pytest.mark.filterwarnings("ignore:Generating overly large repr")
 @settings(
     deadline=None,
-    max_examples=200,
+    # For a device each is compiled.
+    max_examples=200 if HERE.type == "cpu" else 12,
     suppress_health_check=[HealthCheck.filter_too_much, HealthCheck.function_scoped_fixture],
 )
 @given(case=cases(row_by_row=False))
@@ -360,7 +362,11 @@ steps = (
     Step(Op.TASK_VECTOR, 0, 0, c=0), Step(Op.SOURCE, 1, 1), Step(Op.KEEP_RANDOM, 1, 1, c=0, number=0),
     Step(Op.MAJORITY_MEAN, 0, number=1, rows=(0, 1), majority=Majority(Vote.TOTAL, True)),
     Step(Op.SQUARE_ROOT, 1, 0), Step(Op.EXPONENTIAL, 2, 1), Step(Op.LOGARITHM, 1, 2),
-    Step(Op.DIVIDE, 1, 1, 2), Step(Op.MINIMUM, 2, 1, 0), Step(Op.ADD_SCALED, 0, 1, 2, number=0),
+    Step(Op.EXPONENTIAL_LESS_ONE, 1, 1), Step(Op.LOGARITHM_OF_ONE_MORE, 1, 1),
+    Step(Op.DIVIDE, 1, 1, 2), Step(Op.MINIMUM, 2, 1, 0), Step(Op.DIVIDE, 2, 2, number=0),
+    Step(Op.MAXIMUM, 2, 2, number=0), Step(Op.GREATER, 0, 1, number=1), Step(Op.EQUAL, 1, 1, 0),
+    Step(Op.AT_LEAST, 0, 0, 1), Step(Op.SELECT, 0, 0, 1, 2), Step(Op.SIGN, 1, 0), Step(Op.FILL, 2, number=2),
+    Step(Op.IN_TOP, 0, 0, c=0), Step(Op.ABSOLUTE, 0, 0), Step(Op.ADD_SCALED, 0, 1, 2, number=0),
     Step(Op.BASE, 1), Step(Op.STORE, 0, 0, 1),
 )
 program = Program(steps, 3, tuple(Number(Origin.CONSTANT, 1.0) for _ in range(6)), (0,), (0,))

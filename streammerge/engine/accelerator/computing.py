@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from streammerge.engine.accelerator.fused.opening import open_fused
+from streammerge.engine.accelerator.keeping import KeptPieces
 from streammerge.engine.accelerator.ring import Returned, Ring, Step
 from streammerge.engine.asking import Asking, BlockAnswer
 from streammerge.engine.device import Applied
@@ -58,15 +59,19 @@ class Suspicion(Exception):  # noqa: N818 - no error yet: the CPU's stage finds 
 class DeviceComputing:
     """Measures and merges the pieces of one worker on its device."""
 
-    def __init__(self, plan: MergePlan, method: MergeMethod, ring: Ring, tile: int) -> None:
+    def __init__(
+        self, plan: MergePlan, method: MergeMethod, ring: Ring, kept: KeptPieces, tile: int
+    ) -> None:
         """Prepare to compute in a ring's memory.
 
         Args:
             plan: The plan.
             method: Its method.
             ring: The memory.
+            kept: The pieces that the device keeps.
             tile: Elements per instance of a fused kernel; 0 for operations of torch.
         """
+        self._kept = kept
         self._plan = plan
         self._programs = programs_of_plan(plan, method)
         self._ring = ring
@@ -86,10 +91,13 @@ class DeviceComputing:
         dtype = torch_dtype(piece.first.task.made_dtype)
         fused = self._begin_fused(piece, programs.merge, found)
         merge = partial(self._merge_step, piece, programs.merge, found, dtype, fused=fused)
-        ring.stream(_tensors(piece), piece.numel, merge, torch.from_numpy(out.memory))
+        result = torch.from_numpy(out.memory)
+        ring.stream(_tensors(piece), piece.numel, merge, result, self._kept.find(piece))
         checked = not self._plan.keep_non_finite
         counts = ring.counts.device.numel()
         self._fetch(piece, [(ring.counts, counts)], checked=checked)
+        # Others may have its room now; where this ends with an error, its piece's end gives it back.
+        self._kept.forget(piece)
         *kept, not_finite = ring.counts.host.tolist()
         of_each = kept[: count_kept_of(programs)]
         return Applied(not_finite, programs.kept(of_each) if self._tells else ())
@@ -110,7 +118,8 @@ class DeviceComputing:
         ring.run(ring.clear)
         fused = self._begin_fused(piece, program, asking.found)
         measure = partial(self._measure_step, piece, program, asking, checked=checked, fused=fused)
-        ring.stream(_tensors(piece), piece.numel, measure, None)
+        kept = self._kept.find_room(piece)
+        ring.stream(_tensors(piece), piece.numel, measure, None, kept)
         blocks = count_blocks(piece.numel)
         totals = len(program.totals)
         self._fetch(
@@ -120,6 +129,8 @@ class DeviceComputing:
             + ([(ring.totals, blocks * ring.shape.totals)] if totals else []),
             checked=checked,
         )
+        if kept is not None:
+            kept.is_there = True
         sizes = [
             values_inside(question, ring.counted[index].host.numpy()[:blocks])
             for index, question in enumerate(questions)
@@ -399,10 +410,9 @@ class _StepReader:
                 continue
             part = row[begin:end].abs()
             ties = top.ties_to_keep(block)
-            if ties is None:
-                kept.add_((part >= top.threshold).sum())
-            else:
-                kept.add_((part > top.threshold).sum()).add_(ties)
+            # What is no number ranks above everything, so those below are counted.
+            below = part < top.threshold if ties is None else part <= top.threshold
+            kept.add_(part.numel() + (ties or 0)).sub_(below.sum())
 
     def drop_(self, row: Tensor, stream: int, probability: Tensor | float) -> None:
         assert isinstance(probability, float)  # noqa: S101 - other programs stay on the CPU

@@ -7,7 +7,9 @@
 Lanes take turns. A lane is filled again when what was in it has been computed, and computed into
 again when what was in it has been copied out. The host enqueues all of a piece, then waits once.
 Inputs are copied from the slots they were read into, and results into the slots they are written
-from: those are page-locked, and make up the ring of host buffers.
+from: those are page-locked, and make up the ring of host buffers. Where the device has room for the
+inputs of a piece that will be asked about again (:mod:`~streammerge.engine.accelerator.keeping`), they
+are copied there instead of into lanes, once.
 
 Memory: :attr:`~streammerge.plan.devices.StepShape.device_bytes` on the device, less what is
 temporary, and ``host_bytes`` page-locked.
@@ -21,6 +23,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from streammerge.engine.accelerator.backend import Backend, Event
+from streammerge.engine.accelerator.keeping import Kept
 from streammerge.lazily import torch
 from streammerge.plan.devices import LANES, StepShape
 from streammerge.statistics.in_tensors import COUNTS, Answers
@@ -151,6 +154,7 @@ class Ring:
         numel: int,
         compute: Callable[[Step], None],
         out: Tensor | None,
+        kept: Kept | None = None,
     ) -> None:
         """Enqueue a piece.
 
@@ -159,22 +163,17 @@ class Ring:
             numel: Elements.
             compute: Called once per step, with its stream current; enqueues operations.
             out: Bytes that receive the results, page-locked; None where there are none.
+            kept: Where the inputs stay on the device, or are already; None to copy them step by step
+                into lanes.
         """
         itemsize = 0 if out is None else out.numel() // numel
         for index, begin in enumerate(range(0, numel, self.shape.step_numel)):
             lane = self._lanes[index % len(self._lanes)]
             count = min(self.shape.step_numel, numel - begin)
-            self._copy_in.wait(lane.computed)
-            step = Step(
-                index,
-                begin,
-                count,
-                tuple(
-                    None if stored is None else self._bring(stored[begin : begin + count], place)
-                    for stored, place in zip(inputs, lane.inputs, strict=True)
-                ),
-                lane.out[: count * itemsize],
-            )
+            if kept is None:
+                self._copy_in.wait(lane.computed)
+            there = self._step_inputs(inputs, lane, slice(begin, begin + count), kept)
+            step = Step(index, begin, count, there, lane.out[: count * itemsize])
             self._copy_in.record(lane.arrived)
             self._compute.wait(lane.arrived)
             self._compute.wait(lane.departed)
@@ -185,10 +184,26 @@ class Ring:
                 self._copy_out.copy(out[begin * itemsize : (begin + count) * itemsize], step.out)
                 self._copy_out.record(lane.departed)
 
-    def _bring(self, stored: Tensor, place: Tensor) -> Tensor:
-        there = place[: stored.numel() * stored.itemsize]
-        self._copy_in.copy(there, stored.view(torch.uint8))
-        return there.view(stored.dtype)
+    def _step_inputs(
+        self, inputs: Sequence[Tensor | None], lane: Lane, elements: slice, kept: Kept | None
+    ) -> tuple[Tensor | None, ...]:
+        """Return a step's inputs on the device, and enqueue their copies where they are not there."""
+        found: list[Tensor | None] = []
+        for model, stored in enumerate(inputs):
+            if stored is None:
+                found.append(None)
+                continue
+            part = stored[elements]
+            if kept is None:
+                there = lane.inputs[model][: part.nbytes].view(part.dtype)
+            else:
+                place = kept.inputs[model]
+                assert place is not None  # noqa: S101 - as many as there are inputs
+                there = place[elements]
+            if kept is None or not kept.is_there:
+                self._copy_in.copy(there.view(torch.uint8), part.view(torch.uint8))
+            found.append(there)
+        return tuple(found)
 
     def fetch(self, *returned: tuple[Returned, int]) -> None:
         """Copy the first elements of some results to the host, and wait for all that was enqueued.

@@ -13,11 +13,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from streammerge.engine.accelerator import opening
+from streammerge.engine.accelerator.backend import Backend
+from streammerge.engine.accelerator.keeping import KeptPieces
 from streammerge.engine.accelerator.matrices import WholeOnDevices
 from streammerge.engine.accelerator.stage import AcceleratorStage
 from streammerge.engine.gathering import MakeWhole, make_on_cpu
 from streammerge.engine.monitor import Monitor
 from streammerge.methods.base import MergeMethod
+from streammerge.plan.devices import plan_step
 from streammerge.plan.types import MergePlan
 
 
@@ -35,6 +38,14 @@ class Accelerators:
         self._method = method
         names = () if plan.device is None else plan.device.names
         self._backends = opening.open_devices(names)
+        self._kept = [self._keep_on(backend) for backend in self._backends]
+
+    def _keep_on(self, backend: Backend) -> KeptPieces:
+        device = self._plan.device
+        assert device is not None  # noqa: S101 - it names the backend
+        shape = plan_step(self._plan, self._method, device.step_numel, fused=device.fused)
+        nbytes = 0 if shape is None else shape.piece_bytes
+        return KeptPieces(backend, device.kept_pieces, nbytes)
 
     @property
     def pin(self) -> Callable[[int], NDArray[np.uint8]] | None:
@@ -53,9 +64,10 @@ class Accelerators:
     def stage_of(self, worker: int) -> Iterator[AcceleratorStage]:
         """Give a worker the stage on its device; the calling thread is the worker's."""
         assert self._plan.device is not None  # noqa: S101 - the caller looked
-        backend = self._backends[worker % len(self._backends)]
+        index = worker % len(self._backends)
+        backend, kept = self._backends[index], self._kept[index]
         with backend.on_thread():
-            stage = AcceleratorStage(self._plan, self._method, self._plan.device, backend)
+            stage = AcceleratorStage(self._plan, self._method, self._plan.device, backend, kept)
             try:
                 yield stage
             finally:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from streammerge.engine.accelerator.backend import Backend, Failure, lost
 from streammerge.engine.accelerator.computing import DeviceComputing, Suspicion
+from streammerge.engine.accelerator.keeping import KeptPieces
 from streammerge.engine.accelerator.ring import Ring
 from streammerge.engine.asking import Asking, BlockAnswer
 from streammerge.engine.compiled.opening import open_cpu_stage
@@ -43,9 +44,23 @@ class AcceleratorStage:
     """Merges and measures on a device; see :class:`streammerge.engine.device.DeviceStage`."""
 
     def __init__(
-        self, plan: MergePlan, method: MergeMethod, resources: DeviceResources, backend: Backend
+        self,
+        plan: MergePlan,
+        method: MergeMethod,
+        resources: DeviceResources,
+        backend: Backend,
+        kept: KeptPieces,
     ) -> None:
-        """Prepare a worker; the device's memory is taken with the first piece that goes there."""
+        """Prepare a worker; the device's memory is taken with the first piece that goes there.
+
+        Args:
+            plan: The plan.
+            method: Its method.
+            resources: What the plan takes of devices.
+            backend: The worker's.
+            kept: The pieces that it keeps, for all of its workers.
+        """
+        self._kept = kept
         self._plan = plan
         self._programs = programs_of_plan(plan, method)
         self._method = method
@@ -127,6 +142,7 @@ class AcceleratorStage:
                 raise self._too_little() from error
         # Here the error is gone, and with it what its frames had allocated.
         self._retried = True
+        self._kept.shrink()
         self._backend.trim()
         self._step_numel = max(BLOCK, self._step_numel // _SMALLER // BLOCK * BLOCK)
         return self._attempt(work)
@@ -142,7 +158,9 @@ class AcceleratorStage:
             )
             self._ring = Ring(self._backend, shape, dtype, counts=counts)
             tile = self._backend.tile if self._fused else 0
-            self._computing = DeviceComputing(self._plan, self._method, self._ring, tile)
+            self._computing = DeviceComputing(
+                self._plan, self._method, self._ring, self._kept, tile
+            )
         return self._computing
 
     def _too_little(self) -> MemoryBudgetError:

@@ -53,7 +53,7 @@ def draw_lanes(
     k1 = tl.full([counters], 0, tl.uint64) + key_high
     m0 = tl.full([counters], _MULTIPLIER_0, tl.uint64)
     m1 = tl.full([counters], _MULTIPLIER_1, tl.uint64)
-    for _ in tl.static_range(_ROUNDS):
+    for _ in range(_ROUNDS):
         h0, l0 = tl.umulhi(c0, m0), c0 * m0
         h1, l1 = tl.umulhi(c2, m1), c2 * m1
         c0, c1, c2, c3 = h1 ^ c1 ^ k0, l1, h0 ^ c3 ^ k1, l0

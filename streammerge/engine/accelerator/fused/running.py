@@ -42,6 +42,12 @@ _UNROLL = 32
 """Elements per running sum of a total that are loaded at once."""
 
 
+_LEAST_WARPS, _MOST_WARPS = 4, 16
+"""Of a program instance: 16 elements per thread, or fewer."""
+_ROWS_AT_ONCE = 6
+"""Rows of 16 elements per thread for which its 255 registers do, beside what steps need."""
+
+
 class FusedSteps:
     """Runs the programs of one piece after the other, step by step."""
 
@@ -205,6 +211,7 @@ class FusedSteps:
             step.numel,
             ring.rows.shape[1],
             self._tile,
+            warps=_count_warps(program),
         )
 
     def _find_lasts(self, step: Step) -> None:
@@ -234,6 +241,14 @@ class FusedSteps:
         )
         seen = torch.cumsum(row == top.threshold, dim=0, dtype=torch.int32)
         self._ring.lasts[rank].copy_((seen < top.cutoff_ties).sum()).add_(begin)
+
+
+def _count_warps(program: Program) -> int:
+    """Return how many warps share a tile: more where many rows are alive, which must fit registers."""
+    warps = _LEAST_WARPS
+    while warps < _MOST_WARPS and program.registers * _LEAST_WARPS > _ROWS_AT_ONCE * warps:
+        warps *= 2
+    return warps
 
 
 def _as_integers(stored: Tensor) -> Tensor:

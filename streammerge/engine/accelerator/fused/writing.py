@@ -280,13 +280,11 @@ class _Writer:
             "size = tl.abs(value)",
             f"tied = (size == {limit}) & (begin + own <= {last})",
         ]
-        if step.op is Op.IN_TOP:
-            # No number ranks above everything.
-            self.lines.append(f"kept = (~(size <= {limit})) | tied")
-            self.lines.append(f"{out} = kept.to({self._float})")
-        else:
-            self.lines.append(f"kept = (size > {limit}) | tied")
-            self.lines.append(f"{out} = tl.where((size <= {limit}) & (~tied), 0.0, value)")
+        # No number ranks above everything.
+        self.lines.append(f"kept = (~(size <= {limit})) | tied")
+        in_top = step.op is Op.IN_TOP
+        made = f"kept.to({self._float})" if in_top else "tl.where(kept, value, 0.0)"
+        self.lines.append(f"{out} = {made}")
         self._count("kept", trim)
 
     def _drop(self, step: Step, a: str, out: str) -> None:
