@@ -36,6 +36,8 @@ def kernel_of(kind: Kind) -> Any:
     return compile_source(write_kernel(kind))
 
 
+# Programs that differ in their numbers alone are one kernel.
+@cache
 def compile_source(source: str) -> Any:
     """Return the function ``merge`` of some source, which may call :mod:`functions`."""
     # Triton looks functions up by their file: the lines of this one are remembered for it.
