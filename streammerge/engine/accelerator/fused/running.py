@@ -211,7 +211,7 @@ class FusedSteps:
             step.numel,
             ring.rows.shape[1],
             self._tile,
-            warps=_count_warps(program),
+            warps=count_warps(program),
         )
 
     def _find_lasts(self, step: Step) -> None:
@@ -243,7 +243,7 @@ class FusedSteps:
         self._ring.lasts[rank].copy_((seen < top.cutoff_ties).sum()).add_(begin)
 
 
-def _count_warps(program: Program) -> int:
+def count_warps(program: Program) -> int:
     """Return how many warps share a tile: more where many rows are alive, which must fit registers."""
     warps = _LEAST_WARPS
     while warps < _MOST_WARPS and program.registers * _LEAST_WARPS > _ROWS_AT_ONCE * warps:
