@@ -7,7 +7,8 @@ computed, the next one is copied in and the last one out. The parts, in bytes, f
     rows        (registers of the programs, base, magnitudes) · step in the compute dtype
     temporary   what single operations need beside that, per element of a step
     answers     per ranked value: what is collected, a histogram, counts per block; totals per block
-    constants   numbers of a piece, and the factors of one tensor's adapters, for fused kernels
+    constants   numbers of a piece, of its questions too, and the factors of one tensor's adapters, for
+                fused kernels
     notes       largest magnitudes per step, to tell NaN, infinity and overflows
 
 and once for each device the inputs of chunks that stay there between measuring and merging, as many as
@@ -36,7 +37,7 @@ from streammerge.plan.device_matrices import shape_matrices, told_matrix, with_m
 from streammerge.plan.sweeps import programs_of_plan
 from streammerge.plan.types import DeviceResources, MergePlan, TensorTask
 from streammerge.statistics import BLOCK, count_blocks
-from streammerge.statistics.in_tensors import COUNTS
+from streammerge.statistics.in_tensors import ASKED, COUNTS
 from streammerge.statistics.magnitude import BINS
 from streammerge.tiles.fusing import Layout, count_sink_rows
 from streammerge.tiles.program import FUNCTIONS, Op, Program
@@ -251,7 +252,7 @@ def shape_step(
         chunk_numel=largest,
         step_numel=min(step_numel, -(-largest // BLOCK) * BLOCK),
         ranks=max(sum(each.ranked for each in one.rounds) for one in programs),
-        constants=_count_constants(programs, products) if fused else 0,
+        constants=_count_constants(programs, products) + ASKED * counts.ranked if fused else 0,
         factor_bytes=max(map(_factor_bytes, there)),
     )
 

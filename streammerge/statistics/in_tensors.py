@@ -9,6 +9,9 @@ atomic additions would queue up at a few counters, which is what the differences
 with their many zeros and few distinct values, lead to; and its usual kernels ask for the largest
 bin first, which means to wait.
 
+Where kernels can be compiled, :mod:`streammerge.engine.accelerator.fused.selecting` takes the place
+of :meth:`Answers.add_`, which is its oracle.
+
 Memory: about 48 bytes per element while an answer is counted, and what :class:`Answers` holds.
 """
 
@@ -31,6 +34,8 @@ if TYPE_CHECKING:
 
 COUNTS = 2 + MOST_CROWDS
 """Counters per block and source: magnitudes that are not above, that lie inside, and the crowds."""
+ASKED = 8
+"""Numbers by which a fused kernel is told a question: 64 bytes, so that each begins aligned."""
 
 
 @dataclass(frozen=True, slots=True)

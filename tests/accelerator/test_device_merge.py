@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import threading
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from models import (
 
 import streammerge
 from streammerge.checkpoint.manifest import Manifest
+from streammerge.engine.accelerator.fused.running import FusedSteps
 from streammerge.errors import (
     DeviceLostError,
     MemoryBudgetError,
@@ -38,6 +40,7 @@ from streammerge.plan.asking import find_method
 from streammerge.plan.devices import plan_step, runs_on_device
 from streammerge.plan.sweeps import programs_of_plan
 from streammerge.plan.types import MergePlan
+from streammerge.statistics.in_tensors import Answers
 from streammerge.tiles.program import Op
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
@@ -184,6 +187,33 @@ def test_every_method_has_the_bytes_of_the_cpu(
         for task in plan.tasks
     )
     assert (("run", COMPUTE) in backend.log) is computes_there
+
+
+def test_fused_merges_ask_kernels_and_others_torch(
+    devices: MakeDevices, models: Models, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = [models.write(each) for each in draw(torch.float32)]
+    recipe = recipe_for("ties", paths, {"density": 0.3})
+    devices()
+    plan = plan_on(recipe)
+    asked = {"kernels": 0, "torch": 0}
+
+    def count(name: str, original: Callable[..., None]) -> Callable[..., None]:
+        def counting(*arguments: Any) -> None:
+            asked[name] += 1
+            original(*arguments)
+
+        return counting
+
+    monkeypatch.setattr(FusedSteps, "rank", count("kernels", FusedSteps.rank))
+    monkeypatch.setattr(Answers, "add_", count("torch", Answers.add_))
+    models.merge(plan)
+    assert asked["kernels"]
+    assert not asked["torch"]
+    asked["kernels"] = 0
+    models.merge(by_single_operations(plan))
+    assert asked["torch"]
+    assert not asked["kernels"]
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)

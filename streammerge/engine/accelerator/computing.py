@@ -89,7 +89,7 @@ class DeviceComputing:
         programs = self._programs[piece.first.task.setting]
         ring.run(ring.clear)
         dtype = torch_dtype(piece.first.task.made_dtype)
-        fused = self._begin_fused(piece, programs.merge, found)
+        fused = self._begin_fused(piece, programs.merge, found, ())
         merge = partial(self._merge_step, piece, programs.merge, found, dtype, fused=fused)
         result = torch.from_numpy(out.memory)
         ring.stream(_tensors(piece), piece.numel, merge, result, self._kept.find(piece))
@@ -116,7 +116,7 @@ class DeviceComputing:
         asked = [index for index, question in enumerate(questions) if question is not None]
         checked = checks_operands(self._plan, program)
         ring.run(ring.clear)
-        fused = self._begin_fused(piece, program, asking.found)
+        fused = self._begin_fused(piece, program, asking.found, questions)
         measure = partial(self._measure_step, piece, program, asking, checked=checked, fused=fused)
         kept = self._kept.find_room(piece)
         ring.stream(_tensors(piece), piece.numel, measure, None, kept)
@@ -153,13 +153,17 @@ class DeviceComputing:
         ]
 
     def _begin_fused(
-        self, piece: PieceInMemory, program: Program, found: Found
+        self,
+        piece: PieceInMemory,
+        program: Program,
+        found: Found,
+        questions: Sequence[Question | None],
     ) -> FusedSteps | None:
         """Return what runs fused kernels on a piece; None if they do not take it."""
         task = piece.first.task
         if self._fused is None or not is_fused(task):
             return None
-        self._fused.begin(piece, self._programs[task.setting], program, found)
+        self._fused.begin(piece, self._programs[task.setting], program, found, questions)
         return self._fused
 
     def _counted(self, source: int, question: Question, numel: int, size: int) -> list[Counted]:
@@ -278,8 +282,13 @@ class _DeviceSinks:
 
     def rank(self, index: int, row: Tensor) -> None:
         question = self.asking.questions[index]
-        if question is not None:
-            self.ring.answers[index].add_(question, row, self.step.begin // BLOCK)
+        first = self.step.begin // BLOCK
+        if question is None:
+            return
+        if self.fused is not None:
+            self.fused.rank(index, question, row, first)
+        else:
+            self.ring.answers[index].add_(question, row, first)
 
     def total(self, index: int, op: Op, a: Tensor, b: Tensor | None) -> None:
         if not self.asking.totals:

@@ -11,6 +11,7 @@ Memory: the numbers of a piece, on the device and page-locked, and the factors o
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from streammerge.dtypes import DType
 from streammerge.engine.accelerator.fused.factors import FactorRoom
 from streammerge.engine.accelerator.fused.functions import add_up
 from streammerge.engine.accelerator.fused.kernels import kernel_of, launch
+from streammerge.engine.accelerator.fused.selecting import add_answers_, write_question
 from streammerge.engine.accelerator.fused.writing import Kind
 from streammerge.engine.accelerator.ring import Ring, Step
 from streammerge.engine.pieces import PieceInMemory, torch_dtype
@@ -28,6 +30,8 @@ from streammerge.methods.programs import Programs
 from streammerge.plan.types import MergePlan
 from streammerge.rng import keep_limit, stream_key
 from streammerge.statistics import BLOCK, count_blocks
+from streammerge.statistics.in_tensors import ASKED
+from streammerge.statistics.magnitude import Question
 from streammerge.statistics.rounds import Found
 from streammerge.statistics.topk import TopK
 from streammerge.tiles.fusing import Layout, sink_rows
@@ -66,7 +70,12 @@ class FusedSteps:
         self._kernels: dict[tuple[Any, ...], Any] = {}
 
     def begin(
-        self, piece: PieceInMemory, programs: Programs, program: Program, found: Found
+        self,
+        piece: PieceInMemory,
+        programs: Programs,
+        program: Program,
+        found: Found,
+        questions: Sequence[Question | None],
     ) -> None:
         """Bring what steps of a piece need; nothing may be in flight.
 
@@ -75,6 +84,7 @@ class FusedSteps:
             programs: What is done to its tensor.
             program: Which of that now.
             found: What is known of the tensor.
+            questions: What is asked of each value that the program ranks.
         """
         self._piece, self._programs, self._found = piece, programs, found
         self._setting = self._plan.settings[piece.first.task.setting]
@@ -88,7 +98,8 @@ class FusedSteps:
             if found.tops[rank].cutoff_block in inside and found.tops[rank].cutoff_ties
         }
         self._places: dict[int, int] = {}
-        written: list[int] = []
+        # First of all, so that they begin aligned.
+        written = [number for question in questions for number in write_question(question)]
         for each in (program, *(self._round_of(rank)[0] for rank in self._cuts)):
             if id(each) not in self._places:
                 self._places[id(each)] = len(written)
@@ -157,6 +168,12 @@ class FusedSteps:
             )
             for index, (a, b) in sink_rows(program).items()
         ]
+
+    def rank(self, index: int, question: Question, row: Tensor, first_block: int) -> None:
+        """Enqueue the answers about a ranked row ``[m]`` whose first block is that of the piece."""
+        asked = self._ring.constants.device[index * ASKED :]
+        answers = self._ring.answers[index]
+        add_answers_(answers, question, asked, row, first_block, tile=self._tile)
 
     def total(self, op: Op, a: Tensor, b: Tensor | None, column: Tensor) -> None:
         """Enqueue the totals of a row's blocks, to ``[blocks]`` float64, in the CPU's order."""
