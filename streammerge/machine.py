@@ -76,7 +76,7 @@ def describe_machine(
         writers=max(1, _WRITERS // at_once),
         devices=tuple(devices),
         device_free=free,
-        device_kernels=bool(opened) and all(each.tile for each in opened),
+        device_obstacle=next((each.obstacle for each in opened if each.obstacle), None),
         device_budget=device_budget,
         at_once=at_once,
     )

@@ -163,6 +163,8 @@ class FakeBackend:
     """Bytes allocated now."""
     peak: int = 0
     """Most bytes that were allocated, with temporary ones of work that may wait."""
+    obstacle: str | None = None
+    """Why it has no fused kernels."""
     tile: int = 2**18
     """Elements per instance of a fused kernel, which Triton's interpreter runs: the more the faster."""
     temporary: int = 0

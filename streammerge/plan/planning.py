@@ -88,8 +88,8 @@ class Machine:
     """Accelerators, by name; none for the CPU."""
     device_free: int = 0
     """Free memory of the fullest of them, in bytes."""
-    device_kernels: bool = False
-    """Whether kernels can be compiled for all of them."""
+    device_obstacle: str | None = None
+    """Why no kernels can be compiled for them, as half a sentence; None where they can."""
     device_budget: int | None = None
     """Most memory that each of them gives, in bytes; None for what is useful."""
     at_once: int = 1
@@ -201,7 +201,7 @@ def plan_merge(
             programs,
             assignment.settings,
             count=len(machine.devices),
-            fused=machine.device_kernels,
+            fused=machine.device_obstacle is None,
         )
     demand = replace(demand, reader_bytes=demand.reader_bytes + reader_nbytes(fused))
     resources, memory = choose_resources(
@@ -249,6 +249,7 @@ def plan_merge(
             *drawn.notes,
             *assignment.notes,
             *map(note_of, fused),
+            *_notes_of_devices(machine),
         ),
         twins=_twins(ties.twins, labels, file_index),
         needs_torch=torch,
@@ -270,9 +271,19 @@ def plan_merge(
         names=machine.devices,
         budget=machine.device_budget,
         free=machine.device_free,
-        fused=machine.device_kernels,
+        fused=machine.device_obstacle is None,
     )
     return replace(plan, device=device)
+
+
+def _notes_of_devices(machine: Machine) -> list[Note]:
+    if not machine.devices or machine.device_obstacle is None:
+        return []
+    said = (
+        f"no fused kernels, for {machine.device_obstacle}: slower, and sums over whole tensors may differ "
+        "from the CPU's in their last bits"
+    )
+    return [Note("device", said)]
 
 
 def _first(checkpoints: Sequence[Model]) -> Checkpoint:

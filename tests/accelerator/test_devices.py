@@ -110,6 +110,69 @@ def test_too_little_device_memory_is_refused_with_the_least_that_would_do(
     assert run(recipe, "--device", "cuda:0", "--device-memory", below) == 3
 
 
+def test_a_plan_says_why_there_are_no_fused_kernels(
+    recipe: str, devices: MakeDevices, capsys: pytest.CaptureFixture[str]
+) -> None:
+    devices(obstacle="Triton is not installed")
+
+    assert run(recipe, "--device", "cuda:0") == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "no fused kernels, for Triton is not installed: slower, and sums" in said
+    assert "elements, by single operations" in said
+    planned = streammerge.plan(recipe, memory=MEMORY, device="cuda:0")
+    assert isinstance(planned, MergePlan)
+    assert planned.device is not None
+    assert not planned.device.fused
+
+
+@pytest.mark.parametrize(
+    ("broken", "said"),
+    [
+        ("missing", "Triton is not installed"),
+        ("raising", "Triton cannot compile for it: no C compiler"),
+        (
+            "fusing",
+            "a kernel of Triton's computes 0.5 where each operation rounds to 0.00048828125",
+        ),
+    ],
+)
+def test_kernels_are_tried_before_a_plan_counts_on_them(
+    broken: str, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from streammerge.engine.accelerator.fused import kernels, opening
+
+    def launch(_kernel: object, _instances: int, values: torch.Tensor) -> None:
+        if broken == "raising":
+            raise RuntimeError("no C compiler\nand more")
+        values.fill_(0.5)
+
+    if broken == "missing":
+        monkeypatch.setattr(opening.importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setattr(kernels, "launch", launch)
+    opening.why_not_fused.cache_clear()
+    try:
+        assert opening.why_not_fused(torch.device("cpu")) == said
+    finally:
+        opening.why_not_fused.cache_clear()
+
+
+def test_a_plan_with_kernels_is_refused_where_there_are_none(
+    recipe: str, devices: MakeDevices, tmp_path: Path
+) -> None:
+    devices()
+    planned = streammerge.plan(recipe, memory=MEMORY, device="cuda:0")
+    devices(obstacle="Triton is not installed")
+
+    with pytest.raises(DeviceError, match="counts on fused kernels there, and Triton is not"):
+        streammerge.merge(planned, tmp_path / "out")
+
+
+def test_a_kernel_that_rounds_is_taken() -> None:
+    from streammerge.engine.accelerator.fused.opening import why_not_fused
+
+    assert why_not_fused(torch.device("cuda" if torch.cuda.is_available() else "cpu")) is None
+
+
 def test_a_device_that_is_full_is_refused(recipe: str, devices: MakeDevices) -> None:
     devices(capacity=2**20)
 

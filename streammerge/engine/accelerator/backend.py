@@ -86,8 +86,13 @@ class Backend(Protocol):
         ...
 
     @property
+    def obstacle(self) -> str | None:
+        """Why no fused kernel can be compiled, as half a sentence; None where they can."""
+        ...
+
+    @property
     def tile(self) -> int:
-        """Elements that one instance of a fused kernel works on; 0 where none can be compiled."""
+        """Elements that one instance of a fused kernel works on; a power of two."""
         ...
 
     def on_thread(self) -> AbstractContextManager[None]:

@@ -95,9 +95,14 @@ class CudaBackend:
         return str(self._device)
 
     @property
+    def obstacle(self) -> str | None:
+        """Why no fused kernel can be compiled."""
+        return why_not_fused(self._device)
+
+    @property
     def tile(self) -> int:
         """Elements per instance of a kernel: 16 for each thread, those of a counter of Philox."""
-        return _TILE if why_not_fused(self._device) is None else 0
+        return _TILE
 
     def on_thread(self) -> AbstractContextManager[None]:
         """Make this the device of the calling thread."""

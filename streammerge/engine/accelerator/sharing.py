@@ -19,6 +19,7 @@ from streammerge.engine.accelerator.matrices import WholeOnDevices
 from streammerge.engine.accelerator.stage import AcceleratorStage
 from streammerge.engine.gathering import MakeWhole, make_on_cpu
 from streammerge.engine.monitor import Monitor
+from streammerge.errors import DeviceError
 from streammerge.methods.base import MergeMethod
 from streammerge.plan.devices import plan_step
 from streammerge.plan.types import MergePlan
@@ -31,14 +32,25 @@ class Accelerators:
         """Open the devices.
 
         Raises:
-            DeviceError: One is not there.
+            DeviceError: One is not there, or cannot do what the plan says.
             DeviceLostError: One does not answer.
         """
         self._plan = plan
         self._method = method
         names = () if plan.device is None else plan.device.names
         self._backends = opening.open_devices(names)
+        self._check_kernels()
         self._kept = [self._keep_on(backend) for backend in self._backends]
+
+    def _check_kernels(self) -> None:
+        """Refuse a plan that counts on kernels which cannot be compiled here."""
+        device = self._plan.device
+        for backend in self._backends:
+            if device is not None and device.fused and backend.obstacle is not None:
+                raise DeviceError(
+                    f"{backend.name}: the plan counts on fused kernels there, and {backend.obstacle}; "
+                    "plan again on this machine, or use --device cpu"
+                )
 
     def _keep_on(self, backend: Backend) -> KeptPieces:
         device = self._plan.device
