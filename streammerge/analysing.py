@@ -19,6 +19,7 @@ from streammerge.checkpoint.bytesource import (
 from streammerge.checkpoint.journal import PieceDone
 from streammerge.checkpoint.recorded import Recorded
 from streammerge.checkpoint.runs import Runs
+from streammerge.engine.accelerator.opening import named_devices
 from streammerge.engine.pipeline import RunReport, run_pipeline
 from streammerge.engine.progress import OnProgress
 from streammerge.engine.resuming import Recovered
@@ -52,7 +53,7 @@ def analyze(
             brings its own memory, workers and device.
         memory: As there.
         workers: As there.
-        device: As there.
+        device: As there, but None and ``"auto"`` are the CPU.
         device_memory: As there.
         download: As there.
         on_progress: Told several times per second how far the work is.
@@ -71,7 +72,7 @@ def analyze(
         recipe,
         memory=memory,
         workers=workers,
-        device=device or "auto",
+        device=named_devices(device),
         device_memory=device_memory,
         download=download,
         report=True,

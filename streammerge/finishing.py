@@ -285,6 +285,7 @@ def record_run(
     return RunRecord(
         versions=collect_versions(torch_version()),
         device="cpu" if planned.device is None else ",".join(planned.device.names),
+        device_choice="" if planned.choice is None else str(planned.choice),
         seconds=round(report.seconds, 3),
         seconds_by_stage=report.seconds_by_stage,
         bytes_by_stage=report.bytes_by_stage,

@@ -49,6 +49,7 @@ def describe_machine(
     device_budget: int | None,
     at_once: int = 1,
     from_store: bool = False,
+    beside: int = 0,
 ) -> Machine:
     """Return what a plan may use.
 
@@ -59,6 +60,7 @@ def describe_machine(
         device_budget: What :func:`choose_device_budget` returned.
         at_once: Merges that share all of it.
         from_store: Whether something is read over a network.
+        beside: Bytes that the process is to have room for beside what it has now.
 
     Raises:
         DeviceError: A device is not there.
@@ -70,7 +72,7 @@ def describe_machine(
     free = min((each.free_bytes() for each in opened), default=0)
     return Machine(
         budget=choose_budget(memory),
-        baseline=measure_baseline,
+        baseline=lambda *, torch: measure_baseline(torch=torch) + beside,
         workers=max(1, _choose_workers(workers, devices=len(devices)) // at_once),
         readers=max(1, (_STORE_READERS if from_store else _READERS) // at_once),
         writers=max(1, _WRITERS // at_once),

@@ -33,6 +33,7 @@ from streammerge.checkpoint.journal import PartDone
 from streammerge.checkpoint.manifest import Manifest
 from streammerge.checkpoint.outputform import form_of
 from streammerge.checkpoint.partdir import PartDirectory
+from streammerge.engine.accelerator.opening import named_devices
 from streammerge.engine.context import SweepShare
 from streammerge.engine.progress import OnProgress, ProgressEvent
 from streammerge.engine.rechecking import entry_check
@@ -96,7 +97,7 @@ def merge_part(
         parts: Of how many; all processes give the same number.
         memory: As there, for this process.
         workers: As there.
-        device: As there.
+        device: As there, but None and ``"auto"`` are the CPU.
         device_memory: As there.
         download: As there.
         overwrite: Whether an earlier merge in ``out`` may be replaced, and an unfinished one of something
@@ -123,7 +124,7 @@ def merge_part(
             recipe,
             memory=memory,
             workers=workers,
-            device=device or "auto",
+            device=named_devices(device),
             device_memory=device_memory,
             download=download,
             report=report,

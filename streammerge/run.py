@@ -26,7 +26,8 @@ from streammerge.checkpoint.types import Checkpoint
 from streammerge.collecting import without_collecting
 from streammerge.companions.choosing import accompany
 from streammerge.comparing import Comparison, Sample, check_sample
-from streammerge.engine.accelerator.opening import choose_devices
+from streammerge.engine.accelerator import opening
+from streammerge.engine.accelerator.opening import AUTO, choose_devices, named_devices
 from streammerge.engine.progress import OnProgress
 from streammerge.engine.shelter import run_sheltered
 from streammerge.errors import CheckpointError, DeviceError, RecipeError
@@ -50,6 +51,7 @@ from streammerge.plan.participants import labels_of
 from streammerge.plan.partners import settle_parts
 from streammerge.plan.planning import plan_merge
 from streammerge.plan.types import MergePlan
+from streammerge.probing.deciding import decide
 from streammerge.recipe.dumping import dump_recipe
 from streammerge.recipe.grid import GRID_KEY
 from streammerge.recipe.parsing import native_document, recipe_from_mapping
@@ -90,7 +92,8 @@ def plan(
             quarter of what is available.
         workers: Compute threads; None takes one per core, or three per accelerator.
         device: Where tensors are merged: ``"cpu"``, ``"cuda:0"``, several as ``"cuda:0,cuda:1"``,
-            or ``"auto"``, which is the CPU.
+            or ``"auto"``: the CPU, unless a CUDA device is there and an estimate says that the
+            merge takes a fifth less time on it, with the same bits.
         device_memory: Most memory of each accelerator; None takes what is useful and free.
         download: Whether models that the recipe names as ``org/model[@revision]`` are fetched from
             the Hugging Face hub, where its cache on this machine has them not.
@@ -106,7 +109,10 @@ def plan(
         MemoryBudgetError: The job does not fit the budget.
     """
     names = choose_devices(device)
-    device_budget = choose_device_budget(names, device_memory)
+    candidate = opening.find_candidate() if device == AUTO else None
+    device_budget = choose_device_budget(
+        names if candidate is None else (candidate,), device_memory
+    )
     asked = load_recipe(recipe, download=download)
     if asked.base_adapter is not None:
         said = (
@@ -119,6 +125,7 @@ def plan(
             return _plan(
                 asked,
                 names,
+                candidate,
                 device_budget,
                 memory=memory,
                 workers=workers,
@@ -136,6 +143,7 @@ def plan(
 def _plan(
     asked: Recipe,
     names: Sequence[str],
+    candidate: str | None,
     device_budget: int | None,
     *,
     memory: int | str | None,
@@ -173,18 +181,27 @@ def _plan(
         parsed = settle_parts(parsed, read.first, full, build_resolver(parsed, specs))
     parsed = with_base_layers(parsed, find_method(parsed.method))
     parsed = settle_mixture(parsed, read.base)
-    machine = describe_machine(
-        memory=memory,
-        workers=workers,
-        devices=names,
-        device_budget=device_budget,
-        at_once=at_once,
-        from_store=any(file.remote is not None for model in read.models for file in model.files),
-    )
     tokens = match_tokens(parsed, read.models, labels_of(parsed))
-    planned = plan_merge(
-        parsed, read.base, read.sources, machine, tokens, earlier=earlier, survey=report
-    )
+
+    def plan_for(devices: Sequence[str], *, beside: int = 0) -> MergePlan:
+        machine = describe_machine(
+            memory=memory,
+            workers=workers,
+            devices=devices,
+            device_budget=device_budget,
+            at_once=at_once,
+            from_store=any(
+                each.remote is not None for model in read.models for each in model.files
+            ),
+            beside=beside,
+        )
+        return plan_merge(
+            parsed, read.base, read.sources, machine, tokens, earlier=earlier, survey=report
+        )
+
+    planned = plan_for(names)
+    if candidate is not None:
+        planned = decide(planned, candidate, plan_for, at_once=at_once)
     return replace(
         accompany(planned, parsed, read.models, tokens),
         # As it was given: another machine has its cache elsewhere.
@@ -362,7 +379,7 @@ def verify_against(
         fraction: How many of the blocks are merged again, in (0, 1].
         seed: Chooses the sample; None takes another one each time.
         memory: As for :func:`plan`.
-        device: As for :func:`plan`.
+        device: As for :func:`plan`, but ``"auto"`` is the CPU.
         download: As for :func:`plan`.
         on_progress: Told several times per second how far the work is.
 
@@ -372,7 +389,7 @@ def verify_against(
     """
     directory = parse_path(out, "out")
     check_sample(fraction=fraction, seed=seed)
-    planned = plan(recipe, memory=memory, device=device, download=download)
+    planned = plan(recipe, memory=memory, device=named_devices(device), download=download)
     url = url_of(directory)
     if url is None:
         planned = as_output(planned, directory)

@@ -15,11 +15,13 @@ from typing import Any
 
 from streammerge.chaining.stages import Chain, Stage, models_of
 from streammerge.checkpoint.types import Note
+from streammerge.engine.accelerator.opening import AUTO, find_candidate, named_devices
 from streammerge.errors import RecipeError, printable
 from streammerge.finishing import copy_companions
 from streammerge.plan.fusing import Earlier, why_apart
 from streammerge.plan.layout import render_header, render_indexes
 from streammerge.plan.types import MergePlan
+from streammerge.probing.deciding import stay
 from streammerge.recipe.types import Recipe
 from streammerge.run import plan
 
@@ -96,14 +98,19 @@ def plan_stage(
     options: Mapping[str, Any],
 ) -> MergePlan:
     """Return the plan of one recipe, to which the results of earlier ones are there as files."""
+    # What a recipe reads may not be there yet, so that nothing could be measured of it.
+    named = {**options, "device": named_devices(options.get("device"))}
     with naming(stage):
-        planned = plan(_with_results(stage.recipe, folders), earlier=earlier, **options)
+        planned = plan(_with_results(stage.recipe, folders), earlier=earlier, **named)
         if not isinstance(planned, MergePlan):
             raise RecipeError(
                 "makes an adapter of adapters, which takes seconds; give it a recipe of its own "
                 "and name what comes of it"
             )
-    return planned
+    candidate = find_candidate() if options.get("device", AUTO) == AUTO else None
+    if candidate is None:
+        return planned
+    return stay(planned, candidate, "recipes of one file are merged on the cpu")
 
 
 def _pays(planned: MergePlan, earlier: Sequence[Earlier]) -> bool:

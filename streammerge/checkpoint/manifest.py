@@ -129,6 +129,8 @@ class RunRecord:
     """How input files were read: ``mmap`` only where it was asked for and could be guarded."""
     identity: str = ""
     """BLAKE2b-128 of what decided every byte: recipe, work, inputs and versions; in hex."""
+    device_choice: str = ""
+    """What ``--device auto`` came to and why; empty where a device was named, or none is there."""
     parts: tuple[PartRecord, ...] = ()
     """What each process did that did a part of the merge; the other fields are about the one that put
     the output in place. Empty for a merge by one process."""

@@ -273,7 +273,7 @@ def _add_analyze(added: Any) -> None:
     )
     add_words(analyze)
     add_line(analyze)
-    _add_resources(analyze)
+    _add_resources(analyze, auto=_IS_THE_CPU)
     analyze.add_argument("--quiet", action="store_true", help="no progress on standard error")
     analyze.add_argument("--json", action="store_true", help="the whole report as JSON")
     _add_page(analyze)
@@ -340,7 +340,7 @@ def _add_verify(added: Any) -> None:
     verify.add_argument(
         "--memory", type=read_size, metavar="SIZE", help="most memory that --against may use"
     )
-    _add_device(verify)
+    _add_device(verify, auto=_IS_THE_CPU)
     _add_download(verify)
     verify.add_argument("--quiet", action="store_true", help="no progress on standard error")
     verify.add_argument("--json", action="store_true", help="the findings as JSON")
@@ -430,7 +430,12 @@ def _add_extract(added: Any) -> None:
     extract.set_defaults(command=commands.run_extract)
 
 
-def _add_resources(parser: argparse.ArgumentParser) -> None:
+_IS_THE_CPU = "auto, which is the cpu"
+_IS_ESTIMATED = "auto: the cpu, unless an estimate says that a GPU wins"
+"""What ``--device auto`` comes to, by command."""
+
+
+def _add_resources(parser: argparse.ArgumentParser, *, auto: str = _IS_ESTIMATED) -> None:
     parser.add_argument(
         "--memory",
         type=read_size,
@@ -440,7 +445,7 @@ def _add_resources(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--workers", type=read_count, metavar="N", help="compute threads (default: one per core)"
     )
-    _add_device(parser)
+    _add_device(parser, auto=auto)
     parser.add_argument(
         "--device-memory",
         type=read_size,
@@ -473,13 +478,12 @@ def _add_page(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_device(parser: argparse.ArgumentParser) -> None:
+def _add_device(parser: argparse.ArgumentParser, *, auto: str) -> None:
     parser.add_argument(
         "--device",
         default="auto",
         metavar="DEVICE",
-        help="where merges are computed: cpu, cuda:0, cuda:0,cuda:1, or auto, which is the cpu "
-        "(default: auto)",
+        help=f"where merges are computed: cpu, cuda:0, cuda:0,cuda:1, or {auto} (default: auto)",
     )
 
 

@@ -10,16 +10,19 @@ import os
 import platform
 import re
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from streammerge.cli.probing import Rate, probe_directory
+from streammerge.engine.accelerator import driver, opening
 from streammerge.engine.memory import available_memory, cgroup_limit, default_budget, total_memory
 from streammerge.errors import DependencyError, OutputError
 from streammerge.lazily import torch
 from streammerge.limits import SHOWN_LIMITS, limit_of
 from streammerge.machine import count_cores
 from streammerge.native.library import Kernels, find_kernels
+from streammerge.plan.estimating import MARGIN
 from streammerge.units import format_size
 from streammerge.version import VERSION
 
@@ -58,6 +61,8 @@ class Machine:
     """Accelerators that ``--device`` takes, and what they are."""
     why_no_devices: str | None
     """Why there are none."""
+    auto: str
+    """What ``--device auto`` comes to."""
     cores: int
     """That this process may use."""
     memory: int
@@ -108,6 +113,7 @@ def examine(directory: Path | None) -> Machine:
         why_no_kernels=kernels if isinstance(kernels, str) else None,
         devices=devices,
         why_no_devices=why_no_devices,
+        auto=_auto(devices),
         cores=count_cores(),
         memory=total_memory(),
         available=available_memory(),
@@ -136,6 +142,7 @@ def render(machine: Machine) -> str:
         ("system", f"{machine.system}, {machine.cores} cores for this process"),
         ("kernels", machine.kernels or f"none: {machine.why_no_kernels}"),
         ("devices", ", ".join(machine.devices) or f"the cpu alone: {machine.why_no_devices}"),
+        ("auto", machine.auto),
         ("memory", _memory(machine)),
         ("limits", ", ".join(f"{name} {value}" for name, value in machine.limits.items())),
         ("disk", _disk(machine)),
@@ -186,6 +193,19 @@ def _devices() -> tuple[tuple[str, ...], str | None]:
         return (), f"torch {torch.__version__} finds no CUDA device"
     names = (f"cuda:{at} ({cuda.get_device_name(at)})" for at in range(cuda.device_count()))
     return tuple(names), None
+
+
+def _auto(devices: Sequence[str]) -> str:
+    """Say which device merges take if none is named."""
+    if not driver.count_driver_devices():
+        return "the cpu: no CUDA driver has a device here"
+    why = opening.why_no_cuda() or (None if devices else "torch finds no CUDA device")
+    if why is not None:
+        return f"the cpu: there is a CUDA driver, but {why}"
+    return (
+        f"{opening.find_candidate()}, where a plan's estimate says that it takes {MARGIN:.0%} less time than "
+        "the cpu, with the same bits; `streammerge plan` says which"
+    )
 
 
 def _extras() -> tuple[Extra, ...]:

@@ -22,6 +22,7 @@ from streammerge.checkpoint.inputs import parse_path
 from streammerge.checkpoint.manifest import Manifest
 from streammerge.checkpoint.partdir import PartDirectory, recorded_parts
 from streammerge.checkpoint.tailing import JournalTail
+from streammerge.engine.accelerator.opening import named_devices
 from streammerge.engine.progress import OnProgress, ProgressEvent
 from streammerge.engine.shelter import run_sheltered
 from streammerge.errors import BusyError, ClusterError, StreamMergeError
@@ -82,7 +83,7 @@ def merge_on(
         memory: Most private memory of each process that does a part; None takes a quarter of what is
             available where it runs, shared by the workers there.
         workers: Compute threads of each of them; None takes those of its worker.
-        device: As there.
+        device: As there, but None and ``"auto"`` are the CPU.
         device_memory: As there.
         download: Whether this process fetches models of the hub; workers look into its cache alone.
         overwrite: As for :func:`streammerge.parting.merge_part`.
@@ -106,7 +107,7 @@ def merge_on(
             planned = asked
         else:
             planned = check_divisible(
-                plan(asked, memory=memory, device=device or "auto", download=download)
+                plan(asked, memory=memory, device=named_devices(device), download=download)
             )
         executor.workers()
         named = as_output(planned, out)
@@ -121,7 +122,7 @@ def merge_on(
             stored=stored,
             memory=memory,
             workers=workers,
-            device=device or "auto",
+            device=named_devices(device),
             device_memory=device_memory,
             overwrite=overwrite,
             resume=resume,

@@ -15,7 +15,11 @@ from streammerge.plan.types import PLAN_VERSION, MergePlan
 
 def dump_plan(plan: MergePlan) -> str:
     """Return the plan as one line of JSON, in ASCII, which any stream can carry."""
-    return json.dumps(TypeAdapter(MergePlan).dump_python(plan, mode="json"))
+    document = TypeAdapter(MergePlan).dump_python(plan, mode="json")
+    if plan.choice is None:
+        # Where there was nothing to choose, a plan does not speak of it.
+        del document["choice"]
+    return json.dumps(document)
 
 
 def parse_plan(text: str) -> MergePlan:

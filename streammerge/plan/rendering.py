@@ -101,8 +101,10 @@ def render_plan(plan: MergePlan) -> str:
             + ", ".join(f"{name} {format_size(size)}" for name, size in parts.items() if size),
         )
     )
+    if plan.choice is not None:
+        rows.append(("device", str(plan.choice)))
     if plan.device is not None:
-        rows.append(("device", _device(plan.device)))
+        rows.append(("device" if plan.choice is None else "", _device(plan.device)))
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {printable(value)}" for name, value in rows)
 

@@ -19,6 +19,7 @@ from streammerge.checkpoint.types import (
     coded_bits,
 )
 from streammerge.dtypes import DType
+from streammerge.plan.choice import DeviceChoice
 
 PLAN_VERSION = 6
 """Raised when the meaning of a field changes, so that an old plan is never run by new code."""
@@ -382,6 +383,8 @@ class MergePlan:
     """Earlier recipes whose results are computed where they are read, each after those that it reads."""
     survey: bool = False
     """Whether what a report tells is found while tensors are merged."""
+    choice: DeviceChoice | None = None
+    """What ``--device auto`` came to; None where a device was named, or none is there."""
     chain: str = ""
     """The recipes of a file of several, if this is the last of them; empty for a recipe by itself."""
 

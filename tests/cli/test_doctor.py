@@ -51,7 +51,8 @@ def test_people_read_the_same(here: Path, capsys: pytest.CaptureFixture[str]) ->
 
     said = capsys.readouterr().out
     rows = [line.split(maxsplit=1)[0] for line in said.splitlines()]
-    assert rows[:7] == ["versions", "system", "kernels", "devices", "memory", "limits", "disk"]
+    first = ["versions", "system", "kernels", "devices", "auto", "memory", "limits", "disk"]
+    assert rows[:8] == first
     assert re.search(r"^disk +\.: reads .*/s, writes .*/s, by a short probe$", said, re.MULTILINE)
 
 

@@ -1,0 +1,238 @@
+"""How fast the CPU computes a plan's own programs, and how fast its inputs come.
+
+Reading: some requests spread over all files, as they lie on the disk or in the page cache, so that a model that
+is half in memory has a rate between. Computing: what is asked of, and made of, two blocks of numbers drawn at
+random, by the very stage that merges. What a large tensor takes once, a sample and the choice of a rank among
+the few values that were collected, is left out, for of its billions of values it is nothing.
+
+Memory: :data:`_THREADS` requests of 4 MiB; then two blocks per model, and what a worker has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from math import prod
+from pathlib import Path
+from time import perf_counter
+
+import numpy as np
+from numpy.typing import NDArray
+
+from streammerge.assignment.types import Action
+from streammerge.checkpoint.types import ShardFile
+from streammerge.dtypes import DType
+from streammerge.engine.compiled.opening import open_cpu_stage
+from streammerge.engine.device import DeviceStage
+from streammerge.engine.pieces import Part, PieceInMemory, Stored
+from streammerge.engine.resident import measure, sample_pieces
+from streammerge.engine.scopes import ScopeStatistics
+from streammerge.errors import StreamMergeError
+from streammerge.floats import KINDS, narrow
+from streammerge.machine import count_cores
+from streammerge.methods.base import MergeMethod
+from streammerge.methods.programs import Programs
+from streammerge.plan.budgeting import values_limit
+from streammerge.plan.estimating import Rates
+from streammerge.plan.sweeps import programs_of_plan
+from streammerge.plan.types import MergePlan, TensorTask
+from streammerge.statistics import BLOCK, count_blocks
+from streammerge.statistics.rounds import NOTHING, Found
+from streammerge.units import MIB
+
+_REQUEST = 4 * MIB
+_REQUESTS = 32
+"""128 MiB of a fast disk, or of the page cache, in some 50 ms; a slow disk ends earlier."""
+_READING_SECONDS = 0.2
+_THREADS = 4
+"""Requests at once; a merge has as many."""
+_MOST_WRITTEN = 2e9
+"""Bytes per second. Where the output goes is not known when a merge is planned, so it is taken to be written as
+fast as inputs are read, which may come from memory, but no faster than common disks write."""
+_NUMEL = 2 * BLOCK
+"""Enough that the calls take no time beside the work; drawn in ten milliseconds per model."""
+_COMPUTING_SECONDS = 0.05
+"""For the repetitions, of which the fastest counts."""
+_SAMPLED_SHARE = 8
+"""A large tensor's values are ranked by way of a sample and a narrow band: a search that may collect an eighth of
+the trial's takes that way, one that may collect all would not."""
+_DRAWN = 4
+"""Sources that differ; further ones are copies of them, for to draw takes longer than to merge."""
+
+
+def measure_host(plan: MergePlan, method: MergeMethod) -> Rates | str:
+    """Return the rates of this machine for a plan, or why they cannot be had.
+
+    Args:
+        plan: A plan for the CPU, whose inputs are files.
+        method: Its method.
+    """
+    read = measure_reading(plan.files)
+    if read is None:
+        return "the inputs cannot be read to see how fast they come"
+    value_seconds = measure_computing(plan, method)
+    if isinstance(value_seconds, str):
+        return value_seconds
+    return Rates(read, min(read, _MOST_WRITTEN), value_seconds, count_cores())
+
+
+def measure_reading(files: Sequence[ShardFile]) -> float | None:
+    """Return the bytes per second that files give where they are; None if they give none."""
+    there = [file for file in files if file.nbytes]
+    everything = sum(file.nbytes for file in there)
+    count = min(_REQUESTS, -(-everything // _REQUEST))
+    places = []
+    begin, files_left = 0, iter(there)
+    file = next(files_left, None)
+    for index in range(count):
+        at = index * everything // count
+        while file is not None and at >= begin + file.nbytes:
+            begin += file.nbytes
+            file = next(files_left, None)
+        if file is not None:
+            places.append((file.path, at - begin))
+    started = perf_counter()
+
+    def read(place: tuple[Path, int]) -> int:
+        if perf_counter() - started > _READING_SECONDS:
+            return 0
+        with place[0].open("rb", buffering=0) as stream:
+            stream.seek(place[1])
+            return len(stream.read(_REQUEST))
+
+    # Those that come first decide where a disk is slow: they must not all be of one model.
+    spread = [places[index::_THREADS] for index in range(_THREADS)]
+    try:
+        with ThreadPoolExecutor(_THREADS) as pool:
+            nbytes = sum(pool.map(read, [place for some in spread for place in some]))
+    except OSError:
+        return None
+    return nbytes / max(perf_counter() - started, 1e-9) if nbytes else None
+
+
+def measure_computing(plan: MergePlan, method: MergeMethod) -> float | str:
+    """Return the seconds of a core per value of an input, or why they cannot be had.
+
+    Tried is the largest tensor of the setting that most values are merged with.
+    """
+    task = _choose_task(plan)
+    kinds = {entry.dtype for entry in task.inputs if entry is not None} | {task.made_dtype}
+    if others := sorted(str(kind) for kind in kinds - {*KINDS, DType.BF16}):
+        return f"how long values stored as {', '.join(others)} take is not tried"
+    if task.row > _NUMEL:
+        return f"how long rows of {task.row:,} elements take is not tried"
+    try:
+        trial = _Trial.of(plan, method, task)
+        # Memory that is touched for the first time takes longer than the arithmetic.
+        trial.run()
+        seconds = _fastest(trial.run)
+    except StreamMergeError as error:
+        return f"a moment of its work on the cpu failed ({error})"
+    return seconds / (trial.piece.numel * sum(each is not None for each in trial.piece.inputs))
+
+
+def _choose_task(plan: MergePlan) -> TensorTask:
+    values: dict[int, int] = {}
+    merged = [task for task in plan.tasks if task.action is Action.MERGE and task.numel]
+    for task in merged:
+        values[task.setting] = values.get(task.setting, 0) + task.numel
+    setting = max(values, key=values.__getitem__)
+    return max((task for task in merged if task.setting == setting), key=lambda task: task.numel)
+
+
+def _shrink(task: TensorTask) -> TensorTask:
+    """Return a tensor of two blocks, or of whole rows that are at most that, merged as a larger one is."""
+    numel = min(task.numel, _NUMEL)
+    shape: tuple[int, ...] = (numel,)
+    if task.row:
+        shape = (numel // task.row, task.row)
+    return replace(task, shape=shape, numel=prod(shape), scope_block=0, region=None)
+
+
+def _draw(task: TensorTask) -> tuple[Stored | None, ...]:
+    """Return models like fine-tunes of one: small changes of the first."""
+    generator = np.random.default_rng(0)
+    base = 0.02 * generator.standard_normal(task.numel)
+    drawn: dict[tuple[int, DType], NDArray[np.uint8]] = {}
+    inputs: list[Stored | None] = []
+    for model, entry in enumerate(task.inputs):
+        if entry is None:
+            inputs.append(None)
+            continue
+        which = (model if model < _DRAWN else 1 + model % (_DRAWN - 1), entry.dtype)
+        if which not in drawn:
+            change = 0.002 * generator.standard_normal(base.size) if model else 0.0
+            drawn[which] = narrow(base + change, entry.dtype)
+        # Memory of its own, for what is in the cache is read in no time.
+        inputs.append(Stored(drawn[which].copy(), entry.dtype))
+    return tuple(inputs)
+
+
+@dataclass(frozen=True, slots=True)
+class _Trial:
+    """A method at work on a small tensor in memory."""
+
+    stage: DeviceStage
+    """That of a worker."""
+    programs: Programs
+    """What is done."""
+    compute_dtype: DType
+    """F32 or F64."""
+    piece: PieceInMemory
+    """The tensor."""
+    out: Stored
+    """Receives the result."""
+    limit: int
+    """Most values that each search collects; all of them stand for a tensor that is as small."""
+
+    @classmethod
+    def of(cls, plan: MergePlan, method: MergeMethod, task: TensorTask) -> _Trial:
+        """Prepare what is done to a tensor of a plan."""
+        small = _shrink(task)
+        searched_whole = values_limit(task.numel) >= task.numel
+        memory = np.empty(small.numel * small.made_dtype.itemsize, np.uint8)
+        return cls(
+            open_cpu_stage(replace(plan, tasks=(small,)), method),
+            programs_of_plan(plan, method)[task.setting],
+            plan.compute_dtype,
+            PieceInMemory((Part(small, 0, 0, small.numel),), _draw(small)),
+            Stored(memory, small.made_dtype),
+            small.numel if searched_whole else small.numel // _SAMPLED_SHARE,
+        )
+
+    def run(self) -> float:
+        """Find all that the method asks, and merge; return the seconds that count."""
+        found, seconds = self._find()
+        began = perf_counter()
+        self.stage.apply(self.piece, [found], self.out)
+        return seconds + perf_counter() - began
+
+    def _find(self) -> tuple[Found, float]:
+        if not self.programs.rounds:
+            return NOTHING, 0.0
+        began, sweeps = perf_counter(), 0.0
+        statistics = ScopeStatistics(
+            self.programs,
+            numel=self.piece.numel,
+            blocks=count_blocks(self.piece.numel),
+            compute_dtype=self.compute_dtype,
+            limit=self.limit,
+        )
+        while statistics.found is None:
+            sample_pieces(self.stage, statistics, [self.piece])
+            sweep = perf_counter()
+            measure(self.stage, statistics, self.piece)
+            sweeps += perf_counter() - sweep
+            statistics.conclude()
+        small = self.limit == self.piece.numel
+        return statistics.found, perf_counter() - began if small else sweeps
+
+
+def _fastest(work: Callable[[], float]) -> float:
+    """Return the least seconds of some repetitions: whatever else runs here only adds to them."""
+    fastest = float("inf")
+    begin = perf_counter()
+    while perf_counter() - begin < _COMPUTING_SECONDS:
+        fastest = min(fastest, work())
+    return fastest

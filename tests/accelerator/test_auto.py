@@ -1,0 +1,448 @@
+"""Which device a merge takes of its own accord, by which rates, and what it says of it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from fake_backend import FakeBackend, MakeDevices
+from models import BLOCK, Models, assert_same_model, load_model, recipe_of, write_adapter
+
+import streammerge
+from streammerge.chaining.foreseeing import plan_chain
+from streammerge.chaining.stages import Chain, Stage
+from streammerge.cli import doctor
+from streammerge.cli.arguments import main
+from streammerge.engine.accelerator import driver, opening
+from streammerge.methods import discover_methods
+from streammerge.native.library import load_kernels
+from streammerge.plan.choice import Seconds
+from streammerge.plan.codec import dump_plan, parse_plan
+from streammerge.plan.estimating import (
+    START_SECONDS,
+    DeviceRates,
+    Rates,
+    estimate_on_cpu,
+    estimate_on_device,
+    wins,
+)
+from streammerge.plan.types import MergePlan
+from streammerge.probing import device as probing_device
+from streammerge.probing import host as probing_host
+from streammerge.run import load_recipe
+from streammerge.together import plan_together
+from streammerge.units import GIB, MIB
+
+SLOW_CPU = {"value_seconds": 1e-3}
+"""With everything else as fast as can be: 1,573 s for what the recipe below computes."""
+MakeAuto = Callable[..., dict[str, FakeBackend]]
+
+
+@pytest.fixture
+def recipe(models: Models) -> dict[str, Any]:
+    """Three models of two blocks in float32: 6.3 MB to read, 2.1 to write, 1,572,864 values."""
+    generator = torch.Generator().manual_seed(0)
+    drawn = [torch.randn(2, BLOCK, generator=generator) for _ in range(3)]
+    paths = [models.write({"w": each}) for each in drawn]
+    return recipe_of("ties", paths[0], paths[1:], parameters={"density": 0.2})
+
+
+@pytest.fixture
+def auto(devices: MakeDevices, monkeypatch: pytest.MonkeyPatch) -> MakeAuto:
+    """Return a function that makes fake devices and lets a driver see them, with rates of one's choice."""
+
+    def make(
+        *,
+        read: float = 1e12,
+        write: float = 1e12,
+        value_seconds: float = 1e-12,
+        bus: float = 1e12,
+        memory: float = 1e12,
+        locking: float = 1e12,
+        **options: Any,
+    ) -> dict[str, FakeBackend]:
+        monkeypatch.setattr(driver, "count_driver_devices", lambda: 2)
+        monkeypatch.setattr(opening, "why_no_cuda", lambda: None)
+        rates = Rates(read, write, value_seconds, cores=1)
+        monkeypatch.setattr(probing_host, "measure_host", lambda *_: rates)
+        measured = DeviceRates(bus, memory, locking)
+        monkeypatch.setattr(probing_device, "measure_device", lambda _: measured)
+        return devices(**options)
+
+    return make
+
+
+def planned_of(recipe: dict[str, Any], **options: Any) -> MergePlan:
+    planned = streammerge.plan(recipe, memory="4GiB", **options)
+    assert isinstance(planned, MergePlan)
+    return planned
+
+
+@pytest.mark.parametrize(
+    ("rates", "taken", "says"),
+    [
+        # Only the CPU is slow.
+        (SLOW_CPU, True, "instead of 1,573 s on 1 core (computing 1,573 s)"),
+        # 629 s of reading, which nothing shortens; the CPU is not slower, and then by less than a fifth.
+        ({"value_seconds": 3e-4, "read": 1e4}, False, "reading takes 629 s either way"),
+        ({"value_seconds": 4.6e-4, "read": 1e4}, False, "on any device the merge would take 632 s"),
+        ({"value_seconds": 6e-4, "read": 1e4}, True, "(reading 629 s, start "),
+        ({"value_seconds": 3e-4, "write": 4e3}, False, "writing takes 524 s either way"),
+        # To start takes longer than all of the work.
+        ({"value_seconds": 2e-6}, False, "computing takes 3.1 s"),
+        # What crosses the bus, is moved there, and is page-locked for it.
+        (SLOW_CPU | {"bus": 1e4}, False, "the bus 1,468 s"),
+        (SLOW_CPU | {"bus": 2e4}, True, "the bus 734 s"),
+        (SLOW_CPU | {"memory": 2e5}, False, "which is less than 20% to win"),
+        (SLOW_CPU | {"locking": 5e4}, False, "which is less than 20% to win"),
+    ],
+)
+def test_the_device_is_taken_where_it_wins(
+    rates: dict[str, float], *, taken: bool, says: str, recipe: dict[str, Any], auto: MakeAuto
+) -> None:
+    auto(**rates)
+
+    planned = planned_of(recipe)
+
+    assert planned.choice is not None
+    assert says in str(planned.choice)
+    assert planned.choice.taken is taken
+    assert planned.device == (planned_of(recipe, device="cuda:0").device if taken else None)
+    assert str(planned.choice).startswith(
+        "cuda:0, of its own accord: " if taken else "cpu, though cuda:0 is there: "
+    )
+
+
+def test_a_fifth_less_is_what_wins() -> None:
+    on_cpu = Seconds(1.0, 2.0, 0.0, 10.0)
+
+    assert wins(Seconds(1.0, 2.0, 3.0, 5.0, start=3.0), on_cpu)
+    assert not wins(Seconds(1.0, 2.0, 3.0, 5.1, start=3.0), on_cpu)
+
+
+def test_stages_go_on_side_by_side_after_the_start() -> None:
+    seconds = Seconds(4.0, 3.0, 12.0, 6.0, start=2.0)
+
+    assert (seconds.total, seconds.limit) == (14.0, "bus")
+    assert (
+        seconds.told() == "reading 4.0 s, writing 3.0 s, the bus 12 s, computing 6.0 s, start 2.0 s"
+    )
+
+
+def test_an_estimate_is_the_sum_of_what_is_moved(recipe: dict[str, Any], auto: MakeAuto) -> None:
+    """Inputs cross the bus once to be measured and once to be merged, the result once."""
+    auto()
+    method = discover_methods()["ties"]
+    stored, cores = 3 * 2 * BLOCK * 4, 2
+    rates = Rates(1e6, 1e5, 1e-3, cores)
+
+    planned = planned_of(recipe, device="cpu", workers=3)
+    on_cpu = estimate_on_cpu(planned, rates)
+    there = planned_of(recipe, device="cuda:0")
+    on_device = estimate_on_device(there, method, rates, DeviceRates(1e6, 1e30, 1e30))
+
+    assert on_cpu.reading == on_device.reading == planned.bytes_to_read / 1e6
+    assert on_cpu.writing == on_device.writing == planned.bytes_to_write / 1e5
+    assert on_cpu.computing == pytest.approx(3 * 2 * BLOCK * 1e-3 / cores)
+    assert on_device.bus == (2 * stored + stored // 3) / 1e6
+    assert on_device.start > START_SECONDS
+    assert (on_cpu.start, on_cpu.bus) == (0.0, 0.0)
+
+
+def test_what_stays_on_the_cpu_is_computed_there(models: Models, auto: MakeAuto) -> None:
+    """Tensors of at most a block, by as many workers as a merge on a device has."""
+    auto(**SLOW_CPU)
+    shapes = {"large": 2 * BLOCK, **{f"small{index}": BLOCK for index in range(2)}}
+    paths = [
+        models.write({name: torch.randn(numel) for name, numel in shapes.items()}) for _ in range(3)
+    ]
+    recipe = recipe_of("ties", paths[0], paths[1:], parameters={"density": 0.2})
+
+    choice = planned_of(recipe).choice
+
+    assert choice is not None
+    assert choice.on_cpu is not None
+    assert choice.on_device is not None
+    assert choice.on_device.computing == pytest.approx(choice.on_cpu.computing / 2)
+
+
+def test_a_merge_that_took_the_device_has_the_same_bytes_and_says_so(
+    recipe: dict[str, Any], auto: MakeAuto, tmp_path: Path
+) -> None:
+    backend = auto(**SLOW_CPU)["cuda:0"]
+    manifest = streammerge.merge(recipe, tmp_path / "there", memory="4GiB")
+    assert backend.log
+    on_cpu = streammerge.merge(recipe, tmp_path / "here", memory="4GiB", device="cpu")
+
+    assert_same_model(load_model(tmp_path / "there"), load_model(tmp_path / "here"))
+    assert manifest.run.device == "cuda:0"
+    assert manifest.run.device_choice.startswith("cuda:0, of its own accord: ")
+    assert (on_cpu.run.device, on_cpu.run.device_choice) == ("cpu", "")
+
+
+def test_no_device_is_opened_where_the_disk_is_the_limit(
+    recipe: dict[str, Any], auto: MakeAuto, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    auto(read=1e4)
+    opened: list[str] = []
+
+    def open_devices(names: Sequence[str]) -> list[FakeBackend]:
+        opened.extend(names)
+        return []
+
+    monkeypatch.setattr(opening, "open_devices", open_devices)
+
+    assert planned_of(recipe).choice is not None
+    assert not opened
+
+
+def test_a_plan_prints_both_estimates_and_survives_json(
+    recipe: dict[str, Any], auto: MakeAuto, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    auto(**SLOW_CPU)
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+
+    assert main(["plan", str(tmp_path / "recipe.yaml"), "--memory", "4GiB"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    row = next(index for index, line in enumerate(lines) if line.startswith("device "))
+    planned = planned_of(recipe)
+
+    assert "device       cuda:0, of its own accord: " in lines[row]
+    assert lines[row + 1].strip().startswith("cuda:0: up to ")
+    assert parse_plan(dump_plan(planned)) == planned
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "says"),
+    [
+        ({"non_finite": "keep"}, {}, "what is no number may have other bits there"),
+        ({}, {"report": True}, "what a report tells is found on the cpu"),
+        ({"method": "iso_c", "parameters": {}}, {}, "nothing of this merge is for it"),
+        ({"method": "della"}, {}, "nothing of this merge is for it"),
+    ],
+)
+def test_what_is_not_estimated_stays_on_the_cpu(
+    change: dict[str, Any],
+    options: dict[str, Any],
+    says: str,
+    recipe: dict[str, Any],
+    auto: MakeAuto,
+) -> None:
+    backend = auto(**SLOW_CPU)["cuda:0"]
+
+    planned = planned_of(recipe | change, **options)
+
+    assert planned.device is None
+    assert f"cpu, though cuda:0 is there: {says}" in str(planned)
+    assert not backend.log
+
+
+def test_whole_matrices_stay_on_the_cpu(models: Models, auto: MakeAuto) -> None:
+    """Their last bits differ, and no result may depend on a measurement."""
+    auto(**SLOW_CPU)
+    paths = [models.write({"w": torch.randn(512, 512)}) for _ in range(3)]
+
+    planned = planned_of(recipe_of("iso_c", paths[0], paths[1:]))
+
+    assert planned.device is None
+    assert "decomposed there have other last bits, and an estimate decides no bit" in str(planned)
+
+
+def test_products_of_adapters_stay_on_the_cpu(models: Models, auto: MakeAuto) -> None:
+    auto(**SLOW_CPU)
+    base = models.write({"layer.weight": torch.randn(1024, 512)})
+    adapter = write_adapter(models.new_output(), {"layer.weight": (1024, 512)}, seed=0)
+
+    planned = planned_of(recipe_of("task_arithmetic", base, [adapter]))
+
+    assert planned.device is None
+    assert "products of adapters" in str(planned)
+
+
+@pytest.mark.parametrize(("obstacle", "taken"), [("there is no Triton", False), (None, True)])
+def test_sums_decide_no_bit_by_a_measurement(
+    obstacle: str | None, *, taken: bool, recipe: dict[str, Any], auto: MakeAuto
+) -> None:
+    """Torch adds up in another order than the CPU; fused kernels do not."""
+    auto(**SLOW_CPU, obstacle=obstacle)
+
+    planned = planned_of(recipe | {"method": "model_stock", "parameters": {}})
+
+    assert planned.choice is not None
+    assert planned.choice.taken is taken
+    assert ("sums over tensors have other last bits" in str(planned)) is not taken
+
+
+def test_device_memory_is_for_the_device_that_may_be_taken(
+    recipe: dict[str, Any], auto: MakeAuto
+) -> None:
+    auto(**SLOW_CPU)
+    planned = planned_of(recipe, device_memory="1GiB")
+    assert planned.device is not None
+    assert planned.device.budget == GIB
+
+    too_little = planned_of(recipe, device_memory="1MiB")
+
+    assert too_little.device is None
+    assert "it cannot be used (" in str(too_little)
+    assert "give --device-memory" in str(too_little)
+
+
+def test_a_device_that_is_full_or_gone_is_left_alone(
+    recipe: dict[str, Any], auto: MakeAuto, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    auto(**SLOW_CPU, capacity=2**20)
+    assert "only 1.0 MiB of its memory are free" in str(planned_of(recipe).choice)
+    auto(**SLOW_CPU)
+    monkeypatch.setattr(opening, "count_devices", lambda: 0)
+
+    assert "CUDA" in str(planned_of(recipe).choice)
+
+
+def test_a_budget_without_room_for_the_driver_rules_the_device_out(
+    recipe: dict[str, Any], auto: MakeAuto
+) -> None:
+    """Where it is less than 1 GiB, and where what is left of it is too little for the merge."""
+    backend = auto(**SLOW_CPU)["cuda:0"]
+    in_use = planned_of(recipe, device="cpu").memory.baseline
+
+    for memory in (in_use + GIB // 2, in_use + GIB + 16 * MIB):
+        planned = streammerge.plan(recipe, memory=memory)
+
+        assert "may take 1.0 GiB of the process, which --memory has not" in str(planned)
+    assert not backend.log
+
+
+def test_merges_side_by_side_and_one_after_the_other_stay_on_the_cpu(
+    recipe: dict[str, Any], auto: MakeAuto
+) -> None:
+    auto(**SLOW_CPU)
+    (group,) = plan_together([recipe, recipe | {"seed": 1}], memory="4GiB")
+    last = load_recipe(recipe | {"base": "first"})
+    stages = (Stage("first", load_recipe(recipe), ()), Stage("last", last, ("first",)))
+    chain = plan_chain(Chain(Path("recipes.yaml"), "", stages), memory="4GiB")
+    assert len(group.plans) == 2
+
+    for planned, why in (
+        *((each, "merges side by side") for each in group.plans),
+        *((each, "recipes of one file") for each in chain),
+    ):
+        assert isinstance(planned, MergePlan)
+        assert planned.device is None
+        assert f"cpu, though cuda:0 is there: {why}" in str(planned)
+
+
+def test_a_comparison_is_computed_on_the_cpu(
+    recipe: dict[str, Any], auto: MakeAuto, tmp_path: Path
+) -> None:
+    backend = auto(**SLOW_CPU)["cuda:0"]
+    streammerge.merge(recipe, tmp_path / "out", memory="4GiB", device="cpu")
+
+    streammerge.verify_against(recipe, tmp_path / "out", memory="4GiB", fraction=1.0)
+
+    assert not backend.log
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
+def test_without_a_driver_nothing_changes(recipe: dict[str, Any]) -> None:
+    planned = planned_of(recipe)
+
+    assert planned.choice is None
+    assert "choice" not in json.loads(dump_plan(planned))
+    # What the process takes before changes from one moment to the next.
+    named = replace(planned_of(recipe, device="cpu"), memory=planned.memory)
+    assert (planned, str(planned)) == (named, str(named))
+
+
+@pytest.mark.skipif(load_kernels() is None, reason="no compiler was found at installation")
+def test_torch_is_not_imported_where_a_device_would_not_win(
+    recipe: dict[str, Any], tmp_path: Path
+) -> None:
+    """With a driver that has devices, and the machine's own rates."""
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    program = (
+        "import sys, streammerge\n"
+        "from streammerge.engine.accelerator import driver, opening\n"
+        "driver.count_driver_devices = lambda: 1\n"
+        "opening.why_no_cuda = lambda: None\n"
+        "print(streammerge.plan(sys.argv[1], memory='4GiB').choice)\n"
+        "assert 'torch' not in sys.modules"
+    )
+
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path / "recipe.yaml")],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+    assert (done.stderr, done.returncode) == ("", 0)
+    assert done.stdout.startswith("cpu, though cuda:0 is there: ")
+
+
+def test_the_doctor_says_what_auto_comes_to(
+    auto: MakeAuto, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(driver, "count_driver_devices", lambda: 0)
+    assert doctor.examine(None).auto == "the cpu: no CUDA driver has a device here"
+    auto()
+    monkeypatch.setattr(doctor, "_devices", lambda: (("cuda:0 (a device)",), None))
+    assert doctor.examine(None).auto.startswith("cuda:0, where a plan's estimate says")
+    monkeypatch.setattr(opening, "why_no_cuda", lambda: "this build of torch has no CUDA")
+
+    assert "\nauto      the cpu: there is a CUDA" in doctor.render(doctor.examine(None))
+    assert doctor.examine(None).auto.startswith("the cpu: there is a CUDA driver, but this build")
+
+
+def test_the_machine_is_measured_by_the_plan_s_own_work(recipe: dict[str, Any]) -> None:
+    planned = planned_of(recipe, device="cpu")
+
+    rates = probing_host.measure_host(planned, discover_methods()["ties"])
+
+    assert isinstance(rates, Rates)
+    # Between what no processor reaches and what an interpreter would take.
+    assert 1e-11 < rates.value_seconds < 1e-5
+    assert rates.read > 0
+    assert 0 < rates.write <= min(rates.read, 2e9)
+
+
+@pytest.mark.parametrize(
+    ("method", "shape"), [("linear", (3,)), ("della", (7, 64)), ("dare_ties", (2, BLOCK))]
+)
+def test_tensors_of_any_kind_are_tried(method: str, shape: tuple[int, ...], models: Models) -> None:
+    paths = [models.write({"w": torch.randn(shape).bfloat16()}) for _ in range(4)]
+    parameters = {} if method == "linear" else {"density": 0.5}
+    planned = planned_of(recipe_of(method, paths[0], paths[1:], parameters=parameters))
+
+    tried = probing_host.measure_computing(planned, discover_methods()[method])
+
+    assert isinstance(tried, float)
+    assert tried > 0
+
+
+def test_types_that_are_not_drawn_are_named(models: Models) -> None:
+    paths = [models.write({"w": torch.ones(9).to(torch.float8_e4m3fn)}) for _ in range(3)]
+    planned = planned_of(recipe_of("task_arithmetic", paths[0], paths[1:]))
+
+    tried = probing_host.measure_computing(planned, discover_methods()["task_arithmetic"])
+
+    assert tried == "how long values stored as F8_E4M3 take is not tried"
+
+
+def test_a_device_is_measured_by_copies_and_gets_its_memory_back() -> None:
+    backend = FakeBackend()
+
+    rates = probing_device.measure_device(backend)
+
+    assert min(rates.bus, rates.memory, rates.locking) > 0
+    assert backend.used == 0
+    assert backend.peak == probing_device.ROOM_BYTES
+    assert backend.trims == 1
