@@ -82,7 +82,7 @@ def plan(
     earlier: Sequence[Earlier] = (),
     report: bool = False,
 ) -> MergePlan | CombinationPlan:
-    """Return what a merge would do, having read headers only.
+    """Return what a merge would do, having read headers only; a little more where a device may be taken.
 
     Sources that are all adapters, without a base, make an adapter; the plan is then another kind.
 

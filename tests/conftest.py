@@ -27,7 +27,7 @@ from models import Models
 from numpy.typing import NDArray
 from old_transformers import install_old_transformers
 
-from streammerge.engine.accelerator import opening
+from streammerge.engine.accelerator import driver, opening
 
 if not torch.cuda.is_available():
     # Read when Triton is imported: kernels run in its interpreter, on tensors of the CPU.
@@ -79,6 +79,12 @@ def _one_torch_thread() -> None:
 def _interruptible() -> None:
     """Hear interrupts, which a shell has the commands ignore that it runs in the background."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(autouse=True)
+def _no_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let no device be taken that a test does not name, whatever this machine has."""
+    monkeypatch.setattr(driver, "count_driver_devices", lambda: 0)
 
 
 @pytest.fixture

@@ -107,6 +107,9 @@ def _remarks(manifest: Manifest) -> list[str]:
     rows = [f"differs: {each}" for each in manifest.differences]
     if manifest.left_behind:
         rows.append(f"left behind: {', '.join(manifest.left_behind)}")
+    run = manifest.run
+    if run.device_choice and run.device != "cpu":
+        rows.append(f"device: {run.device_choice}")
     return rows + [f"{note.topic}: {note.text}" for note in manifest.notes]
 
 

@@ -15,7 +15,7 @@ from streammerge.checkpoint.manifest import Manifest, digest_recipe
 from streammerge.checkpoint.outputform import form_of
 from streammerge.checkpoint.permitting import check_place
 from streammerge.dtypes import DTYPES_BY_TORCH_NAME, DType
-from streammerge.engine.accelerator.opening import choose_devices
+from streammerge.engine.accelerator.opening import AUTO, choose_devices, find_candidate
 from streammerge.engine.memory import resident_memory
 from streammerge.engine.progress import OnProgress, ProgressEvent
 from streammerge.errors import RecipeError
@@ -24,10 +24,15 @@ from streammerge.extracting.plans import ExtractionPlan
 from streammerge.lazily import torch_version
 from streammerge.limits import allow_open_files, naming_limits
 from streammerge.machine import choose_device_budget, count_cores, describe_machine
+from streammerge.plan.choice import DeviceChoice
 from streammerge.plan.planning import Machine
 from streammerge.storage.urls import refuse_store
 from streammerge.version import VERSION
 
+_OTHER_BITS = (
+    "factors have other last bits there, and an estimate decides no bit; name the device to have it"
+)
+"""Why an extraction is the CPU's unless a device is named."""
 _FACTOR_DTYPES = (DType.F32, DType.F16, DType.BF16)
 
 
@@ -105,6 +110,9 @@ def extract(
         download=download,
         on_compared=compared,
     )
+    candidate = find_candidate() if device == AUTO else None
+    if candidate is not None:
+        plan = replace(plan, choice=DeviceChoice(candidate, taken=False, reason=_OTHER_BITS))
     on_plan(plan)
     return _run(plan, place, overwrite=overwrite, on_progress=on_progress)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from streammerge.adapters.combining.plans import OutputTensor
 from streammerge.checkpoint.types import ShardFile, TensorEntry
 from streammerge.errors import printable
+from streammerge.plan.choice import DeviceChoice
 from streammerge.storage.urls import spelled
 from streammerge.units import format_size
 
@@ -105,6 +106,8 @@ class ExtractionPlan:
     """What the user allows, in bytes."""
     device: DeviceShare | None = None
     """Accelerators; None for the CPU."""
+    choice: DeviceChoice | None = None
+    """What ``--device auto`` came to; None where a device was named, or none is there."""
 
     @property
     def device_name(self) -> str:
@@ -141,6 +144,8 @@ class ExtractionPlan:
             ("write", format_size(self.bytes_to_write)),
             ("peak memory", f"{format_size(self.peak_memory)} of {format_size(self.budget)}"),
         ]
+        if self.choice is not None:
+            rows.append(("device", str(self.choice)))
         if self.device is not None:
             rows.append(("device", _told(self.device)))
         rows = [row for row in rows if row[0] != "left out" or self.left_out]

@@ -178,6 +178,7 @@ class ExtractionJob:
                     byte_source=byte_source,
                 ),
                 device=plan.device_name,
+                device_choice="" if plan.choice is None else str(plan.choice),
                 projected_device_memory=0 if plan.device is None else plan.device.peak,
                 measured_device_memory=self.device_peak,
             ),

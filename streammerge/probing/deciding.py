@@ -98,11 +98,12 @@ def decide(planned: MergePlan, candidate: str, plan_for: PlanFor, *, at_once: in
         # Torch is imported, so that memory is another than when the CPU was planned for.
         return stay(plan_for(()), candidate, there, on_cpu)
     on_device, plan = there
+    cores = min(planned.resources.workers, rates.cores)
     if not wins(on_device, on_cpu):
-        told = _both(on_device, on_cpu, rates)
+        told = _both(on_device, on_cpu, cores)
         reason = f"{told}, which is less than {MARGIN:.0%} to win"
         return stay(plan_for(()), candidate, reason, on_cpu, on_device)
-    told = _both(on_device, on_cpu, rates)
+    told = _both(on_device, on_cpu, cores)
     return replace(plan, choice=DeviceChoice(candidate, True, told, on_cpu, on_device))
 
 
@@ -159,9 +160,8 @@ def _why_none_would(on_cpu: Seconds, best: Seconds) -> str:
     )
 
 
-def _both(on_device: Seconds, on_cpu: Seconds, rates: Rates) -> str:
-    cores = f"{rates.cores} core{'s' if rates.cores > 1 else ''}"
+def _both(on_device: Seconds, on_cpu: Seconds, cores: int) -> str:
     return (
         f"{brief(on_device.total)} ({on_device.told()}) instead of {brief(on_cpu.total)} on {cores} "
-        f"({on_cpu.told()}), with writing as fast as reading"
+        f"core{'s' if cores > 1 else ''} ({on_cpu.told()}), with writing as fast as reading"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import subprocess
 import sys
@@ -22,6 +23,10 @@ from streammerge.chaining.stages import Chain, Stage
 from streammerge.cli import doctor
 from streammerge.cli.arguments import main
 from streammerge.engine.accelerator import driver, opening
+from streammerge.engine.accelerator.cuda import CudaBackend
+from streammerge.engine.accelerator.driver import count_driver_devices
+from streammerge.extracting.extraction import extract
+from streammerge.extracting.plans import ExtractionPlan
 from streammerge.methods import discover_methods
 from streammerge.native.library import load_kernels
 from streammerge.plan.choice import Seconds
@@ -188,6 +193,20 @@ def test_a_merge_that_took_the_device_has_the_same_bytes_and_says_so(
     assert (on_cpu.run.device, on_cpu.run.device_choice) == ("cpu", "")
 
 
+def test_a_merge_that_took_the_device_tells_so_at_its_end(
+    recipe: dict[str, Any], auto: MakeAuto, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    auto(**SLOW_CPU)
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    words = ["merge", str(tmp_path / "recipe.yaml"), "--memory", "4GiB"]
+
+    assert main([*words, str(tmp_path / "there")]) == 0
+    assert "  device: cuda:0, of its own accord: " in capsys.readouterr().err
+    assert main([*words, str(tmp_path / "here"), "--device", "cpu"]) == 0
+
+    assert "of its own accord" not in capsys.readouterr().err
+
+
 def test_no_device_is_opened_where_the_disk_is_the_limit(
     recipe: dict[str, Any], auto: MakeAuto, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -351,7 +370,6 @@ def test_a_comparison_is_computed_on_the_cpu(
     assert not backend.log
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
 def test_without_a_driver_nothing_changes(recipe: dict[str, Any]) -> None:
     planned = planned_of(recipe)
 
@@ -414,6 +432,15 @@ def test_the_machine_is_measured_by_the_plan_s_own_work(recipe: dict[str, Any]) 
     assert 0 < rates.write <= min(rates.read, 2e9)
 
 
+def test_files_that_are_gone_have_no_rate(recipe: dict[str, Any]) -> None:
+    planned = planned_of(recipe, device="cpu")
+    planned.files[0].path.unlink()
+
+    rates = probing_host.measure_host(planned, discover_methods()["ties"])
+
+    assert rates == "the inputs cannot be read to see how fast they come"
+
+
 @pytest.mark.parametrize(
     ("method", "shape"), [("linear", (3,)), ("della", (7, 64)), ("dare_ties", (2, BLOCK))]
 )
@@ -435,6 +462,73 @@ def test_types_that_are_not_drawn_are_named(models: Models) -> None:
     tried = probing_host.measure_computing(planned, discover_methods()["task_arithmetic"])
 
     assert tried == "how long values stored as F8_E4M3 take is not tried"
+
+
+class FakeDriver:
+    """What the driver's library answers."""
+
+    def __init__(self, *, count: int, initialised: int = 0) -> None:
+        self._count = count
+        self._initialised = initialised
+
+    def cuInit(self, flags: int) -> int:  # noqa: N802 - its name
+        assert flags == 0
+        return self._initialised
+
+    def cuDeviceGetCount(self, place: Any) -> int:  # noqa: N802 - its name
+        place._obj.value = self._count
+        return 0
+
+
+@pytest.mark.parametrize(
+    ("library", "expected"),
+    [
+        (FakeDriver(count=2), 2),
+        (FakeDriver(count=0), 0),
+        # No device, and a driver older than its library.
+        (FakeDriver(count=1, initialised=100), 0),
+        (FakeDriver(count=1, initialised=803), 0),
+        (object(), 0),
+        (None, 0),
+    ],
+)
+def test_the_driver_is_asked_by_its_library(
+    library: object, expected: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def load(_: str) -> object:
+        if library is None:
+            raise OSError
+        return library
+
+    monkeypatch.setattr(ctypes, "CDLL", load)
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(driver, "_PLACES", (str(tmp_path),))
+    assert count_driver_devices() == expected
+    monkeypatch.setattr(driver, "_PLACES", (str(tmp_path / "none"),))
+
+    assert count_driver_devices() == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device here")
+def test_a_real_device_is_found_and_measured() -> None:
+    assert count_driver_devices() > 0
+
+    rates = probing_device.measure_device(CudaBackend(0))
+
+    assert rates.memory > rates.bus > 0
+
+
+def test_an_extraction_says_why_it_stays_on_the_cpu(
+    models: Models, auto: MakeAuto, tmp_path: Path
+) -> None:
+    auto(**SLOW_CPU)
+    base, tuned = (models.write({"layer.weight": torch.randn(16, 16)}) for _ in range(2))
+    plans: list[ExtractionPlan] = []
+
+    extract(base, tuned, tmp_path / "out", rank=4, memory="4GiB", on_plan=plans.append)
+
+    assert "cpu, though cuda:0 is there: factors have other last bits there" in str(plans[0])
 
 
 def test_a_device_is_measured_by_copies_and_gets_its_memory_back() -> None:

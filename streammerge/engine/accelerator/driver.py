@@ -8,9 +8,9 @@ import sys
 
 _LIBRARY = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
 """What the driver comes with, whatever else of CUDA is installed."""
-_PLACES = ("/proc/driver/nvidia", "/dev/dxg", "/dev/nvmap", "/dev/nvhost-ctrl")
-"""Of which Linux has one where the driver's part of the kernel is loaded: the driver's own, of Windows' subsystem, and
-of Tegra. The library alone may be there without."""
+_PLACES = ("/proc/driver/nvidia", "/dev/nvidiactl", "/dev/dxg", "/dev/nvmap", "/dev/nvhost-ctrl")
+"""Of which Linux has one where the driver's part of the kernel is loaded: the driver's own, also in a container, of
+Windows' subsystem, and of Tegra. The library alone may be there without."""
 
 
 def count_driver_devices() -> int:
