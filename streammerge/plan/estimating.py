@@ -23,10 +23,10 @@ from streammerge.methods.base import MergeMethod
 from streammerge.methods.programs import Programs
 from streammerge.plan.choice import Seconds
 from streammerge.plan.device_matrices import shape_matrices
-from streammerge.plan.devices import is_fused, runs_on_device
+from streammerge.plan.devices import StepShape, is_fused, plan_step, runs_on_device
 from streammerge.plan.sweeps import asks, programs_of_plan
 from streammerge.plan.types import MergePlan, TensorTask
-from streammerge.tiles.program import Op, Program
+from streammerge.tiles.program import Op, Program, Step
 
 MARGIN = 0.2
 """By how much of the CPU's time a device must win: rates of a moment are off by about as much."""
@@ -41,6 +41,8 @@ _RANDOM_OPERATIONS = 400
 """Single operations that a random mask takes."""
 _RANKING_OPERATIONS = 20
 """Those that find a ranked value's place among the collected and the counted ones."""
+_RANKING_KERNELS = 2
+"""Fused ones that do it."""
 _MOVED_ITEMSIZE = 12
 """Bytes that a single operation moves per element: two float32 read, one written."""
 _FUSED_SHARE = 0.25
@@ -148,8 +150,9 @@ def estimate_on_device(
     assert plan.device is not None  # noqa: S101 - the caller's matter
     programs = programs_of_plan(plan, method)
     fused = plan.device.fused
+    shape = plan_step(plan, method, plan.device.step_numel, fused=fused)
     left, crossing, there = 0, 0, 0.0
-    kernels: set[int] = set()
+    kernels: set[tuple[Step, ...]] = set()
     for task in plan.tasks:
         if not runs_on_device(task, programs, plan.settings, fused=fused):
             left += _count_values(task)
@@ -159,7 +162,7 @@ def estimate_on_device(
         passes = [*_rounds_of(plan, one, task), one.merge]
         stored = sum(entry.dtype.itemsize for entry in task.inputs if entry is not None)
         made = task.numel * task.made_dtype.itemsize
-        crossing += len(passes) * task.numel * stored + made
+        crossing += _crossings(plan, shape, task, len(passes)) * task.numel * stored + made
         steps = -(-task.numel // plan.device.step_numel)
         for each in passes:
             moved, operations = _load_of(each, stored, by_kernel=by_kernel)
@@ -167,7 +170,8 @@ def estimate_on_device(
             there += steps * operations * _ENQUEUING_SECONDS
         there += made / device.memory
         if by_kernel:
-            kernels.update(map(id, passes))
+            # Programs that differ in numbers alone share a kernel.
+            kernels.update(each.steps for each in passes)
     slots = plan.memory.inputs + plan.memory.outputs
     return _seconds(
         plan,
@@ -214,6 +218,17 @@ def _rounds_of(plan: MergePlan, programs: Programs, task: TensorTask) -> Sequenc
     return ()
 
 
+def _crossings(plan: MergePlan, shape: StepShape | None, task: TensorTask, passes: int) -> int:
+    """Return how often the inputs of a tensor cross the bus: once, if all of them stay there until the merge.
+
+    Those of a sweep over the whole model are let go before the next one begins.
+    """
+    if shape is None or plan.device is None or plan.model_scope:
+        return passes
+    kept = plan.device.kept_pieces * shape.chunk_numel
+    return 1 if task.numel <= kept else passes
+
+
 def _load_of(program: Program, stored: int, *, by_kernel: bool) -> tuple[float, int]:
     """Return the bytes of device memory that a program moves per element, and its operations per step.
 
@@ -222,12 +237,11 @@ def _load_of(program: Program, stored: int, *, by_kernel: bool) -> tuple[float, 
         stored: Bytes per element of all inputs.
         by_kernel: Whether it is one kernel; else every step is an operation of its own.
     """
-    ranking = program.ranked * _RANKING_OPERATIONS
     sinks = program.ranked + len(program.totals)
     if by_kernel:
-        moved = stored / _FUSED_SHARE + (ranking + sinks) * _MOVED_ITEMSIZE
-        return moved, 1 + ranking + sinks
-    single = sum(_operations(program)) + ranking + sinks
+        sinks += program.ranked * _RANKING_KERNELS
+        return stored / _FUSED_SHARE + sinks * _MOVED_ITEMSIZE, 1 + sinks
+    single = sum(_operations(program)) + program.ranked * _RANKING_OPERATIONS + sinks
     return stored + single * _MOVED_ITEMSIZE, single
 
 
