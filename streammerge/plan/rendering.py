@@ -114,6 +114,8 @@ def _device(device: DeviceResources) -> str:
     if device.peak > device.matrix_bytes or not device.matrices:
         by = "fused kernels" if device.fused else "single operations"
         how.append(f"in steps of {device.step_numel:,} elements, by {by}")
+    if device.kept_pieces:
+        how.append(f"the inputs of {device.kept_pieces:,} chunks stay there until they are merged")
     if device.matrices:
         how.append(
             f"{device.matrices:,} matrices are decomposed there, the largest in "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -191,7 +192,9 @@ def test_a_plan_says_what_the_device_takes_and_survives_json(
 ) -> None:
     devices()
     assert run(recipe, "--device", "cuda:0,cuda:1", "--device-memory", "1GiB") == 0
-    assert "device       cuda:0, cuda:1: up to " in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "device       cuda:0, cuda:1: up to " in said
+    assert re.search(r"the inputs of \d+ chunks stay there until they are merged", said)
     planned = streammerge.plan(recipe, memory=MEMORY, device="cuda:0", device_memory="1GiB")
 
     assert isinstance(planned, MergePlan)
