@@ -106,7 +106,7 @@ def planned_of(recipe: dict[str, Any], **options: Any) -> MergePlan:
         # What crosses the bus, is moved there, and is page-locked for it.
         (SLOW_CPU | {"bus": 6e3}, False, "the bus 1,398 s"),
         (SLOW_CPU | {"bus": 1e4}, True, "the bus 839 s"),
-        (SLOW_CPU | {"memory": 2e5}, False, "which is less than 20% to win"),
+        (SLOW_CPU | {"memory": 2e4}, False, "which is less than 20% to win"),
         (SLOW_CPU | {"locking": 5e4}, False, "which is less than 20% to win"),
     ],
 )
