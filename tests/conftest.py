@@ -27,7 +27,8 @@ from models import Models
 from numpy.typing import NDArray
 from old_transformers import install_old_transformers
 
-from streammerge.engine.accelerator import driver, opening
+from streammerge.engine.accelerator import driver, opening, sharing
+from streammerge.engine.accelerator.proving import prove
 
 if not torch.cuda.is_available():
     # Read when Triton is imported: kernels run in its interpreter, on tensors of the CPU.
@@ -114,7 +115,9 @@ interpreter.np_umulhi_u64 = _multiply_high
 def devices(monkeypatch: pytest.MonkeyPatch) -> MakeDevices:
     """Return a function that makes two fake devices, with options of :class:`FakeBackend`."""
 
-    def make(**options: Any) -> dict[str, FakeBackend]:
+    def make(*, proves: bool = False, **options: Any) -> dict[str, FakeBackend]:
+        # Trials have tests of their own; before each merge here they would take as long as it.
+        monkeypatch.setattr(sharing, "prove", prove if proves else lambda *_: None)
         made = {name: FakeBackend(name, **options) for name in ("cuda:0", "cuda:1")}
 
         def open_devices(names: Sequence[str]) -> list[FakeBackend]:

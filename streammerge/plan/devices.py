@@ -59,6 +59,8 @@ _ON_THE_CPU = (Op.COMPUTED, Op.CHANGED)
 """Steps that no device does."""
 FUSED_DTYPES = frozenset({DType.F32, DType.BF16, DType.F16, DType.F64})
 """Types that fused kernels read and write."""
+TRIAL_NUMEL = BLOCK + 4096
+"""Elements of the tensor by which a device shows what it computes: two blocks, the second one short."""
 HOST_GROWTH_BYTES = 192 * MIB
 """What a device's kernels and streams take of the process once they are used. An estimate."""
 
@@ -262,6 +264,14 @@ def _count_sink_rows(programs: Sequence[Programs]) -> int:
     return max((count_sink_rows(each) for one in programs for each in one.rounds), default=0)
 
 
+def trial_bytes(shape: StepShape) -> int:
+    """Return the page-locked bytes of a trial: inputs, and both results.
+
+    torch rounds each up to a power of two, and keeps them.
+    """
+    return 2 * TRIAL_NUMEL * (shape.models * shape.input_itemsize + 2 * shape.output_itemsize)
+
+
 def _count_constants(programs: Sequence[Programs], products: int) -> int:
     """Return the most constants of a piece: those of one program, and of all rounds."""
     return max(
@@ -292,7 +302,7 @@ def add_devices(
     demand = replace(
         demand,
         device_worker_bytes=0 if shape is None else shape.host_bytes,
-        device_growth=count * HOST_GROWTH_BYTES,
+        device_growth=count * HOST_GROWTH_BYTES + (0 if shape is None else trial_bytes(shape)),
     )
     return with_matrices(demand, tasks, programs, count=count)
 

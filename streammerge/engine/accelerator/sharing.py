@@ -16,6 +16,7 @@ from streammerge.engine.accelerator import opening
 from streammerge.engine.accelerator.backend import Backend
 from streammerge.engine.accelerator.keeping import KeptPieces
 from streammerge.engine.accelerator.matrices import WholeOnDevices
+from streammerge.engine.accelerator.proving import prove
 from streammerge.engine.accelerator.stage import AcceleratorStage
 from streammerge.engine.gathering import MakeWhole, make_on_cpu
 from streammerge.engine.monitor import Monitor
@@ -32,7 +33,7 @@ class Accelerators:
         """Open the devices.
 
         Raises:
-            DeviceError: One is not there, or cannot do what the plan says.
+            DeviceError: One is not there, or does not do what the plan says as the CPU does.
             DeviceLostError: One does not answer.
         """
         self._plan = plan
@@ -40,6 +41,9 @@ class Accelerators:
         names = () if plan.device is None else plan.device.names
         self._backends = opening.open_devices(names)
         self._check_kernels()
+        for backend in self._backends:
+            with backend.on_thread():
+                prove(plan, method, backend)
         self._kept = [self._keep_on(backend) for backend in self._backends]
 
     def _check_kernels(self) -> None:

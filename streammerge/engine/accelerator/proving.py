@@ -1,0 +1,197 @@
+"""A device shows that it computes what the CPU does, before a merge is trusted to it.
+
+That fused kernels have the CPU's bits is tested, and rests on what compilers, drivers and devices do with
+them: any may be newer than the tests. So what a plan has its devices do is done once on a tensor of two
+blocks, drawn, with ties and zeros, by the device and by the CPU, for every setting and every set of stored
+types: what is found about it, and each bit of the result, must be the same.
+
+Memory: :func:`~streammerge.plan.devices.trial_bytes` page-locked, a ring for steps of a block, and a
+stage of the CPU, which are all given back before the merge takes its own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from math import prod
+
+import numpy as np
+from numpy.typing import NDArray
+
+from streammerge.adapters.onto_base.changes import Change
+from streammerge.adapters.onto_base.deltas import Delta
+from streammerge.engine.accelerator.backend import Backend
+from streammerge.engine.accelerator.keeping import KeptPieces
+from streammerge.engine.accelerator.stage import AcceleratorStage
+from streammerge.engine.compiled.opening import open_cpu_stage
+from streammerge.engine.device import DeviceStage
+from streammerge.engine.pieces import Part, PieceInMemory, Stored
+from streammerge.engine.resident import measure, sample_pieces
+from streammerge.engine.scopes import ScopeStatistics
+from streammerge.errors import DeviceError, printable
+from streammerge.floats import narrow, widen
+from streammerge.lazily import torch
+from streammerge.methods.base import MergeMethod
+from streammerge.methods.programs import Programs
+from streammerge.plan.devices import TRIAL_NUMEL, runs_on_device
+from streammerge.plan.sweeps import programs_of_plan
+from streammerge.plan.types import DeviceResources, MergePlan, TensorTask
+from streammerge.statistics import BLOCK, count_blocks
+from streammerge.statistics.rounds import NOTHING, Found
+from streammerge.tiles.program import Op
+
+_GRID = 2.0**-6
+"""Values are multiples of it, so that many magnitudes are equal."""
+
+
+def prove(plan: MergePlan, method: MergeMethod, backend: Backend) -> None:
+    """Have a device do what a plan has for it, beside the CPU; the calling thread is on the device.
+
+    Raises:
+        DeviceError: They do not come to the same.
+    """
+    assert plan.device is not None  # noqa: S101 - it names the device
+    programs = programs_of_plan(plan, method)
+    kinds: dict[object, TensorTask] = {}
+    for task in plan.tasks:
+        if runs_on_device(task, programs, plan.settings, fused=plan.device.fused):
+            stored = tuple(entry and entry.dtype for entry in task.inputs)
+            kinds.setdefault((task.setting, stored, task.made_dtype, bool(task.changes)), task)
+    for task in kinds.values():
+        if plan.device.fused or not _adds_up(programs[task.setting]):
+            _Trial(plan, method, task, backend).run()
+
+
+def _adds_up(programs: Programs) -> bool:
+    """Return whether totals are asked for, which single operations of a device add in another order."""
+    return any(not {Op.SUM, Op.DOT}.isdisjoint(each.totals) for each in programs.rounds)
+
+
+@dataclass(frozen=True, slots=True)
+class _Outcome:
+    """What a stage comes to."""
+
+    found: Found
+    """What it finds about the tensor."""
+    made: NDArray[np.uint8]
+    """The result, as it is stored."""
+
+
+class _Trial:
+    """One tensor, drawn, on both."""
+
+    def __init__(
+        self, plan: MergePlan, method: MergeMethod, task: TensorTask, backend: Backend
+    ) -> None:
+        """Draw it."""
+        assert plan.device is not None  # noqa: S101 - the caller looked
+        self._task = _shrink(task)
+        self._plan = replace(plan, tasks=(self._task,))
+        self._method = method
+        self._backend = backend
+        self._resources = replace(plan.device, step_numel=BLOCK, kept_pieces=0)
+        self._programs = programs_of_plan(plan, method)[task.setting]
+        self._piece = self._draw()
+
+    def run(self) -> None:
+        """Compute it on both, and compare."""
+        expected = self._compute(open_cpu_stage(self._plan, self._method))
+        stage = self._open(self._resources)
+        try:
+            found = self._compute(stage)
+        finally:
+            stage.close()
+        if found.found != expected.found:
+            raise self._refusal(f"found {found.found}, and the CPU {expected.found}")
+        if not np.array_equal(found.made, expected.made):
+            raise self._refusal(self._difference(found.made, expected.made))
+
+    def _open(self, resources: DeviceResources) -> AcceleratorStage:
+        kept = KeptPieces(self._backend, 0, 0)
+        return AcceleratorStage(self._plan, self._method, resources, self._backend, kept)
+
+    def _compute(self, stage: DeviceStage) -> _Outcome:
+        found = self._find(stage)
+        dtype = self._task.made_dtype
+        nbytes = self._task.numel * dtype.itemsize
+        out = Stored(self._backend.pin(nbytes)[:nbytes], dtype)
+        stage.apply(self._piece, [found], out)
+        return _Outcome(found, out.memory)
+
+    def _find(self, stage: DeviceStage) -> Found:
+        if not self._programs.rounds:
+            return NOTHING
+        statistics = ScopeStatistics(
+            self._programs,
+            numel=self._task.numel,
+            blocks=count_blocks(self._task.numel),
+            compute_dtype=self._plan.compute_dtype,
+            # Some are collected, so that both ways of a search are tried.
+            limit=self._task.numel // 8,
+        )
+        while statistics.found is None:
+            sample_pieces(stage, statistics, [self._piece])
+            measure(stage, statistics, self._piece)
+            statistics.conclude()
+        return statistics.found
+
+    def _draw(self) -> PieceInMemory:
+        task, generator = self._task, np.random.default_rng(0)
+        inputs: list[Stored | None] = []
+        for entry in task.inputs:
+            if entry is None:
+                inputs.append(None)
+                continue
+            steps = np.rint(generator.standard_normal(task.numel) * 8)
+            values = narrow(steps * _GRID, entry.dtype)
+            memory = self._backend.pin(values.nbytes)[: values.nbytes]
+            memory[:] = values
+            inputs.append(Stored(memory, entry.dtype))
+        part = Part(task, 0, 0, task.numel)
+        return PieceInMemory((part,), tuple(inputs), self._draw_changes(generator))
+
+    def _draw_changes(self, generator: np.random.Generator) -> tuple[tuple[Delta, ...], ...]:
+        if not self._task.changes:
+            return ()
+        by_model: list[list[Delta]] = [[] for _ in self._plan.models]
+        for change in self._task.changes:
+            factors = [
+                torch.from_numpy(generator.standard_normal(entry.shape, dtype=np.float32))
+                for entry in change.factors
+            ]
+            by_model[change.model].append(Delta(change, factors))
+        return tuple(map(tuple, by_model))
+
+    def _difference(self, found: NDArray[np.uint8], expected: NDArray[np.uint8]) -> str:
+        size = self._task.made_dtype.itemsize
+        first = int(np.flatnonzero((found != expected).reshape(-1, size).any(axis=1))[0])
+        mine, plain = (
+            float(widen(each[first * size : (first + 1) * size], self._task.made_dtype)[0])
+            for each in (found, expected)
+        )
+        return f"made {mine!r} of element {first:,}, and the CPU {plain!r}"
+
+    def _refusal(self, difference: str) -> DeviceError:
+        return DeviceError(
+            f"{self._backend.name} does not compute what the CPU does: in a trial of {self._method.name}, with "
+            f"the types of {printable(self._task.name)}, it {difference}; use --device cpu, and report it "
+            "with what `streammerge doctor` says"
+        )
+
+
+def _shrink(task: TensorTask) -> TensorTask:
+    """Return a tensor of two blocks that is merged as a larger one is."""
+    changes = task.changes if all(each.is_plain for each in task.changes) else ()
+    columns = changes[0].matrix[1] if changes else 1
+    rows = -(-min(task.numel, TRIAL_NUMEL) // columns)
+    shape = (rows, columns) if changes else (rows,)
+    changes = tuple(_shrink_change(each, rows) for each in changes)
+    numel = prod(shape)
+    return replace(
+        task, shape=shape, numel=numel, scope_block=0, region=None, encoding=None, changes=changes
+    )
+
+
+def _shrink_change(change: Change, rows: int) -> Change:
+    down, up = change.factors
+    rank, columns = down.shape
+    return replace(change, matrix=(rows, columns), factors=(down, replace(up, shape=(rows, rank))))
