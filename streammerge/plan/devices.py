@@ -167,6 +167,7 @@ def runs_on_device(
     settings: Sequence[Setting],
     *,
     fused: bool = False,
+    compute_itemsize: int = 4,
 ) -> bool:
     """Return whether a tensor is measured and merged on an accelerator, if there is one.
 
@@ -180,6 +181,8 @@ def runs_on_device(
         programs: What the method does, for each of its settings.
         settings: These settings.
         fused: Whether kernels can be compiled there.
+        compute_itemsize: Bytes per element that is computed with; in float64 the products of adapters
+            are the CPU's, whatever there is.
     """
     if task.action is not Action.MERGE or task.numel <= BLOCK:
         return False
@@ -189,7 +192,8 @@ def runs_on_device(
     if setting.has_base and task.inputs[setting.models[0]] is None:
         return False
     if fused and is_fused(task):
-        return all(change.is_plain for change in task.changes)
+        has_bits = not task.changes or compute_itemsize == DType.F32.itemsize
+        return has_bits and all(change.adds_plain_product for change in task.changes)
     return not task.changes and not any(program.uses(*FUNCTIONS) for program in work.all)
 
 
@@ -206,7 +210,10 @@ def _has_steps_of_the_cpu(program: Program) -> bool:
 
 
 def _factor_bytes(task: TensorTask) -> int:
-    """Return the bytes of all factors of a tensor's adapters, in float32."""
+    """Return the bytes of all factors of a tensor's adapters, in float32.
+
+    DoRA's vector has as many elements as the magnitude that it is made of.
+    """
     return 4 * sum(factor.numel for change in task.changes for factor in change.factors)
 
 
@@ -233,7 +240,11 @@ def shape_step(
         settings: These settings.
         fused: Whether kernels can be compiled there.
     """
-    there = [task for task in tasks if runs_on_device(task, programs, settings, fused=fused)]
+    there = [
+        task
+        for task in tasks
+        if runs_on_device(task, programs, settings, fused=fused, compute_itemsize=compute_itemsize)
+    ]
     if not there:
         return None
     products = max(len(task.changes) for task in there)

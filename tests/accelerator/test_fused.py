@@ -18,7 +18,7 @@ import torch
 from hypothesis import HealthCheck, assume, given, settings
 from programs_at_random import Case, ModelsInMemory, Outcome, Ran, cases, chance_of, interpret
 
-from streammerge.adapters.onto_base.products import Tiles, multiply_in_order
+from streammerge.adapters.onto_base.products import Normed, Tiles, multiply_in_order
 from streammerge.dtypes import DType
 from streammerge.engine.accelerator.fused import functions
 from streammerge.engine.accelerator.fused.kernels import compile_source, kernel_of, launch
@@ -28,7 +28,7 @@ from streammerge.rng import keep_limit, keep_mask, stream_key
 from streammerge.tiles import functions as on_the_cpu
 from streammerge.tiles.functions import NOT_FOR_SINGLE
 from streammerge.tiles.fusing import Layout, count_sink_rows, sink_rows
-from streammerge.tiles.program import Op, Origin, Program
+from streammerge.tiles.program import Op, Origin, Program, Step
 from streammerge.tiles.totalling import add_up
 
 pytestmark = pytest.mark.gpu
@@ -328,6 +328,44 @@ def test_products_are_those_of_the_cpu(rank: int, columns: int, *, tiled: bool) 
     assert_same_values(out.cpu(), expected.flatten()[start:])
 
 
+@pytest.mark.parametrize("op", [Op.SOURCE, Op.TASK_VECTOR])
+def test_changes_of_one_tensor_are_made_in_turn(op: Op) -> None:
+    """Sums and norms of rows and of columns, from the middle of a row on, in the order of `Delta.apply_`."""
+    generator = torch.Generator().manual_seed(4)
+    rows, columns, start = 40, 150, 3
+    normed = (Normed.NOT, Normed.ROWS, Normed.NOT, Normed.COLUMNS)
+    base = torch.randn(rows, columns, generator=generator)
+    expected = base.clone()
+    factors, constants = [], [start]
+    for index, each in enumerate(normed):
+        rank, scaling = 3 + index, 0.3 + index
+        up = torch.randn(rows, rank, generator=generator)
+        down = torch.randn(rank, columns, generator=generator)
+        product = torch.empty(rows, columns)
+        multiply_in_order(up, down, product)
+        expected += product.mul_(scaling)
+        factors += [up, down]
+        constants += [bits(scaling), rank, columns, columns]
+        if each is not Normed.NOT:
+            count = rows if each is Normed.ROWS else columns
+            factors.append(torch.rand(count, generator=generator) + 0.5)
+            expected *= factors[-1][:, None] if each is Normed.ROWS else factors[-1]
+    program = Program((Step(op, 0, 0), Step(Op.STORE, 0, 0)), 1, (), (), ())
+    kind = Kind(program, DType.F32, (None,), DType.F32, DType.F32, 2, True, products=(normed,))
+    numel = rows * columns - start
+    here = there(base.flatten()[start:])
+    out, notes = there(torch.empty(numel)), torch.zeros(3, device=HERE)
+    numbers, none = there(torch.tensor(constants)), there(torch.zeros(1, dtype=torch.int64))
+    brought = map(there, factors)
+    pointers = here, here, *brought, out, numbers, none, notes.view(torch.int32), none
+    launch(kernel_of(kind), -(-numel // TILE), *pointers, 0, numel, numel, TILE)
+
+    if op is Op.TASK_VECTOR:
+        expected -= base
+    assert_same_values(out.cpu(), expected.flatten()[start:])
+    assert float(notes[1]) == float(expected.flatten()[start:].abs().max())
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(("numel", "length"), [(5000, 1024), (1024, 1024), (17, 1024), (1, 64)])
 @pytest.mark.parametrize("products", [False, True])
@@ -352,6 +390,7 @@ import json, re, sys
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from streammerge.adapters.onto_base.products import Normed
 from streammerge.dtypes import DType
 from streammerge.engine.accelerator.fused import functions
 from streammerge.engine.accelerator.fused.kernels import kernel_of
@@ -377,7 +416,7 @@ def signature(kernel, stored, pattern):
     for name in kernel.arg_names:
         if name.startswith(("model", "out")):
             found[name] = "*" + stored
-        elif name.startswith(("up", "down")):
+        elif name.startswith(("up", "down", "vector")):
             found[name] = "*fp32"
         else:
             found[name] = {"TILE": "constexpr", "constants": "*i64", "lasts": "*i64", "counts": "*i64",
@@ -391,7 +430,7 @@ def compiled(kernel, types, constants, warps):
 
 texts = []
 for compute, stored in ((DType.F32, DType.BF16), (DType.F32, DType.F16), (DType.F64, DType.F64)):
-    products = (0, 2) if compute is DType.F32 else ()
+    products = ((Normed.ROWS,), (Normed.NOT, Normed.COLUMNS)) if compute is DType.F32 else ()
     kind = Kind(program, stored, (stored, None), compute, stored, 2, True, True, True, products)
     kernel = kernel_of(kind)
     pattern = "i32" if compute is DType.F32 else "i64"

@@ -119,13 +119,22 @@ class Change:
     @property
     def is_plain(self) -> bool:
         """Whether it is the product of two stored matrices, for all of the tensor and nothing else."""
+        return self.kind is ChangeKind.LOW_RANK and self.adds_plain_product
+
+    @property
+    def adds_plain_product(self) -> bool:
+        """Whether such a product is added; DoRA's norms, of whole rows or columns, may follow."""
         rows, columns = self.matrix
-        is_product = self.kind is ChangeKind.LOW_RANK and not self.workings
+        is_product = self.sum_kind is ChangeKind.LOW_RANK and not self.workings
         if not is_product or self.transposed or self.first_row or self.window is not None:
             return False
-        if self.experts != 1 or self.expert is not None or len(self.factors) != 2:
+        if self.experts != 1 or self.expert is not None:
             return False
-        down, up = (factor.shape for factor in self.factors)
+        first, second, *magnitude = self.factors
+        # A convolution has several columns per input.
+        if any(each.numel != (rows if self.along_rows else columns) for each in magnitude):
+            return False
+        down, up = first.shape, second.shape
         return len(down) == len(up) == 2 and (*up, *down) == (rows, down[0], up[1], columns)
 
     @property

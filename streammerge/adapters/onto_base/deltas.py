@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from streammerge.adapters.onto_base.changes import WHOLE_NORM_NUMEL, Change, ChangeKind
 from streammerge.adapters.onto_base.kronecker import fill_kronecker
-from streammerge.adapters.onto_base.products import Product, multiply
+from streammerge.adapters.onto_base.products import Normed, Product, multiply
 from streammerge.adapters.onto_base.rotations import rotate_
 from streammerge.adapters.onto_base.rows import by_rows
 from streammerge.adapters.onto_base.workings import LEAST_ROWS
@@ -83,13 +83,21 @@ class Delta:
         self._vector = self._vector.new_empty(0)
 
     def product(self) -> Product | None:
-        """Return what it is made of; None of what is more than a product of float32 factors."""
-        if not self._change.is_plain or self.depends_on_cut:
+        """Return what it is made of, given its norms if it has any.
+
+        None of what is more than a product of float32 factors, with or without norms.
+        """
+        change = self._change
+        if not change.adds_plain_product or self.depends_on_cut:
             return None
-        down, up = (factor.numpy() for factor in self._factors)
-        columns = self._change.matrix[1]
+        down, up = (factor.numpy() for factor in self._factors[:2])
+        columns = change.matrix[1]
         # All columns in one tile.
-        return Product(up, down.reshape(-1), columns, max(columns, 1), self._change.scaling)
+        of_factors = up, down.reshape(-1), columns, max(columns, 1), change.scaling
+        if change.kind is not ChangeKind.NORMED:
+            return Product(*of_factors)
+        normed = Normed.ROWS if change.along_rows else Normed.COLUMNS
+        return Product(*of_factors, normed, self._vector.numpy())
 
     @property
     def is_sum(self) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from enum import Enum
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,6 +21,16 @@ from streammerge.native.machine import TILE_COLUMNS, ChangeCall
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+class Normed(Enum):
+    """What is multiplied by a vector, once a product has been added to it."""
+
+    NOT = "nothing"
+    ROWS = "rows"
+    """Row i, by element i."""
+    COLUMNS = "columns"
+    """Column i, likewise."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +47,10 @@ class Product:
     """Those of a tile; the last one may have fewer."""
     scaling: float
     """Factor of the product."""
+    normed: Normed = Normed.NOT
+    """DoRA: what has other norms than the sum."""
+    vector: NDArray[np.float32] | None = None
+    """The factor of each, ``[rows]`` or ``[columns]``; None where there is none."""
 
 
 class PlainProduct:

@@ -122,7 +122,11 @@ class AcceleratorStage:
 
     def _takes(self, piece: PieceInMemory) -> bool:
         return runs_on_device(
-            piece.first.task, self._programs, self._plan.settings, fused=self._fused
+            piece.first.task,
+            self._programs,
+            self._plan.settings,
+            fused=self._fused,
+            compute_itemsize=self._plan.compute_dtype.itemsize,
         )
 
     def _attempt(self, work: Callable[[DeviceComputing], Result]) -> Result:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from streammerge.adapters.onto_base.products import Product
+from streammerge.adapters.onto_base.products import Normed, Product
 from streammerge.engine.accelerator.ring import Ring
 from streammerge.engine.pieces import PieceInMemory
 from streammerge.lazily import torch
@@ -41,6 +41,15 @@ class ProductThere:
     """Columns of A."""
     wide: int
     """Columns of a tile of A."""
+    normed: Normed
+    """What is multiplied by the vector."""
+    vector: Tensor | None
+    """``[rows]`` or ``[columns]``; None where nothing is."""
+
+    @property
+    def sides(self) -> tuple[Tensor, ...]:
+        """All that lies on the device, in the order that kernels take it."""
+        return (self.up, self.down) if self.vector is None else (self.up, self.down, self.vector)
 
 
 class FactorRoom:
@@ -77,7 +86,10 @@ class FactorRoom:
                 assert product is not None  # noqa: S101 - the planner sends no others
                 up, place = self._put(product.up, place)
                 down, place = self._put(product.down, place)
-                own.append(_there(product, up, down))
+                vector = None
+                if product.vector is not None:
+                    vector, place = self._put(product.vector, place)
+                own.append(_there(product, up, down, vector))
             by_model.append(tuple(own))
         self._ring.bring_factors(place)
         return tuple(by_model)
@@ -90,6 +102,8 @@ class FactorRoom:
         return self._ring.factors.device[place:end], end
 
 
-def _there(product: Product, up: Tensor, down: Tensor) -> ProductThere:
+def _there(product: Product, up: Tensor, down: Tensor, vector: Tensor | None) -> ProductThere:
     rank = product.up.shape[1]
-    return ProductThere(up, down, product.scaling, rank, product.columns, product.wide)
+    return ProductThere(
+        up, down, product.scaling, rank, product.columns, product.wide, product.normed, vector
+    )

@@ -245,6 +245,31 @@ def multiply(
     return total
 
 
+@triton.jit  # type: ignore[untyped-decorator]
+def spread(
+    vector: tl.tensor,
+    start: tl.tensor,
+    columns: tl.tensor,
+    here: tl.tensor,
+    ROWS: tl.constexpr,
+    COUNT: tl.constexpr,
+) -> tl.tensor:
+    """Return what elements of a matrix are multiplied by, ``[COUNT]`` float32.
+
+    Args:
+        vector: The factor of each row, or of each column.
+        start: Flat index of the first element, in int64.
+        columns: Columns of the matrix.
+        here: ``[COUNT]``: which elements there are.
+        ROWS: Whether it is that of rows.
+        COUNT: Elements.
+    """
+    place = (start % columns).to(tl.int32) + tl.arange(0, COUNT)
+    narrow = columns.to(tl.int32)
+    own = start // columns + place // narrow if ROWS else place % narrow
+    return tl.load(vector + own, mask=here, other=0.0)
+
+
 # How long rows are, and where totals begin, is no reason to compile another one.
 @triton.jit(  # type: ignore[untyped-decorator]
     do_not_specialize=["stride", "numel", "length"], do_not_specialize_on_alignment=["totals"]

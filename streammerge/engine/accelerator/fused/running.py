@@ -187,7 +187,7 @@ class FusedSteps:
     def _kernel(self, program: Program, made: DType | None, *, checked: bool, count: bool) -> Any:
         piece, plan, setting = self._piece, self._plan, self._setting
         stored = tuple(None if each is None else each.dtype for each in piece.inputs)
-        products = tuple(map(len, self._products))
+        products = tuple(tuple(each.normed for each in own) for own in self._products)
         key = id(program), made, stored, products, checked, count
         if key not in self._kernels:
             self._kernels[key] = kernel_of(
@@ -212,7 +212,7 @@ class FusedSteps:
         stored = (base, *(step.inputs[model] for model in setting.sources))
         # What nothing reads needs an address all the same.
         models = [out if each is None else _as_integers(each) for each in stored]
-        factors = [side for own in self._products for each in own for side in (each.up, each.down)]
+        factors = [side for own in self._products for each in own for side in each.sides]
         notes = ring.notes.device.view(-1, ring.shape.notes)[step.index]
         launch(
             kernel,

@@ -6,7 +6,8 @@ leaves what a round ranks and totals in rows, for those who count. What depends 
 ``constants``, so a kernel is compiled once for a program and the types it reads and writes.
 
     models     base, then sources: pointers to ``[numel]``, as stored; bfloat16 as int16, here and below
-    products   of adapters: pointers to B ``[rows, rank]`` and to A, ``[rank, columns]`` in tiles
+    products   of adapters: pointers to B ``[rows, rank]`` and to A, ``[rank, columns]`` in tiles, with DoRA
+               to what rows ``[rows]`` or columns ``[columns]`` are multiplied by
     out        ``[numel]``, as stored; of a round ``[rows, stride]`` in the compute type
     constants  int64: numbers as float64, thresholds, keys and limits; see :class:`Layout`
     lasts      int64 per rank of the tensor: the last tie that is kept, as an index into the piece
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from streammerge.adapters.onto_base.products import Normed
 from streammerge.dtypes import DType
 from streammerge.tiles.functions import NOT_FOR_SINGLE
 from streammerge.tiles.fusing import Layout, sink_rows
@@ -58,8 +60,8 @@ class Kind:
     """Whether it counts what is kept."""
     notes: bool = True
     """Whether it notes the largest magnitudes."""
-    products: tuple[int, ...] = ()
-    """How many products of factors are added, per source; empty where nothing is changed."""
+    products: tuple[tuple[Normed, ...], ...] = ()
+    """What follows each product of factors that is added, per source; empty where nothing is changed."""
 
 
 @dataclass
@@ -78,7 +80,11 @@ class _Writer:
         parameters = ", ".join(
             [
                 *(f"model{place}" for place in range(len(self.kind.sources) + 1)),
-                *(f"{side}{i}" for i in range(self._products) for side in ("up", "down")),
+                *(
+                    f"{side}{i}"
+                    for i, normed in enumerate(self._products)
+                    for side in ("up", "down", "vector")[: 2 if normed is Normed.NOT else 3]
+                ),
                 "out, constants, lasts, notes, counts, begin, numel, stride, TILE: tl.constexpr",
             ]
         )
@@ -86,8 +92,8 @@ class _Writer:
         return f"{_DECORATOR}\ndef merge({parameters}):\n{body}\n"
 
     @property
-    def _products(self) -> int:
-        return sum(self.kind.products)
+    def _products(self) -> list[Normed]:
+        return [normed for own in self.kind.products for normed in own]
 
     @property
     def _float(self) -> str:
@@ -95,7 +101,7 @@ class _Writer:
 
     @property
     def _layout(self) -> Layout:
-        return Layout(self.kind.program, self._products)
+        return Layout(self.kind.program, len(self._products))
 
     def _begin(self) -> None:
         layout = self._layout
@@ -124,18 +130,23 @@ class _Writer:
         program, sources = self.kind.program, self.kind.sources
         if program.uses(Op.BASE):
             return True
-        # Task vectors of adapters are what they add, whatever it is added to.
         return any(
-            (step.op is Op.TASK_VECTOR and sources[step.a] is not None)
+            (step.op is Op.TASK_VECTOR and not self._is_sum(step.a))
             or (step.op is Op.SOURCE and sources[step.a] is None)
             for step in program.steps
         )
 
-    def _changes(self, source: int) -> range:
-        """Return which of all products a source adds."""
-        counts = self.kind.products
-        first = sum(counts[:source])
-        return range(first, first + counts[source]) if counts else range(0)
+    def _is_sum(self, source: int) -> bool:
+        """Whether a source's task vector is what adapters add, whatever it is added to."""
+        normed = any(normed is not Normed.NOT for _, normed in self._changes(source))
+        return self.kind.sources[source] is None and not normed
+
+    def _changes(self, source: int) -> list[tuple[int, Normed]]:
+        """Return which of all products a source adds, and what follows each."""
+        products = self.kind.products
+        if not products:
+            return []
+        return list(enumerate(products[source], start=sum(map(len, products[:source]))))
 
     @property
     def _first_source(self) -> int:
@@ -229,36 +240,41 @@ class _Writer:
         self.lines.append(f"{out} = {call}.to({self._float})")
 
     def _source(self, source: int, out: str) -> None:
+        self._weights(source, out)
+        self._note(out, source + self._first_source)
+
+    def _weights(self, source: int, out: str) -> None:
+        """Compute a source's values, or those that adapters make of its or of the base's, in turn."""
         if self.kind.sources[source] is None:
             self.lines.append(f"{out} = base")
         else:
             self._load(out, source + 1)
-        for product in self._changes(source):
+        for product, normed in self._changes(source):
             self._multiply(product)
             self.lines.append(f"{out} = {out} + product")
-        self._note(out, source + self._first_source)
+            if normed is not Normed.NOT:
+                along_rows = normed is Normed.ROWS
+                vector = (
+                    f"functions.spread(vector{product}, start, columns, here, {along_rows}, TILE)"
+                )
+                self.lines.append(f"{out} = {out} * {vector}")
 
     def _task_vector(self, source: int, out: str) -> None:
-        if self.kind.sources[source] is not None:
-            self._source_minus_base(source, out)
-            return
+        if self._is_sum(source):
+            # Not by way of the base: adding to it and subtracting it again would round.
+            self._sum(source, out)
+        else:
+            self._weights(source, out)
+            self.lines.append(f"{out} = {out} - base")
+        self._note(out, source + self._first_source)
+
+    def _sum(self, source: int, out: str) -> None:
         changes = self._changes(source)
         if not changes:
             self.lines.append(f"{out} = tl.zeros([TILE], {self._float})")
-        # Not by way of the base: adding to it and subtracting it again would round.
-        for product in changes:
+        for place, (product, _) in enumerate(changes):
             self._multiply(product)
-            first = product == changes[0]
-            self.lines.append(f"{out} = product" if first else f"{out} = {out} + product")
-        self._note(out, source + self._first_source)
-
-    def _source_minus_base(self, source: int, out: str) -> None:
-        self._load(out, source + 1)
-        for product in self._changes(source):
-            self._multiply(product)
-            self.lines.append(f"{out} = {out} + product")
-        self.lines.append(f"{out} = {out} - base")
-        self._note(out, source + self._first_source)
+            self.lines.append(f"{out} = {out} + product" if place else f"{out} = product")
 
     def _multiply(self, product: int) -> None:
         """Compute elements of a product: sums of terms from the first to the last, each rounded."""
