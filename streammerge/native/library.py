@@ -59,6 +59,13 @@ class Kernels:
             *(ctypes.c_int64,) * 3,
         )
         self._product.restype = None
+        squares = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p)
+        self._row_squares = library.sm_row_squares
+        self._row_squares.argtypes = squares
+        self._row_squares.restype = None
+        self._column_squares = library.sm_column_squares
+        self._column_squares.argtypes = squares
+        self._column_squares.restype = None
         self._change_range = library.sm_change_range
         self._change_range.argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)
         self._change_range.restype = None
@@ -129,6 +136,28 @@ class Kernels:
             columns: Columns of the right one.
         """
         self._product(out, *left, *right, rows, rank, columns)
+
+    def row_squares(self, values: int, rows: int, columns: int, totals: int) -> None:
+        """Add up the squares of each row, in the order of every total.
+
+        Args:
+            values: Address of ``[rows, columns]`` float32.
+            rows: Number of rows.
+            columns: Elements per row.
+            totals: Address of ``[rows]`` float64, which receive the sums.
+        """
+        self._row_squares(values, rows, columns, totals)
+
+    def column_squares(self, values: int, rows: int, columns: int, totals: int) -> None:
+        """Add the squares of each column to its total, from the first row to the last.
+
+        Args:
+            values: Address of ``[rows, columns]`` float32.
+            rows: Number of rows.
+            columns: Elements per row.
+            totals: Address of ``[columns]`` float64.
+        """
+        self._column_squares(values, rows, columns, totals)
 
     def change_range(self, change: int, *, start: int, numel: int) -> None:
         """Compute elements of a change into where it goes.

@@ -17,6 +17,9 @@ NormKey = tuple[int, int, str]
 norms that belong to a DoRA magnitude, or a working factor."""
 _NORM_WORK = 12 * BLOCK
 """Elements of the temporary arrays with which norms are computed, a block of rows at a time."""
+_TILED_NORM_WORK = 6 * BLOCK
+"""The same where kernels add products, beside a factor in another order: two blocks of rows, what is read of
+them, and the workspace of changes."""
 
 
 def factor_needs(task: TensorTask, itemsize: int) -> dict[FactorKey | NormKey, int]:
@@ -37,8 +40,10 @@ def factor_needs(task: TensorTask, itemsize: int) -> dict[FactorKey | NormKey, i
         if change.kind is ChangeKind.NORMED:
             rows, columns = change.matrix
             whole = 0 if change.along_rows else min(rows * columns, WHOLE_NORM_NUMEL)
-            # The tensor twice, in parts and put together.
-            needs[norm_key(change)] = (_NORM_WORK + rows + 8 * columns + 2 * whole) * itemsize
+            tiles = change.factors[0].numel if change.adds_plain_product else 0
+            work = max(_NORM_WORK, _TILED_NORM_WORK + tiles)
+            # Sums in float64, in parts and put together; so the tensor, where norms of columns are PEFT's.
+            needs[norm_key(change)] = (work + 8 * (rows + columns) + 2 * whole) * itemsize
     return needs
 
 

@@ -19,11 +19,18 @@ from typing import TYPE_CHECKING
 
 from streammerge.adapters.onto_base.changes import WHOLE_NORM_NUMEL, Change, ChangeKind
 from streammerge.adapters.onto_base.kronecker import fill_kronecker
-from streammerge.adapters.onto_base.products import Normed, Product, multiply
+from streammerge.adapters.onto_base.norms import (
+    column_norms,
+    column_norms_of_torch,
+    row_norms,
+    row_norms_of_torch,
+)
+from streammerge.adapters.onto_base.products import Adder, Normed, Product, multiply
 from streammerge.adapters.onto_base.rotations import rotate_
 from streammerge.adapters.onto_base.rows import by_rows
 from streammerge.adapters.onto_base.workings import LEAST_ROWS
 from streammerge.lazily import torch
+from streammerge.native.library import load_kernels
 from streammerge.statistics import BLOCK
 
 if TYPE_CHECKING:
@@ -64,6 +71,7 @@ class Delta:
         """
         self.depends_on_cut = like_torch or factors[0].dtype is not torch.float32
         """Whether an element's bits may depend on what is computed beside it, as in torch's products."""
+        self._like_torch = like_torch
         self._change = change
         self._factors = factors
         self._read = read
@@ -191,42 +199,51 @@ class Delta:
     def norms(self, read_rows: Callable[[int, int], Tensor], work: Tensor) -> Tensor:
         """Return the norms that DoRA divides by: of every row of ``W + scaling * B @ A``, or column.
 
-        With torch's bits, for columns only up to :data:`WHOLE_NORM_NUMEL` elements; beyond, columns
-        are summed in float64, in the order of rows, which torch, that adds in float32, may differ
-        from in the last bit.
+        The bits are the same on every processor, unless they must be torch's; and those are for columns
+        only up to :data:`WHOLE_NORM_NUMEL` elements.
 
         Args:
             read_rows: Returns rows of W from one index to another, in the compute dtype.
             work: ``[WORK_NUMEL]``, scratch.
         """
-        count = self._vector.numel()
+        blocks = self._iter_added(read_rows, work)
+        if self._change.along_rows:
+            if self._like_torch:
+                return row_norms_of_torch(blocks)
+            return row_norms(blocks, work.dtype)
+        count, columns = self._vector.numel(), self._columns
         # Beyond linear layers, an input has as many columns as its kernel has elements.
-        plain = count == self._columns
-        few = self._rows * self._columns <= WHOLE_NORM_NUMEL
-        whole = not self._change.along_rows and plain and few
-        found = []
-        squares = torch.zeros(self._columns, dtype=torch.float64)
+        if self._like_torch and count == columns and self._rows * columns <= WHOLE_NORM_NUMEL:
+            return column_norms_of_torch(blocks)
+        return column_norms(blocks, columns, count, work.dtype)
+
+    def _iter_added(
+        self, read_rows: Callable[[int, int], Tensor], work: Tensor
+    ) -> Iterator[Tensor]:
+        """Yield rows of ``W + scaling * B @ A``, ``[n, columns]``, about a block at a time."""
+        add = self._adds(work)
         step = max(1, BLOCK // self._columns)
         for begin in range(0, self._rows, step):
             end = min(begin + step, self._rows)
-            weights = read_rows(begin, end).view(end - begin, self._columns)
-            for row, first in _split(weights.numel(), BLOCK):
-                part = weights.view(-1)[row : row + first]
-                delta = torch.empty_like(part)
-                self._fill(delta, begin * self._columns + row, work, None)
-                part.add_(delta)
-            if self._change.along_rows:
-                found.append(torch.linalg.norm(weights, dim=1))
-            elif whole:
-                found.append(weights)
-            else:
-                squares += weights.double().square().sum(dim=0)
-        if whole:
-            norms: Tensor = torch.linalg.norm(torch.cat(found).T, dim=1)
-            return norms
-        if self._change.along_rows:
-            return torch.cat(found)
-        return squares.view(count, -1).sum(dim=1).sqrt().to(work.dtype)
+            weights = read_rows(begin, end)
+            add(weights, begin * self._columns)
+            yield weights.view(end - begin, self._columns)
+
+    def _adds(self, work: Tensor) -> Callable[[Tensor, int], None]:
+        """Return what adds the change to elements of the tensor from a flat index on."""
+        product, kernels = self.product(), load_kernels()
+        if product is not None and kernels is not None:
+            adder = Adder(product, kernels)
+            return lambda weights, begin: adder.add_to(weights.numpy(), begin)
+        delta = work.new_empty(min(BLOCK, self._rows * self._columns))
+
+        def add(weights: Tensor, begin: int) -> None:
+            for first, count in _split(weights.numel(), BLOCK):
+                part = delta[:count]
+                self._fill(part, begin + first, work, None)
+                weights[first : first + count].add_(part)
+
+        return add
 
     def _by_matrix(self, flat: Tensor, begin: int) -> Iterator[tuple[Tensor, int, int]]:
         """Cut a flat range of a stack at the matrices' ends: part, expert, start in the matrix."""

@@ -7,6 +7,7 @@ order that suits their blocks, and differ in the last bits from one processor to
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
@@ -16,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from streammerge.adapters.onto_base.rows import by_rows
-from streammerge.native.library import load_kernels
+from streammerge.native.library import Kernels, load_kernels
 from streammerge.native.machine import TILE_COLUMNS, ChangeCall
 
 if TYPE_CHECKING:
@@ -147,6 +148,28 @@ class Tiles:
             tiles[:] = whole.reshape(rows.shape[0], count, TILE_COLUMNS).swapaxes(0, 1)
             if column + rows.shape[1] > self._whole:
                 self._rest[own] = rows[:, count * TILE_COLUMNS :]
+
+
+class Adder:
+    """Adds ``scaling * B @ A`` to elements of a matrix in one pass, by the compiled kernels."""
+
+    def __init__(self, product: Product, kernels: Kernels) -> None:
+        """Prepare to add.
+
+        Args:
+            product: What is added, its A in a single tile.
+            kernels: What adds.
+        """
+        rank, columns = product.up.shape[1], product.columns
+        memory = np.empty(rank * columns, dtype=np.float32)
+        Tiles(memory, (rank, columns)).put(0, product.down)
+        self._product = PlainProduct(memory, product.up, columns, product.scaling)
+        self._kernels = kernels
+
+    def add_to(self, flat: NDArray[np.float32], start: int) -> None:
+        """Add to ``[m]`` elements, from flat index ``start`` of the matrix on."""
+        call = self._product.call(flat, adds=True)
+        self._kernels.change_range(ctypes.addressof(call), start=start, numel=flat.size)
 
 
 def multiply(left: Tensor, right: Tensor, out: Tensor) -> None:

@@ -156,7 +156,7 @@ def make_dora(directory: Path, base: Tensors) -> Made:
         weight = base[f"{module}.weight"].float()
         changed = weight + product(module, own, 3 / RANK)
         dim = 0 if module == "conv1d" else 1
-        norms = torch.linalg.norm(changed, dim=dim)
+        norms = changed.double().square().sum(dim=dim).sqrt().float()
         magnitude = norms * (1 + torch.randn(norms.shape, generator=generator) / 10)
         factor = (magnitude / norms).unsqueeze(dim)
         whole[f"{module}.weight"] = changed * factor
