@@ -139,14 +139,15 @@ class Wide(nn.Module):
         self.first = nn.Linear(700, 600, bias=False)
 
 
+@pytest.mark.parametrize("dora", [False, True])
 def test_products_are_tried_as_well(
-    devices: MakeDevices, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    devices: MakeDevices, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, dora: bool
 ) -> None:
     backend = devices(proves=True)["cuda:0"]
     torch.manual_seed(1)
     base = Wide()
     write_model(tmp_path / "base", base.state_dict())
-    config = LoraConfig(r=3, target_modules=["first"], init_lora_weights=False)
+    config = LoraConfig(r=3, target_modules=["first"], init_lora_weights=False, use_dora=dora)
     get_peft_model(base, config).save_pretrained(tmp_path / "adapter")
     recipe = {
         "method": "task_arithmetic",

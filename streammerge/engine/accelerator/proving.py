@@ -17,7 +17,7 @@ from math import prod
 import numpy as np
 from numpy.typing import NDArray
 
-from streammerge.adapters.onto_base.changes import Change
+from streammerge.adapters.onto_base.changes import Change, ChangeKind
 from streammerge.adapters.onto_base.deltas import Delta
 from streammerge.engine.accelerator.backend import Backend
 from streammerge.engine.accelerator.keeping import KeptPieces
@@ -158,7 +158,10 @@ class _Trial:
                 torch.from_numpy(generator.standard_normal(entry.shape, dtype=np.float32))
                 for entry in change.factors
             ]
-            by_model[change.model].append(Delta(change, factors))
+            # What DoRA divides by is any number here.
+            norms = factors[-1].flatten() if change.kind is ChangeKind.NORMED else None
+            norms = None if norms is None else norms.square() + 0.5
+            by_model[change.model].append(Delta(change, factors, norms))
         return tuple(map(tuple, by_model))
 
     def _difference(self, found: NDArray[np.uint8], expected: NDArray[np.uint8]) -> str:
@@ -180,7 +183,7 @@ class _Trial:
 
 def _shrink(task: TensorTask) -> TensorTask:
     """Return a tensor of two blocks that is merged as a larger one is."""
-    changes = task.changes if all(each.is_plain for each in task.changes) else ()
+    changes = task.changes if all(each.adds_plain_product for each in task.changes) else ()
     columns = changes[0].matrix[1] if changes else 1
     rows = -(-min(task.numel, TRIAL_NUMEL) // columns)
     shape = (rows, columns) if changes else (rows,)
@@ -192,6 +195,19 @@ def _shrink(task: TensorTask) -> TensorTask:
 
 
 def _shrink_change(change: Change, rows: int) -> Change:
-    down, up = change.factors
-    rank, columns = down.shape
-    return replace(change, matrix=(rows, columns), factors=(down, replace(up, shape=(rows, rank))))
+    down, up, *magnitude = change.factors
+    own = up.shape[0]
+    return replace(
+        change,
+        matrix=(rows, down.shape[1]),
+        factors=(
+            down,
+            replace(up, shape=(rows, up.shape[1])),
+            *(
+                replace(each, shape=tuple(rows if size == own else size for size in each.shape))
+                if change.along_rows
+                else each
+                for each in magnitude
+            ),
+        ),
+    )
