@@ -45,6 +45,8 @@ from streammerge.units import MIB, format_budget, format_size
 
 LANES = 2
 """One is computed while the other is copied. The workers of a device add further ones."""
+_STAGED_BYTES = 2 * MIB
+"""What of the factors of a tensor is page-locked at once: a multiple of 4."""
 KEPT_ALIGNMENT = 256
 """Where inputs that stay on a device begin, in bytes: those of several lie side by side."""
 _TEMPORARY_BYTES = 56
@@ -144,7 +146,12 @@ class StepShape:
         notes = self.steps * self.notes * self.compute_itemsize
         # torch rounds page-locked memory up to powers of two.
         answers = self.searches * self._answer_bytes + self._total_bytes
-        return 2 * (notes + answers + self._brought_bytes)
+        return 2 * (notes + answers + 8 * max(1, self.constants) + self.staged_bytes)
+
+    @property
+    def staged_bytes(self) -> int:
+        """Bytes of page-locked memory through which factors are copied."""
+        return max(4, min(self.factor_bytes, _STAGED_BYTES))
 
     @property
     def _brought_bytes(self) -> int:

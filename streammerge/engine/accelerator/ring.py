@@ -96,7 +96,8 @@ class Ring:
         )
         self.constants = Returned(backend, max(1, shape.constants), torch.int64)
         self.lasts = backend.allocate(8 * max(1, shape.ranks)).view(torch.int64)
-        self.factors = Returned(backend, max(1, shape.factor_bytes // 4), torch.float32)
+        self.factors = backend.allocate(max(4, shape.factor_bytes)).view(torch.float32)
+        self._staged = torch.from_numpy(backend.pin(max(4, shape.staged_bytes)))
         self.answers = self._make_answers(dtype) if shape.searches else ()
         self.values = tuple(Returned.of(backend, each.values) for each in self.answers)
         self.counted = tuple(Returned.of(backend, each.counts) for each in self.answers)
@@ -131,15 +132,32 @@ class Ring:
     def bring_constants(self, numbers: Sequence[int]) -> None:
         """Enqueue a copy of what steps read, before they do; nothing may be in flight."""
         self.constants.host.numpy()[: len(numbers)] = numbers
-        self._bring_first(self.constants, len(numbers))
-
-    def bring_factors(self, count: int) -> None:
-        """Enqueue a copy of the first elements of factors, which the host has written, likewise."""
-        self._bring_first(self.factors, count)
-
-    def _bring_first(self, there: Returned, count: int) -> None:
+        count = len(numbers)
         if count:
-            self._copy_in.copy(there.device_bytes(count), there.host_bytes(count))
+            self._copy_in.copy(self.constants.device_bytes(count), self.constants.host_bytes(count))
+
+    def bring_factor(self, values: Tensor, place: int) -> Tensor:
+        """Copy a factor to its place among those of a tensor, and wait; nothing may be in flight.
+
+        It comes once for many pieces, so that little page-locked memory does.
+
+        Args:
+            values: ``[n]`` float32.
+            place: Index of its first element there.
+
+        Returns:
+            Where it lies now, ``[n]``.
+        """
+        there = self.factors[place : place + values.numel()]
+        step = self._staged.numel() // 4
+        for begin in range(0, values.numel(), step):
+            part = values[begin : begin + step]
+            staged = self._staged[: part.nbytes]
+            staged.copy_(part.view(torch.uint8))
+            self._copy_in.copy(there[begin : begin + step].view(torch.uint8), staged)
+            self._copy_in.record(self._done)
+            self._done.synchronize()
+        return there
 
     def clear(self) -> None:
         """Set all that is added up over a piece to zero; to be run."""

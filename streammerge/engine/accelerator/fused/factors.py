@@ -3,8 +3,8 @@
 Pieces of a tensor follow each other, so a worker brings its factors once and keeps them until another
 tensor comes.
 
-Memory: the plan's :attr:`~streammerge.plan.devices.StepShape.factor_bytes` on the device, and as many
-page-locked, through which they are copied.
+Memory: the plan's :attr:`~streammerge.plan.devices.StepShape.factor_bytes` on the device, and
+:attr:`~streammerge.plan.devices.StepShape.staged_bytes` page-locked, through which they are copied.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class FactorRoom:
     def bring(
         self, piece: PieceInMemory, sources: Sequence[int]
     ) -> tuple[tuple[ProductThere, ...], ...]:
-        """Enqueue copies of what a piece needs and is not there; nothing may be in flight.
+        """Copy what a piece needs and is not there; nothing may be in flight.
 
         Returns:
             What each source adds; nothing at all where none adds anything.
@@ -72,8 +72,9 @@ class FactorRoom:
         if not any(piece.deltas):
             return ()
         if piece.first.task_index != self._task:
-            self._task = piece.first.task_index
+            self._task = -1
             self._by_model = self._copied(piece)
+            self._task = piece.first.task_index
         return tuple(self._by_model[model] for model in sources)
 
     def _copied(self, piece: PieceInMemory) -> tuple[tuple[ProductThere, ...], ...]:
@@ -91,15 +92,12 @@ class FactorRoom:
                     vector, place = self._put(product.vector, place)
                 own.append(_there(product, up, down, vector))
             by_model.append(tuple(own))
-        self._ring.bring_factors(place)
         return tuple(by_model)
 
     def _put(self, values: NDArray[np.float32], place: int) -> tuple[Tensor, int]:
-        """Write a factor where copies are made from; return where it will be, and what comes behind."""
-        flat = torch.from_numpy(values).view(-1)
-        end = place + flat.numel()
-        self._ring.factors.host[place:end].copy_(flat)
-        return self._ring.factors.device[place:end], end
+        """Copy a factor; return where it is, and what comes behind."""
+        there = self._ring.bring_factor(torch.from_numpy(values).view(-1), place)
+        return there, place + values.size
 
 
 def _there(product: Product, up: Tensor, down: Tensor, vector: Tensor | None) -> ProductThere:

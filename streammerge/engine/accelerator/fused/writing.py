@@ -25,8 +25,6 @@ from streammerge.tiles.functions import NOT_FOR_SINGLE
 from streammerge.tiles.fusing import Layout, sink_rows
 from streammerge.tiles.program import FUNCTIONS, SINKS, Op, Program, Step, Vote
 
-_DECORATOR = '@triton.jit(do_not_specialize_on_alignment=["constants", "notes"])'
-"""Those begin anywhere; a kernel for each way they are aligned would be compiled for nothing."""
 _COMPUTED = {DType.F32: ("tl.float32", "tl.int32"), DType.F64: ("tl.float64", "tl.int64")}
 _CALLS = {
     Op.EXPONENTIAL: "exponential",
@@ -77,19 +75,20 @@ class _Writer:
         for index, step in enumerate(self.kind.program.steps):
             self.lines.append(f"# {step.op.name}")
             self._step(step, index)
-        parameters = ", ".join(
-            [
-                *(f"model{place}" for place in range(len(self.kind.sources) + 1)),
-                *(
-                    f"{side}{i}"
-                    for i, normed in enumerate(self._products)
-                    for side in ("up", "down", "vector")[: 2 if normed is Normed.NOT else 3]
-                ),
-                "out, constants, lasts, notes, counts, begin, numel, stride, TILE: tl.constexpr",
-            ]
-        )
+        models = [f"model{place}" for place in range(len(self.kind.sources) + 1)]
+        factors = [
+            f"{side}{i}"
+            for i, normed in enumerate(self._products)
+            for side in ("up", "down", "vector")[: 2 if normed is Normed.NOT else 3]
+        ]
+        others = "out, constants, lasts, notes, counts, begin, numel, stride, TILE: tl.constexpr"
+        # These begin anywhere; a kernel for each way they are aligned would be compiled for nothing.
+        anywhere = ["constants", "notes", *factors]
         body = "\n".join(f"    {line}" for line in self.lines)
-        return f"{_DECORATOR}\ndef merge({parameters}):\n{body}\n"
+        return (
+            f"@triton.jit(do_not_specialize_on_alignment={anywhere})\n"
+            f"def merge({', '.join([*models, *factors, others])}):\n{body}\n"
+        )
 
     @property
     def _products(self) -> list[Normed]:
