@@ -58,6 +58,28 @@ def test_a_device_that_computes_alike_is_trusted(
     assert backend.log.count(("run", COMPUTE)) > 2 * runs
 
 
+@pytest.mark.parametrize(
+    ("method", "parameters", "document"),
+    [
+        ("ties", {"density": 0.3, "scope": "model"}, {}),
+        ("ties", {"density": 0.3}, {"non_finite": "keep"}),
+        ("pcb", {"ratio": 0.2}, {"compute_dtype": "float64"}),
+    ],
+)
+def test_what_else_plans_ask_for_is_trusted_too(
+    method: str,
+    parameters: dict[str, Any],
+    document: dict[str, Any],
+    devices: MakeDevices,
+    models: Models,
+) -> None:
+    backend = devices()["cuda:0"]
+    paths = [models.write(each) for each in draw(torch.float32)]
+    prove(plan_on(recipe_for(method, paths, parameters, **document)), find_method(method), backend)
+
+    assert ("run", COMPUTE) in backend.log
+
+
 def test_single_operations_are_tried_too_unless_they_add_up(
     devices: MakeDevices, models: Models
 ) -> None:
