@@ -33,6 +33,7 @@ from streammerge.checkpoint.recorded import Recorded
 from streammerge.checkpoint.sidecars import make_folder
 from streammerge.checkpoint.types import ShardFile
 from streammerge.comparing import ComparedFile, Comparison, Sample, compare_results
+from streammerge.engine.accelerator.combining import open_decomposer
 from streammerge.engine.computing import ComputedSource, StageComputer
 from streammerge.engine.context import SweepShare
 from streammerge.engine.making import make_numbers
@@ -108,11 +109,19 @@ class MergeJob:
         return self._merge(self.planned, on_progress)
 
     def _combine(self, planned: CombinationPlan, on_progress: OnProgress) -> Manifest:
-        from streammerge.adapters.combining.running import CombinationJob  # noqa: PLC0415 - loads torch
+        # They load torch.
+        from streammerge.adapters.combining.factors import (  # noqa: PLC0415
+            decompose,
+            with_fixed_signs,
+        )
+        from streammerge.adapters.combining.running import CombinationJob  # noqa: PLC0415
 
-        with naming_errors(self.out):
+        with (
+            naming_errors(self.out),
+            open_decomposer(planned, decompose, with_fixed_signs) as opened,
+        ):
             return write_adapter(
-                CombinationJob(planned),
+                CombinationJob(planned, opened.decompose, opened.peak_bytes),
                 self.out,
                 identity=identify(planned),
                 overwrite=self.overwrite,

@@ -27,10 +27,11 @@ from streammerge.collecting import without_collecting
 from streammerge.companions.choosing import accompany
 from streammerge.comparing import Comparison, Sample, check_sample
 from streammerge.engine.accelerator import opening
+from streammerge.engine.accelerator.combining import free_for, share_devices
 from streammerge.engine.accelerator.opening import AUTO, choose_devices, named_devices
 from streammerge.engine.progress import OnProgress
 from streammerge.engine.shelter import run_sheltered
-from streammerge.errors import CheckpointError, DeviceError, RecipeError
+from streammerge.errors import CheckpointError, RecipeError
 from streammerge.finishing import recipe_of
 from streammerge.identity import identify
 from streammerge.limits import naming_limits
@@ -156,21 +157,19 @@ def _plan(
     parsed = locate_models(asked, download=download)
     _check_planning_room(parsed, memory)
     if is_combination(parsed):
-        if names:
-            raise DeviceError(
-                f"device: {','.join(names)!r}, but adapters are combined on the cpu, in seconds; leave it out"
-            )
         if report:
             raise RecipeError(
                 "report: tells of tensors that are merged element by element, and this recipe combines "
                 "adapters without a base; add `base: PATH`, or leave the report out"
             )
+        free = free_for(parsed.method, names)
         combination = plan_combination(
             parsed,
             read_adapters(parsed),
             budget=choose_budget(memory),
             baseline=measure_baseline(torch=True),
         )
+        combination = share_devices(combination, names, budget=device_budget, free=free)
         return replace(combination, recipe=dump_recipe(asked))
     # Before the files are opened: a method that does not exist is a matter of the recipe.
     shares_ties = takes_in_turn(parsed, find_method(parsed.method))

@@ -11,9 +11,10 @@ Fixtures: ``models`` makes checkpoints below ``tmp_path`` and merges them (see `
 from __future__ import annotations
 
 import gc
+import importlib.util
 import os
 import signal
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,10 @@ from streammerge.engine.accelerator.proving import prove
 if not torch.cuda.is_available():
     # Read when Triton is imported: kernels run in its interpreter, on tensors of the CPU.
     os.environ["TRITON_INTERPRET"] = "1"
+
+
+collect_ignore = [] if importlib.util.find_spec("triton") else ["accelerator"]
+"""Devices are tested where their kernels can be interpreted."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -82,10 +87,13 @@ def _interruptible() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-@pytest.fixture(autouse=True)
-def _no_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(autouse=True, scope="session")
+def _no_driver() -> Iterator[None]:
     """Let no device be taken that a test does not name, whatever this machine has."""
-    monkeypatch.setattr(driver, "count_driver_devices", lambda: 0)
+    # For all tests at once: what a test changes itself is undone before its fixtures end.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(driver, "count_driver_devices", lambda: 0)
+        yield
 
 
 @pytest.fixture
@@ -103,19 +111,18 @@ def _multiply_high(a: NDArray[np.uint64], b: NDArray[np.uint64]) -> NDArray[np.u
     return a_high * b_high + (middle >> half) + (other >> half)
 
 
-# Triton reads its environment when it is imported.
-from triton.runtime import interpreter  # noqa: E402
-
-from streammerge.engine.accelerator.fused.running import FusedSteps  # noqa: E402
-
-interpreter.np_umulhi_u64 = _multiply_high
-
-
 @pytest.fixture
 def devices(monkeypatch: pytest.MonkeyPatch) -> MakeDevices:
     """Return a function that makes two fake devices, with options of :class:`FakeBackend`."""
 
     def make(*, proves: bool = False, **options: Any) -> dict[str, FakeBackend]:
+        # There on Linux alone; it reads its environment when it is imported.
+        pytest.importorskip("triton")
+        from triton.runtime import interpreter
+
+        from streammerge.engine.accelerator.fused.running import FusedSteps
+
+        monkeypatch.setattr(interpreter, "np_umulhi_u64", _multiply_high)
         # Trials have tests of their own; before each merge here they would take as long as it.
         monkeypatch.setattr(sharing, "prove", prove if proves else lambda *_: None)
         made = {name: FakeBackend(name, **options) for name in ("cuda:0", "cuda:1")}

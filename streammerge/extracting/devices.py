@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from streammerge.adapters.combining.plans import DeviceShare
 from streammerge.errors import MemoryBudgetError, printable
 from streammerge.extracting.factoring import OVERSAMPLE, comparing_bytes, reading_bytes
-from streammerge.extracting.plans import DeviceShare, FactorTask
+from streammerge.extracting.plans import FactorTask
 from streammerge.plan.device_matrices import HOST_BYTES, decomposing_bytes, goes_to_device
 from streammerge.plan.devices import HOST_GROWTH_BYTES
 from streammerge.plan.planning import Machine

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from streammerge.adapters.combining.plans import OutputTensor
+from streammerge.adapters.combining.plans import DeviceShare, OutputTensor
 from streammerge.checkpoint.types import ShardFile, TensorEntry
 from streammerge.errors import printable
 from streammerge.plan.choice import DeviceChoice
@@ -58,20 +58,6 @@ class CopyTask:
     """The tensor; its file is an index into :attr:`ExtractionPlan.files`."""
     output: OutputTensor
     """Where it goes."""
-
-
-@dataclass(frozen=True, slots=True)
-class DeviceShare:
-    """Accelerators and what is taken of them."""
-
-    names: tuple[str, ...]
-    """``"cuda:0"`` and so on; each factors one matrix at a time."""
-    matrices: int
-    """Matrices that are factored there."""
-    peak: int
-    """Most bytes of each, the driver's own not included."""
-    budget: int
-    """What the user, or the device's free memory, allows, in bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,14 +133,7 @@ class ExtractionPlan:
         if self.choice is not None:
             rows.append(("device", str(self.choice)))
         if self.device is not None:
-            rows.append(("device", _told(self.device)))
+            rows.append(("device", str(self.device)))
         rows = [row for row in rows if row[0] != "left out" or self.left_out]
         width = max(len(name) for name, _ in rows)
         return "\n".join(f"{name:<{width}}  {printable(value)}" for name, value in rows)
-
-
-def _told(device: DeviceShare) -> str:
-    return (
-        f"{', '.join(device.names)}: {device.matrices:,} matrices, with up to {format_size(device.peak)} "
-        f"of {format_size(device.budget)} on each"
-    )

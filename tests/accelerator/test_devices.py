@@ -257,5 +257,5 @@ def test_combining_adapters_refuses_a_device(devices: MakeDevices, tmp_path: Pat
     (adapter / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 1}')
     recipe = {"method": "cat", "sources": [{"path": str(adapter)}] * 2}
 
-    with pytest.raises(DeviceError, match="adapters are combined on the cpu"):
+    with pytest.raises(DeviceError, match="cat of adapters is computed on the cpu"):
         streammerge.plan(recipe, device="cuda:0")

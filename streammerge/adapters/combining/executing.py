@@ -20,7 +20,6 @@ from streammerge.adapters.combining.factors import (
     Settings,
     clamp_factors,
     concatenate,
-    decompose,
     merge_factor,
     merge_products,
     read_settings,
@@ -45,6 +44,8 @@ from streammerge.recipe.types import ComputeDType
 
 OnTask = Callable[[int, int], None]
 """Told the bytes read and the bytes written by a task that is done."""
+Decompose = Callable[[Tensor, int, str], tuple[Tensor, Tensor]]
+"""Returns A ``[rank, in]`` and B ``[out, rank]`` of a product ``[out, in]``, given its name."""
 
 
 def check_equal_copies(plan: CombinationPlan, sources: Sequence[ByteSource]) -> None:
@@ -67,7 +68,11 @@ def check_equal_copies(plan: CombinationPlan, sources: Sequence[ByteSource]) -> 
 
 
 def execute(
-    plan: CombinationPlan, sources: Sequence[ByteSource], output: OutputFile, on_task: OnTask
+    plan: CombinationPlan,
+    sources: Sequence[ByteSource],
+    output: OutputFile,
+    on_task: OnTask,
+    decompose: Decompose,
 ) -> None:
     """Write every tensor of the plan.
 
@@ -76,6 +81,7 @@ def execute(
         sources: The open input files, in recipe order.
         output: The open output file; its header is written already.
         on_task: Called after every task.
+        decompose: Decomposes whole products.
 
     Raises:
         NonFiniteError: An input holds NaN or infinity, or the result does not fit its dtype.
@@ -85,9 +91,9 @@ def execute(
             if isinstance(task, CopyTask):
                 read = _copy(plan, sources, output, task)
             elif isinstance(task, VectorTask):
-                read = _Combiner(plan, sources, output).combine_vectors(task)
+                read = _Combiner(plan, sources, output, decompose).combine_vectors(task)
             else:
-                read = _Combiner(plan, sources, output).combine_module(task)
+                read = _Combiner(plan, sources, output, decompose).combine_module(task)
             on_task(read, sum(tensor.nbytes for tensor in task.outputs))
 
 
@@ -95,8 +101,13 @@ class _Combiner:
     """Loads, combines and writes the factors of one task."""
 
     def __init__(
-        self, plan: CombinationPlan, sources: Sequence[ByteSource], output: OutputFile
+        self,
+        plan: CombinationPlan,
+        sources: Sequence[ByteSource],
+        output: OutputFile,
+        decompose: Decompose,
     ) -> None:
+        self._decompose = decompose
         self._plan = plan
         self._sources = sources
         self._output = output
@@ -128,7 +139,7 @@ class _Combiner:
         downs = [self._load(index, module.down).flatten(1) for index, module in present]
         ups = [self._load(index, module.up).flatten(1) for index, module in present]
         if task.copies is None:
-            down, up = _combine(task, settings, modules, downs, ups)
+            down, up = _combine(task, settings, modules, downs, ups, decompose=self._decompose)
         else:
             down, up = concatenate(downs, ups, [1.0], [modules[0].scaling])
         del downs, ups
@@ -199,6 +210,8 @@ def _combine(
     modules: Sequence[LowRankModule],
     downs: Sequence[Tensor],
     ups: Sequence[Tensor],
+    *,
+    decompose: Decompose,
 ) -> tuple[Tensor, Tensor]:
     """Return A and B of the result, as matrices."""
     scalings = [module.scaling for module in modules]
@@ -222,7 +235,7 @@ def _combine(
                 settings,
                 name=task.weight_name,
             )
-            down, up = decompose(product, task.rank)
+            down, up = decompose(product, task.rank, task.weight_name)
     return clamp_factors(down, up, settings.clamp) if settings.clamp else (down, up)
 
 

@@ -114,6 +114,27 @@ Task = ModuleTask | VectorTask | CopyTask
 
 
 @dataclass(frozen=True, slots=True)
+class DeviceShare:
+    """Accelerators and what decompositions take of them."""
+
+    names: tuple[str, ...]
+    """``"cuda:0"`` and so on; each has one matrix at a time."""
+    matrices: int
+    """Matrices that are decomposed there."""
+    peak: int
+    """Most bytes of each, the driver's own not included."""
+    budget: int
+    """What the user, or the device's free memory, allows, in bytes."""
+
+    def __str__(self) -> str:
+        """Return it in a line."""
+        return (
+            f"{', '.join(self.names)}: {self.matrices:,} matrices, with up to {format_size(self.peak)} "
+            f"of {format_size(self.budget)} on each"
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class CombinationPlan:
     """A combination of adapters, decided and checked."""
 
@@ -147,6 +168,13 @@ class CombinationPlan:
     """Most resident memory of the process, in bytes."""
     budget: int
     """What the user allows, in bytes."""
+    device: DeviceShare | None = None
+    """Accelerators, for products that are decomposed whole; None for the CPU."""
+
+    @property
+    def device_name(self) -> str:
+        """What decomposes: ``cpu``, ``cuda:0``, or several with commas between."""
+        return "cpu" if self.device is None else ",".join(self.device.names)
 
     @property
     def files(self) -> tuple[ShardFile, ...]:
@@ -200,6 +228,8 @@ class CombinationPlan:
             rows.insert(-3, ("not in all sources", f"{len(self.incomplete):,} modules"))
         if self.dropped:
             rows.insert(-3, ("dropped", f"{len(self.dropped):,} modules or tensors"))
+        if self.device is not None:
+            rows.append(("device", str(self.device)))
         width = max(len(name) for name, _ in rows)
         return "\n".join(f"{name:<{width}}  {printable(value)}" for name, value in rows)
 
@@ -219,4 +249,5 @@ class CombinationPlan:
             "bytes_to_write": self.bytes_to_write,
             "peak_memory": self.peak_memory,
             "budget": self.budget,
+            "device": None if self.device is None else asdict(self.device),
         }

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from streammerge.adapters.combining.combinations import COMBINATIONS
 from streammerge.adapters.combining.config import render_config
-from streammerge.adapters.combining.executing import check_equal_copies, execute
+from streammerge.adapters.combining.executing import Decompose, check_equal_copies, execute
 from streammerge.adapters.combining.plans import (
     CombinationPlan,
     CopyTask,
@@ -41,6 +41,10 @@ class CombinationJob:
 
     plan: CombinationPlan
     """What :func:`~streammerge.adapters.combining.planning.plan_combination` returned."""
+    decompose: Decompose
+    """Decomposes whole products, where the plan says."""
+    device_peak: Callable[[], int]
+    """Returns the most memory that the process had of any one device."""
 
     @property
     def inputs(self) -> Sequence[Path]:
@@ -75,7 +79,7 @@ class CombinationJob:
         self, sources: Sequence[ByteSource], output: OutputFile, on_task: Callable[[int, int], None]
     ) -> None:
         """Write every tensor."""
-        execute(self.plan, sources, output, on_task)
+        execute(self.plan, sources, output, on_task, self.decompose)
 
     def texts(self, form: OutputForm) -> Mapping[str, bytes]:
         """Return recipe, configuration and model card."""
@@ -119,12 +123,17 @@ class CombinationJob:
             dropped=plan.dropped,
             copied_from_base=(),
             tensors=_tensor_records(plan),
-            run=meter.record(
-                workers=1,
-                projected=plan.peak_memory,
-                budget=plan.budget,
-                identity=identity,
-                byte_source=byte_source,
+            run=replace(
+                meter.record(
+                    workers=1,
+                    projected=plan.peak_memory,
+                    budget=plan.budget,
+                    identity=identity,
+                    byte_source=byte_source,
+                ),
+                device=plan.device_name,
+                projected_device_memory=0 if plan.device is None else plan.device.peak,
+                measured_device_memory=self.device_peak(),
             ),
             revisions={
                 f"sources[{index}]": revision

@@ -44,8 +44,6 @@ _ALL, _NONE = 2**62, -1
 """Last ties where all are kept, and where none is."""
 _UNROLL = 32
 """Elements per running sum of a total that are loaded at once."""
-
-
 _LEAST_WARPS, _MOST_WARPS = 4, 16
 """Of a program instance: 16 elements per thread, or fewer."""
 _ROWS_AT_ONCE = 6
