@@ -230,17 +230,19 @@ def multiply(
     step = tl.minimum(wide.to(tl.int32), narrow - tile)
     left = up + row * rank
     right = down + tile * rank + (column - tile)
-    there = here & (rank > 0)
+    # A number for each element: the interpreter takes no other for a mask.
+    terms = tl.zeros([COUNT], tl.int32) + rank.to(tl.int32)
+    there = here & (terms > 0)
     total = tl.load(left, mask=there, other=0.0) * tl.load(right, mask=there, other=0.0)
     term = 1
     while term < rank:
         # Loads need not wait for one another, sums must.
         for more in tl.static_range(_TERMS_AT_ONCE):
             own = term + more
-            there = here & (own < rank)
+            there = here & (terms > own)
             factor = tl.load(left + own, mask=there, other=0.0)
             value = tl.load(right + own * step, mask=there, other=0.0)
-            total = tl.where(own < rank, total + factor * value, total)
+            total = tl.where(terms > own, total + factor * value, total)
         term += _TERMS_AT_ONCE
     return total
 
