@@ -109,17 +109,9 @@ class MergeJob:
         return self._merge(self.planned, on_progress)
 
     def _combine(self, planned: CombinationPlan, on_progress: OnProgress) -> Manifest:
-        # They load torch.
-        from streammerge.adapters.combining.factors import (  # noqa: PLC0415
-            decompose,
-            with_fixed_signs,
-        )
-        from streammerge.adapters.combining.running import CombinationJob  # noqa: PLC0415
+        from streammerge.adapters.combining.running import CombinationJob  # noqa: PLC0415 - loads torch
 
-        with (
-            naming_errors(self.out),
-            open_decomposer(planned, decompose, with_fixed_signs) as opened,
-        ):
+        with naming_errors(self.out), open_decomposer(planned) as opened:
             return write_adapter(
                 CombinationJob(planned, opened.decompose, opened.peak_bytes),
                 self.out,

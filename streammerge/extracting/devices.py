@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from streammerge.adapters.combining.plans import DeviceShare
-from streammerge.errors import MemoryBudgetError, printable
 from streammerge.extracting.factoring import OVERSAMPLE, comparing_bytes, reading_bytes
 from streammerge.extracting.plans import FactorTask
-from streammerge.plan.device_matrices import HOST_BYTES, decomposing_bytes, goes_to_device
+from streammerge.plan.device_matrices import (
+    HOST_BYTES,
+    allow_matrix,
+    decomposing_bytes,
+    goes_to_device,
+)
 from streammerge.plan.devices import HOST_GROWTH_BYTES
 from streammerge.plan.planning import Machine
-from streammerge.units import format_budget, format_size
 
 _SPACES = 8
 """Spaces on both sides, as :func:`~streammerge.extracting.factoring.workspace` counts them."""
@@ -31,22 +34,12 @@ def share_devices(tasks: Sequence[FactorTask], machine: Machine) -> DeviceShare 
     if not machine.devices:
         return None
     there = [task for task in tasks if is_for_device(task)]
-    allowed = machine.device_free
-    if machine.device_budget is not None:
-        allowed = min(allowed, machine.device_budget)
-    peak = max(map(device_bytes, there), default=0)
-    if peak > allowed:
-        largest = max(there, key=device_bytes)
-        limit = (
-            f"only {format_size(allowed)} are free there"
-            if peak > machine.device_free
-            else f"--device-memory is {format_size(allowed)}"
-        )
-        raise MemoryBudgetError(
-            f"{printable(largest.pair.name)} {list(largest.pair.shape)} takes {format_size(peak)} of "
-            f"{', '.join(machine.devices)} while it is decomposed, and {limit}; give --device-memory "
-            f"{format_budget(peak)} or more, or --device cpu"
-        )
+    largest = max(there, key=device_bytes, default=None)
+    peak = 0 if largest is None else device_bytes(largest)
+    name = "" if largest is None else f"{largest.pair.name} {list(largest.pair.shape)}"
+    allowed = allow_matrix(
+        name, peak, machine.devices, budget=machine.device_budget, free=machine.device_free
+    )
     return DeviceShare(machine.devices, matrices=len(there), peak=peak, budget=allowed)
 
 

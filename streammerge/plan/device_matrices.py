@@ -17,11 +17,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 
+from streammerge.errors import MemoryBudgetError, printable
 from streammerge.methods.base import Work
 from streammerge.methods.programs import Programs
 from streammerge.plan.budgeting import Demand, whole_bytes
 from streammerge.plan.types import TensorTask
-from streammerge.units import MIB, format_size
+from streammerge.units import MIB, format_budget, format_size
 
 LEAST_SIDE = 512
 """Of the smaller side: below it, a core takes less time than a device that is asked for many short
@@ -160,3 +161,32 @@ def told_matrix(shape: MatricesShape) -> str:
     if not shape.count:
         return ""
     return f", of which {format_size(shape.nbytes)} are to decompose {shape.largest}"
+
+
+def allow_matrix(
+    name: str, nbytes: int, names: Sequence[str], *, budget: int | None, free: int
+) -> int:
+    """Return the bytes that each device may give, if its largest matrix fits them.
+
+    Args:
+        name: Of that matrix, with its shape, for messages.
+        nbytes: What it takes of a device; 0 without any.
+        names: The devices.
+        budget: Most bytes on each of them; None for what is free.
+        free: Bytes that are free on the fullest of them.
+
+    Raises:
+        MemoryBudgetError: It does not; names the least memory that would do.
+    """
+    allowed = free if budget is None else min(budget, free)
+    if nbytes <= allowed:
+        return allowed
+    limit = (
+        f"only {format_size(free)} are free there"
+        if nbytes > free
+        else f"--device-memory is {format_size(allowed)}"
+    )
+    raise MemoryBudgetError(
+        f"{printable(name)} takes {format_size(nbytes)} of {', '.join(names)} while it is decomposed, and "
+        f"{limit}; give --device-memory {format_budget(nbytes)} or more, or --device cpu"
+    )

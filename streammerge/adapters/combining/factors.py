@@ -27,6 +27,7 @@ from streammerge.functional import (
     magnitude_mask,
     task_arithmetic,
 )
+from streammerge.methods.matrices import singular_parts
 from streammerge.recipe.types import ParameterValue
 from streammerge.rng import keep_mask, stream_key
 from streammerge.statistics.selecting import select_block
@@ -157,7 +158,7 @@ def sum_low_rank(
     left, values, right = torch.linalg.svd(outer_r @ inner_r.T, full_matrices=False)
     up = outer_q @ (left[:, :rank] * values[:rank])
     down = right[:rank] @ inner_q.T
-    return with_fixed_signs(down, up)
+    return _with_fixed_signs(down, up)
 
 
 def merge_products(
@@ -195,9 +196,12 @@ def merge_products(
 
 
 def decompose(product: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Return the best approximation of a matrix of a rank, as ``A [rank, in]``, ``B [out, rank]``."""
-    left, values, right = torch.linalg.svd(product, full_matrices=False)
-    return with_fixed_signs(right[:rank].clone(), left[:, :rank] * values[:rank])
+    """Return the best approximation of a matrix of a rank, as ``A [rank, in]``, ``B [out, rank]``.
+
+    Of a matrix where it lies: on the CPU, or on a device.
+    """
+    left, values, right = singular_parts(product)
+    return _with_fixed_signs(right[:rank].clone(), left[:, :rank] * values[:rank])
 
 
 def clamp_factors(down: Tensor, up: Tensor, quantile: float) -> tuple[Tensor, Tensor]:
@@ -269,7 +273,7 @@ def _drop_(tensor: Tensor, index: int, settings: Settings, *, name: str) -> Tens
     return tensor.div_(density)
 
 
-def with_fixed_signs(down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+def _with_fixed_signs(down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     """Return the factors with the largest entry of every column of B made positive, in place."""
     if up.numel() == 0:
         return down, up

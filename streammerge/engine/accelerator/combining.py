@@ -22,10 +22,14 @@ from streammerge.engine.accelerator.cuda import full_products
 from streammerge.engine.accelerator.matrices import MatrixBenches, MatrixWork
 from streammerge.engine.buffers import allocate
 from streammerge.engine.monitor import Monitor
-from streammerge.errors import DeviceError, MemoryBudgetError, printable
+from streammerge.errors import DeviceError, MemoryBudgetError
 from streammerge.lazily import torch
-from streammerge.methods.matrices import singular_parts
-from streammerge.plan.device_matrices import HOST_BYTES, decomposing_bytes, goes_to_device
+from streammerge.plan.device_matrices import (
+    HOST_BYTES,
+    allow_matrix,
+    decomposing_bytes,
+    goes_to_device,
+)
 from streammerge.plan.devices import HOST_GROWTH_BYTES
 from streammerge.recipe.types import ComputeDType
 from streammerge.units import BASELINE_NOISE, format_budget, format_size
@@ -37,8 +41,8 @@ _THEN = "combine again"
 
 Decompose = Callable[["Tensor", int, str], tuple["Tensor", "Tensor"]]
 """Returns A ``[rank, in]`` and B ``[out, rank]`` of a matrix ``[out, in]``, given its name for messages."""
-FixSigns = Callable[["Tensor", "Tensor"], tuple["Tensor", "Tensor"]]
-"""Makes the factors those that are the same everywhere."""
+Factoring = Callable[["Tensor", int], tuple["Tensor", "Tensor"]]
+"""The same of a matrix where it lies."""
 
 
 def free_for(method: str, names: Sequence[str]) -> int:
@@ -74,20 +78,12 @@ def share_devices(
     if not names:
         return plan
     there = [task for task in plan.tasks if isinstance(task, ModuleTask) and _is_for_device(task)]
-    peak = max((_device_bytes(plan, task) for task in there), default=0)
-    allowed = free if budget is None else min(budget, free)
-    if peak > allowed:
-        largest = max(there, key=lambda task: _device_bytes(plan, task))
-        limit = (
-            f"only {format_size(free)} are free there"
-            if peak > free
-            else f"--device-memory is {format_size(allowed)}"
-        )
-        raise MemoryBudgetError(
-            f"{printable(largest.weight_name)} {list(_shape(largest))} takes {format_size(peak)} of "
-            f"{', '.join(names)} while it is decomposed, and {limit}; give --device-memory "
-            f"{format_budget(peak)} or more, or --device cpu"
-        )
+    itemsize = 4 if plan.compute_dtype is ComputeDType.FLOAT32 else 8
+    sizes = {task: _device_bytes(*_shape(task), task.rank, itemsize) for task in there}
+    largest = max(there, key=sizes.__getitem__, default=None)
+    peak = 0 if largest is None else sizes[largest]
+    name = "" if largest is None else f"{largest.weight_name} {list(_shape(largest))}"
+    allowed = allow_matrix(name, peak, names, budget=budget, free=free)
     host = plan.peak_memory + len(names) * (HOST_GROWTH_BYTES + HOST_BYTES)
     if host > plan.budget:
         raise MemoryBudgetError(
@@ -109,11 +105,9 @@ def _is_for_device(task: ModuleTask) -> bool:
     return task.copies is None and goes_to_device(_shape(task))
 
 
-def _device_bytes(plan: CombinationPlan, task: ModuleTask) -> int:
+def _device_bytes(rows: int, columns: int, rank: int, itemsize: int) -> int:
     """Return the memory of a device for a product: itself, its factors, and the decomposition."""
-    itemsize = 4 if plan.compute_dtype is ComputeDType.FLOAT32 else 8
-    rows, columns = _shape(task)
-    kept = rows * columns + task.rank * (rows + columns)
+    kept = rows * columns + rank * (rows + columns)
     return itemsize * kept + decomposing_bytes(rows * columns, itemsize)
 
 
@@ -128,20 +122,16 @@ class Decomposer:
 
 
 @contextmanager
-def open_decomposer(
-    plan: CombinationPlan, on_cpu: Callable[[Tensor, int], tuple[Tensor, Tensor]], fix: FixSigns
-) -> Iterator[Decomposer]:
+def open_decomposer(plan: CombinationPlan) -> Iterator[Decomposer]:
     """Open the devices of a plan; without any, everything is decomposed on the CPU.
-
-    Args:
-        plan: The plan.
-        on_cpu: Decomposes a matrix of the host.
-        fix: Fixes the signs of factors.
 
     Raises:
         DeviceError: A device is not there.
         DeviceLostError: One does not answer.
     """
+    # It loads torch, as a combination does, and plans need not.
+    from streammerge.adapters.combining.factors import decompose as on_cpu  # noqa: PLC0415
+
     if plan.device is None:
         yield Decomposer(lambda product, rank, _: on_cpu(product, rank), lambda: 0)
         return
@@ -151,16 +141,16 @@ def open_decomposer(
     def decompose(product: Tensor, rank: int, name: str) -> tuple[Tensor, Tensor]:
         if not goes_to_device(product.shape):
             return on_cpu(product, rank)
-        return _decompose_there(benches, product, rank, name, fix)
+        return _decompose_there(benches, product, rank, name, on_cpu)
 
     with full_products():
         yield Decomposer(decompose, lambda: max(each.peak_bytes() for each in backends))
 
 
 def _decompose_there(
-    benches: MatrixBenches, product: Tensor, rank: int, name: str, fix: FixSigns
+    benches: MatrixBenches, product: Tensor, rank: int, name: str, by: Factoring
 ) -> tuple[Tensor, Tensor]:
-    """Return what the CPU's decomposition returns, but for last bits."""
+    """Return what the same function returns on the CPU, but for last bits."""
     rows, columns = product.shape
     dtype, size = product.dtype, product.element_size()
     shapes = (rank, columns), (rows, rank)
@@ -171,16 +161,14 @@ def _decompose_there(
         return [memory.view(dtype).view(shape) for memory, shape in pairs]
 
     def compute(given: Sequence[Tensor], back: Sequence[Tensor]) -> None:
-        left, values, right = singular_parts(given[0].view(dtype).view(rows, columns))
-        down, up = fix(right[:rank].clone(), left[:, :rank] * values[:rank])
-        for place, factor in zip(views(back), (down, up), strict=True):
+        factors = by(given[0].view(dtype).view(rows, columns), rank)
+        for place, factor in zip(views(back), factors, strict=True):
             place.copy_(factor)
 
-    nbytes = size * (rows * columns + rank * (rows + columns))
     benches.run(
         MatrixWork(
             name=name,
-            nbytes=nbytes + decomposing_bytes(rows * columns, size),
+            nbytes=_device_bytes(rows, columns, rank, size),
             given=[product.contiguous().view(-1).view(torch.uint8).numpy()],
             made=made,
             compute=compute,
