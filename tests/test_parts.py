@@ -909,18 +909,22 @@ def test_parts_that_are_killed_again_and_again_end_with_the_right_bytes(
     record_property: Callable[[str, object], None],
 ) -> None:
     rounds = 20 if request.config.getoption("--runslow") else 1
+    tries = rounds + 10
     chance = random.Random(f"{job} in parts")  # noqa: S311 - it only chooses when to kill
     recipe, out = tmp_path / "recipe.yaml", tmp_path / "out"
     recipe.write_text(yaml.safe_dump(JOBS[job](tmp_path)))
     subprocess.run([*command(recipe, tmp_path / "reference", chance)], check=True)
 
     kills = 0
-    for _ in range(rounds):
+    for done in range(tries):
         kills += _shake(recipe, out, chance)
         assert bytes_of(out) == bytes_of(tmp_path / "reference")
         assert not verify_files(out).damages
         assert not list(tmp_path.glob("out.*"))
         shutil.rmtree(out)
+        # On a fast machine parts may be through before their instants: then once more.
+        if kills and done + 1 >= rounds:
+            break
 
     assert kills
     record_property("kills", kills)
@@ -932,7 +936,7 @@ def _shake(recipe: Path, out: Path, chance: random.Random) -> int:
     Now and then one process without parts goes on instead.
     """
     kills = 0
-    seconds = chance.uniform(0.3, 0.7)
+    seconds = chance.uniform(0.2, 0.7)
     while not out.exists():
         kinds = [["--part", f"{part}/3"] for part in (1, 2, 3)]
         chance.shuffle(kinds)

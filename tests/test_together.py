@@ -394,7 +394,7 @@ def test_killed_again_and_again_all_outputs_have_the_right_bytes(
     command = [sys.executable, "-m", "streammerge", "merge", names[0], outs[0], *also, "--quiet"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     killed = 0
-    for seconds in [0.4, 0.6, 0.7, 0.8, 0.9, 1.0, 1.2, 1.5]:
+    for seconds in [0.2, 0.4, 0.6, 0.7, 0.8, 0.9, 1.0, 1.2, 1.5]:
         running = subprocess.Popen([*command, "--resume"], env=environment)
         try:
             running.wait(seconds)

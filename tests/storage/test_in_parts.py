@@ -252,7 +252,7 @@ def test_killed_at_any_instant_parts_go_on(bucket: Any, large: Path, tmp_path: P
     path.write_text(yaml.safe_dump(recipe))
     chance = random.Random(3)  # noqa: S311 - it only chooses when to kill
     command = [sys.executable, "-m", "streammerge", "merge", str(path), OUT, "--memory", "1GiB"]
-    seconds, kills = 0.6, 0
+    seconds, kills = 0.3, 0
     for part in (1, 2):
         while True:
             process = subprocess.Popen(
