@@ -1,9 +1,7 @@
 """Work on whole matrices on accelerators: brought there, worked on, and brought back, one at a time.
 
-    host memory ─▶ page-locked stage ─▶ device: all of a matrix ─▶ page-locked stage ─▶ host memory
-
-All of it is one stream of work. A decomposition takes far longer than the copies, so that nothing is
-gained by copying meanwhile; the stages take turns, for host memory of any size.
+A decomposition takes far longer than the copies (:mod:`~streammerge.engine.accelerator.copies`), so that
+nothing is gained by copying meanwhile: all of it is one stream of work.
 
 Memory: on the device what :mod:`streammerge.plan.device_matrices` states, for as long as one matrix takes;
 page-locked ``STAGES * STAGE_BYTES`` per device.
@@ -11,9 +9,7 @@ page-locked ``STAGES * STAGE_BYTES`` per device.
 
 from __future__ import annotations
 
-import contextlib
 import threading
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,7 +18,8 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from streammerge.engine.accelerator.backend import GO_ON, Backend, Event, Failure, Stream, lost
+from streammerge.engine.accelerator.backend import GO_ON, Backend, Failure, lost
+from streammerge.engine.accelerator.copies import Bytes, StagedCopies
 from streammerge.engine.buffers import allocate
 from streammerge.engine.gathering import make_on_cpu
 from streammerge.engine.monitor import Monitor
@@ -43,8 +40,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Result = TypeVar("Result")
-Bytes = NDArray[np.uint8]
-"""``[nbytes]``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,16 +59,6 @@ class MatrixWork(Generic[Result]):
     wait for it. Its return value is nothing that lies there."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Stage:
-    """Page-locked memory between host and device."""
-
-    memory: Tensor
-    """``[STAGE_BYTES]`` uint8."""
-    done: Event
-    """What was copied last from or to it is there."""
-
-
 class MatrixBench:
     """One device's place for a matrix; used by one thread at a time."""
 
@@ -88,8 +73,7 @@ class MatrixBench:
         self._then = then
         self.backend = backend
         self._opening = opening
-        self._stream: Stream | None = None
-        self._stages: tuple[_Stage, ...] = ()
+        self._copies: StagedCopies | None = None
 
     def run(self, work: MatrixWork[Result]) -> Result:
         """Do what is to be done with one matrix; once more, if the device's memory runs out.
@@ -104,7 +88,8 @@ class MatrixBench:
                 result = self._run_once(work)
             except Exception as error:
                 failure = self.backend.classify(error)
-                self._abandon()
+                if self._copies is not None:
+                    self._copies.abandon()
                 if failure is Failure.LOST:
                     raise lost(self.backend.name, error, self._then) from error
                 if failure is Failure.OTHER:
@@ -120,74 +105,29 @@ class MatrixBench:
         raise AssertionError(work.name)
 
     def _run_once(self, work: MatrixWork[Result]) -> Result:
-        stream = self._open()
+        copies = self._open()
         there = [self.backend.allocate(each.nbytes) for each in work.given]
         back = [self.backend.allocate(each.nbytes) for each in work.made]
         for source, target in zip(work.given, there, strict=True):
-            self._bring(stream, source, target)
+            copies.bring(source, target)
         results: list[Result] = []
-        stream.run_waiting(lambda: results.append(work.compute(there, back)))
+        copies.stream.run_waiting(lambda: results.append(work.compute(there, back)))
         for device, host in zip(back, work.made, strict=True):
-            self._fetch(stream, device, host)
+            copies.fetch(device, host)
         return results[0]
 
-    def _open(self) -> Stream:
+    def _open(self) -> StagedCopies:
         """Return the stream, which is made with the first matrix, as are the stages."""
-        if self._stream is not None:
-            return self._stream
-        self._stages = tuple(
-            _Stage(torch.from_numpy(self.backend.pin(STAGE_BYTES)), self.backend.make_event())
-            for _ in range(STAGES)
-        )
-        stream = self.backend.make_stream()
+        if self._copies is not None:
+            return self._copies
+        copies = StagedCopies(self.backend, stages=STAGES, nbytes=STAGE_BYTES)
         tiny = self.backend.allocate(32).view(torch.float64).view(2, 2)
         # The first decomposition loads a library, which two threads must not do at the same time:
         # https://github.com/pytorch/pytorch/issues/90613
         with self._opening:
-            stream.run_waiting(lambda: _decompose_zeros(tiny))
-        self._stream = stream
-        return stream
-
-    def _bring(self, stream: Stream, source: Bytes, target: Tensor) -> None:
-        """Copy host memory to the device."""
-        host = torch.from_numpy(source)
-        for index, begin in enumerate(range(0, len(source), STAGE_BYTES)):
-            stage = self._stages[index % STAGES]
-            part = host[begin : begin + STAGE_BYTES]
-            staged = stage.memory[: len(part)]
-            stage.done.synchronize()
-            staged.copy_(part)
-            stream.copy(target[begin : begin + len(part)], staged)
-            stream.record(stage.done)
-
-    def _fetch(self, stream: Stream, source: Tensor, target: Bytes) -> None:
-        """Copy from the device to host memory; all that was enqueued is done when this returns."""
-        host = torch.from_numpy(target)
-        on_their_way: deque[tuple[_Stage, Tensor]] = deque()
-
-        def collect() -> None:
-            stage, part = on_their_way.popleft()
-            stage.done.synchronize()
-            part.copy_(stage.memory[: len(part)])
-
-        for index, begin in enumerate(range(0, len(target), STAGE_BYTES)):
-            if len(on_their_way) == STAGES:
-                collect()
-            stage = self._stages[index % STAGES]
-            part = host[begin : begin + STAGE_BYTES]
-            stream.copy(stage.memory[: len(part)], source[begin : begin + len(part)])
-            stream.record(stage.done)
-            on_their_way.append((stage, part))
-        while on_their_way:
-            collect()
-
-    def _abandon(self) -> None:
-        """Wait for what is in flight, so that memory can be freed, whatever has happened."""
-        # A device that is lost has nothing in flight, and says so by failing.
-        with contextlib.suppress(RuntimeError):
-            if self._stream is not None:
-                self._stream.record(self._stages[0].done)
-                self._stages[0].done.synchronize()
+            copies.stream.run_waiting(lambda: _decompose_zeros(tiny))
+        self._copies = copies
+        return copies
 
     def _too_little(self, work: MatrixWork[Any]) -> MemoryBudgetError:
         return MemoryBudgetError(
