@@ -116,14 +116,15 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def prepare_adapters(
-    base: Path, count: int, *, timeout_seconds: float | None = None
+    base: Path, count: int, *, dora: bool = False, timeout_seconds: float | None = None
 ) -> tuple[Path, ...]:
     """Return adapters beside the base, made where they are missing, in so much time at most."""
+    kind = "dora" if dora else "lora"
     directory = base.parent
     command = [sys.executable, "-m", "benchmarks.loras", str(directory), str(base)]
-    command += [str(RANK), str(count)]
+    command += [str(RANK), str(count), kind]
     subprocess.run(command, cwd=ROOT, check=True, timeout=timeout_seconds)
-    return tuple(directory / f"lora-{RANK}-{seed}" for seed in range(count))
+    return tuple(directory / f"{kind}-{RANK}-{seed}" for seed in range(count))
 
 
 def choose_contenders(memory: str) -> list[Contender[Baking]]:

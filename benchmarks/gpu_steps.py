@@ -42,6 +42,8 @@ SCALED = ("ties", "linear")
 MATRICES = ("tsv_m", "iso_c")
 MATRICES_SIZE = "0.15B"
 WORKERS = (1, 2, 4, 8, 16)
+_DORA = "DoRA"
+"""What is baked, of an adapter with magnitudes."""
 ADAPTERS = (1, 4)
 EXTRACTED_RANK = 16
 SOURCES = 2
@@ -75,8 +77,8 @@ class Session:
     """That all of it may take."""
     models: dict[str, Models] = field(default_factory=dict)
     """Models by size, once they are made."""
-    adapters: tuple[Path, ...] = ()
-    """Adapters onto the base of ``size``, once they are made."""
+    adapters: dict[str, tuple[Path, ...]] = field(default_factory=dict)
+    """Adapters onto the base of ``size``, by what is baked, once they are made."""
     seconds_per_byte: float | None = None
     """Of copying to the device while a third as much comes back."""
 
@@ -169,23 +171,24 @@ def _scaling_step(session: Session, method: str) -> Step:
 
 def _baking_steps(session: Session) -> list[Step]:
     def prepare(given: Limit) -> Outcome:
-        base = session.models[session.size].base
-        session.adapters = baking.prepare_adapters(
-            base, max(ADAPTERS), timeout_seconds=given.left()
-        )
-        return Outcome({"rank": baking.RANK, "count": max(ADAPTERS)})
+        base, most = session.models[session.size].base, max(ADAPTERS)
+        made = baking.prepare_adapters(base, most, timeout_seconds=given.left())
+        session.adapters = {f"adapters: {count}": made[:count] for count in ADAPTERS}
+        dora = baking.prepare_adapters(base, 1, dora=True, timeout_seconds=given.left())
+        session.adapters[_DORA] = dora
+        return Outcome({"rank": baking.RANK, "count": most})
 
-    def bake(count: int, given: Limit) -> Outcome:
+    def bake(what: str, given: Limit) -> Outcome:
         models = session.models[session.size]
-        job = baking.Baking(models.base, session.adapters[:count], models.max_shard_nbytes)
+        job = baking.Baking(models.base, session.adapters[what], models.max_shard_nbytes)
         plain = baking.choose_contenders(session.memory)[0]
         return measure_job(session, job, on_both(session, plain), given)
 
     return [
         Step("adapters", prepare, 60, needs=(f"models of {session.size}",)),
         *(
-            Step(f"baking, adapters: {count}", partial(bake, count), 60, needs=("adapters",))
-            for count in ADAPTERS
+            Step(f"baking, {what}", partial(bake, what), 60, needs=("adapters",))
+            for what in (*(f"adapters: {count}" for count in ADAPTERS), _DORA)
         ),
     ]
 

@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from streammerge.adapters.onto_base.norms import square_rows
 from streammerge.engine.accelerator.backend import Failure
 from streammerge.statistics import BLOCK
 from streammerge.tiles.program import Op
@@ -308,6 +309,11 @@ def add_up_blocks(_self: Any, op: Op, a: Tensor, b: Tensor | None, column: Tenso
     for block, begin in enumerate(range(0, a.numel(), BLOCK)):
         rows = [each[begin : begin + BLOCK].numpy()[None] for each in (a, a if b is None else b)]
         column[block] = total_rows(op, rows[0], rows[1])[0]
+
+
+def square_rows_at_once(rows: Tensor, totals: Tensor) -> None:
+    """Add up the squares of rows as the fused kernel does, likewise."""
+    totals.copy_(torch.from_numpy(square_rows(rows)))
 
 
 MakeDevices = Callable[..., dict[str, FakeBackend]]

@@ -167,7 +167,7 @@ def test_the_most_telling_is_planned_first(session: gpu_steps.Session) -> None:
     assert set(names[16 : 16 + len(rest)]) == rest
     assert names[16 + len(rest) :] == [
         *("workers, ties", "workers, linear", "adapters"),
-        *("baking, adapters: 1", "baking, adapters: 4"),
+        *("baking, adapters: 1", "baking, adapters: 4", "baking, DoRA"),
         *("tsv_m, 0.15B", "iso_c, 0.15B", "extract, rank 16"),
         *("models of 8B", "ties, 8B", "linear, 8B"),
     ]

@@ -22,9 +22,10 @@ from numpy.typing import NDArray
 from streammerge.adapters.onto_base.changes import Change, ChangeKind
 from streammerge.adapters.onto_base.deltas import WORK_NUMEL, Delta
 from streammerge.adapters.onto_base.making import make_working, view_stored
-from streammerge.adapters.onto_base.products import PlainProduct, Tiles
+from streammerge.adapters.onto_base.products import PlainProduct, Product, Tiles
 from streammerge.checkpoint.bytesource import ByteSource
 from streammerge.checkpoint.types import TensorEntry
+from streammerge.dtypes import DType
 from streammerge.engine.buffers import allocate
 from streammerge.engine.decoding import read_span
 from streammerge.engine.memory import release_free_memory
@@ -70,6 +71,25 @@ class _Entry:
 Entries = dict[FactorKey | NormKey, _Entry]
 
 
+@dataclass(frozen=True, slots=True)
+class NormWork:
+    """What DoRA's norms are found of, for whoever finds them elsewhere."""
+
+    product: Product
+    """What is added to the matrix."""
+    dtype: DType
+    """The matrix's stored type."""
+    read: Callable[[int, int, NDArray[np.uint8]], None]
+    """Reads elements of the matrix, as they are stored: the flat index of the first, their number, and the
+    memory that they fill."""
+    along_rows: bool
+    """Whether each row has a norm; else each column has."""
+
+
+FindNorms = Callable[["TensorTask", "Change", NormWork], "Tensor | None"]
+"""Returns the norms of a change of a tensor, ``[n]``; None where they are to be found here."""
+
+
 class FactorCache:
     """Holds adapters' tensors for the chunks in flight."""
 
@@ -81,6 +101,7 @@ class FactorCache:
         in_turn: bool,
         monitor: Monitor,
         progress: Progress,
+        find_norms: FindNorms | None = None,
     ) -> None:
         """Start empty.
 
@@ -90,7 +111,9 @@ class FactorCache:
             in_turn: Whether sources are merged one after the other.
             monitor: Ends waiting when the work fails.
             progress: Counts bytes.
+            find_norms: Finds DoRA's norms elsewhere, of what it takes.
         """
+        self._find_norms = find_norms
         self._plan = plan
         self._sources = sources
         self._in_turn = in_turn
@@ -172,10 +195,17 @@ class FactorCache:
 
     def _norms(self, held: Entries, change: Change, task: TensorTask) -> Tensor:
         """Compute DoRA's norms, for which the tensor that is changed is read once more."""
-        work = torch.empty(WORK_NUMEL, dtype=torch_dtype(self._plan.compute_dtype))
-        read_rows = partial(self._read_rows, task, change)
         delta = Delta(change, _values(held, change), like_torch=self._in_turn)
-        return delta.norms(read_rows, work)
+        product = delta.product()
+        if self._find_norms is not None and product is not None:
+            stored = changed_input(task, change, in_turn=self._in_turn)
+            read = partial(self._read_stored, stored)
+            work = NormWork(product, stored.dtype, read, along_rows=change.along_rows)
+            norms = self._find_norms(task, change, work)
+            if norms is not None:
+                return norms
+        scratch = torch.empty(WORK_NUMEL, dtype=torch_dtype(self._plan.compute_dtype))
+        return delta.norms(partial(self._read_rows, task, change), scratch)
 
     def _made(self, held: Entries, change: Change, index: int, task: TensorTask) -> Tensor:
         """Make a factor of stored ones."""
@@ -208,11 +238,17 @@ class FactorCache:
             entry = TensorEntry(task.name, stored.dtype, (numel,), stored.file, offset)
             return self._read_by_torch(entry)
         memory = allocate(numel * stored.dtype.itemsize)
+        self._read_stored(stored, start, numel, memory)
+        values = torch.from_numpy(memory).view(torch_dtype(stored.dtype))
+        return values.to(torch_dtype(self._plan.compute_dtype))
+
+    def _read_stored(
+        self, stored: TensorInput, start: int, numel: int, memory: NDArray[np.uint8]
+    ) -> None:
+        """Read a flat range of a tensor that is merged, as it is stored."""
         for span in plan_range(stored, start, numel):
             read_span(span, self._sources, memory)
             self._progress.count(Stage.READ, span.nbytes)
-        values = torch.from_numpy(memory).view(torch_dtype(stored.dtype))
-        return values.to(torch_dtype(self._plan.compute_dtype))
 
     def _read(self, stored: TensorEntry, place: int) -> Any:
         """Return a stored tensor in the compute dtype: torch's, or numpy's where torch is not needed."""

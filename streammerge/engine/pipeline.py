@@ -205,6 +205,7 @@ class _Running:
                 in_turn=any(method.in_turn(method.bind(each.values)) for each in plan.settings),
                 monitor=self._monitor,
                 progress=self._progress,
+                find_norms=self._accelerators.norms_finder(),
             ),
             Schedule(context).iter_loads(),
             monitor=self._monitor,

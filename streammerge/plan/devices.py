@@ -11,7 +11,8 @@ computed, the next one is copied in and the last one out. The parts, in bytes, f
                 fused kernels
     notes       largest magnitudes per step, to tell NaN, infinity and overflows
 
-and once for each device the inputs of chunks that stay there between measuring and merging, as many as
+for each reader that finds norms there a bench (:mod:`~streammerge.plan.device_norms`); and once for each
+device the inputs of chunks that stay there between measuring and merging, as many as
 there is room for; the allocator's slack; and what one decomposition takes
 (:mod:`~streammerge.plan.device_matrices`). The driver's own memory, a few hundred MiB that it
 takes before a first kernel runs, is not in it.
@@ -34,6 +35,7 @@ from streammerge.plan.budgeting import LARGEST_SLOT, Demand, values_limit
 from streammerge.plan.chunking import widest_input
 from streammerge.plan.demanding import count_plain_rows
 from streammerge.plan.device_matrices import shape_matrices, told_matrix, with_matrices
+from streammerge.plan.device_norms import NormsShape, shape_norms
 from streammerge.plan.sweeps import programs_of_plan
 from streammerge.plan.types import DeviceResources, MergePlan, TensorTask
 from streammerge.statistics import BLOCK, count_blocks
@@ -204,6 +206,22 @@ def runs_on_device(
     return not task.changes and not any(program.uses(*FUNCTIONS) for program in work.all)
 
 
+def _tasks_there(
+    tasks: Iterable[TensorTask],
+    programs: Sequence[Programs],
+    settings: Sequence[Setting],
+    *,
+    fused: bool,
+    compute_itemsize: int,
+) -> list[TensorTask]:
+    """Return those that go to a device; see :func:`runs_on_device`."""
+    return [
+        task
+        for task in tasks
+        if runs_on_device(task, programs, settings, fused=fused, compute_itemsize=compute_itemsize)
+    ]
+
+
 def is_fused(task: TensorTask) -> bool:
     """Return whether fused kernels read and write a tensor, where there are any."""
     stored = {entry.dtype for entry in task.inputs if entry is not None}
@@ -247,11 +265,7 @@ def shape_step(
         settings: These settings.
         fused: Whether kernels can be compiled there.
     """
-    there = [
-        task
-        for task in tasks
-        if runs_on_device(task, programs, settings, fused=fused, compute_itemsize=compute_itemsize)
-    ]
+    there = _tasks_there(tasks, programs, settings, fused=fused, compute_itemsize=compute_itemsize)
     if not there:
         return None
     products = max(len(task.changes) for task in there)
@@ -317,8 +331,10 @@ def add_devices(
         settings=settings,
         fused=fused,
     )
+    norms = _shape_norms(tasks, programs, settings, demand.compute_itemsize, fused=fused)
     demand = replace(
         demand,
+        reader_bytes=demand.reader_bytes + norms.host_bytes,
         device_worker_bytes=0 if shape is None else shape.host_bytes,
         device_growth=count * HOST_GROWTH_BYTES + (0 if shape is None else trial_bytes(shape)),
     )
@@ -341,6 +357,26 @@ def plan_step(
         settings=plan.settings,
         fused=fused,
     )
+
+
+def norms_of_plan(plan: MergePlan, method: MergeMethod, *, fused: bool) -> NormsShape:
+    """Return what a bench holds where the norms of a plan's tensors are found."""
+    itemsize = plan.compute_dtype.itemsize
+    return _shape_norms(
+        plan.tasks, programs_of_plan(plan, method), plan.settings, itemsize, fused=fused
+    )
+
+
+def _shape_norms(
+    tasks: Iterable[TensorTask],
+    programs: Sequence[Programs],
+    settings: Sequence[Setting],
+    itemsize: int,
+    *,
+    fused: bool,
+) -> NormsShape:
+    there = _tasks_there(tasks, programs, settings, fused=fused, compute_itemsize=itemsize)
+    return shape_norms(there)
 
 
 def choose_device_resources(
@@ -393,6 +429,9 @@ def choose_device_resources(
         step_numel *= 2
     shape = plan_step(plan, method, step_numel, fused=fused)
     peak = _peak(shape, workers) + matrices.nbytes
+    norms = norms_of_plan(plan, method, fused=fused)
+    benches = _count_benches(plan, norms, len(names), allowed - peak)
+    peak += benches * norms.device_bytes
     kept = _count_kept(plan, shape, allowed - peak)
     return DeviceResources(
         tuple(names),
@@ -402,8 +441,18 @@ def choose_device_resources(
         kept_pieces=kept,
         matrices=matrices.count,
         matrix_bytes=matrices.nbytes,
+        norms=norms.changes if benches else 0,
+        norm_benches=benches,
         fused=fused,
     )
+
+
+def _count_benches(plan: MergePlan, norms: NormsShape, devices: int, room: int) -> int:
+    """Return how many readers find norms on each device: no more than there are, and may be none."""
+    if not norms.changes:
+        return 0
+    readers = -(-plan.resources.readers // devices)
+    return max(0, min(readers, room // norms.device_bytes))
 
 
 def _count_kept(plan: MergePlan, shape: StepShape | None, room: int) -> int:

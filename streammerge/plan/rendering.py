@@ -116,6 +116,8 @@ def _device(device: DeviceResources) -> str:
         how.append(f"in steps of {device.step_numel:,} elements, by {by}")
     if device.kept_pieces:
         how.append(f"the inputs of {device.kept_pieces:,} chunks stay there until they are merged")
+    if device.norms:
+        how.append(f"DoRA's norms of {device.norms:,} matrices are found there")
     if device.matrices:
         how.append(
             f"{device.matrices:,} matrices are decomposed there, the largest in "

@@ -255,6 +255,10 @@ class DeviceResources:
     """Tensors that are decomposed there, one at a time on each device."""
     matrix_bytes: int = 0
     """What the largest of them takes of :attr:`peak`, in bytes."""
+    norms: int = 0
+    """Changes by adapters whose norms (DoRA) are found there."""
+    norm_benches: int = 0
+    """Readers that find them at the same time, on each device."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,11 +28,14 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from streammerge.dtypes import DType
 from streammerge.engine.accelerator.fused.kernels import kernel_of
+from streammerge.engine.accelerator.fused import functions
 from streammerge.engine.accelerator.fused.running import count_warps
 
 OTHERS = {"TILE": "constexpr", "constants": "*i64", "lasts": "*i64", "counts": "*i64", "notes": "*i32"}
 
 def type_of(name, kind):
+    if name.startswith(("up", "down", "vector")):
+        return "*fp32"
     if name.startswith("model") or (name == "out" and kind.out is not None):
         return "*i16"
     return "*fp32" if name == "out" else OTHERS.get(name, "i32")
@@ -40,12 +43,25 @@ def type_of(name, kind):
 def instructions_of(kind):
     kernel = kernel_of(kind)
     types = {name: type_of(name, kind) for name in kernel.arg_names}
-    options = {"enable_fp_fusion": False, "num_warps": count_warps(kind.program)}
-    source = ASTSource(kernel, types, {"TILE": 2048})
+    return compiled(kernel, types, {"TILE": 2048}, count_warps(kind.program))
+
+def compiled(kernel, types, numbers, warps):
+    options = {"enable_fp_fusion": False, "num_warps": warps}
+    source = ASTSource(kernel, types, numbers)
     text = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
     return sorted(set(re.findall(r"^\\t*(?:@%p\\d+ )?([a-z][\\w.:]*)", text, re.M)))
 
-json.dump([instructions_of(kind) for kind in pickle.load(sys.stdin.buffer)], sys.stdout)
+def adding(name, **numbers):
+    # Sums of rows and of columns, for which nothing is generated.
+    types = {"rows": "i32", "columns": "i32", "values": "*fp32", "totals": "*fp64", "a": "*fp32", "b": "*fp32"}
+    kernel = getattr(functions, name)
+    types |= dict.fromkeys(numbers, "constexpr")
+    return compiled(kernel, {each: types.get(each, "i32") for each in kernel.arg_names}, numbers, 1)
+
+found = [instructions_of(kind) for kind in pickle.load(sys.stdin.buffer)]
+found.append(adding("add_square_columns", TILE=64, UNROLL=16))
+found.append(adding("add_up", SQUARES=True, UNROLL=32))
+json.dump(found, sys.stdout)
 """
 
 
@@ -83,6 +99,9 @@ def test_the_kernels_of_every_method_compile_for_a_device(
     found = [kinds_of(method, parameters, paths) for method, _, parameters in EXAMPLES]
     kinds = list(dict.fromkeys(kind for some in found for kind in some))
     assert len(kinds) > 50
+    from streammerge.engine.accelerator.fused.norms import changing_kind
+
+    kinds.append(changing_kind(DType.BF16))
     environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path / "cache")}
     environment.pop("TRITON_INTERPRET", None)
     run = subprocess.run(
@@ -91,6 +110,7 @@ def test_the_kernels_of_every_method_compile_for_a_device(
     )  # fmt: skip
     assert run.returncode == 0, run.stderr[-2000:].decode()
 
-    for kind, instructions in zip(kinds, json.loads(run.stdout), strict=True):
+    compiled = [*kinds, "sums of columns", "sums of rows"]
+    for kind, instructions in zip(compiled, json.loads(run.stdout), strict=True):
         words = {word for each in instructions for word in each.split(".")}
         assert not words & {"fma", "ftz", "approx", "full"}, kind

@@ -34,7 +34,7 @@ def row_norms(blocks: Iterable[Tensor], dtype: torch.dtype) -> Tensor:
         dtype: The blocks' type.
     """
     totals = [square_rows(block) for block in blocks]
-    return _rounded(np.concatenate(totals), dtype)
+    return rounded_roots(np.concatenate(totals), dtype)
 
 
 def column_norms(blocks: Iterable[Tensor], columns: int, count: int, dtype: torch.dtype) -> Tensor:
@@ -54,10 +54,11 @@ def column_norms(blocks: Iterable[Tensor], columns: int, count: int, dtype: torc
         add_square_columns(block, totals)
     if count != columns:
         totals = add_up(totals.reshape(count, -1))
-    return _rounded(totals, dtype)
+    return rounded_roots(totals, dtype)
 
 
-def _rounded(totals: Float64, dtype: torch.dtype) -> Tensor:
+def rounded_roots(totals: Float64, dtype: torch.dtype) -> Tensor:
+    """Return the norms whose squares these are, ``[n]``."""
     # Roots of IEEE 754 have one result.
     return torch.from_numpy(np.sqrt(totals)).to(dtype)
 

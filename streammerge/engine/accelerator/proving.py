@@ -13,17 +13,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from math import prod
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from streammerge.adapters.onto_base.changes import Change, ChangeKind
-from streammerge.adapters.onto_base.deltas import Delta
+from streammerge.adapters.onto_base.deltas import WORK_NUMEL, Delta
+from streammerge.adapters.onto_base.norms import rounded_roots
 from streammerge.engine.accelerator.backend import Backend
 from streammerge.engine.accelerator.keeping import KeptPieces
+from streammerge.engine.accelerator.norms import NormBench
 from streammerge.engine.accelerator.stage import AcceleratorStage
 from streammerge.engine.compiled.opening import open_cpu_stage
 from streammerge.engine.device import DeviceStage
+from streammerge.engine.factors import NormWork
 from streammerge.engine.pieces import Part, PieceInMemory, Stored
 from streammerge.engine.resident import measure, sample_pieces
 from streammerge.engine.scopes import ScopeStatistics
@@ -32,12 +36,16 @@ from streammerge.floats import narrow, widen
 from streammerge.lazily import torch
 from streammerge.methods.base import MergeMethod
 from streammerge.methods.programs import Programs
+from streammerge.plan.device_norms import has_norms_for_device, shape_norms
 from streammerge.plan.devices import TRIAL_NUMEL, runs_on_device
 from streammerge.plan.sweeps import programs_of_plan
 from streammerge.plan.types import DeviceResources, MergePlan, TensorTask
 from streammerge.statistics import BLOCK, count_blocks
 from streammerge.statistics.rounds import NOTHING, Found
 from streammerge.tiles.program import Op
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _GRID = 2.0**-6
 """Values are multiples of it, so that many magnitudes are equal."""
@@ -104,6 +112,45 @@ class _Trial:
             raise self._refusal(f"found {found.found}, and the CPU {expected.found}")
         if not np.array_equal(found.made, expected.made):
             raise self._refusal(self._difference(found.made, expected.made))
+        if self._resources.norm_benches:
+            self._try_norms()
+
+    def _try_norms(self) -> None:
+        """Have norms found on both, and compare."""
+        shape = shape_norms([self._task])
+        bench = NormBench(self._backend, shape)
+        taken = {model: iter(deltas) for model, deltas in enumerate(self._piece.deltas)}
+        try:
+            for change in self._task.changes:
+                delta = next(taken[change.model])
+                if has_norms_for_device(change):
+                    self._compare_norms(bench, change, delta)
+        finally:
+            bench.abandon()
+
+    def _compare_norms(self, bench: NormBench, change: Change, delta: Delta) -> None:
+        product = delta.product()
+        stored = self._piece.inputs[change.model] or self._piece.inputs[0]
+        assert product is not None  # noqa: S101 - or the tensor would not be here
+        assert stored is not None  # noqa: S101 - it is what the change is made to
+        size, columns = stored.dtype.itemsize, change.matrix[1]
+
+        def read(start: int, numel: int, memory: NDArray[np.uint8]) -> None:
+            memory[:] = stored.memory[start * size : (start + numel) * size]
+
+        def read_rows(begin: int, end: int) -> Tensor:
+            own = stored.memory[begin * columns * size : end * columns * size]
+            return torch.from_numpy(widen(own, stored.dtype).astype(np.float32))
+
+        work = NormWork(product, stored.dtype, read, along_rows=change.along_rows)
+        found = rounded_roots(bench.square(work), torch.float32)
+        expected = delta.norms(read_rows, torch.empty(WORK_NUMEL))
+        if not torch.equal(found, expected):
+            first = int((found != expected).nonzero()[0])
+            norms = (
+                f"{float(found[first])!r} of norm {first:,}, and the CPU {float(expected[first])!r}"
+            )
+            raise self._refusal(f"made {norms}")
 
     def _open(self, resources: DeviceResources) -> AcceleratorStage:
         kept = KeptPieces(self._backend, 0, 0)

@@ -16,8 +16,10 @@ from streammerge.engine.accelerator import opening
 from streammerge.engine.accelerator.backend import Backend
 from streammerge.engine.accelerator.keeping import KeptPieces
 from streammerge.engine.accelerator.matrices import WholeOnDevices
+from streammerge.engine.accelerator.norms import NormsOnDevices
 from streammerge.engine.accelerator.proving import prove
 from streammerge.engine.accelerator.stage import AcceleratorStage
+from streammerge.engine.factors import FindNorms
 from streammerge.engine.gathering import MakeWhole, make_on_cpu
 from streammerge.engine.monitor import Monitor
 from streammerge.errors import DeviceError
@@ -75,6 +77,13 @@ class Accelerators:
             monitor: Ends waiting for a device.
         """
         return WholeOnDevices(self._backends, monitor).make if self._backends else make_on_cpu
+
+    def norms_finder(self) -> FindNorms | None:
+        """Return what finds DoRA's norms on the devices; None where the plan has no room for it."""
+        device = self._plan.device
+        if device is None or not device.norm_benches:
+            return None
+        return NormsOnDevices(self._plan, self._method, self._backends, device.norm_benches).find
 
     @contextmanager
     def stage_of(self, worker: int) -> Iterator[AcceleratorStage]:

@@ -15,7 +15,7 @@ from torch import nn
 
 import streammerge
 from streammerge.plan.asking import find_method
-from streammerge.plan.devices import plan_step, runs_on_device
+from streammerge.plan.devices import norms_of_plan, plan_step, runs_on_device
 from streammerge.plan.sweeps import programs_of_plan
 from streammerge.plan.types import MergePlan
 
@@ -144,7 +144,13 @@ def test_dora_has_the_bytes_of_the_cpu(
         planned, find_method(planned.method), planned.device.step_numel, fused=planned.device.fused
     )
     assert shape is not None
-    assert peak <= shape.device_bytes <= planned.device.peak
+    benches = planned.device.norm_benches
+    norms = norms_of_plan(planned, find_method(planned.method), fused=True)
+    normed = sum(name in {"rows", "columns"} for name in names.split())
+    assert norms.changes == planned.device.norms == normed
+    assert benches == planned.resources.readers
+    assert peak <= shape.device_bytes + benches * norms.device_bytes <= planned.device.peak
+    assert f"DoRA's norms of {normed} matrices are found there" in str(planned)
 
 
 def test_a_model_with_an_adapter_of_its_own_is_normed_by_its_own_weights(

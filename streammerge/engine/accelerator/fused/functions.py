@@ -4,8 +4,8 @@ Every function works on a tile of one program instance. Nothing here may be cont
 multiply-add, nor divided approximately: kernels are compiled with ``enable_fp_fusion=False``, and
 quotients are ``div_rn``, so that each operation rounds once, as IEEE 754 says.
 
-Twins: :mod:`streammerge.rng`, :mod:`streammerge.tiles.functions`, :func:`streammerge.tiles.totalling.add_up`
-and :mod:`streammerge.adapters.onto_base.products`.
+Twins: :mod:`streammerge.rng`, :mod:`streammerge.tiles.functions`, :func:`streammerge.tiles.totalling.add_up`,
+:mod:`streammerge.adapters.onto_base.products` and :mod:`streammerge.adapters.onto_base.norms`.
 """
 
 from __future__ import annotations
@@ -321,3 +321,38 @@ def add_up(
         low, high = tl.split(tl.trans(pairs))
         sums = low + high
     tl.store(totals + tl.program_id(0) * stride + tl.arange(0, 1), sums + 0.0)
+
+
+@triton.jit(do_not_specialize=["rows", "columns"])  # type: ignore[untyped-decorator]
+def add_square_columns(
+    values: tl.tensor,
+    totals: tl.tensor,
+    rows: tl.tensor,
+    columns: tl.tensor,
+    TILE: tl.constexpr,
+    UNROLL: tl.constexpr,
+) -> None:
+    """Add the squares of each column to its total, row by row, so many columns by a program instance.
+
+    Args:
+        values: ``[rows, columns]`` float32.
+        totals: ``[columns]`` float64.
+        rows: See there.
+        columns: See there.
+        TILE: Columns of an instance.
+        UNROLL: Rows that are loaded at once, as they need not wait for one another.
+    """
+    own = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    here = own < columns
+    sums = tl.load(totals + own, mask=here, other=0.0)
+    # A number for each column: the interpreter takes no other for a mask.
+    left = tl.where(here, rows, 0)
+    row = 0
+    while row < rows:
+        for more in tl.static_range(UNROLL):
+            there = left > row + more
+            term = tl.load(values + (row + more) * columns + own, mask=there, other=0.0)
+            term = term.to(tl.float64)
+            sums = tl.where(there, sums + term * term, sums)
+        row += UNROLL
+    tl.store(totals + own, sums, mask=here)
