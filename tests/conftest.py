@@ -22,7 +22,13 @@ import numpy as np
 import pytest
 import torch
 from covering import try_all_pairs
-from fake_backend import FakeBackend, MakeDevices, add_up_blocks, square_rows_at_once
+from fake_backend import (
+    FakeBackend,
+    MakeDevices,
+    add_up_blocks,
+    rank_rows_at_once,
+    square_rows_at_once,
+)
 from fast import choose_fast
 from models import Models
 from numpy.typing import NDArray
@@ -120,7 +126,7 @@ def devices(monkeypatch: pytest.MonkeyPatch) -> MakeDevices:
         pytest.importorskip("triton")
         from triton.runtime import interpreter
 
-        from streammerge.engine.accelerator.fused import norms
+        from streammerge.engine.accelerator.fused import norms, ranking
         from streammerge.engine.accelerator.fused.running import FusedSteps
 
         monkeypatch.setattr(interpreter, "np_umulhi_u64", _multiply_high)
@@ -133,6 +139,7 @@ def devices(monkeypatch: pytest.MonkeyPatch) -> MakeDevices:
 
         monkeypatch.setattr(opening, "open_devices", open_devices)
         monkeypatch.setattr(FusedSteps, "total", add_up_blocks)
+        monkeypatch.setattr(ranking, "rank_short_rows", rank_rows_at_once)
         monkeypatch.setattr(norms, "square_rows", square_rows_at_once)
         monkeypatch.setattr(opening, "count_devices", lambda: len(made))
         return made

@@ -26,6 +26,7 @@ from torch.utils._pytree import tree_leaves
 
 from streammerge.adapters.onto_base.norms import square_rows
 from streammerge.engine.accelerator.backend import Failure
+from streammerge.engine.rows import make_relative, rank_rows
 from streammerge.statistics import BLOCK
 from streammerge.tiles.program import Op
 from streammerge.tiles.totalling import total_rows
@@ -304,11 +305,20 @@ class FakeBackend:
         return Failure.LOST if isinstance(error, FakeLostError) else Failure.OTHER
 
 
-def add_up_blocks(_self: Any, op: Op, a: Tensor, b: Tensor | None, column: Tensor) -> None:
+def add_up_blocks(
+    _self: Any, op: Op, a: Tensor, b: Tensor | None, column: Tensor, length: int = BLOCK
+) -> None:
     """Total blocks as the fused kernel does, which takes Triton's interpreter seconds for each."""
-    for block, begin in enumerate(range(0, a.numel(), BLOCK)):
-        rows = [each[begin : begin + BLOCK].numpy()[None] for each in (a, a if b is None else b)]
+    for block, begin in enumerate(range(0, a.numel(), length)):
+        rows = [each[begin : begin + length].numpy()[None] for each in (a, a if b is None else b)]
         column[block] = total_rows(op, rows[0], rows[1])[0]
+
+
+def rank_rows_at_once(values: Tensor, row: int, ranks: Tensor) -> None:
+    """Rank within rows as the fused kernel does, likewise."""
+    found = rank_rows(values.numpy().reshape(-1, row)).copy()
+    make_relative(found)
+    ranks.copy_(torch.from_numpy(found.reshape(-1)))
 
 
 def square_rows_at_once(rows: Tensor, totals: Tensor) -> None:

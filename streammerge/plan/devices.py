@@ -36,6 +36,12 @@ from streammerge.plan.chunking import widest_input
 from streammerge.plan.demanding import count_plain_rows
 from streammerge.plan.device_matrices import shape_matrices, told_matrix, with_matrices
 from streammerge.plan.device_norms import NormsShape, shape_norms
+from streammerge.plan.device_rows import (
+    SORTING_BYTES,
+    count_rows_before_ranks,
+    count_rows_of,
+    has_rows_for_device,
+)
 from streammerge.plan.sweeps import programs_of_plan
 from streammerge.plan.types import DeviceResources, MergePlan, TensorTask
 from streammerge.statistics import BLOCK, count_blocks
@@ -59,8 +65,6 @@ _SLACK_BYTES = 96 * MIB
 """Requests of the allocator are rounded up to 2 and 20 MiB. An estimate, see docs/design/devices.md."""
 _LARGEST_STEP = 16 * BLOCK
 """4 million elements: an operation on them takes several times longer than to ask for it."""
-_ON_THE_CPU = (Op.COMPUTED, Op.CHANGED)
-"""Steps that no device does."""
 FUSED_DTYPES = frozenset({DType.F32, DType.BF16, DType.F16, DType.F64})
 """Types that fused kernels read and write."""
 TRIAL_NUMEL = BLOCK + 4096
@@ -99,6 +103,12 @@ class StepShape:
     """Numbers that a piece brings along, of 8 bytes; 0 without fused kernels."""
     factor_bytes: int = 0
     """Factors of one tensor's adapters."""
+    temporary_bytes: int = _TEMPORARY_BYTES
+    """What single operations need, per element of a step."""
+    row_totals: int = 0
+    """Totals of the rows of a chunk."""
+    row_numbers: int = 0
+    """What is known of the rows of a chunk."""
 
     @property
     def steps(self) -> int:
@@ -136,10 +146,11 @@ class StepShape:
         """Bytes that one worker takes of its device."""
         lanes = LANES * (self.models * self.input_bytes + self.output_bytes)
         rows = self.rows * self.step_numel * self.compute_itemsize
-        temporary = _TEMPORARY_BYTES * self.step_numel + (_SORT_BYTES if self.searches else 0)
+        temporary = self.temporary_bytes * self.step_numel
+        temporary += _SORT_BYTES if self.searches else 0
         notes = self.steps * self.notes * self.compute_itemsize
         borders = 4 * (BINS + 1) if self.searches else 0
-        answers = self.searches * self._answer_bytes + self._total_bytes
+        answers = self.searches * self._answer_bytes + self._total_bytes + self._row_bytes
         return lanes + rows + temporary + notes + borders + answers + self._brought_bytes
 
     @property
@@ -147,7 +158,7 @@ class StepShape:
         """Bytes of page-locked memory that one worker takes for what comes back."""
         notes = self.steps * self.notes * self.compute_itemsize
         # torch rounds page-locked memory up to powers of two.
-        answers = self.searches * self._answer_bytes + self._total_bytes
+        answers = self.searches * self._answer_bytes + self._total_bytes + self._row_bytes
         return 2 * (notes + answers + 8 * max(1, self.constants) + self.staged_bytes)
 
     @property
@@ -163,6 +174,10 @@ class StepShape:
     @property
     def _total_bytes(self) -> int:
         return 8 * max(1, self.totals * self.chunk_blocks)
+
+    @property
+    def _row_bytes(self) -> int:
+        return 8 * (max(1, self.row_totals) + max(1, self.row_numbers))
 
     @property
     def _answer_bytes(self) -> int:
@@ -181,22 +196,25 @@ def runs_on_device(
     """Return whether a tensor is measured and merged on an accelerator, if there is one.
 
     A tensor of at most a block costs a core less time than it takes to ask a device for some thirty
-    operations. What sees whole rows or tensors together is the CPU's, and without fused kernels so are
-    roots, exponentials, logarithms and the products of adapters, whose bits torch's operations do not
-    have. What is copied or converted has no arithmetic.
+    operations. What sees whole tensors together is the CPU's, and without fused kernels so are whole
+    rows, roots, exponentials, logarithms and the products of adapters, whose bits torch's operations do
+    not have. What is copied or converted has no arithmetic.
 
     Args:
         task: The tensor.
         programs: What the method does, for each of its settings.
         settings: These settings.
         fused: Whether kernels can be compiled there.
-        compute_itemsize: Bytes per element that is computed with; in float64 the products of adapters
-            are the CPU's, whatever there is.
+        compute_itemsize: Bytes per element that is computed with; in float64 whole rows and the products
+            of adapters are the CPU's, whatever there is.
     """
     if task.action is not Action.MERGE or task.numel <= BLOCK:
         return False
     work, setting = programs[task.setting], settings[task.setting]
-    if work.by_rows or any(_has_steps_of_the_cpu(program) for program in work.all):
+    rows = work.by_rows and fused and is_fused(task)
+    if any(_has_steps_of_the_cpu(program, by_rows=rows) for program in work.all):
+        return False
+    if work.by_rows and not (rows and has_rows_for_device(task, work, compute_itemsize)):
         return False
     if setting.has_base and task.inputs[setting.models[0]] is None:
         return False
@@ -228,10 +246,12 @@ def is_fused(task: TensorTask) -> bool:
     return {*stored, task.made_dtype} <= FUSED_DTYPES
 
 
-def _has_steps_of_the_cpu(program: Program) -> bool:
+def _has_steps_of_the_cpu(program: Program, *, by_rows: bool) -> bool:
     """Return whether a program has a step that no device does, or does with other bits."""
+    if by_rows:
+        return program.uses(Op.CHANGED)
     draws_by_row = any(step.op is Op.KEEP_RANDOM and step.b >= 0 for step in program.steps)
-    return draws_by_row or program.uses(*_ON_THE_CPU)
+    return draws_by_row or program.uses(Op.COMPUTED, Op.CHANGED)
 
 
 def _factor_bytes(task: TensorTask) -> int:
@@ -270,15 +290,21 @@ def shape_step(
         return None
     products = max(len(task.changes) for task in there)
     models = len(there[0].inputs)
+    rows = max((count_rows_of(task, slot_bytes) for task in there if task.row), default=0)
     counts = reduce(Counts.joined, (each.counts for each in programs))
-    largest = max(
-        min(task.numel, slot_bytes // widest_input(task) // BLOCK * BLOCK) for task in there
-    )
+    # A tensor that fits a buffer is one chunk, whatever its last block has.
+    largest = max(min(task.numel, slot_bytes // widest_input(task)) for task in there)
     return StepShape(
         models=models,
         input_itemsize=max(widest_input(task) for task in there),
         output_itemsize=max(task.made_dtype.itemsize for task in there),
         rows=max(count_plain_rows(programs, ()), _count_sink_rows(programs) if fused else 0),
+        temporary_bytes=max(
+            _TEMPORARY_BYTES,
+            SORTING_BYTES if any(each.row_ranks is not None for each in programs) else 0,
+        ),
+        row_totals=rows * max(max(each.row_counts.totals, each.counts.totals) for each in programs),
+        row_numbers=rows * max(each.row_numbers for each in programs),
         compute_itemsize=compute_itemsize,
         searches=counts.ranked,
         totals=counts.totals,
@@ -292,8 +318,10 @@ def shape_step(
 
 
 def _count_sink_rows(programs: Sequence[Programs]) -> int:
-    """Return the most rows that fused kernels leave to those who count."""
-    return max((count_sink_rows(each) for one in programs for each in one.rounds), default=0)
+    """Return the most rows that fused kernels leave to those who count, or rank them once more."""
+    asking = (each for one in programs for each in (*one.rounds, *one.row_rounds))
+    ranking = (count_rows_before_ranks(one) + one.row_counts.ranked for one in programs)
+    return max([0, *map(count_sink_rows, asking), *ranking])
 
 
 def trial_bytes(shape: StepShape) -> int:
@@ -306,9 +334,7 @@ def trial_bytes(shape: StepShape) -> int:
 
 def _count_constants(programs: Sequence[Programs], products: int) -> int:
     """Return the most constants of a piece: those of one program, and of all rounds."""
-    return max(
-        sum(Layout(each, products).size for each in (one.merge, *one.rounds)) for one in programs
-    )
+    return max(sum(Layout(each, products).size for each in one.all) for one in programs)
 
 
 def add_devices(
@@ -457,7 +483,7 @@ def _count_benches(plan: MergePlan, norms: NormsShape, devices: int, room: int) 
 
 def _count_kept(plan: MergePlan, shape: StepShape | None, room: int) -> int:
     """Return how many chunks' inputs can stay on a device: no more than wait in the host's memory."""
-    if shape is None or not (shape.searches or shape.totals):
+    if shape is None or not (shape.searches or shape.totals or shape.row_totals):
         return 0
     return min(plan.resources.slots // shape.models, room // shape.piece_bytes)
 

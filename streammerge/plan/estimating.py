@@ -98,6 +98,8 @@ def why_not(plan: MergePlan, method: MergeMethod) -> str | None:
         return "nothing of this merge is for it"
     if any(task.changes for task in merged):
         return "how long products of adapters take is not estimated"
+    if any(task.row for task in merged):
+        return "how long what is asked about rows takes is not estimated"
     if any(task.encoding is not None for task in merged):
         return "how long it takes to make codes is not estimated"
     return None

@@ -250,7 +250,7 @@ def test_a_plan_prints_both_estimates_and_survives_json(
         ({"non_finite": "keep"}, {}, "what is no number may have other bits there"),
         ({}, {"report": True}, "what a report tells is found on the cpu"),
         ({"method": "iso_c", "parameters": {}}, {}, "nothing of this merge is for it"),
-        ({"method": "della"}, {}, "nothing of this merge is for it"),
+        ({"method": "della"}, {}, "how long what is asked about rows takes is not estimated"),
     ],
 )
 def test_what_is_not_estimated_stays_on_the_cpu(

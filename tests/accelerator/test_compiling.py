@@ -31,7 +31,8 @@ from streammerge.engine.accelerator.fused.kernels import kernel_of
 from streammerge.engine.accelerator.fused import functions
 from streammerge.engine.accelerator.fused.running import count_warps
 
-OTHERS = {"TILE": "constexpr", "constants": "*i64", "lasts": "*i64", "counts": "*i64", "notes": "*i32"}
+OTHERS = {"TILE": "constexpr", "constants": "*i64", "lasts": "*i64", "counts": "*i64", "notes": "*i32",
+          "computed": "*fp32", "row_numbers": "*fp64"}
 
 def type_of(name, kind):
     if name.startswith(("up", "down", "vector")):
@@ -51,16 +52,18 @@ def compiled(kernel, types, numbers, warps):
     text = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
     return sorted(set(re.findall(r"^\\t*(?:@%p\\d+ )?([a-z][\\w.:]*)", text, re.M)))
 
-def adding(name, **numbers):
-    # Sums of rows and of columns, for which nothing is generated.
-    types = {"rows": "i32", "columns": "i32", "values": "*fp32", "totals": "*fp64", "a": "*fp32", "b": "*fp32"}
+def adding(name, warps=1, **numbers):
+    # What is done with rows and columns, for which nothing is generated.
+    types = {"rows": "i32", "columns": "i32", "values": "*fp32", "totals": "*fp64", "a": "*fp32", "b": "*fp32",
+             "ranks": "*fp32"}
     kernel = getattr(functions, name)
     types |= dict.fromkeys(numbers, "constexpr")
-    return compiled(kernel, {each: types.get(each, "i32") for each in kernel.arg_names}, numbers, 1)
+    return compiled(kernel, {each: types.get(each, "i32") for each in kernel.arg_names}, numbers, warps)
 
 found = [instructions_of(kind) for kind in pickle.load(sys.stdin.buffer)]
 found.append(adding("add_square_columns", TILE=64, UNROLL=16))
 found.append(adding("add_up", SQUARES=True, UNROLL=32))
+found.append(adding("rank_rows", 8, WIDE=4096))
 json.dump(found, sys.stdout)
 """
 
@@ -84,7 +87,7 @@ def kinds_of(method: str, parameters: dict[str, object], paths: list[Path]) -> l
             counts=program is one.merge,
         )
         for one in programs
-        for program in (one.merge, *one.rounds)
+        for program in one.all
     ]
 
 
@@ -110,7 +113,7 @@ def test_the_kernels_of_every_method_compile_for_a_device(
     )  # fmt: skip
     assert run.returncode == 0, run.stderr[-2000:].decode()
 
-    compiled = [*kinds, "sums of columns", "sums of rows"]
+    compiled = [*kinds, "sums of columns", "sums of rows", "ranks"]
     for kind, instructions in zip(compiled, json.loads(run.stdout), strict=True):
         words = {word for each in instructions for word in each.split(".")}
         assert not words & {"fma", "ftz", "approx", "full"}, kind

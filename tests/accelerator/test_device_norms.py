@@ -141,8 +141,13 @@ class Wide(nn.Module):
         self.third = nn.Linear(COLUMNS, 3, bias=False)
 
 
-@pytest.fixture
-def recipe(tmp_path: Path) -> dict[str, Any]:
+@pytest.fixture(name="recipe")
+def write_recipe(tmp_path: Path) -> dict[str, Any]:
+    """Return a recipe that bakes an adapter with magnitudes."""
+    return recipe_of_dora(tmp_path)
+
+
+def recipe_of_dora(tmp_path: Path) -> dict[str, Any]:
     torch.manual_seed(1)
     base = Wide()
     write_model(tmp_path / "base", base.state_dict())

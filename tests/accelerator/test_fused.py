@@ -24,7 +24,7 @@ from streammerge.engine.accelerator.fused import functions
 from streammerge.engine.accelerator.fused.kernels import compile_source, kernel_of, launch
 from streammerge.engine.accelerator.fused.writing import Kind
 from streammerge.native.machine import TILE_COLUMNS
-from streammerge.rng import keep_limit, keep_mask, stream_key
+from streammerge.rng import keep_limit, keep_mask, keep_mask_by, stream_key
 from streammerge.tiles import functions as on_the_cpu
 from streammerge.tiles.functions import NOT_FOR_SINGLE
 from streammerge.tiles.fusing import Layout, count_sink_rows, sink_rows
@@ -87,7 +87,8 @@ def constants_of(case: Case, index: int) -> torch.Tensor:
     """Return what a kernel is told of a job."""
     program, models = case.program, case.jobs[index]
     found = [
-        number.value if number.origin is Origin.CONSTANT else case.found[number.index]
+        # Those of rows come by themselves.
+        case.found[number.index] if number.origin is Origin.FOUND else number.value
         for number in program.numbers
     ]
     written = [*map(bits, found), models.start]
@@ -105,10 +106,7 @@ def constants_of(case: Case, index: int) -> torch.Tensor:
 
 def is_for_kernels(case: Case) -> bool:
     """Return whether devices do such a program."""
-    program = case.program
-    by_row = any(step.op is Op.KEEP_RANDOM and step.b >= 0 for step in program.steps)
-    own_start = all(models.start % 16 == 0 for models in case.jobs) or not program.streams
-    return own_start and not (by_row or program.has_row_numbers or program.uses(Op.COMPUTED))
+    return all(models.start % 16 == 0 for models in case.jobs) or not case.program.streams
 
 
 def placed(program: Program, lasts: list[int]) -> torch.Tensor:
@@ -151,6 +149,10 @@ def run_fused(case: Case, index: int, lasts: list[int]) -> Ran:
         there(placed(program, lasts)),
         notes.view(torch.int32),
         counts,
+        there(torch.stack([*models.computed_rows]).view(-1)),
+        there(torch.from_numpy(case.row_found[index]).view(-1)),
+        max(1, case.row_numel[index]),
+        case.row_found[index].shape[1],
         0,
         numel,
         rows.shape[1],
@@ -184,7 +186,7 @@ def finished(case: Case, notes: torch.Tensor, counts: torch.Tensor, out: torch.T
     max_examples=200 if HERE.type == "cpu" else 12,
     suppress_health_check=[HealthCheck.filter_too_much, HealthCheck.function_scoped_fixture],
 )
-@given(case=cases(row_by_row=False))
+@given(case=cases(row_by_row=False) | cases(row_by_row=True))
 def test_any_program_gives_the_bits_of_the_interpreter(
     case: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -257,6 +259,23 @@ def test_masks_are_those_of_the_cpu(density: float, start: int) -> None:
     kept = run_function(body, [padded], torch.zeros(count, dtype=torch.int8), start, upper, lower)
 
     np.testing.assert_array_equal(kept.numpy().astype(bool), keep_mask(key, start, count, density))
+
+
+@pytest.mark.parametrize("start", [0, 16 * 7, 2**33])
+def test_each_element_is_kept_with_its_own_probability(start: int) -> None:
+    """Whose limits have lower halves, halves between numbers, and both ends."""
+    key, count = stream_key(2**64 - 1, 3, "model.weight"), 2**18 + 5
+    probabilities = torch.rand(count, generator=torch.Generator().manual_seed(2))
+    probabilities[:6] = torch.tensor([0.0, 1.0, 2**-33, 3 * 2**-33, 0.5, 1 - 2**-24])
+    low, high = (signed(key) & 2**64 - 1, key >> 64 & 2**64 - 1)
+    body = (
+        f"functions.keep_random_by(tl.full([], {low}, tl.uint64), tl.full([], {high}, tl.uint64), "
+        "(k0 + tl.program_id(0) * TILE) // 16 + 1, x, TILE).to(tl.int8)"
+    )
+    kept = run_function(body, [probabilities], torch.zeros(count, dtype=torch.int8), start)
+
+    expected = keep_mask_by(key, start, probabilities.numpy())
+    np.testing.assert_array_equal(kept.numpy().astype(bool), expected)
 
 
 @pytest.mark.parametrize("single", [False, True])
@@ -358,7 +377,7 @@ def test_changes_of_one_tensor_are_made_in_turn(op: Op) -> None:
     numbers, none = there(torch.tensor(constants)), there(torch.zeros(1, dtype=torch.int64))
     brought = map(there, factors)
     pointers = here, here, *brought, out, numbers, none, notes.view(torch.int32), none
-    launch(kernel_of(kind), -(-numel // TILE), *pointers, 0, numel, numel, TILE)
+    launch(kernel_of(kind), -(-numel // TILE), *pointers, none, none, 16, 16, 0, numel, numel, TILE)
 
     if op is Op.TASK_VECTOR:
         expected -= base

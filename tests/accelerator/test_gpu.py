@@ -21,7 +21,19 @@ from models import (
     recipe_of,
     recut,
 )
-from test_device_merge import CASES, adds_up, check_close, draw, in_steps, plan_on, recipe_for
+from test_device_merge import (
+    CASES,
+    adds_up,
+    check_close,
+    check_equal,
+    draw,
+    in_steps,
+    plan_on,
+    recipe_for,
+)
+from test_device_norms import recipe_of_dora
+from test_device_rows import METHODS as ROWS
+from test_device_rows import recipe_for as recipe_for_rows
 from test_kernels import divide
 
 import streammerge
@@ -60,6 +72,30 @@ def test_every_method_has_the_bytes_of_the_cpu(
 
         assert_same_model(found, expected)
         assert again.tensors == manifest.tensors
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("chosen", ROWS, ids=str)
+def test_rows_have_the_bytes_of_the_cpu(
+    chosen: tuple[str, dict[str, Any]], dtype: torch.dtype, models: Models
+) -> None:
+    recipe = recipe_for_rows(models, chosen, dtype)
+    expected = models.merge(recipe, device="cpu", workers=1)
+    plan = plan_on(recipe)
+    small = in_steps(recut(plan, slots=len(plan.models), workers=1, slot_blocks=1), 1)
+
+    check_equal(models.merge(plan), expected)
+    check_equal(models.merge(small), expected)
+
+
+def test_what_dora_makes_has_the_bytes_of_the_cpu(models: Models, tmp_path: Path) -> None:
+    recipe = recipe_of_dora(tmp_path)
+    expected = models.merge(recipe, device="cpu")
+    plan = plan_on(recipe)
+    assert plan.device is not None
+    assert plan.device.norms == 2 * plan.device.fused
+
+    check_equal(models.merge(plan), expected)
 
 
 @pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float8_e5m2", "float16", "bfloat16"])

@@ -20,6 +20,7 @@ import numpy as np
 from streammerge.engine.accelerator.fused.opening import open_fused
 from streammerge.engine.accelerator.keeping import KeptPieces
 from streammerge.engine.accelerator.ring import Returned, Ring, Step
+from streammerge.engine.accelerator.rows import RowComputing, RowsThere
 from streammerge.engine.asking import Asking, BlockAnswer
 from streammerge.engine.device import Applied
 from streammerge.engine.finite import LARGEST
@@ -27,6 +28,7 @@ from streammerge.engine.pieces import PieceInMemory, Stored, torch_dtype
 from streammerge.engine.plain import bind_numbers, checks_operands, count_kept_of
 from streammerge.lazily import torch
 from streammerge.methods.base import MergeMethod
+from streammerge.methods.programs import Programs
 from streammerge.plan.devices import is_fused
 from streammerge.plan.sweeps import programs_of_plan
 from streammerge.plan.types import MergePlan
@@ -78,6 +80,7 @@ class DeviceComputing:
         self._n_models = len(plan.models)
         self._tells = method.random or plan.model_scope
         self._fused = open_fused(plan, ring, tile) if tile else None
+        self._rows = None if self._fused is None else RowComputing(ring, self._fused)
 
     def merge(self, piece: PieceInMemory, found: Found, out: Stored) -> Applied:
         """Merge a piece of one part; see :meth:`streammerge.engine.device.DeviceStage.apply`.
@@ -88,18 +91,24 @@ class DeviceComputing:
         ring = self._ring
         programs = self._programs[piece.first.task.setting]
         ring.run(ring.clear)
-        dtype = torch_dtype(piece.first.task.made_dtype)
-        fused = self._begin_fused(piece, programs.merge, found, ())
-        merge = partial(self._merge_step, piece, programs.merge, found, dtype, fused=fused)
         result = torch.from_numpy(out.memory)
-        ring.stream(_tensors(piece), piece.numel, merge, result, self._kept.find(piece))
+        if programs.by_rows:
+            assert self._rows is not None  # noqa: S101 - or the piece would not be here
+            merge_rows = partial(self._merge_rows, piece, programs.merge)
+            kept = self._kept.find_room(piece) if programs.row_rounds else self._kept.find(piece)
+            self._rows.merge(piece, programs, found, merge_rows, result, kept=kept)
+        else:
+            dtype = torch_dtype(piece.first.task.made_dtype)
+            fused = self._begin_fused(piece, programs.merge, found, ())
+            merge = partial(self._merge_step, piece, programs.merge, found, dtype, fused=fused)
+            ring.stream(_tensors(piece), piece.numel, merge, result, self._kept.find(piece))
         checked = not self._plan.keep_non_finite
         counts = ring.counts.device.numel()
         self._fetch(piece, [(ring.counts, counts)], checked=checked)
         # Others may have its room now; where this ends with an error, its piece's end gives it back.
         self._kept.forget(piece)
-        *kept, not_finite = ring.counts.host.tolist()
-        of_each = kept[: count_kept_of(programs)]
+        *counted, not_finite = ring.counts.host.tolist()
+        of_each = counted[: count_kept_of(programs)]
         return Applied(not_finite, programs.kept(of_each) if self._tells else ())
 
     def measure(self, piece: PieceInMemory, asking: Asking) -> list[BlockAnswer]:
@@ -111,7 +120,10 @@ class DeviceComputing:
             Suspicion: A value is not finite, where a round has to look.
         """
         ring = self._ring
-        program = self._programs[piece.first.task.setting].rounds[asking.round]
+        programs = self._programs[piece.first.task.setting]
+        program = programs.rounds[asking.round]
+        if programs.by_rows:
+            return self._measure_rows(piece, programs, asking)
         questions = asking.questions
         asked = [index for index, question in enumerate(questions) if question is not None]
         checked = checks_operands(self._plan, program)
@@ -151,6 +163,19 @@ class DeviceComputing:
             )
             for block in range(blocks)
         ]
+
+    def _measure_rows(
+        self, piece: PieceInMemory, programs: Programs, asking: Asking
+    ) -> list[BlockAnswer]:
+        assert self._rows is not None  # noqa: S101 - or the piece would not be here
+        checked = checks_operands(self._plan, programs.rounds[asking.round])
+        self._ring.run(self._ring.clear)
+        kept = self._kept.find_room(piece)
+        totals = self._rows.measure(piece, programs, asking, checked=checked, kept=kept)
+        self._fetch(piece, [(self._ring.row_totals, totals.count)], checked=checked)
+        if kept is not None:
+            kept.is_there = True
+        return totals.answers(asking)
 
     def _begin_fused(
         self,
@@ -213,6 +238,20 @@ class DeviceComputing:
         if checked:
             self.note(merged, step, self._n_models)
         step.out.view(dtype).copy_(merged)
+
+    def _merge_rows(
+        self, piece: PieceInMemory, program: Program, step: Step, rows: RowsThere
+    ) -> None:
+        """Merge a step of whole rows; only what is the piece's own is counted."""
+        assert self._fused is not None  # noqa: S101 - or the piece would not be here
+        checked = not self._plan.keep_non_finite
+        if not checked:
+            first = max(piece.before - step.begin, 0)
+            last = piece.before + piece.numel - step.begin
+            own = [None if each is None else each[first:last] for each in step.inputs]
+            _count_non_finite(own, self._ring.counts.device[-1])
+        count = self._tells and rows.are_own
+        self._fused.merge(program, step, checked=checked, count=count, rows=rows)
 
     def _measure_step(
         self,

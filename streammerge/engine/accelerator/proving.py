@@ -61,9 +61,17 @@ def prove(plan: MergePlan, method: MergeMethod, backend: Backend) -> None:
     programs = programs_of_plan(plan, method)
     kinds: dict[object, TensorTask] = {}
     for task in plan.tasks:
-        if runs_on_device(task, programs, plan.settings, fused=plan.device.fused):
+        if runs_on_device(
+            task,
+            programs,
+            plan.settings,
+            fused=plan.device.fused,
+            compute_itemsize=plan.compute_dtype.itemsize,
+        ):
             stored = tuple(entry and entry.dtype for entry in task.inputs)
-            kinds.setdefault((task.setting, stored, task.made_dtype, bool(task.changes)), task)
+            # Rows of another length may be ranked by another kernel.
+            kind = task.setting, stored, task.made_dtype, bool(task.changes), task.row
+            kinds.setdefault(kind, task)
     for task in kinds.values():
         if plan.device.fused or not _adds_up(programs[task.setting]):
             _Trial(plan, method, task, backend).run()
@@ -231,9 +239,9 @@ class _Trial:
 def _shrink(task: TensorTask) -> TensorTask:
     """Return a tensor of two blocks that is merged as a larger one is."""
     changes = task.changes if all(each.adds_plain_product for each in task.changes) else ()
-    columns = changes[0].matrix[1] if changes else 1
+    columns = changes[0].matrix[1] if changes else task.row or 1
     rows = -(-min(task.numel, TRIAL_NUMEL) // columns)
-    shape = (rows, columns) if changes else (rows,)
+    shape = (rows, columns) if changes or task.row else (rows,)
     changes = tuple(_shrink_change(each, rows) for each in changes)
     numel = prod(shape)
     return replace(

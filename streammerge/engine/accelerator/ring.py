@@ -18,9 +18,12 @@ temporary, and ``host_bytes`` page-locked.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
 
 from streammerge.engine.accelerator.backend import Backend, Event
 from streammerge.engine.accelerator.keeping import Kept
@@ -96,6 +99,8 @@ class Ring:
         )
         self.constants = Returned(backend, max(1, shape.constants), torch.int64)
         self.lasts = backend.allocate(8 * max(1, shape.ranks)).view(torch.int64)
+        self.row_totals = Returned(backend, max(1, shape.row_totals), torch.float64)
+        self.row_numbers = Returned(backend, max(1, shape.row_numbers), torch.float64)
         self.factors = backend.allocate(max(4, shape.factor_bytes)).view(torch.float32)
         self._staged = torch.from_numpy(backend.pin(max(4, shape.staged_bytes)))
         self.answers = self._make_answers(dtype) if shape.searches else ()
@@ -136,6 +141,14 @@ class Ring:
         if count:
             self._copy_in.copy(self.constants.device_bytes(count), self.constants.host_bytes(count))
 
+    def bring_row_numbers(self, numbers: NDArray[np.float64]) -> None:
+        """Enqueue a copy of what is known of rows, before steps read it; nothing may be in flight."""
+        count = numbers.size
+        self.row_numbers.host.numpy()[:count] = numbers.reshape(-1)
+        if count:
+            to, source = self.row_numbers.device_bytes(count), self.row_numbers.host_bytes(count)
+            self._copy_in.copy(to, source)
+
     def bring_factor(self, values: Tensor, place: int) -> Tensor:
         """Copy a factor to its place among those of a tensor, and wait; nothing may be in flight.
 
@@ -173,25 +186,32 @@ class Ring:
         compute: Callable[[Step], None],
         out: Tensor | None,
         kept: Kept | None = None,
+        *,
+        cuts: Sequence[range] | None = None,
+        before: int = 0,
     ) -> None:
         """Enqueue a piece.
 
         Args:
-            inputs: ``[numel]`` per model, page-locked.
-            numel: Elements.
+            inputs: ``[numel]`` per model, page-locked; with more elements around them where a cut has.
+            numel: Elements of the result.
             compute: Called once per step, with its stream current; enqueues operations.
             out: Bytes that receive the results, page-locked; None where there are none.
             kept: Where the inputs stay on the device, or are already; None to copy them step by step
                 into lanes.
+            cuts: What steps are computed of, as elements of the inputs; None for as many at once as there is
+                room for.
+            before: Elements of the inputs that come before the result's.
         """
         itemsize = 0 if out is None else out.numel() // numel
-        for index, begin in enumerate(range(0, numel, self.shape.step_numel)):
+        for index, cut in enumerate(self._cuts(numel) if cuts is None else cuts):
             lane = self._lanes[index % len(self._lanes)]
-            count = min(self.shape.step_numel, numel - begin)
             if kept is None:
                 self._copy_in.wait(lane.computed)
-            there = self._step_inputs(inputs, lane, slice(begin, begin + count), kept)
-            step = Step(index, begin, count, there, lane.out[: count * itemsize])
+            there = self._step_inputs(inputs, lane, slice(cut.start, cut.stop), kept)
+            # What is known of each step of others has a place of its own.
+            own = index if cuts is None else 0
+            step = Step(own, cut.start, len(cut), there, lane.out[: len(cut) * itemsize])
             self._copy_in.record(lane.arrived)
             self._compute.wait(lane.arrived)
             self._compute.wait(lane.departed)
@@ -199,8 +219,15 @@ class Ring:
             self._compute.record(lane.computed)
             self._copy_out.wait(lane.computed)
             if out is not None:
-                self._copy_out.copy(out[begin * itemsize : (begin + count) * itemsize], step.out)
+                first, last = max(cut.start, before), min(cut.stop, before + numel)
+                to = out[(first - before) * itemsize : (last - before) * itemsize]
+                source = step.out[(first - cut.start) * itemsize : (last - cut.start) * itemsize]
+                self._copy_out.copy(to, source)
                 self._copy_out.record(lane.departed)
+
+    def _cuts(self, numel: int) -> Iterator[range]:
+        step = self.shape.step_numel
+        return (range(begin, min(begin + step, numel)) for begin in range(0, numel, step))
 
     def _step_inputs(
         self, inputs: Sequence[Tensor | None], lane: Lane, elements: slice, kept: Kept | None

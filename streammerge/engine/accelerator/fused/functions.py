@@ -5,7 +5,7 @@ multiply-add, nor divided approximately: kernels are compiled with ``enable_fp_f
 quotients are ``div_rn``, so that each operation rounds once, as IEEE 754 says.
 
 Twins: :mod:`streammerge.rng`, :mod:`streammerge.tiles.functions`, :func:`streammerge.tiles.totalling.add_up`,
-:mod:`streammerge.adapters.onto_base.products` and :mod:`streammerge.adapters.onto_base.norms`.
+:mod:`streammerge.engine.rows`, :mod:`streammerge.adapters.onto_base.products` and :mod:`streammerge.adapters.onto_base.norms`.
 """
 
 from __future__ import annotations
@@ -90,6 +90,35 @@ def keep_random(
     undecided = (lanes == upper).to(tl.int32)
     # One element in 65,536: most tiles need no second stream.
     if (lower > 0) & (tl.max(undecided) > 0):
+        kept |= undecided & (draw_lanes(key_low ^ 1, key_high, first, COUNT) < lower).to(tl.int32)
+    return kept != 0
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def keep_random_by(
+    key_low: tl.tensor,
+    key_high: tl.tensor,
+    first: tl.tensor,
+    probabilities: tl.tensor,
+    COUNT: tl.constexpr,
+) -> tl.tensor:
+    """Return which elements are kept, each with its own probability; see :func:`streammerge.rng.keep_mask_by`.
+
+    Args:
+        key_low: The lower half of the key.
+        key_high: The upper half.
+        first: The counter of the first lane.
+        probabilities: ``[COUNT]``, in [0, 1].
+        COUNT: Elements; a multiple of the lanes per counter.
+    """
+    # A sum that rounds to a whole number, halves to even.
+    limits = ((probabilities.to(tl.float64) * 4294967296.0 + _WHOLE) - _WHOLE).to(tl.int64)
+    upper = (limits >> 16).to(tl.int32)
+    lower = (limits & 0xFFFF).to(tl.int32)
+    lanes = draw_lanes(key_low, key_high, first, COUNT)
+    kept = (lanes < upper).to(tl.int32)
+    undecided = ((lanes == upper) & (lower > 0)).to(tl.int32)
+    if tl.max(undecided) > 0:
         kept |= undecided & (draw_lanes(key_low ^ 1, key_high, first, COUNT) < lower).to(tl.int32)
     return kept != 0
 
@@ -356,3 +385,29 @@ def add_square_columns(
             sums = tl.where(there, sums + term * term, sums)
         row += UNROLL
     tl.store(totals + own, sums, mask=here)
+
+
+@triton.jit(do_not_specialize=["row"])  # type: ignore[untyped-decorator]
+def rank_rows(values: tl.tensor, ranks: tl.tensor, row: tl.tensor, WIDE: tl.constexpr) -> None:
+    """Rank the magnitudes of each row, a row by a program instance, in numbers from 0 to 1.
+
+    Of equal ones the first is the largest, and what is no number is larger than all: see
+    :func:`streammerge.engine.rows.rank_rows`.
+
+    Args:
+        values: ``[rows, row]`` float32.
+        ranks: ``[rows, row]`` float32, receives the ranks.
+        row: Elements of a row; two or more.
+        WIDE: A power of two that is no less.
+    """
+    own = tl.arange(0, WIDE)
+    here = own < row
+    begin = tl.program_id(0).to(tl.int64) * row
+    size = tl.abs(tl.load(values + begin + own, mask=here, other=0.0))
+    # Patterns of magnitudes are ordered as they are; places behind them make all of them differ.
+    pattern = tl.where(size == size, size.to(tl.int32, bitcast=True), 0x7FC00000)
+    keys = (pattern.to(tl.int64) << 32) | (row - 1 - own).to(tl.int64)
+    keys = tl.sort(tl.where(here, keys, 0x7FFFFFFFFFFFFFFF))
+    place = row - 1 - (keys & 0xFFFFFFFF).to(tl.int32)
+    last = tl.zeros([WIDE], tl.float32) + (row - 1).to(tl.float32)
+    tl.store(ranks + begin + place, tl.div_rn(own.to(tl.float32), last), mask=here)

@@ -147,7 +147,7 @@ def _add_product(
         -(-out.numel() // tile),
         *(own, own, up, down, out, constants),
         # What this kernel does not touch needs an address all the same.
-        *(constants, constants, constants),
+        *(constants, constants, constants, constants, constants, 16, 16),
         *(begin, out.numel(), out.numel(), tile),
     )
 

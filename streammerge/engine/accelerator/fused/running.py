@@ -24,7 +24,6 @@ from streammerge.engine.accelerator.fused.selecting import add_answers_, write_q
 from streammerge.engine.accelerator.fused.writing import Kind
 from streammerge.engine.accelerator.ring import Ring, Step
 from streammerge.engine.pieces import PieceInMemory, torch_dtype
-from streammerge.engine.plain import bind_numbers
 from streammerge.lazily import torch
 from streammerge.methods.programs import Programs
 from streammerge.plan.types import MergePlan
@@ -35,10 +34,12 @@ from streammerge.statistics.magnitude import Question
 from streammerge.statistics.rounds import Found
 from streammerge.statistics.topk import TopK
 from streammerge.tiles.fusing import Layout, sink_rows
-from streammerge.tiles.program import Op, Program
+from streammerge.tiles.program import Number, Op, Origin, Program
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from streammerge.engine.accelerator.rows import RowsThere
 
 _ALL, _NONE = 2**62, -1
 """Last ties where all are kept, and where none is."""
@@ -74,6 +75,8 @@ class FusedSteps:
         program: Program,
         found: Found,
         questions: Sequence[Question | None],
+        *,
+        also: Sequence[Program] = (),
     ) -> None:
         """Bring what steps of a piece need; nothing may be in flight.
 
@@ -83,6 +86,7 @@ class FusedSteps:
             program: Which of that now.
             found: What is known of the tensor.
             questions: What is asked of each value that the program ranks.
+            also: What else is done now.
         """
         self._piece, self._programs, self._found = piece, programs, found
         self._setting = self._plan.settings[piece.first.task.setting]
@@ -98,7 +102,7 @@ class FusedSteps:
         self._places: dict[int, int] = {}
         # First of all, so that they begin aligned.
         written = [number for question in questions for number in write_question(question)]
-        for each in (program, *(self._round_of(rank)[0] for rank in self._cuts)):
+        for each in (program, *also, *(self._round_of(rank)[0] for rank in self._cuts)):
             if id(each) not in self._places:
                 self._places[id(each)] = len(written)
                 written += self._constants_of(each)
@@ -122,8 +126,7 @@ class FusedSteps:
     def _constants_of(self, program: Program) -> list[int]:
         """Return a program's constants, as :class:`Layout` has them."""
         piece, plan = self._piece, self._plan
-        # Numbers of single rows are for programs that stay on the CPU.
-        numbers = [float(each) for each in bind_numbers(program, self._found)]
+        numbers = [_number_of_all(each, self._found) for each in program.numbers]
         written = [_bits(number) for number in numbers]
         written.append(piece.first.start)
         written += [_bits(_threshold(self._found.tops[rank])) for rank in program.trims]
@@ -132,7 +135,8 @@ class FusedSteps:
             key = stream_key(plan.seed, source, piece.first.task.name)
             written += [_signed(key), _signed(key >> 64)]
         drawn = (step for step in program.steps if step.op is Op.KEEP_RANDOM)
-        probabilities = {step.c: numbers[step.number] for step in drawn}
+        # With probabilities of single elements there is none for all.
+        probabilities = {step.c: 0.0 if step.b >= 0 else numbers[step.number] for step in drawn}
         for stream in range(len(program.streams)):
             written += _limits(probabilities[stream])
         products = [product for own in self._products for product in own]
@@ -141,18 +145,28 @@ class FusedSteps:
         assert len(written) == Layout(program, len(products)).size  # noqa: S101 - its twin
         return written
 
-    def merge(self, program: Program, step: Step, *, checked: bool, count: bool) -> None:
+    def merge(
+        self,
+        program: Program,
+        step: Step,
+        *,
+        checked: bool,
+        count: bool,
+        rows: RowsThere | None = None,
+    ) -> None:
         """Enqueue the merge of a step, whose result goes where the step says."""
         self._find_lasts(step)
         made = self._piece.first.task.made_dtype
         kernel = self._kernel(program, made, checked=checked, count=count)
-        self._launch(kernel, program, step, _as_integers(step.out.view(torch_dtype(made))))
+        self._launch(kernel, program, step, _as_integers(step.out.view(torch_dtype(made))), rows)
 
-    def measure(self, program: Program, step: Step, *, checked: bool) -> list[SinkRows]:
+    def measure(
+        self, program: Program, step: Step, *, checked: bool, rows: RowsThere | None = None
+    ) -> list[SinkRows]:
         """Enqueue a round's program on a step; return the rows that its sinks are about."""
         self._find_lasts(step)
         kernel = self._kernel(program, None, checked=checked, count=False)
-        self._launch(kernel, program, step, self._ring.rows.view(-1))
+        self._launch(kernel, program, step, self._ring.rows.view(-1), rows)
         return self._rows_of(program, step.numel)
 
     def _rows_of(self, program: Program, numel: int) -> list[SinkRows]:
@@ -173,13 +187,15 @@ class FusedSteps:
         answers = self._ring.answers[index]
         add_answers_(answers, question, asked, row, first_block, tile=self._tile)
 
-    def total(self, op: Op, a: Tensor, b: Tensor | None, column: Tensor) -> None:
-        """Enqueue the totals of a row's blocks, to ``[blocks]`` float64, in the CPU's order."""
+    def total(
+        self, op: Op, a: Tensor, b: Tensor | None, column: Tensor, length: int = BLOCK
+    ) -> None:
+        """Enqueue the totals of blocks, or of rows, of a length, to ``[blocks]`` float64, in the CPU's order."""
         other = a if b is None else b
-        blocks, stride = count_blocks(a.numel()), column.stride(0)
+        blocks, stride = -(-a.numel() // length), column.stride(0)
         products = op is Op.DOT
         launch(
-            add_up, blocks, a, other, column, stride, a.numel(), BLOCK, products, _UNROLL, warps=1
+            add_up, blocks, a, other, column, stride, a.numel(), length, products, _UNROLL, warps=1
         )
 
     def _kernel(self, program: Program, made: DType | None, *, checked: bool, count: bool) -> Any:
@@ -204,7 +220,14 @@ class FusedSteps:
             )
         return self._kernels[key]
 
-    def _launch(self, kernel: Any, program: Program, step: Step, out: Tensor) -> None:
+    def _launch(
+        self,
+        kernel: Any,
+        program: Program,
+        step: Step,
+        out: Tensor,
+        rows: RowsThere | None = None,
+    ) -> None:
         ring, setting = self._ring, self._setting
         base = step.inputs[setting.models[0]] if setting.has_base else None
         stored = (base, *(step.inputs[model] for model in setting.sources))
@@ -222,12 +245,18 @@ class FusedSteps:
             ring.lasts,
             notes.view(torch.int32 if notes.itemsize == 4 else torch.int64),
             ring.counts.device,
+            *self._row_arguments(rows),
             step.begin,
             step.numel,
             ring.rows.shape[1],
             self._tile,
             warps=count_warps(program),
         )
+
+    def _row_arguments(self, rows: RowsThere | None) -> tuple[Any, ...]:
+        if rows is None:
+            return (self._ring.rows, self._ring.row_numbers.device, 16, 16)
+        return (rows.computed, rows.numbers, rows.numel, rows.known)
 
     def _find_lasts(self, step: Step) -> None:
         """Enqueue searches for the last ties that are kept, where they lie in this step.
@@ -290,6 +319,17 @@ def _ranks_before(programs: Programs, program: Program) -> list[int]:
         if any(first <= rank < first + each.ranked for rank in wanted):
             wanted |= set(each.trims)
     return sorted(wanted)
+
+
+def _number_of_all(number: Number, found: Found) -> float:
+    """Return a number that all elements share; 0 for those of single rows, which come by themselves."""
+    match number.origin:
+        case Origin.CONSTANT:
+            return number.value
+        case Origin.FOUND:
+            return found.numbers[number.index]
+        case Origin.ROW:
+            return 0.0
 
 
 def _threshold(top: TopK) -> float:

@@ -13,6 +13,8 @@ leaves what a round ranks and totals in rows, for those who count. What depends 
     lasts      int64 per rank of the tensor: the last tie that is kept, as an index into the piece
     notes      largest magnitudes of what was loaded and made, as patterns of bits
     counts     int64: how many elements are kept
+    computed   ``[values, stride]`` in the compute type: ranks within rows; anything where no step reads any
+    row_numbers  float64: ``known`` numbers for each ``row`` elements, likewise
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from streammerge.adapters.onto_base.products import Normed
 from streammerge.dtypes import DType
 from streammerge.tiles.functions import NOT_FOR_SINGLE
 from streammerge.tiles.fusing import Layout, sink_rows
-from streammerge.tiles.program import FUNCTIONS, SINKS, Op, Program, Step, Vote
+from streammerge.tiles.program import FUNCTIONS, SINKS, Op, Origin, Program, Step, Vote
 
 _COMPUTED = {DType.F32: ("tl.float32", "tl.int32"), DType.F64: ("tl.float64", "tl.int64")}
 _CALLS = {
@@ -81,7 +83,10 @@ class _Writer:
             for i, normed in enumerate(self._products)
             for side in ("up", "down", "vector")[: 2 if normed is Normed.NOT else 3]
         ]
-        others = "out, constants, lasts, notes, counts, begin, numel, stride, TILE: tl.constexpr"
+        others = (
+            "out, constants, lasts, notes, counts, computed, row_numbers, row, known, "
+            "begin, numel, stride, TILE: tl.constexpr"
+        )
         # These begin anywhere; a kernel for each way they are aligned would be compiled for nothing.
         anywhere = ["constants", "notes", *factors]
         body = "\n".join(f"    {line}" for line in self.lines)
@@ -109,8 +114,14 @@ class _Writer:
             "here = own < numel",
             f"start = tl.load(constants + {layout.start}) + begin + tl.program_id(0) * TILE",
         ]
-        for index in range(len(self.kind.program.numbers)):
-            self.lines.append(f"n{index} = {self._constant(index)}")
+        if self.kind.program.has_row_numbers:
+            # Numbers of the row that an element lies in; a step begins with a row.
+            self.lines.append("numbers = row_numbers + own // row * known")
+        for index, number in enumerate(self.kind.program.numbers):
+            found = self._constant(index)
+            if number.origin is Origin.ROW:
+                found = f"tl.load(numbers + {number.index}, mask=here, other=0.0).to({self._float})"
+            self.lines.append(f"n{index} = {found}")
         for trim in range(len(self.kind.program.trims)):
             self.lines.append(f"threshold{trim} = {self._constant(layout.thresholds + trim)}")
             rank = self.kind.program.trims[trim]
@@ -186,8 +197,11 @@ class _Writer:
             self._other(step, a, b, out)
 
     def _wide(self, name: str) -> str:
-        """Return a number as a tile."""
-        return name if name.startswith("r") else f"tl.full([TILE], {name}, {self._float})"
+        """Return a register or a number as a tile."""
+        if name.startswith("r"):
+            return name
+        number = self.kind.program.numbers[int(name[1:])]
+        return name if number.origin is Origin.ROW else f"tl.full([TILE], {name}, {self._float})"
 
     def _other(self, step: Step, a: str, b: str, out: str) -> None:
         match step.op:
@@ -199,6 +213,9 @@ class _Writer:
                 self._task_vector(step.a, out)
                 if step.c >= 0:
                     self._trim(step, out, out)
+            case Op.COMPUTED:
+                place = f"computed + {step.a} * stride + own"
+                self.lines.append(f"{out} = tl.load({place}, mask=here, other=0.0)")
             case Op.FILL:
                 self.lines.append(f"{out} = {self._wide(f'n{step.number}')}")
             case Op.DIVIDE:
@@ -308,16 +325,29 @@ class _Writer:
         self.lines += [
             f"low = tl.load(constants + {key}).to(tl.uint64, bitcast=True)",
             f"high = tl.load(constants + {key + 1}).to(tl.uint64, bitcast=True)",
+        ]
+        counted = "kept"
+        if step.b >= 0:
+            probability = f"tl.minimum(tl.maximum(r{step.b}, 0.0), 1.0)"
+            drawn = f"functions.keep_random_by(low, high, start // 16 + 1, {probability}, TILE)"
+            self.lines += [f"kept = {drawn}", f"nothing = {a} * 0.0 + 0.0"]
+        else:
+            self._draw(limit, a)
+            counted = "kept & (upper >= 0)"
+        self.lines.append(f"{out} = tl.where(kept, {a}, nothing)")
+        # Where both choose, what trims keep is told.
+        if not self.kind.program.trims:
+            self._count(counted, stream)
+
+    def _draw(self, limit: int, a: str) -> None:
+        """Draw with one probability for all."""
+        self.lines += [
             f"upper = tl.load(constants + {limit})",
             f"lower = tl.load(constants + {limit + 1})",
             "kept = functions.keep_random(low, high, start // 16 + 1, upper, lower, TILE)",
             # What is no number is none when it is dropped, unless everything is.
             f"nothing = tl.where(upper < 0, 0.0, {a} * 0.0 + 0.0)",
-            f"{out} = tl.where(kept, {a}, nothing)",
         ]
-        # Where both choose, what trims keep is told.
-        if not self.kind.program.trims:
-            self._count("kept & (upper >= 0)", stream)
 
     def _count(self, kept: str, column: int) -> None:
         if self.kind.counts:
