@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+
 from streammerge.dtypes import DType
 from streammerge.methods.programs import Programs
 from streammerge.plan.chunking import widest_input
@@ -11,9 +13,13 @@ from streammerge.statistics import BLOCK
 from streammerge.tiles.fusing import count_sink_rows
 from streammerge.tiles.program import Op
 
-SORTING_BYTES = 64
-"""Per element of a step whose rows are sorted by torch: keys, those that are sorted, their indices, and as much
-for the sort. An estimate."""
+MOST_IN_REGISTERS = 8192
+"""Elements of a row that one program instance ranks: its keys pass through 64 KiB of a multiprocessor's shared
+memory, which every device has. Twice as many would fit data centres' devices alone, and four times as many
+would spill. Longer ones are sorted by torch."""
+_SORTING_BYTES = 96
+"""Per element of a step that torch sorts: keys, those that are sorted, their indices, and as much again for
+the sort, twice. An estimate."""
 _TOTALS = frozenset({Op.SUM, Op.DOT})
 """What is added up there, row by row."""
 
@@ -51,3 +57,17 @@ def count_rows_of(task: TensorTask, slot_bytes: int) -> int:
         slot_bytes: Size of an input buffer, which limits chunks.
     """
     return min(task.numel, slot_bytes // widest_input(task)) // task.row + 2
+
+
+def sorting_bytes(tasks: Iterable[TensorTask], programs: Sequence[Programs]) -> int:
+    """Return what torch takes to sort long rows, per element of a step; 0 where it sorts none.
+
+    Args:
+        tasks: Tensors that go to a device.
+        programs: What the method does, for each of its settings.
+    """
+    sorts = any(
+        task.row > MOST_IN_REGISTERS and programs[task.setting].row_ranks is not None
+        for task in tasks
+    )
+    return _SORTING_BYTES if sorts else 0

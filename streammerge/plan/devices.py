@@ -37,10 +37,10 @@ from streammerge.plan.demanding import count_plain_rows
 from streammerge.plan.device_matrices import shape_matrices, told_matrix, with_matrices
 from streammerge.plan.device_norms import NormsShape, shape_norms
 from streammerge.plan.device_rows import (
-    SORTING_BYTES,
     count_rows_before_ranks,
     count_rows_of,
     has_rows_for_device,
+    sorting_bytes,
 )
 from streammerge.plan.sweeps import programs_of_plan
 from streammerge.plan.types import DeviceResources, MergePlan, TensorTask
@@ -299,10 +299,7 @@ def shape_step(
         input_itemsize=max(widest_input(task) for task in there),
         output_itemsize=max(task.made_dtype.itemsize for task in there),
         rows=max(count_plain_rows(programs, ()), _count_sink_rows(programs) if fused else 0),
-        temporary_bytes=max(
-            _TEMPORARY_BYTES,
-            SORTING_BYTES if any(each.row_ranks is not None for each in programs) else 0,
-        ),
+        temporary_bytes=max(_TEMPORARY_BYTES, sorting_bytes(there, programs)),
         row_totals=rows * max(max(each.row_counts.totals, each.counts.totals) for each in programs),
         row_numbers=rows * max(each.row_numbers for each in programs),
         compute_itemsize=compute_itemsize,

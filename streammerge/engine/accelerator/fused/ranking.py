@@ -3,7 +3,7 @@
 Both sort the same keys, of which no two are equal: patterns of magnitudes, and behind them places in the row.
 So the order is that of :func:`streammerge.engine.rows.rank_rows`, the twin on the CPU.
 
-Memory: for rows that torch sorts, :data:`~streammerge.plan.device_rows.SORTING_BYTES` per element.
+Memory: :func:`~streammerge.plan.device_rows.sorting_bytes` per element.
 """
 
 from __future__ import annotations
@@ -15,13 +15,11 @@ import triton
 from streammerge.engine.accelerator.fused.functions import rank_rows as rank_in_registers
 from streammerge.engine.accelerator.fused.kernels import launch
 from streammerge.lazily import torch
+from streammerge.plan.device_rows import MOST_IN_REGISTERS
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-_MOST_IN_REGISTERS = 8192
-"""Elements of such a row: its keys pass through 64 KiB of a multiprocessor's shared memory, which every device
-has. Twice as many would fit data centres' devices alone, and four times as many would spill."""
 _PER_WARP = 512
 """Elements of such a row for each warp: 16 keys of two registers per thread."""
 _INFINITE = 0x7F800000
@@ -37,7 +35,7 @@ def rank_rows(values: Tensor, row: int, ranks: Tensor) -> None:
         row: Elements of a row; two or more.
         ranks: ``[rows * row]`` float32; receives them.
     """
-    if row <= _MOST_IN_REGISTERS:
+    if row <= MOST_IN_REGISTERS:
         rank_short_rows(values, row, ranks)
     else:
         _rank_long_rows(values.view(-1, row), ranks.view(-1, row))
