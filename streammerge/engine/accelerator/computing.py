@@ -1,7 +1,7 @@
 """Pieces measured and merged on a device, in the mathematics that the CPU's stage uses.
 
-Every operation has one rounding, the CPU's; only totals are added up in an order of their own, which
-depends on nothing but the length of a block.
+Every operation has one rounding, the CPU's. So have totals by fused kernels; by single operations these are
+added up in an order of their own, which depends on nothing but the length of a block.
 
 Memory: that of the ring.
 """
