@@ -27,7 +27,6 @@ from fake_backend import (
     MakeDevices,
     add_up_blocks,
     rank_rows_at_once,
-    square_rows_at_once,
 )
 from fast import choose_fast
 from models import Models
@@ -126,7 +125,7 @@ def devices(monkeypatch: pytest.MonkeyPatch) -> MakeDevices:
         pytest.importorskip("triton")
         from triton.runtime import interpreter
 
-        from streammerge.engine.accelerator.fused import norms, ranking
+        from streammerge.engine.accelerator.fused import ranking
         from streammerge.engine.accelerator.fused.running import FusedSteps
 
         monkeypatch.setattr(interpreter, "np_umulhi_u64", _multiply_high)
@@ -138,9 +137,8 @@ def devices(monkeypatch: pytest.MonkeyPatch) -> MakeDevices:
             return [made[name] for name in names]
 
         monkeypatch.setattr(opening, "open_devices", open_devices)
-        monkeypatch.setattr(FusedSteps, "total", add_up_blocks)
+        monkeypatch.setattr(FusedSteps, "total", staticmethod(add_up_blocks))
         monkeypatch.setattr(ranking, "rank_short_rows", rank_rows_at_once)
-        monkeypatch.setattr(norms, "square_rows", square_rows_at_once)
         monkeypatch.setattr(opening, "count_devices", lambda: len(made))
         return made
 

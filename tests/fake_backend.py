@@ -24,7 +24,6 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from streammerge.adapters.onto_base.norms import square_rows
 from streammerge.engine.accelerator.backend import Failure
 from streammerge.engine.rows import make_relative, rank_rows
 from streammerge.statistics import BLOCK
@@ -305,9 +304,7 @@ class FakeBackend:
         return Failure.LOST if isinstance(error, FakeLostError) else Failure.OTHER
 
 
-def add_up_blocks(
-    _self: Any, op: Op, a: Tensor, b: Tensor | None, column: Tensor, length: int = BLOCK
-) -> None:
+def add_up_blocks(op: Op, a: Tensor, b: Tensor | None, column: Tensor, length: int = BLOCK) -> None:
     """Total blocks as the fused kernel does, which takes Triton's interpreter seconds for each."""
     for block, begin in enumerate(range(0, a.numel(), length)):
         rows = [each[begin : begin + length].numpy()[None] for each in (a, a if b is None else b)]
@@ -319,11 +316,6 @@ def rank_rows_at_once(values: Tensor, row: int, ranks: Tensor) -> None:
     found = rank_rows(values.numpy().reshape(-1, row)).copy()
     make_relative(found)
     ranks.copy_(torch.from_numpy(found.reshape(-1)))
-
-
-def square_rows_at_once(rows: Tensor, totals: Tensor) -> None:
-    """Add up the squares of rows as the fused kernel does, likewise."""
-    totals.copy_(torch.from_numpy(square_rows(rows)))
 
 
 MakeDevices = Callable[..., dict[str, FakeBackend]]

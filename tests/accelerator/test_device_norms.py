@@ -94,20 +94,6 @@ def test_norms_have_the_bits_of_the_cpu(
             assert torch.equal(found, drawn.on_cpu())
 
 
-def test_rows_are_added_up_by_the_kernel_as_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Which takes Triton's interpreter long; elsewhere here its twin stands in."""
-    pytest.importorskip("triton")
-    from streammerge.engine.accelerator.fused import norms
-
-    monkeypatch.setattr(norms, "_UNROLL", 2)
-    rows = torch.randn(3, 77)
-    totals = torch.empty(3, dtype=torch.float64)
-    norms.square_rows(rows, totals)
-    from streammerge.adapters.onto_base.norms import square_rows
-
-    np.testing.assert_array_equal(totals.numpy(), square_rows(rows))
-
-
 def test_a_bench_takes_what_is_stated(devices: MakeDevices) -> None:
     backend = devices()["cuda:0"]
     pinned: list[int] = []

@@ -20,7 +20,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -136,18 +136,17 @@ class Ring:
 
     def bring_constants(self, numbers: Sequence[int]) -> None:
         """Enqueue a copy of what steps read, before they do; nothing may be in flight."""
-        self.constants.host.numpy()[: len(numbers)] = numbers
-        count = len(numbers)
-        if count:
-            self._copy_in.copy(self.constants.device_bytes(count), self.constants.host_bytes(count))
+        self._bring(np.array(numbers, dtype=np.int64), self.constants)
 
     def bring_row_numbers(self, numbers: NDArray[np.float64]) -> None:
-        """Enqueue a copy of what is known of rows, before steps read it; nothing may be in flight."""
+        """Enqueue a copy of what is known of rows, likewise."""
+        self._bring(numbers.reshape(-1), self.row_numbers)
+
+    def _bring(self, numbers: NDArray[Any], to: Returned) -> None:
         count = numbers.size
-        self.row_numbers.host.numpy()[:count] = numbers.reshape(-1)
+        to.host.numpy()[:count] = numbers
         if count:
-            to, source = self.row_numbers.device_bytes(count), self.row_numbers.host_bytes(count)
-            self._copy_in.copy(to, source)
+            self._copy_in.copy(to.device_bytes(count), to.host_bytes(count))
 
     def bring_factor(self, values: Tensor, place: int) -> Tensor:
         """Copy a factor to its place among those of a tensor, and wait; nothing may be in flight.

@@ -5,7 +5,8 @@ multiply-add, nor divided approximately: kernels are compiled with ``enable_fp_f
 quotients are ``div_rn``, so that each operation rounds once, as IEEE 754 says.
 
 Twins: :mod:`streammerge.rng`, :mod:`streammerge.tiles.functions`, :func:`streammerge.tiles.totalling.add_up`,
-:mod:`streammerge.engine.rows`, :mod:`streammerge.adapters.onto_base.products` and :mod:`streammerge.adapters.onto_base.norms`.
+:mod:`streammerge.engine.rows`, :mod:`streammerge.adapters.onto_base.products` and
+:mod:`streammerge.adapters.onto_base.norms`.
 """
 
 from __future__ import annotations
@@ -81,15 +82,15 @@ def keep_random(
         key_low: The lower half of the key.
         key_high: The upper half.
         first: The counter of the first lane.
-        upper: What the upper lane is compared with, in [0, 2^16].
-        lower: What the lower lane is compared with where the upper one is equal.
+        upper: What the upper lane is compared with, in [0, 2^16]; one number, or ``[COUNT]``.
+        lower: What the lower lane is compared with where the upper one is equal, likewise.
         COUNT: Elements; a multiple of the lanes per counter.
     """
     lanes = draw_lanes(key_low, key_high, first, COUNT)
     kept = (lanes < upper).to(tl.int32)
-    undecided = (lanes == upper).to(tl.int32)
+    undecided = ((lanes == upper) & (lower > 0)).to(tl.int32)
     # One element in 65,536: most tiles need no second stream.
-    if (lower > 0) & (tl.max(undecided) > 0):
+    if tl.max(undecided) > 0:
         kept |= undecided & (draw_lanes(key_low ^ 1, key_high, first, COUNT) < lower).to(tl.int32)
     return kept != 0
 
@@ -113,14 +114,8 @@ def keep_random_by(
     """
     # A sum that rounds to a whole number, halves to even.
     limits = ((probabilities.to(tl.float64) * 4294967296.0 + _WHOLE) - _WHOLE).to(tl.int64)
-    upper = (limits >> 16).to(tl.int32)
-    lower = (limits & 0xFFFF).to(tl.int32)
-    lanes = draw_lanes(key_low, key_high, first, COUNT)
-    kept = (lanes < upper).to(tl.int32)
-    undecided = ((lanes == upper) & (lower > 0)).to(tl.int32)
-    if tl.max(undecided) > 0:
-        kept |= undecided & (draw_lanes(key_low ^ 1, key_high, first, COUNT) < lower).to(tl.int32)
-    return kept != 0
+    upper, lower = (limits >> 16).to(tl.int32), (limits & 0xFFFF).to(tl.int32)
+    return keep_random(key_low, key_high, first, upper, lower, COUNT)
 
 
 @triton.jit  # type: ignore[untyped-decorator]

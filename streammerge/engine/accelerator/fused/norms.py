@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 from streammerge.adapters.onto_base.products import Normed, Product
 from streammerge.dtypes import DType
 from streammerge.engine.accelerator.copies import Bytes, StagedCopies
-from streammerge.engine.accelerator.fused.functions import add_square_columns, add_up
+from streammerge.engine.accelerator.fused.functions import add_square_columns
 from streammerge.engine.accelerator.fused.kernels import kernel_of, launch
+from streammerge.engine.accelerator.fused.running import FusedSteps
 from streammerge.engine.accelerator.fused.writing import Kind
 from streammerge.engine.pieces import torch_dtype
 from streammerge.lazily import torch
@@ -33,8 +34,6 @@ if TYPE_CHECKING:
 
 _CHANGED = Program((Step(Op.SOURCE, 0, a=0), Step(Op.STORE, 0, a=0)), registers=1, numbers=())
 """A source with what adapters make of it."""
-_UNROLL = 32
-"""Elements per running sum of a row that are loaded at once."""
 _ROWS_AT_ONCE = 16
 """Rows of a column that are loaded at once."""
 _LEAST_COLUMNS = 32
@@ -111,7 +110,9 @@ class SquaredMatrix:
         _add_product(stored, self._factors, changed, rows.start * self._columns, self._tile)
         table = changed.view(len(rows), self._columns)
         if self._work.along_rows:
-            square_rows(table, self.totals[rows.start : rows.stop])
+            # Each row is what is elsewhere a block.
+            own = self.totals[rows.start : rows.stop]
+            FusedSteps.total(Op.DOT, changed, None, own, self._columns)
         else:
             square_columns(table, self.totals, self._tile)
 
@@ -166,13 +167,6 @@ _DTYPES = {
     torch.float16: DType.F16,
     torch.bfloat16: DType.BF16,
 }
-
-
-def square_rows(rows: Tensor, totals: Tensor) -> None:
-    """Enqueue the sums of each row's squares, of ``[n, columns]`` float32, to ``[n]`` float64."""
-    count, columns = rows.shape
-    # Each row is what is elsewhere a block of one.
-    launch(add_up, count, rows, rows, totals, 1, rows.numel(), columns, True, _UNROLL, warps=1)
 
 
 def square_columns(rows: Tensor, totals: Tensor, tile: int) -> None:

@@ -187,9 +187,8 @@ class FusedSteps:
         answers = self._ring.answers[index]
         add_answers_(answers, question, asked, row, first_block, tile=self._tile)
 
-    def total(
-        self, op: Op, a: Tensor, b: Tensor | None, column: Tensor, length: int = BLOCK
-    ) -> None:
+    @staticmethod
+    def total(op: Op, a: Tensor, b: Tensor | None, column: Tensor, length: int = BLOCK) -> None:
         """Enqueue the totals of blocks, or of rows, of a length, to ``[blocks]`` float64, in the CPU's order."""
         other = a if b is None else b
         blocks, stride = -(-a.numel() // length), column.stride(0)
