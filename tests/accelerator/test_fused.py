@@ -386,7 +386,9 @@ def test_changes_of_one_tensor_are_made_in_turn(op: Op) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize(("numel", "length"), [(5000, 1024), (1024, 1024), (17, 1024), (1, 64), (231, 77)])
+@pytest.mark.parametrize(
+    ("numel", "length"), [(5000, 1024), (1024, 1024), (17, 1024), (1, 64), (231, 77)]
+)
 @pytest.mark.parametrize("products", [False, True])
 def test_sums_are_added_in_the_order_of_the_cpu(
     numel: int, length: int, dtype: torch.dtype, *, products: bool
