@@ -107,13 +107,16 @@ def write_shard_in_order(path: Path, tensors: Mapping[str, Tensor]) -> Path:
     return path
 
 
-def write_adapter(path: Path, weights: Mapping[str, tuple[int, int]], *, seed: int) -> Path:
+def write_adapter(
+    path: Path, weights: Mapping[str, tuple[int, int]], *, seed: int, dora: bool = False
+) -> Path:
     """Write a LoRA of rank 4 as PEFT does, and return ``path``.
 
     Args:
         path: The directory to make.
         weights: The rows and columns of every weight of the base that it changes, by name.
         seed: Chooses the factors.
+        dora: Whether it has a magnitude for each row (DoRA).
     """
     generator = torch.Generator().manual_seed(seed)
     modules = {name.removesuffix(".weight"): shape for name, shape in weights.items()}
@@ -122,8 +125,12 @@ def write_adapter(path: Path, weights: Mapping[str, tuple[int, int]], *, seed: i
         name = f"base_model.model.{module}"
         tensors[f"{name}.lora_A.weight"] = torch.randn(4, columns, generator=generator)
         tensors[f"{name}.lora_B.weight"] = torch.randn(rows, 4, generator=generator)
+        if dora:
+            magnitude = torch.rand(rows, generator=generator) + 0.5
+            tensors[f"{name}.lora_magnitude_vector"] = magnitude
     targets = sorted({module.rpartition(".")[2] for module in modules})
-    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": targets}
+    config: dict[str, object] = {"peft_type": "LORA", "r": 4, "lora_alpha": 8}
+    config |= {"target_modules": targets, "use_dora": dora}
     write_model(path / "adapter_model.safetensors", tensors)
     (path / "adapter_config.json").write_text(json.dumps(config))
     return path

@@ -254,7 +254,7 @@ def _has_steps_of_the_cpu(program: Program, *, by_rows: bool) -> bool:
     return draws_by_row or program.uses(Op.COMPUTED, Op.CHANGED)
 
 
-def _factor_bytes(task: TensorTask) -> int:
+def factor_bytes(task: TensorTask) -> int:
     """Return the bytes of all factors of a tensor's adapters, in float32.
 
     DoRA's vector has as many elements as the magnitude that it is made of.
@@ -310,7 +310,7 @@ def shape_step(
         step_numel=min(step_numel, -(-largest // BLOCK) * BLOCK),
         ranks=max(sum(each.ranked for each in one.rounds) for one in programs),
         constants=_count_constants(programs, products) + ASKED * counts.ranked if fused else 0,
-        factor_bytes=max(map(_factor_bytes, there)),
+        factor_bytes=max(map(factor_bytes, there)),
     )
 
 

@@ -4,9 +4,12 @@ Stages go on side by side, so that a merge takes as long as the longest of them:
 
     reading     bytes to read / rate of the inputs
     writing     bytes to write / rate of writing
-    computing   values of merged inputs · seconds per value and core / cores
+    computing   (values · seconds per value + terms · seconds per term) / cores
     bus         bytes that cross / rate of page-locked copies
-    there       bytes of device memory moved / its rate of copying, and a moment per operation
+    there       bytes of device memory moved / its rate of copying, values sorted / its rate of sorting,
+                and a moment per operation
+
+How many of each there are is counted by :mod:`~streammerge.plan.loads`.
 
 On a device computing is the longer of what is done there and what is left to the CPU, and the start comes before
 everything. An estimate decides speed and nothing else, so where a device has other last bits than the CPU, or
@@ -15,7 +18,7 @@ what a merge does is not in the sum, :func:`why_not` says so, and nothing is est
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 
 from streammerge.assignment.types import Action
@@ -23,10 +26,16 @@ from streammerge.methods.base import MergeMethod
 from streammerge.methods.programs import Programs
 from streammerge.plan.choice import Seconds
 from streammerge.plan.device_matrices import shape_matrices
-from streammerge.plan.devices import StepShape, is_fused, plan_step, runs_on_device
-from streammerge.plan.sweeps import asks, programs_of_plan
+from streammerge.plan.devices import is_fused, plan_step, runs_on_device
+from streammerge.plan.loads import (
+    CoreLoad,
+    DeviceLoad,
+    load_cores,
+    load_cores_beside,
+    load_device,
+)
+from streammerge.plan.sweeps import programs_of_plan
 from streammerge.plan.types import MergePlan, TensorTask
-from streammerge.tiles.program import Op, Program, Step
 
 MARGIN = 0.2
 """By how much of the CPU's time a device must win: rates of a moment are off by about as much."""
@@ -37,16 +46,6 @@ COMPILING_SECONDS = 1.0
 """For Triton to compile one kernel that it has not compiled before. An estimate."""
 _ENQUEUING_SECONDS = 1e-5
 """To ask a device for one operation from Python. An estimate, twice what torch takes."""
-_RANDOM_OPERATIONS = 400
-"""Single operations that a random mask takes."""
-_RANKING_OPERATIONS = 20
-"""Those that find a ranked value's place among the collected and the counted ones."""
-_RANKING_KERNELS = 2
-"""Fused ones that do it."""
-_MOVED_ITEMSIZE = 12
-"""Bytes that a single operation moves per element: two float32 read, one written."""
-_FUSED_SHARE = 0.25
-"""Of the rate of copying, what a fused kernel reaches, which computes meanwhile. An estimate, on the safe side."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +60,8 @@ class Rates:
     """Seconds of one core per value of an input, for all that is asked of it and its merge."""
     cores: int
     """Cores that this process may use."""
+    term_seconds: float = 0.0
+    """Seconds of one core per term of a product of adapters' factors; 0 where a plan has none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +74,8 @@ class DeviceRates:
     """Bytes per second that are copied within its memory, each counted as read and written."""
     locking: float
     """Bytes per second of host memory that are page-locked."""
+    sorting: float
+    """Values per second that are ranked there within rows."""
 
 
 def why_not(plan: MergePlan, method: MergeMethod) -> str | None:
@@ -94,12 +97,10 @@ def why_not(plan: MergePlan, method: MergeMethod) -> str | None:
     if shape_matrices(plan.tasks, programs, plan.compute_dtype.itemsize).count:
         return f"matrices that are decomposed there have other last bits{_NO_BIT}"
     merged = [task for task in plan.tasks if task.action is Action.MERGE]
-    if not any(runs_on_device(task, programs, plan.settings, fused=True) for task in merged):
+    if not any(_runs_there(plan, programs, task, fused=True) for task in merged):
         return "nothing of this merge is for it"
-    if any(task.changes for task in merged):
-        return "how long products of adapters take is not estimated"
-    if any(task.row for task in merged):
-        return "how long what is asked about rows takes is not estimated"
+    if not all(change.adds_plain_product for task in merged for change in task.changes):
+        return "how long it takes what adapters change by more than plain products is not estimated"
     if any(task.encoding is not None for task in merged):
         return "how long it takes to make codes is not estimated"
     return None
@@ -115,9 +116,7 @@ def why_not_there(plan: MergePlan, method: MergeMethod) -> str | None:
     """
     programs = programs_of_plan(plan, method)
     fused = plan.device is not None and plan.device.fused
-    there = [
-        task for task in plan.tasks if runs_on_device(task, programs, plan.settings, fused=fused)
-    ]
+    there = [task for task in plan.tasks if _runs_there(plan, programs, task, fused=fused)]
     if not there:
         return "nothing of this merge is for it without compiled kernels"
     for task in there:
@@ -127,10 +126,11 @@ def why_not_there(plan: MergePlan, method: MergeMethod) -> str | None:
     return None
 
 
-def estimate_on_cpu(plan: MergePlan, rates: Rates) -> Seconds:
+def estimate_on_cpu(plan: MergePlan, method: MergeMethod, rates: Rates) -> Seconds:
     """Return how long a merge takes on the CPU."""
-    values = sum(_count_values(task) for task in plan.tasks)
-    return _seconds(plan, rates, computing=_compute(plan, rates, values))
+    programs = programs_of_plan(plan, method)
+    loads = [load_cores(plan, programs[task.setting], task) for task in _merged(plan)]
+    return _seconds(plan, rates, computing=_compute(plan, rates, sum(loads, CoreLoad())))
 
 
 def estimate_best(plan: MergePlan, rates: Rates) -> Seconds:
@@ -153,32 +153,21 @@ def estimate_on_device(
     programs = programs_of_plan(plan, method)
     fused = plan.device.fused
     shape = plan_step(plan, method, plan.device.step_numel, fused=fused)
-    left, crossing, there = 0, 0, 0.0
-    kernels: set[tuple[Step, ...]] = set()
-    for task in plan.tasks:
-        if not runs_on_device(task, programs, plan.settings, fused=fused):
-            left += _count_values(task)
-            continue
-        by_kernel = fused and is_fused(task)
-        one = programs[task.setting]
-        passes = [*_rounds_of(plan, one, task), one.merge]
-        stored = sum(entry.dtype.itemsize for entry in task.inputs if entry is not None)
-        made = task.numel * task.made_dtype.itemsize
-        crossing += _crossings(plan, shape, task, len(passes)) * task.numel * stored + made
-        steps = -(-task.numel // plan.device.step_numel)
-        for each in passes:
-            moved, operations = _load_of(each, stored, by_kernel=by_kernel)
-            there += task.numel * moved / device.memory
-            there += steps * operations * _ENQUEUING_SECONDS
-        there += made / device.memory
-        if by_kernel:
-            # Programs that differ in numbers alone share a kernel.
-            kernels.update(each.steps for each in passes)
+    left = CoreLoad()
+    loads: list[DeviceLoad] = []
+    for task in _merged(plan):
+        if shape is None or not _runs_there(plan, programs, task, fused=fused):
+            left += load_cores(plan, programs[task.setting], task)
+        else:
+            left += load_cores_beside(plan.device, task)
+            loads.append(load_device(plan, shape, programs[task.setting], task, fused=fused))
+    there = sum(_compute_there(each, device) for each in loads)
+    kernels = frozenset[Hashable]().union(*(each.kernels for each in loads))
     slots = plan.memory.inputs + plan.memory.outputs
     return _seconds(
         plan,
         rates,
-        bus=crossing / device.bus,
+        bus=sum(each.crossing for each in loads) / device.bus,
         computing=max(there, _compute(plan, rates, left)),
         start=START_SECONDS + len(kernels) * COMPILING_SECONDS + slots / device.locking,
     )
@@ -201,52 +190,25 @@ def _seconds(
     )
 
 
-def _compute(plan: MergePlan, rates: Rates, values: int) -> float:
-    """Return how long the CPU takes for so many values of inputs."""
-    return values * rates.value_seconds / min(plan.resources.workers, rates.cores)
+def _merged(plan: MergePlan) -> Iterator[TensorTask]:
+    """Yield the tensors that are computed; copies are not."""
+    return (task for task in plan.tasks if task.action is Action.MERGE)
 
 
-def _count_values(task: TensorTask) -> int:
-    """Return the values of inputs that are merged to a tensor; copies are not computed."""
-    if task.action is not Action.MERGE:
-        return 0
-    return task.numel * sum(entry is not None for entry in task.inputs)
+def _runs_there(
+    plan: MergePlan, programs: Sequence[Programs], task: TensorTask, *, fused: bool
+) -> bool:
+    itemsize = plan.compute_dtype.itemsize
+    return runs_on_device(task, programs, plan.settings, fused=fused, compute_itemsize=itemsize)
 
 
-def _rounds_of(plan: MergePlan, programs: Programs, task: TensorTask) -> Sequence[Program]:
-    """Return the rounds in which a tensor is measured."""
-    if programs.rounds and (plan.model_scope or asks(programs, task.numel)):
-        return programs.rounds
-    return ()
+def _compute(plan: MergePlan, rates: Rates, load: CoreLoad) -> float:
+    """Return how long the CPU takes."""
+    seconds = load.values * rates.value_seconds + load.terms * rates.term_seconds
+    return seconds / min(plan.resources.workers, rates.cores)
 
 
-def _crossings(plan: MergePlan, shape: StepShape | None, task: TensorTask, passes: int) -> int:
-    """Return how often the inputs of a tensor cross the bus: once, if all of them stay there until the merge.
-
-    Those of a sweep over the whole model are let go before the next one begins.
-    """
-    if shape is None or plan.device is None or plan.model_scope:
-        return passes
-    kept = plan.device.kept_pieces * shape.chunk_numel
-    return 1 if task.numel <= kept else passes
-
-
-def _load_of(program: Program, stored: int, *, by_kernel: bool) -> tuple[float, int]:
-    """Return the bytes of device memory that a program moves per element, and its operations per step.
-
-    Args:
-        program: A round, or the merge.
-        stored: Bytes per element of all inputs.
-        by_kernel: Whether it is one kernel; else every step is an operation of its own.
-    """
-    sinks = program.ranked + len(program.totals)
-    if by_kernel:
-        sinks += program.ranked * _RANKING_KERNELS
-        return stored / _FUSED_SHARE + sinks * _MOVED_ITEMSIZE, 1 + sinks
-    single = sum(_operations(program)) + program.ranked * _RANKING_OPERATIONS + sinks
-    return stored + single * _MOVED_ITEMSIZE, single
-
-
-def _operations(program: Program) -> Iterator[int]:
-    for step in program.steps:
-        yield _RANDOM_OPERATIONS if step.op is Op.KEEP_RANDOM else 1
+def _compute_there(load: DeviceLoad, device: DeviceRates) -> float:
+    """Return how long a device takes, but for the bus."""
+    asking = load.operations * _ENQUEUING_SECONDS
+    return load.moved / device.memory + load.sorted / device.sorting + asking

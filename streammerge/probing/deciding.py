@@ -31,6 +31,7 @@ from streammerge.plan.estimating import (
     why_not_there,
     wins,
 )
+from streammerge.plan.sweeps import programs_of_plan
 from streammerge.plan.types import MergePlan
 from streammerge.probing import device as probing_device
 from streammerge.probing import host as probing_host
@@ -85,7 +86,7 @@ def decide(planned: MergePlan, candidate: str, plan_for: PlanFor, *, at_once: in
     rates = probing_host.measure_host(planned, method)
     if isinstance(rates, str):
         return stay(planned, candidate, rates)
-    on_cpu = estimate_on_cpu(planned, rates)
+    on_cpu = estimate_on_cpu(planned, method, rates)
     best = estimate_best(planned, rates)
     if not wins(best, on_cpu):
         return stay(planned, candidate, _why_none_would(on_cpu, best), on_cpu)
@@ -93,7 +94,8 @@ def decide(planned: MergePlan, candidate: str, plan_for: PlanFor, *, at_once: in
         plan_for((), beside=HOST_ROOM_BYTES)
     except MemoryBudgetError:
         return stay(planned, candidate, _NO_ROOM, on_cpu)
-    there = _look_there(candidate, plan_for, rates)
+    ranks = any(each.row_ranks is not None for each in programs_of_plan(planned, method))
+    there = _look_there(candidate, plan_for, rates, ranks=ranks)
     if isinstance(there, str):
         # Torch is imported, so that memory is another than when the CPU was planned for.
         return stay(plan_for(()), candidate, there, on_cpu)
@@ -118,12 +120,14 @@ def stay(
     return replace(planned, choice=DeviceChoice(candidate, False, reason, on_cpu, on_device))
 
 
-def _look_there(candidate: str, plan_for: PlanFor, rates: Rates) -> tuple[Seconds, MergePlan] | str:
+def _look_there(
+    candidate: str, plan_for: PlanFor, rates: Rates, *, ranks: bool
+) -> tuple[Seconds, MergePlan] | str:
     """Open a device, plan for it and measure it; return the estimate and the plan, or why there is none."""
     try:
         if not opening.count_devices():
             return opening.why_none()
-        measured = _measure(candidate)
+        measured = _measure(candidate, ranks=ranks)
         if isinstance(measured, str):
             return measured
         plan = plan_for((candidate,))
@@ -138,13 +142,13 @@ def _look_there(candidate: str, plan_for: PlanFor, rates: Rates) -> tuple[Second
     return estimate_on_device(plan, method, rates, measured), plan
 
 
-def _measure(candidate: str) -> DeviceRates | str:
+def _measure(candidate: str, *, ranks: bool) -> DeviceRates | str:
     (backend,) = opening.open_devices([candidate])
     free = backend.free_bytes()
     if free < probing_device.ROOM_BYTES:
         return f"only {format_size(free)} of its memory are free"
     try:
-        return probing_device.measure_device(backend)
+        return probing_device.measure_device(backend, ranks=ranks)
     except (RuntimeError, OutOfMemoryError) as error:
         first = str(error).split("\n", maxsplit=1)[0]
         return f"a moment of copies there failed ({first})"

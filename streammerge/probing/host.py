@@ -5,38 +5,45 @@ is half in memory has a rate between. Computing: what is asked of, and made of, 
 random, by the very stage that merges. What a large tensor takes once, a sample and the choice of a rank among
 the few values that were collected, is left out, for of its billions of values it is nothing.
 
-Memory: :data:`_THREADS` requests of 4 MiB; then two blocks per model, and what a worker has.
+Memory: :data:`_THREADS` requests of 4 MiB; then what is drawn (:mod:`~streammerge.probing.drawing`), and what
+a worker has.
 """
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from math import prod
 from pathlib import Path
 from time import perf_counter
 
 import numpy as np
 from numpy.typing import NDArray
 
+from streammerge.adapters.onto_base.deltas import WORK_NUMEL, Delta
+from streammerge.adapters.onto_base.products import PlainProduct
 from streammerge.assignment.types import Action
 from streammerge.checkpoint.types import ShardFile
 from streammerge.dtypes import DType
 from streammerge.engine.compiled.opening import open_cpu_stage
 from streammerge.engine.device import DeviceStage
-from streammerge.engine.pieces import Part, PieceInMemory, Stored
+from streammerge.engine.pieces import PieceInMemory, Stored
 from streammerge.engine.resident import measure, sample_pieces
 from streammerge.engine.scopes import ScopeStatistics
 from streammerge.errors import StreamMergeError
-from streammerge.floats import KINDS, narrow
+from streammerge.floats import KINDS
+from streammerge.lazily import torch
 from streammerge.machine import count_cores
 from streammerge.methods.base import MergeMethod
 from streammerge.methods.programs import Programs
+from streammerge.native.library import load_kernels
 from streammerge.plan.budgeting import values_limit
 from streammerge.plan.estimating import Rates
+from streammerge.plan.loads import count_sources, rank_of
 from streammerge.plan.sweeps import programs_of_plan
 from streammerge.plan.types import MergePlan, TensorTask
+from streammerge.probing.drawing import DRAWN_NUMEL, draw_piece, unit_of
 from streammerge.statistics import BLOCK, count_blocks
 from streammerge.statistics.rounds import NOTHING, Found
 from streammerge.units import MIB
@@ -50,15 +57,11 @@ _THREADS = 4
 _MOST_WRITTEN = 2e9
 """Bytes per second. Where the output goes is not known when a merge is planned, so it is taken to be written as
 fast as inputs are read, which may come from memory, but no faster than common disks write."""
-_NUMEL = 2 * BLOCK
-"""Enough that the calls take no time beside the work; drawn in ten milliseconds per model."""
 _COMPUTING_SECONDS = 0.05
 """For the repetitions, of which the fastest counts."""
 _SAMPLED_SHARE = 8
 """A large tensor's values are ranked by way of a sample and a narrow band: a search that may collect an eighth of
 the trial's takes that way, one that may collect all would not."""
-_DRAWN = 4
-"""Sources that differ; further ones are copies of them, for to draw takes longer than to merge."""
 
 
 def measure_host(plan: MergePlan, method: MergeMethod) -> Rates | str:
@@ -71,10 +74,11 @@ def measure_host(plan: MergePlan, method: MergeMethod) -> Rates | str:
     read = measure_reading(plan.files)
     if read is None:
         return "the inputs cannot be read to see how fast they come"
-    value_seconds = measure_computing(plan, method)
-    if isinstance(value_seconds, str):
-        return value_seconds
-    return Rates(read, min(read, _MOST_WRITTEN), value_seconds, count_cores())
+    computing = measure_computing(plan, method)
+    if isinstance(computing, str):
+        return computing
+    write = min(read, _MOST_WRITTEN)
+    return Rates(read, write, computing.value, count_cores(), computing.term)
 
 
 def measure_reading(files: Sequence[ShardFile]) -> float | None:
@@ -111,17 +115,28 @@ def measure_reading(files: Sequence[ShardFile]) -> float | None:
     return nbytes / max(perf_counter() - started, 1e-9) if nbytes else None
 
 
-def measure_computing(plan: MergePlan, method: MergeMethod) -> float | str:
-    """Return the seconds of a core per value of an input, or why they cannot be had.
+@dataclass(frozen=True, slots=True)
+class CoreSeconds:
+    """How long one core takes."""
 
-    Tried is the largest tensor of the setting that most values are merged with.
+    value: float
+    """For a value of an input, with all that is asked of it and its merge."""
+    term: float
+    """For a term of a product of adapters' factors; 0 where a plan has none."""
+
+
+def measure_computing(plan: MergePlan, method: MergeMethod) -> CoreSeconds | str:
+    """Return how long a core takes, or why that cannot be had.
+
+    Tried is the largest tensor of the setting that most values are merged with; where adapters change
+    any, the largest of those that they change.
     """
     task = _choose_task(plan)
     kinds = {entry.dtype for entry in task.inputs if entry is not None} | {task.made_dtype}
     if others := sorted(str(kind) for kind in kinds - {*KINDS, DType.BF16}):
         return f"how long values stored as {', '.join(others)} take is not tried"
-    if task.row > _NUMEL:
-        return f"how long rows of {task.row:,} elements take is not tried"
+    if (unit := unit_of(task)) > DRAWN_NUMEL:
+        return f"how long rows of {unit:,} elements take is not tried"
     try:
         trial = _Trial.of(plan, method, task)
         # Memory that is touched for the first time takes longer than the arithmetic.
@@ -129,44 +144,23 @@ def measure_computing(plan: MergePlan, method: MergeMethod) -> float | str:
         seconds = _fastest(trial.run)
     except StreamMergeError as error:
         return f"a moment of its work on the cpu failed ({error})"
-    return seconds / (trial.piece.numel * sum(each is not None for each in trial.piece.inputs))
+    task = trial.piece.first.task
+    ranks = sum(map(rank_of, task.changes))
+    term = _fastest(_Products.of(trial.piece).run) / (task.numel * ranks) if ranks else 0.0
+    # Products are computed anew for every round.
+    passes = len(trial.programs.rounds) + 1
+    rest = seconds / task.numel - passes * ranks * term
+    return CoreSeconds(max(rest, 0.0) / count_sources(task), term)
 
 
 def _choose_task(plan: MergePlan) -> TensorTask:
-    values: dict[int, int] = {}
     merged = [task for task in plan.tasks if task.action is Action.MERGE and task.numel]
-    for task in merged:
+    among = [task for task in merged if task.changes] or merged
+    values: dict[int, int] = {}
+    for task in among:
         values[task.setting] = values.get(task.setting, 0) + task.numel
     setting = max(values, key=values.__getitem__)
-    return max((task for task in merged if task.setting == setting), key=lambda task: task.numel)
-
-
-def _shrink(task: TensorTask) -> TensorTask:
-    """Return a tensor of two blocks, or of whole rows that are at most that, merged as a larger one is."""
-    numel = min(task.numel, _NUMEL)
-    shape: tuple[int, ...] = (numel,)
-    if task.row:
-        shape = (numel // task.row, task.row)
-    return replace(task, shape=shape, numel=prod(shape), scope_block=0, region=None)
-
-
-def _draw(task: TensorTask) -> tuple[Stored | None, ...]:
-    """Return models like fine-tunes of one: small changes of the first."""
-    generator = np.random.default_rng(0)
-    base = 0.02 * generator.standard_normal(task.numel)
-    drawn: dict[tuple[int, DType], NDArray[np.uint8]] = {}
-    inputs: list[Stored | None] = []
-    for model, entry in enumerate(task.inputs):
-        if entry is None:
-            inputs.append(None)
-            continue
-        which = (model if model < _DRAWN else 1 + model % (_DRAWN - 1), entry.dtype)
-        if which not in drawn:
-            change = 0.002 * generator.standard_normal(base.size) if model else 0.0
-            drawn[which] = narrow(base + change, entry.dtype)
-        # Memory of its own, for what is in the cache is read in no time.
-        inputs.append(Stored(drawn[which].copy(), entry.dtype))
-    return tuple(inputs)
+    return max((task for task in among if task.setting == setting), key=lambda task: task.numel)
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,14 +183,15 @@ class _Trial:
     @classmethod
     def of(cls, plan: MergePlan, method: MergeMethod, task: TensorTask) -> _Trial:
         """Prepare what is done to a tensor of a plan."""
-        small = _shrink(task)
+        piece = draw_piece(task, by_torch=plan.needs_torch)
+        small = piece.first.task
         searched_whole = values_limit(task.numel) >= task.numel
         memory = np.empty(small.numel * small.made_dtype.itemsize, np.uint8)
         return cls(
             open_cpu_stage(replace(plan, tasks=(small,)), method),
             programs_of_plan(plan, method)[task.setting],
             plan.compute_dtype,
-            PieceInMemory((Part(small, 0, 0, small.numel),), _draw(small)),
+            piece,
             Stored(memory, small.made_dtype),
             small.numel if searched_whole else small.numel // _SAMPLED_SHARE,
         )
@@ -227,6 +222,43 @@ class _Trial:
             statistics.conclude()
         small = self.limit == self.piece.numel
         return statistics.found, perf_counter() - began if small else sweeps
+
+
+@dataclass(frozen=True, slots=True)
+class _Products:
+    """What adapters add to a small tensor, and nothing else."""
+
+    deltas: tuple[Delta | PlainProduct, ...]
+    """What is added."""
+    out: NDArray[np.float32]
+    """``[numel]``; receives it."""
+
+    @classmethod
+    def of(cls, piece: PieceInMemory) -> _Products:
+        """Prepare what is added to a piece."""
+        deltas = tuple(each for some in piece.deltas for each in some)
+        return cls(deltas, np.empty(piece.numel, np.float32))
+
+    def run(self) -> float:
+        """Compute all of it; return the seconds."""
+        began = perf_counter()
+        for delta in self.deltas:
+            if isinstance(delta, Delta):
+                self._fill(delta)
+            else:
+                self._compute(delta)
+        return perf_counter() - began
+
+    def _fill(self, delta: Delta) -> None:
+        out, work = torch.from_numpy(self.out), torch.empty(WORK_NUMEL)
+        for begin in range(0, self.out.size, BLOCK):
+            delta.fill(out[begin : begin + BLOCK], begin, work)
+
+    def _compute(self, product: PlainProduct) -> None:
+        kernels = load_kernels()
+        assert kernels is not None  # noqa: S101 - without them plans need torch
+        call = product.call(self.out, adds=False)
+        kernels.change_range(ctypes.addressof(call), start=0, numel=self.out.size)
 
 
 def _fastest(work: Callable[[], float]) -> float:

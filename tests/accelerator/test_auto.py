@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import json
+import math
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ import torch
 import yaml
 from fake_backend import FakeBackend, MakeDevices
 from models import BLOCK, Models, assert_same_model, load_model, recipe_of, write_adapter
+from safetensors.torch import load_file, save_file
 
 import streammerge
 from streammerge.chaining.foreseeing import plan_chain
@@ -25,6 +28,7 @@ from streammerge.cli.arguments import main
 from streammerge.engine.accelerator import driver, opening
 from streammerge.engine.accelerator.cuda import CudaBackend
 from streammerge.engine.accelerator.driver import count_driver_devices
+from streammerge.errors import MemoryBudgetError
 from streammerge.extracting.extraction import extract
 from streammerge.extracting.plans import ExtractionPlan
 from streammerge.methods import discover_methods
@@ -32,6 +36,7 @@ from streammerge.native.library import load_kernels
 from streammerge.plan.choice import Seconds
 from streammerge.plan.codec import dump_plan, parse_plan
 from streammerge.plan.estimating import (
+    COMPILING_SECONDS,
     START_SECONDS,
     DeviceRates,
     Rates,
@@ -72,17 +77,28 @@ def auto(devices: MakeDevices, monkeypatch: pytest.MonkeyPatch) -> MakeAuto:
         bus: float = 1e12,
         memory: float = 1e12,
         locking: float = 1e12,
+        sorting: float = 1e12,
+        term_seconds: float = 1e-15,
         **options: Any,
     ) -> dict[str, FakeBackend]:
         monkeypatch.setattr(driver, "count_driver_devices", lambda: 2)
         monkeypatch.setattr(opening, "why_no_cuda", lambda: None)
-        rates = Rates(read, write, value_seconds, cores=1)
+        rates = Rates(read, write, value_seconds, cores=1, term_seconds=term_seconds)
         monkeypatch.setattr(probing_host, "measure_host", lambda *_: rates)
-        measured = DeviceRates(bus, memory, locking)
-        monkeypatch.setattr(probing_device, "measure_device", lambda _: measured)
+        measured = DeviceRates(bus, memory, locking, sorting)
+        monkeypatch.setattr(probing_device, "measure_device", lambda *_, **__: measured)
         return devices(**options)
 
     return make
+
+
+def least_device_memory(recipe: dict[str, Any]) -> str:
+    """Return the smallest budget with which a merge fits a device."""
+    with pytest.raises(MemoryBudgetError) as refused:
+        planned_of(recipe, device="cuda:0", workers=1, device_memory="1MiB")
+    found = re.search(r"give --device-memory (\w+)", str(refused.value))
+    assert found
+    return found[1]
 
 
 def planned_of(recipe: dict[str, Any], **options: Any) -> MergePlan:
@@ -150,9 +166,9 @@ def test_an_estimate_is_the_sum_of_what_is_moved(recipe: dict[str, Any], auto: M
     rates = Rates(1e6, 1e5, 1e-3, cores)
 
     planned = planned_of(recipe, device="cpu", workers=3)
-    on_cpu = estimate_on_cpu(planned, rates)
+    on_cpu = estimate_on_cpu(planned, method, rates)
     there = planned_of(recipe, device="cuda:0")
-    on_device = estimate_on_device(there, method, rates, DeviceRates(1e6, 1e30, 1e30))
+    on_device = estimate_on_device(there, method, rates, DeviceRates(1e6, 1e30, 1e30, 1e30))
 
     assert on_cpu.reading == on_device.reading == planned.bytes_to_read / 1e6
     assert on_cpu.writing == on_device.writing == planned.bytes_to_write / 1e5
@@ -161,7 +177,7 @@ def test_an_estimate_is_the_sum_of_what_is_moved(recipe: dict[str, Any], auto: M
     assert there.device.kept_pieces
     assert on_device.bus == (stored + stored // 3) / 1e6
     let_go = replace(there, device=replace(there.device, kept_pieces=0))
-    again = estimate_on_device(let_go, method, rates, DeviceRates(1e6, 1e30, 1e30))
+    again = estimate_on_device(let_go, method, rates, DeviceRates(1e6, 1e30, 1e30, 1e30))
     assert again.bus == (2 * stored + stored // 3) / 1e6
     assert on_device.start > START_SECONDS
     assert (on_cpu.start, on_cpu.bus) == (0.0, 0.0)
@@ -250,7 +266,6 @@ def test_a_plan_prints_both_estimates_and_survives_json(
         ({"non_finite": "keep"}, {}, "what is no number may have other bits there"),
         ({}, {"report": True}, "what a report tells is found on the cpu"),
         ({"method": "iso_c", "parameters": {}}, {}, "nothing of this merge is for it"),
-        ({"method": "della"}, {}, "how long what is asked about rows takes is not estimated"),
     ],
 )
 def test_what_is_not_estimated_stays_on_the_cpu(
@@ -280,15 +295,211 @@ def test_whole_matrices_stay_on_the_cpu(models: Models, auto: MakeAuto) -> None:
     assert "decomposed there have other last bits, and an estimate decides no bit" in str(planned)
 
 
-def test_products_of_adapters_stay_on_the_cpu(models: Models, auto: MakeAuto) -> None:
+@dataclass(frozen=True)
+class Baking:
+    """A base of 1024 x 512 elements in float32, and adapters of rank 4."""
+
+    models: Models
+    base: Path
+
+    def recipe(self, method: str, count: int, *, dora: bool = False) -> dict[str, Any]:
+        shapes = {"layer.weight": (1024, 512)}
+        adapters = [
+            write_adapter(self.models.new_output(), shapes, seed=seed, dora=dora)
+            for seed in range(count)
+        ]
+        parameters = {"density": 0.5} if method == "ties" else {}
+        return recipe_of(method, self.base, adapters, parameters=parameters)
+
+    def plan(self, method: str, count: int, *, dora: bool = False, **options: Any) -> MergePlan:
+        return planned_of(self.recipe(method, count, dora=dora), **options)
+
+
+NUMEL, RANK = 1024 * 512, 4
+
+
+@pytest.fixture
+def baking(models: Models) -> Baking:
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randn(1024, 512, generator=generator)
+    return Baking(models, models.write({"layer.weight": drawn}))
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_products_of_adapters_are_computed_where_that_is_faster(
+    baking: Baking, auto: MakeAuto, tmp_path: Path, *, dora: bool
+) -> None:
+    backend = auto(term_seconds=1e-3)["cuda:0"]
+    recipe = baking.recipe("task_arithmetic", 2, dora=dora)
+
+    manifest = streammerge.merge(recipe, tmp_path / "there", memory="4GiB")
+    assert backend.log
+    streammerge.merge(recipe, tmp_path / "here", memory="4GiB", device="cpu")
+
+    assert_same_model(load_model(tmp_path / "there"), load_model(tmp_path / "here"))
+    # Terms of two products, and once more for their norms.
+    seconds = (4 if dora else 2) * NUMEL * RANK / 1e3
+    assert f"instead of {seconds:,.0f} s on 1 core" in manifest.run.device_choice
+
+
+def test_products_stay_where_the_bus_is_slow(baking: Baking, auto: MakeAuto) -> None:
+    auto(term_seconds=1e-3, bus=1e3)
+
+    planned = baking.plan("task_arithmetic", 1)
+
+    assert planned.device is None
+    assert "the bus 4,2" in str(planned)
+
+
+def test_terms_are_counted_for_every_round(baking: Baking, auto: MakeAuto) -> None:
+    """Thresholds of products are found of products that are computed for it."""
+    auto()
+    method = discover_methods()["ties"]
+    planned = baking.plan("ties", 3, device="cpu", workers=1)
+
+    on_cpu = estimate_on_cpu(planned, method, Rates(1e9, 1e9, 0.0, 1, term_seconds=1.0))
+    by_values = estimate_on_cpu(planned, method, Rates(1e9, 1e9, 1.0, 1))
+
+    assert on_cpu.computing == 2 * 3 * NUMEL * RANK
+    assert by_values.computing == 4 * NUMEL
+
+
+def test_what_crosses_the_bus_for_products(baking: Baking, auto: MakeAuto) -> None:
+    """The base, once more for norms if the device finds them, factors for a worker, and the result."""
+    auto()
+    method = discover_methods()["task_arithmetic"]
+    rates, device = Rates(1e30, 1e30, 0.0, 1, term_seconds=1.0), DeviceRates(1.0, 1e30, 1e30, 1e30)
+    factors = 4 * RANK * (1024 + 512)
+
+    plain = baking.plan("task_arithmetic", 2, device="cuda:0")
+    dora = baking.plan("task_arithmetic", 2, dora=True, device="cuda:0")
+    assert dora.device is not None
+    without = replace(dora, device=replace(dora.device, norm_benches=0))
+    estimates = [estimate_on_device(each, method, rates, device) for each in (plain, dora, without)]
+
+    vectors = 2 * 4 * 1024
+    bus = [2 * 4 * NUMEL + 2 * factors, 4 * 4 * NUMEL + 2 * factors + vectors]
+    assert [each.bus for each in estimates] == [*bus, 2 * 4 * NUMEL + 2 * factors + vectors]
+    # Nothing is left to the CPU but norms, where the device has no room for them.
+    assert [round(each.computing) for each in estimates] == [0, 0, 2 * NUMEL * RANK]
+
+
+def row_recipe(models: Models, method: str) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(0)
+    paths = [models.write({"w": torch.randn(2048, 256, generator=generator)}) for _ in range(3)]
+    parameters: dict[str, Any] = {
+        "nuslerp": {"axis": "rows"},
+        "model_stock": {"filter_wise": True},
+        "task_arithmetic": {},
+    }.get(method, {"density": 0.5})
+    return recipe_of(method, paths[0], paths[1:], parameters=parameters)
+
+
+@pytest.fixture(
+    params=[
+        "task_arithmetic",
+        "ties",
+        "della",
+        "model_stock",
+        "nuslerp",
+        "baked",
+        "baked ties",
+        "dora",
+    ]
+)
+def any_recipe(request: pytest.FixtureRequest, models: Models, baking: Baking) -> dict[str, Any]:
+    if request.param in {"baked", "dora"}:
+        return baking.recipe("task_arithmetic", 2, dora=request.param == "dora")
+    return (
+        baking.recipe("ties", 2)
+        if request.param == "baked ties"
+        else row_recipe(models, request.param)
+    )
+
+
+@pytest.mark.parametrize("fits", [False, True])
+def test_what_is_foreseen_to_cross_the_bus_does(
+    any_recipe: dict[str, Any], devices: MakeDevices, tmp_path: Path, *, fits: bool
+) -> None:
+    """But for some constants: whether inputs stay on the device, or cross once more for every round."""
+    backend, recipe = devices()["cuda:0"], any_recipe
+    device_memory = "4GiB" if fits else least_device_memory(recipe)
+    named = {"device": "cuda:0", "workers": 1, "device_memory": device_memory}
+    planned = planned_of(recipe, **named)
+    method = discover_methods()[planned.method]
+    device = DeviceRates(1.0, 1e30, 1e30, 1e30)
+    foreseen = estimate_on_device(planned, method, Rates(1e30, 1e30, 0.0, 1), device).bus
+
+    streammerge.merge(recipe, tmp_path / "out", memory="4GiB", **named)
+
+    written = 4 * NUMEL
+    assert foreseen == pytest.approx(sum(backend.brought) + written, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("method", "dora", "kernels"),
+    [
+        ("task_arithmetic", False, 1),
+        # One measures; three count in bins, count in a band and collect from it.
+        ("ties", False, 1 + 1 + 3),
+        # Two change rows and add up their squares.
+        ("task_arithmetic", True, 1 + 2),
+    ],
+)
+def test_every_kernel_takes_time_to_be_compiled(
+    method: str, kernels: int, baking: Baking, auto: MakeAuto, *, dora: bool
+) -> None:
+    auto()
+    planned = baking.plan(method, 2, dora=dora, device="cuda:0")
+    rates, device = Rates(1e30, 1e30, 0.0, 1), DeviceRates(1e30, 1e30, 1e30, 1e30)
+
+    foreseen = estimate_on_device(planned, discover_methods()[method], rates, device)
+
+    assert foreseen.start == pytest.approx(START_SECONDS + kernels * COMPILING_SECONDS)
+
+
+def test_what_is_more_than_a_product_stays_on_the_cpu(models: Models, auto: MakeAuto) -> None:
+    """The product for an embedding is stored the other way round."""
     auto(**SLOW_CPU)
-    base = models.write({"layer.weight": torch.randn(1024, 512)})
+    shapes = {"layer.weight": (1024, 512), "embed_tokens.weight": (64, 512)}
+    base = models.write({name: torch.randn(shape) for name, shape in shapes.items()})
     adapter = write_adapter(models.new_output(), {"layer.weight": (1024, 512)}, seed=0)
+    module = "base_model.model.embed_tokens.lora_embedding"
+    own = {f"{module}_A": torch.randn(4, 64), f"{module}_B": torch.randn(512, 4)}
+    factors = load_file(adapter / "adapter_model.safetensors") | own
+    save_file(factors, adapter / "adapter_model.safetensors", {"format": "pt"})
 
     planned = planned_of(recipe_of("task_arithmetic", base, [adapter]))
 
     assert planned.device is None
-    assert "products of adapters" in str(planned)
+    assert "more than plain products is not estimated" in str(planned)
+
+
+@pytest.mark.parametrize("method", ["della", "model_stock"])
+def test_rows_are_ranked_and_measured_where_that_is_faster(
+    method: str, models: Models, auto: MakeAuto, tmp_path: Path
+) -> None:
+    backend = auto(**SLOW_CPU)["cuda:0"]
+    recipe = row_recipe(models, method)
+
+    manifest = streammerge.merge(recipe, tmp_path / "there", memory="4GiB")
+    assert backend.log
+    streammerge.merge(recipe, tmp_path / "here", memory="4GiB", device="cpu")
+
+    assert manifest.run.device == "cuda:0"
+    assert_same_model(load_model(tmp_path / "there"), load_model(tmp_path / "here"))
+
+
+def test_rows_stay_where_sorting_is_slow(models: Models, auto: MakeAuto) -> None:
+    auto(**SLOW_CPU, sorting=1e3)
+
+    planned = planned_of(row_recipe(models, "della"))
+    without = planned_of(row_recipe(models, "task_arithmetic"))
+
+    assert planned.device is None
+    # Two sources, ranked to be measured, and once more to be merged.
+    assert "computing 2,097 s" in str(planned)
+    assert without.device is not None
 
 
 @pytest.mark.parametrize(("obstacle", "taken"), [("there is no Triton", False), (None, True)])
@@ -456,8 +667,41 @@ def test_tensors_of_any_kind_are_tried(method: str, shape: tuple[int, ...], mode
 
     tried = probing_host.measure_computing(planned, discover_methods()[method])
 
-    assert isinstance(tried, float)
-    assert tried > 0
+    assert isinstance(tried, probing_host.CoreSeconds)
+    assert tried.value > 0
+    assert tried.term == 0
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_products_of_adapters_are_tried(baking: Baking, *, dora: bool) -> None:
+    planned = baking.plan("ties", 2, dora=dora, device="cpu")
+    assert planned.needs_torch is dora
+
+    tried = probing_host.measure_computing(planned, discover_methods()["ties"])
+
+    assert isinstance(tried, probing_host.CoreSeconds)
+    # Between what no processor reaches and what an interpreter would take.
+    assert 1e-12 < tried.term < 1e-6
+    assert tried.value >= 0
+
+
+@pytest.mark.parametrize("method", ["nuslerp", "task_arithmetic"])
+def test_rows_that_are_too_wide_to_try_are_named(
+    method: str, models: Models, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(probing_host, "DRAWN_NUMEL", 63)
+    base = models.write({"layer.weight": torch.randn(8, 64)})
+    if method == "nuslerp":
+        others = [models.write({"layer.weight": torch.randn(8, 64)}) for _ in range(2)]
+        parameters: dict[str, Any] = {"axis": "rows"}
+    else:
+        others = [write_adapter(models.new_output(), {"layer.weight": (8, 64)}, seed=0)]
+        parameters = {}
+    planned = planned_of(recipe_of(method, base, others, parameters=parameters), device="cpu")
+
+    tried = probing_host.measure_computing(planned, discover_methods()[method])
+
+    assert tried == "how long rows of 64 elements take is not tried"
 
 
 def test_types_that_are_not_drawn_are_named(models: Models) -> None:
@@ -519,9 +763,10 @@ def test_the_driver_is_asked_by_its_library(
 def test_a_real_device_is_found_and_measured() -> None:
     assert count_driver_devices() > 0
 
-    rates = probing_device.measure_device(CudaBackend(0))
+    rates = probing_device.measure_device(CudaBackend(0), ranks=True)
 
     assert rates.memory > rates.bus > 0
+    assert 0 < rates.sorting < rates.memory
 
 
 def test_an_extraction_says_why_it_stays_on_the_cpu(
@@ -542,6 +787,7 @@ def test_a_device_is_measured_by_copies_and_gets_its_memory_back() -> None:
     rates = probing_device.measure_device(backend)
 
     assert min(rates.bus, rates.memory, rates.locking) > 0
+    assert math.isinf(rates.sorting)
     assert backend.used == 0
-    assert backend.peak == probing_device.ROOM_BYTES
+    assert 0 < backend.peak <= probing_device.ROOM_BYTES
     assert backend.trims == 1
