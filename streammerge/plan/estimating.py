@@ -99,6 +99,8 @@ def why_not(plan: MergePlan, method: MergeMethod) -> str | None:
     merged = [task for task in plan.tasks if task.action is Action.MERGE]
     if not any(_runs_there(plan, programs, task, fused=True) for task in merged):
         return "nothing of this merge is for it"
+    if any(task.whole for task in merged):
+        return "how long matrices take that are seen whole is not estimated"
     if not all(change.adds_plain_product for task in merged for change in task.changes):
         return "how long it takes what adapters change by more than plain products is not estimated"
     if any(task.encoding is not None for task in merged):

@@ -17,7 +17,15 @@ import pytest
 import torch
 import yaml
 from fake_backend import FakeBackend, MakeDevices
-from models import BLOCK, Models, assert_same_model, load_model, recipe_of, write_adapter
+from models import (
+    BLOCK,
+    Models,
+    assert_same_model,
+    count_sources,
+    load_model,
+    recipe_of,
+    write_adapter,
+)
 from safetensors.torch import load_file, save_file
 
 import streammerge
@@ -32,6 +40,7 @@ from streammerge.errors import MemoryBudgetError
 from streammerge.extracting.extraction import extract
 from streammerge.extracting.plans import ExtractionPlan
 from streammerge.methods import discover_methods
+from streammerge.methods.base import Operand
 from streammerge.native.library import load_kernels
 from streammerge.plan.choice import Seconds
 from streammerge.plan.codec import dump_plan, parse_plan
@@ -42,6 +51,7 @@ from streammerge.plan.estimating import (
     Rates,
     estimate_on_cpu,
     estimate_on_device,
+    why_not,
     wins,
 )
 from streammerge.plan.types import MergePlan
@@ -502,6 +512,21 @@ def test_rows_stay_where_sorting_is_slow(models: Models, auto: MakeAuto) -> None
     assert without.device is not None
 
 
+def test_matrices_seen_whole_beside_others_are_no_obstacle(models: Models, auto: MakeAuto) -> None:
+    """Nobody has tried how long those take whose columns have angles of their own."""
+    auto(**SLOW_CPU)
+    shapes = {"columns": (1024, 512), "tensor": (512, 520)}
+    paths = [
+        models.write({name: torch.randn(shape) for name, shape in shapes.items()}) for _ in range(3)
+    ]
+    rules = {"rules": [{"tensors": "columns", "axis": "columns"}]}
+
+    planned = planned_of(recipe_of("nuslerp", paths[0], paths[1:]) | rules)
+
+    assert planned.device is None
+    assert "how long matrices take that are seen whole is not estimated" in str(planned)
+
+
 @pytest.mark.parametrize(("obstacle", "taken"), [("there is no Triton", False), (None, True)])
 def test_sums_decide_no_bit_by_a_measurement(
     obstacle: str | None, *, taken: bool, recipe: dict[str, Any], auto: MakeAuto
@@ -670,6 +695,27 @@ def test_tensors_of_any_kind_are_tried(method: str, shape: tuple[int, ...], mode
     assert isinstance(tried, probing_host.CoreSeconds)
     assert tried.value > 0
     assert tried.term == 0
+
+
+@pytest.mark.parametrize("method", discover_methods())
+def test_what_is_estimated_can_be_tried(method: str, models: Models) -> None:
+    """With every parameter that its examples give a method: a number, and no error."""
+    found = discover_methods()[method]
+    shapes = {"matrix": (1024, 528), "vector": (BLOCK + 5,), "small": (7,)}
+    paths = [
+        models.write({name: torch.randn(shape) for name, shape in shapes.items()}) for _ in range(3)
+    ]
+    base = None if found.operand is Operand.WEIGHTS else paths[2]
+    for parameters in found.examples:
+        recipe = recipe_of(method, base, paths[: count_sources(found, 2)], parameters=parameters)
+        planned = planned_of(recipe, device="cpu")
+        if why_not(planned, found) is not None:
+            continue
+
+        tried = probing_host.measure_computing(planned, found)
+
+        assert isinstance(tried, probing_host.CoreSeconds)
+        assert tried.value > 0
 
 
 @pytest.mark.parametrize("dora", [False, True])
