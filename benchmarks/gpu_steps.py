@@ -7,6 +7,7 @@ left is the bus and what computes. Seconds are those of whole programs, from sta
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
@@ -45,6 +46,9 @@ WORKERS = (1, 2, 4, 8, 16)
 _DORA = "DoRA"
 """What is baked, of an adapter with magnitudes."""
 ADAPTERS = (1, 4)
+FORESEEN = "foreseen"
+FORESEEN_METHODS = (*FIRST, "della")
+"""What is estimated beside adapters."""
 EXTRACTED_RANK = 16
 SOURCES = 2
 START = "start"
@@ -103,6 +107,7 @@ def plan_steps(session: Session) -> list[Step]:
         *(usual(name, limit=25, keep=LATER_SHARE * session.seconds) for name in rest),
         *(_scaling_step(session, name) for name in SCALED),
         *_baking_steps(session),
+        _foreseen_step(session),
         *(
             _method_step(session, name, small, limit=60, name=f"{name}, {small}")
             for name in MATRICES
@@ -191,6 +196,11 @@ def _baking_steps(session: Session) -> list[Step]:
             for what in (*(f"adapters: {count}" for count in ADAPTERS), _DORA)
         ),
     ]
+
+
+def _foreseen_step(session: Session) -> Step:
+    needs = (f"models of {session.size}", "adapters")
+    return Step(FORESEEN, partial(foresee_jobs, session), 60, least_seconds=15, needs=needs)
 
 
 def _extract_step(session: Session) -> Step:
@@ -338,6 +348,29 @@ def _failure_of(summaries: dict[str, dict[str, Any]]) -> str | None:
 
 def _not_run(why: str) -> Run:
     return Run(0.0, 0.0, 0.0, 0, 0, None, None, why)
+
+
+def foresee_jobs(session: Session, limit: Limit) -> Outcome:
+    """Tell what ``--device auto`` expects of jobs that are measured, by the names of their steps."""
+    models = session.models[session.size]
+    out = session.place.work / "out"
+    folder = session.place.work / "foreseen"
+    folder.mkdir(exist_ok=True)
+    plain = streammerge_contender(session.memory)
+    for name in FORESEEN_METHODS:
+        plain.command(Job(METHODS[name], models), folder / f"{name}.json", out)
+    baker = baking.choose_contenders(session.memory)[0]
+    for what, adapters in session.adapters.items():
+        job = baking.Baking(models.base, adapters, models.max_shard_nbytes)
+        baker.command(job, folder / f"baking, {what}.json", out)
+    command = [sys.executable, "-m", "benchmarks.foreseeing", *map(str, sorted(folder.iterdir()))]
+    command += ["--device", session.place.device]
+    command += ["--memory", session.memory, "--device-memory", session.device_memory]
+    finished = subprocess.run(
+        command, cwd=ROOT, check=True, capture_output=True, text=True, timeout=limit.left()
+    )
+    shutil.rmtree(folder)
+    return Outcome(json.loads(finished.stdout))
 
 
 def measure_extract(session: Session, limit: Limit) -> Outcome:

@@ -20,10 +20,13 @@ def render_check(results: Mapping[str, Any]) -> str:
     programs = {DEVICE, CPU, MERGEKIT}
     scaling = [step for step in measured if not programs & step["values"]["contenders"].keys()]
     both = [step for step in measured if step not in scaling]
+    found = {step["name"]: step["values"] for step in results["steps"]}
+    foreseen = found.get("foreseen", {}).get("merges")
     parts = [
         _conditions(results),
         *([render_times(both)] if both else []),
         *([render_workers(scaling)] if scaling else []),
+        *([render_foreseen(foreseen, both)] if foreseen else []),
         render_steps(results["steps"]),
     ]
     return "\n\n".join(parts)
@@ -76,6 +79,31 @@ def render_workers(steps: Sequence[Mapping[str, Any]]) -> str:
         [f"`{step['name']}`", *(_seconds(_least(step, name)) for name in names)] for step in steps
     ]
     return _table(rows)
+
+
+def render_foreseen(
+    merges: Mapping[str, Mapping[str, Any]], steps: Sequence[Mapping[str, Any]]
+) -> str:
+    """Return what ``--device auto`` expects of jobs, beside what they took.
+
+    What limits them stands behind the seconds that are foreseen, which leave out what programs take to start.
+    """
+    measured = {step["name"]: step for step in steps}
+    header = ["job", "device", "foreseen", "CPU", "foreseen", "`--device auto` takes"]
+    rows = [header, ["---", *["---:"] * 4, "---"]]
+    for name, each in merges.items():
+        took = [
+            None if name not in measured else _least(measured[name], on) for on in (DEVICE, CPU)
+        ]
+        own, cpu = (_foreseen(each.get(on)) for on in (DEVICE, CPU))
+        taken = {True: "the device", False: "the CPU"}.get(each.get("taken"), _ABSENT)
+        row = [f"`{name}`", _seconds(took[0]), own, _seconds(took[1]), cpu]
+        rows.append([*row, each.get("why_not", taken)])
+    return _table(rows)
+
+
+def _foreseen(seconds: Mapping[str, Any] | None) -> str:
+    return _ABSENT if seconds is None else f"{seconds['total']:.2f} s ({seconds['limit']})"
 
 
 def render_steps(steps: Sequence[Mapping[str, Any]]) -> str:

@@ -15,11 +15,13 @@ from typing import Any
 
 import pytest
 import torch
-from models import write_model
+from fake_backend import MakeDevices
+from models import BLOCK, recipe_of, write_model
+from models import Models as MakeModels
 
 pytest.importorskip("benchmarks", reason="needs the project's root on the path")
 
-from benchmarks import gpu_check, gpu_setup, gpu_steps, gpu_tables, steps, wheels
+from benchmarks import foreseeing, gpu_check, gpu_setup, gpu_steps, gpu_tables, steps, wheels
 from benchmarks.jobs import DECOMPOSING, METHODS, Job
 from benchmarks.models import ROOT, Models
 from benchmarks.steps import Limit, Log, Outcome, Record, Step, allowance, carry_out
@@ -167,7 +169,7 @@ def test_the_most_telling_is_planned_first(session: gpu_steps.Session) -> None:
     assert set(names[16 : 16 + len(rest)]) == rest
     assert names[16 + len(rest) :] == [
         *("workers, ties", "workers, linear", "adapters"),
-        *("baking, adapters: 1", "baking, adapters: 4", "baking, DoRA"),
+        *("baking, adapters: 1", "baking, adapters: 4", "baking, DoRA", "foreseen"),
         *("tsv_m, 0.15B", "iso_c, 0.15B", "extract, rank 16"),
         *("models of 8B", "ties, 8B", "linear, 8B"),
     ]
@@ -435,6 +437,53 @@ def test_times_are_set_beside_the_bus_the_cpu_and_mergekit() -> None:
         "| `ties` | 3.00 s | 6.00 s | 30.00 s | 0.50 s | 6.00 | 2.00 | 2.00 | 10.00 | 1.00 GiB | yes |",
         "| `linear` | - | 6.00 s | - | 0.50 s | - | - | - | - | - | - |",
     ]
+
+
+def test_what_was_foreseen_is_set_beside_what_merges_took() -> None:
+    steps = [
+        {"name": "ties", "values": {"contenders": {"device": took(3.0), "cpu": took(6.0)}}},
+        {"name": "linear", "values": {"contenders": {"device": {"failure": "killed"}}}},
+    ]
+    merges = {
+        "ties": {
+            "device": {"total": 2.5, "limit": "bus"},
+            "cpu": {"total": 7.0, "limit": "computing"},
+            "taken": True,
+        },
+        "linear": {"cpu": {"total": 1.0, "limit": "reading"}},
+        "baking, DoRA": {"why_not": "it is not there"},
+    }
+
+    assert gpu_tables.render_foreseen(merges, steps).splitlines()[2:] == [
+        "| `ties` | 3.00 s | 2.50 s (bus) | 6.00 s | 7.00 s (computing) | the device |",
+        "| `linear` | - | - | - | 1.00 s (reading) | - |",
+        "| `baking, DoRA` | - | - | - | - | it is not there |",
+    ]
+
+
+def test_merges_are_foreseen_by_the_planner_s_own_estimate(
+    devices: MakeDevices, models: MakeModels, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    devices()
+    paths = [models.write({"w": torch.randn(2, BLOCK)}) for _ in range(3)]
+    for method, parameters in (("ties", {"density": 0.2}), ("iso_c", {})):
+        recipe = recipe_of(method, paths[0], paths[1:], parameters=parameters)
+        (tmp_path / f"{method}.json").write_text(json.dumps(recipe))
+    recipes = [str(tmp_path / f"{method}.json") for method in ("ties", "iso_c")]
+    budgets = ["--memory", "4GiB", "--device-memory", "1GiB"]
+
+    assert foreseeing.main([*recipes, "--device", "cuda:0", *budgets]) == 0
+    there = json.loads(capsys.readouterr().out)
+    assert foreseeing.main([recipes[0], "--device", "cpu", *budgets]) == 0
+    here = json.loads(capsys.readouterr().out)
+
+    assert there["merges"]["iso_c"] == {"why_not": "nothing of this merge is for it"}
+    ties = there["merges"]["ties"]
+    assert ties["device"]["bus"] == pytest.approx(4 * 8 * BLOCK / there["device_rates"]["bus"])
+    assert ties["cpu"]["total"] == ties["cpu"][ties["cpu"]["limit"]]
+    assert ties["taken"] is False
+    assert here["device_rates"] is None
+    assert here["merges"]["ties"].keys() == {"rates", "cpu"}
 
 
 def test_results_are_shown_as_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
