@@ -31,6 +31,7 @@ from streammerge.engine.device import DeviceStage
 from streammerge.engine.pieces import PieceInMemory, Stored
 from streammerge.engine.resident import measure, sample_pieces
 from streammerge.engine.scopes import ScopeStatistics
+from streammerge.engine.small import unit_of
 from streammerge.errors import StreamMergeError
 from streammerge.floats import KINDS
 from streammerge.lazily import torch
@@ -43,7 +44,7 @@ from streammerge.plan.estimating import Rates
 from streammerge.plan.loads import count_sources, rank_of
 from streammerge.plan.sweeps import programs_of_plan
 from streammerge.plan.types import MergePlan, TensorTask
-from streammerge.probing.drawing import DRAWN_NUMEL, draw_piece, unit_of
+from streammerge.probing.drawing import DRAWN_NUMEL, draw_piece
 from streammerge.statistics import BLOCK, count_blocks
 from streammerge.statistics.rounds import NOTHING, Found
 from streammerge.units import MIB

@@ -12,13 +12,12 @@ stage of the CPU, which are all given back before the merge takes its own.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from math import prod
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from streammerge.adapters.onto_base.changes import Change, ChangeKind
+from streammerge.adapters.onto_base.changes import Change
 from streammerge.adapters.onto_base.deltas import WORK_NUMEL, Delta
 from streammerge.adapters.onto_base.norms import rounded_roots
 from streammerge.engine.accelerator.backend import Backend
@@ -31,6 +30,7 @@ from streammerge.engine.factors import NormWork
 from streammerge.engine.pieces import Part, PieceInMemory, Stored
 from streammerge.engine.resident import measure, sample_pieces
 from streammerge.engine.scopes import ScopeStatistics
+from streammerge.engine.small import by_model, delta_of, draw_factors, shrink_task
 from streammerge.errors import DeviceError, printable
 from streammerge.floats import narrow, widen
 from streammerge.lazily import torch
@@ -100,7 +100,7 @@ class _Trial:
     ) -> None:
         """Draw it."""
         assert plan.device is not None  # noqa: S101 - the caller looked
-        self._task = _shrink(task)
+        self._task = shrink_task(task, TRIAL_NUMEL)
         self._plan = replace(plan, tasks=(self._task,))
         self._method = method
         self._backend = backend
@@ -202,22 +202,9 @@ class _Trial:
             memory[:] = values
             inputs.append(Stored(memory, entry.dtype))
         part = Part(task, 0, 0, task.numel)
-        return PieceInMemory((part,), tuple(inputs), self._draw_changes(generator))
-
-    def _draw_changes(self, generator: np.random.Generator) -> tuple[tuple[Delta, ...], ...]:
-        if not self._task.changes:
-            return ()
-        by_model: list[list[Delta]] = [[] for _ in self._plan.models]
-        for change in self._task.changes:
-            factors = [
-                torch.from_numpy(generator.standard_normal(entry.shape, dtype=np.float32))
-                for entry in change.factors
-            ]
-            # What DoRA divides by is any number here.
-            norms = factors[-1].flatten() if change.kind is ChangeKind.NORMED else None
-            norms = None if norms is None else norms.square() + 0.5
-            by_model[change.model].append(Delta(change, factors, norms))
-        return tuple(map(tuple, by_model))
+        drawn = (delta_of(each, draw_factors(each, generator)) for each in task.changes)
+        deltas = by_model(task.changes, len(self._plan.models), drawn)
+        return PieceInMemory((part,), tuple(inputs), deltas)
 
     def _difference(self, found: NDArray[np.uint8], expected: NDArray[np.uint8]) -> str:
         size = self._task.made_dtype.itemsize
@@ -234,35 +221,3 @@ class _Trial:
             f"the types of {printable(self._task.name)}, it {difference}; use --device cpu, and report it "
             "with what `streammerge doctor` says"
         )
-
-
-def _shrink(task: TensorTask) -> TensorTask:
-    """Return a tensor of two blocks that is merged as a larger one is."""
-    changes = task.changes if all(each.adds_plain_product for each in task.changes) else ()
-    columns = changes[0].matrix[1] if changes else task.row or 1
-    rows = -(-min(task.numel, TRIAL_NUMEL) // columns)
-    shape = (rows, columns) if changes or task.row else (rows,)
-    changes = tuple(_shrink_change(each, rows) for each in changes)
-    numel = prod(shape)
-    return replace(
-        task, shape=shape, numel=numel, scope_block=0, region=None, encoding=None, changes=changes
-    )
-
-
-def _shrink_change(change: Change, rows: int) -> Change:
-    down, up, *magnitude = change.factors
-    own = up.shape[0]
-    return replace(
-        change,
-        matrix=(rows, down.shape[1]),
-        factors=(
-            down,
-            replace(up, shape=(rows, up.shape[1])),
-            *(
-                replace(each, shape=tuple(rows if size == own else size for size in each.shape))
-                if change.along_rows
-                else each
-                for each in magnitude
-            ),
-        ),
-    )

@@ -1,0 +1,97 @@
+"""Small tensors that are merged as those of a plan are, to try what is done with them.
+
+Memory: what is drawn of an adapter's factors, for as many rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from math import prod
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from streammerge.adapters.onto_base.changes import Change, ChangeKind
+from streammerge.adapters.onto_base.deltas import Delta
+from streammerge.lazily import torch
+from streammerge.plan.types import TensorTask
+
+MadeT = TypeVar("MadeT")
+
+
+def unit_of(task: TensorTask) -> int:
+    """Return the elements that are tried together: a row of what is a matrix to adapters, or seen by rows."""
+    return task.changes[0].matrix[1] if task.changes else task.row or 1
+
+
+def shrink_task(task: TensorTask, most: int) -> TensorTask:
+    """Return a tensor with the first rows of another one.
+
+    Args:
+        task: The tensor, to which adapters add products, if they change it.
+        most: Elements that are enough; the last row may have some more.
+    """
+    unit = unit_of(task)
+    rows = -(-min(task.numel, most) // unit)
+    shape = (rows, unit) if task.changes or task.row else (rows,)
+    return replace(
+        task,
+        shape=shape,
+        numel=prod(shape),
+        scope_block=0,
+        region=None,
+        encoding=None,
+        changes=tuple(_shrink_change(each, rows) for each in task.changes),
+    )
+
+
+def _shrink_change(change: Change, rows: int) -> Change:
+    down, up, *magnitude = change.factors
+    whole, columns = change.matrix
+    if change.transposed:
+        down = replace(down, shape=(down.shape[0], rows))
+    else:
+        up = replace(up, shape=(rows, *up.shape[1:]))
+    if change.along_rows:
+        # Of a convolution it has as many dimensions as the kernel.
+        magnitude = [
+            replace(each, shape=tuple(rows if size == whole else size for size in each.shape))
+            for each in magnitude
+        ]
+    return replace(change, matrix=(rows, columns), first_row=0, factors=(down, up, *magnitude))
+
+
+def draw_factors(
+    change: Change, generator: np.random.Generator, *, scale: float = 1.0
+) -> list[NDArray[np.float32]]:
+    """Return the factors of a product, and DoRA's magnitude, with elements drawn at random.
+
+    Args:
+        change: What they belong to.
+        generator: Draws.
+        scale: Size of their elements.
+    """
+    factors = [generator.standard_normal(each.shape, np.float32) for each in change.factors]
+    for factor in factors:
+        np.multiply(factor, scale, out=factor)
+    return factors
+
+
+def delta_of(change: Change, factors: Sequence[NDArray[np.float32]]) -> Delta:
+    """Return what drawn factors do to a tensor; what DoRA divides by is any number here."""
+    tensors = [torch.from_numpy(factor) for factor in factors]
+    if change.kind is not ChangeKind.NORMED:
+        return Delta(change, tensors)
+    return Delta(change, tensors, tensors[-1].flatten().square() + 0.5)
+
+
+def by_model(
+    changes: Sequence[Change], models: int, made: Iterable[MadeT]
+) -> tuple[tuple[MadeT, ...], ...]:
+    """Sort what was made of each change by its model; nothing at all without changes."""
+    found: list[list[MadeT]] = [[] for _ in range(models if changes else 0)]
+    for change, each in zip(changes, made, strict=True):
+        found[change.model].append(each)
+    return tuple(map(tuple, found))
