@@ -73,9 +73,9 @@ class NormsShape:
 def has_norms_for_device(change: Change) -> bool:
     """Return whether a change of a tensor that fused kernels merge has its norms found on their device.
 
-    What is not the sum of a stored matrix and one product of factors is the CPU's.
+    What is not the sum of a stored matrix and one product of factors, or of parts of them, is the CPU's.
     """
-    return change.kind is ChangeKind.NORMED and change.adds_plain_product
+    return change.kind is ChangeKind.NORMED and change.adds_product
 
 
 def shape_norms(tasks: Iterable[TensorTask]) -> NormsShape:

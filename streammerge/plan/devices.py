@@ -220,7 +220,7 @@ def runs_on_device(
         return False
     if fused and is_fused(task):
         has_bits = not task.changes or compute_itemsize == DType.F32.itemsize
-        return has_bits and all(change.adds_plain_product for change in task.changes)
+        return has_bits and all(change.adds_product for change in task.changes)
     return not task.changes and not any(program.uses(*FUNCTIONS) for program in work.all)
 
 
@@ -255,7 +255,7 @@ def _has_steps_of_the_cpu(program: Program, *, by_rows: bool) -> bool:
 
 
 def factor_bytes(task: TensorTask) -> int:
-    """Return the bytes of all factors of a tensor's adapters, in float32.
+    """Return the bytes of all factors of a tensor's adapters, in float32, of which it may need a part.
 
     DoRA's vector has as many elements as the magnitude that it is made of.
     """

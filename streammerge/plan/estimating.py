@@ -101,8 +101,8 @@ def why_not(plan: MergePlan, method: MergeMethod) -> str | None:
         return "nothing of this merge is for it"
     if any(task.whole for task in merged):
         return "how long matrices take that are seen whole is not estimated"
-    if not all(change.adds_plain_product for task in merged for change in task.changes):
-        return "how long it takes what adapters change by more than plain products is not estimated"
+    if not all(change.adds_product for task in merged for change in task.changes):
+        return "how long it takes what adapters change by more than products is not estimated"
     if any(task.encoding is not None for task in merged):
         return "how long it takes to make codes is not estimated"
     return None

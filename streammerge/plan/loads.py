@@ -77,7 +77,7 @@ def load_cores(plan: MergePlan, programs: Programs, task: TensorTask) -> CoreLoa
     """Return what a merged tensor takes of cores: products anew for every round, and for norms."""
     values = task.numel * count_sources(task)
     passes = len(_rounds_of(plan, programs, task)) + 1
-    terms = passes * task.numel * sum(map(rank_of, task.changes))
+    terms = passes * task.numel * sum(change.rank for change in task.changes)
     return CoreLoad(values, terms) + _load_norms(task, task.changes)
 
 
@@ -88,7 +88,7 @@ def load_cores_beside(device: DeviceResources, task: TensorTask) -> CoreLoad:
 
 
 def _load_norms(task: TensorTask, changes: Iterable[Change]) -> CoreLoad:
-    ranks = [rank_of(each) for each in changes if each.kind is ChangeKind.NORMED]
+    ranks = [each.rank for each in changes if each.kind is ChangeKind.NORMED]
     return CoreLoad(task.numel * len(ranks), task.numel * sum(ranks))
 
 
@@ -96,11 +96,6 @@ def count_sources(task: TensorTask) -> int:
     """Return the models that a tensor is computed from: those that hold it, or change it."""
     stored = {model for model, entry in enumerate(task.inputs) if entry is not None}
     return len(stored | {change.model for change in task.changes})
-
-
-def rank_of(change: Change) -> int:
-    """Return the terms of an element of a product of two factors."""
-    return change.factors[0].shape[0]
 
 
 def load_device(
@@ -123,7 +118,9 @@ def load_device(
     loads = [_load_of(each, stored, by_kernel=by_kernel) for each in passes.all]
     moved = task.made_dtype.itemsize + sum(each for each, _ in loads)
     moved += len(norms) * _MOVED_ITEMSIZE
-    terms = len(loads) * sum(map(rank_of, task.changes)) + sum(map(rank_of, norms))
+    terms = len(loads) * sum(change.rank for change in task.changes) + sum(
+        change.rank for change in norms
+    )
     steps = -(-task.numel // plan.device.step_numel)
     return DeviceLoad(
         crossing=_crossing_bytes(plan, shape, task, passes) + _norm_bytes(task, norms),

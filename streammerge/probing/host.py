@@ -41,7 +41,7 @@ from streammerge.methods.programs import Programs
 from streammerge.native.library import load_kernels
 from streammerge.plan.budgeting import values_limit
 from streammerge.plan.estimating import Rates
-from streammerge.plan.loads import count_sources, rank_of
+from streammerge.plan.loads import count_sources
 from streammerge.plan.sweeps import programs_of_plan
 from streammerge.plan.types import MergePlan, TensorTask
 from streammerge.probing.drawing import DRAWN_NUMEL, draw_piece
@@ -146,7 +146,7 @@ def measure_computing(plan: MergePlan, method: MergeMethod) -> CoreSeconds | str
     except StreamMergeError as error:
         return f"a moment of its work on the cpu failed ({error})"
     task = trial.piece.first.task
-    ranks = sum(map(rank_of, task.changes))
+    ranks = sum(change.rank for change in task.changes)
     term = _fastest(_Products.of(trial.piece).run) / (task.numel * ranks) if ranks else 0.0
     # Products are computed anew for every round.
     passes = len(trial.programs.rounds) + 1

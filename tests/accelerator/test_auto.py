@@ -25,8 +25,8 @@ from models import (
     load_model,
     recipe_of,
     write_adapter,
+    write_model,
 )
-from safetensors.torch import load_file, save_file
 
 import streammerge
 from streammerge.chaining.foreseeing import plan_chain
@@ -469,20 +469,20 @@ def test_every_kernel_takes_time_to_be_compiled(
 
 
 def test_what_is_more_than_a_product_stays_on_the_cpu(models: Models, auto: MakeAuto) -> None:
-    """The product for an embedding is stored the other way round."""
+    """IA3 multiplies rows."""
     auto(**SLOW_CPU)
-    shapes = {"layer.weight": (1024, 512), "embed_tokens.weight": (64, 512)}
-    base = models.write({name: torch.randn(shape) for name, shape in shapes.items()})
-    adapter = write_adapter(models.new_output(), {"layer.weight": (1024, 512)}, seed=0)
-    module = "base_model.model.embed_tokens.lora_embedding"
-    own = {f"{module}_A": torch.randn(4, 64), f"{module}_B": torch.randn(512, 4)}
-    factors = load_file(adapter / "adapter_model.safetensors") | own
-    save_file(factors, adapter / "adapter_model.safetensors", {"format": "pt"})
+    base = models.write({f"{name}.weight": torch.randn(1024, 512) for name in ("layer", "other")})
+    product = write_adapter(models.new_output(), {"layer.weight": (1024, 512)}, seed=0)
+    scaling = models.new_output()
+    vector = {"base_model.model.other.ia3_l": torch.ones(1024, 1)}
+    write_model(scaling / "adapter_model.safetensors", vector)
+    config = {"peft_type": "IA3", "target_modules": ["other"], "feedforward_modules": []}
+    (scaling / "adapter_config.json").write_text(json.dumps(config))
 
-    planned = planned_of(recipe_of("task_arithmetic", base, [adapter]))
+    planned = planned_of(recipe_of("task_arithmetic", base, [product, scaling]))
 
     assert planned.device is None
-    assert "more than plain products is not estimated" in str(planned)
+    assert "more than products is not estimated" in str(planned)
 
 
 @pytest.mark.parametrize("method", ["della", "model_stock"])

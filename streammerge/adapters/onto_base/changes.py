@@ -125,17 +125,30 @@ class Change:
     def adds_plain_product(self) -> bool:
         """Whether such a product is added; DoRA's norms, of whole rows or columns, may follow."""
         rows, columns = self.matrix
-        is_product = self.sum_kind is ChangeKind.LOW_RANK and not self.workings
-        if not is_product or self.transposed or self.first_row or self.window is not None:
+        if not self.adds_product or self.transposed or self.first_row:
             return False
         if self.experts != 1 or self.expert is not None:
             return False
-        first, second, *magnitude = self.factors
-        # A convolution has several columns per input.
-        if any(each.numel != (rows if self.along_rows else columns) for each in magnitude):
-            return False
-        down, up = first.shape, second.shape
+        down, up = (factor.shape for factor in self.factors[:2])
         return len(down) == len(up) == 2 and (*up, *down) == (rows, down[0], up[1], columns)
+
+    @property
+    def adds_product(self) -> bool:
+        """Whether one product of matrices is added to all of the tensor; DoRA's norms, as above, may follow.
+
+        The matrices may be stored the other way round, or be parts of larger ones.
+        """
+        is_product = self.sum_kind is ChangeKind.LOW_RANK and not self.workings
+        if not is_product or self.window is not None or (self.experts != 1 and self.expert is None):
+            return False
+        # A convolution has several columns per input.
+        normed = self.matrix[0] if self.along_rows else self.matrix[1]
+        return all(each.numel == normed for each in self.factors[2:])
+
+    @property
+    def rank(self) -> int:
+        """Terms of an element of a product of two factors."""
+        return self.factors[0].shape[0] // self.experts
 
     @property
     def reads_base(self) -> bool:

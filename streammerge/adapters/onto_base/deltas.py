@@ -96,12 +96,13 @@ class Delta:
         None of what is more than a product of float32 factors, with or without norms.
         """
         change = self._change
-        if not change.adds_plain_product or self.depends_on_cut:
+        if not change.adds_product or self.depends_on_cut:
             return None
-        down, up = (factor.numpy() for factor in self._factors[:2])
+        own = change.expert or 0
+        up, down = self._left(own, 0).numpy(), self._right(own, 0).numpy()
         columns = change.matrix[1]
         # All columns in one tile.
-        of_factors = up, down.reshape(-1), columns, max(columns, 1), change.scaling
+        of_factors = up, down, columns, max(columns, 1), change.scaling
         if change.kind is not ChangeKind.NORMED:
             return Product(*of_factors)
         normed = Normed.ROWS if change.along_rows else Normed.COLUMNS
@@ -231,7 +232,8 @@ class Delta:
 
     def _adds(self, work: Tensor) -> Callable[[Tensor, int], None]:
         """Return what adds the change to elements of the tensor from a flat index on."""
-        product, kernels = self.product(), load_kernels()
+        product = self.product() if self._change.adds_plain_product else None
+        kernels = load_kernels()
         if product is not None and kernels is not None:
             adder = Adder(product, kernels)
             return lambda weights, begin: adder.add_to(weights.numpy(), begin)

@@ -39,9 +39,9 @@ class Product:
     """A product of two stored factors and a number, for whoever computes it elsewhere."""
 
     up: NDArray[np.float32]
-    """B, ``[rows, rank]``."""
+    """B, ``[rows, rank]``; may be a part of what is stored, or its transpose, with strides of its own."""
     down: NDArray[np.float32]
-    """A, ``[rank * columns]``, in tiles of columns; see :class:`Tiles`."""
+    """A, ``[rank, columns]``, likewise, or ``[rank * columns]`` in tiles of columns; see :class:`Tiles`."""
     columns: int
     """Columns of A."""
     wide: int
@@ -157,12 +157,12 @@ class Adder:
         """Prepare to add.
 
         Args:
-            product: What is added, its A in a single tile.
+            product: What is added, its A in a single tile that is contiguous.
             kernels: What adds.
         """
         rank, columns = product.up.shape[1], product.columns
         memory = np.empty(rank * columns, dtype=np.float32)
-        Tiles(memory, (rank, columns)).put(0, product.down)
+        Tiles(memory, (rank, columns)).put(0, product.down.reshape(-1))
         self._product = PlainProduct(memory, product.up, columns, product.scaling)
         self._kernels = kernels
 

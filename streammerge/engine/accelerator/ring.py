@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from streammerge.adapters.onto_base.rows import by_rows
 from streammerge.engine.accelerator.backend import Backend, Event
 from streammerge.engine.accelerator.keeping import Kept
 from streammerge.lazily import torch
@@ -154,19 +155,22 @@ class Ring:
         It comes once for many pieces, so that little page-locked memory does.
 
         Args:
-            values: ``[n]`` float32.
+            values: ``[n]`` float32, or ``[rows, columns]`` with any strides.
             place: Index of its first element there.
 
         Returns:
-            Where it lies now, ``[n]``.
+            Where it lies now, ``[n]``, row after row.
         """
         there = self.factors[place : place + values.numel()]
+        table = values if values.dim() > 1 else values[None]
         step = self._staged.numel() // 4
         for begin in range(0, values.numel(), step):
-            part = values[begin : begin + step]
-            staged = self._staged[: part.nbytes]
-            staged.copy_(part.view(torch.uint8))
-            self._copy_in.copy(there[begin : begin + step].view(torch.uint8), staged)
+            part = there[begin : begin + step].view(torch.uint8)
+            staged = self._staged[: part.numel()]
+            for own, row, column in by_rows(staged.view(torch.float32), begin, table.shape[1]):
+                count, width = own.shape
+                own.copy_(table[row : row + count, column : column + width])
+            self._copy_in.copy(part, staged)
             self._copy_in.record(self._done)
             self._done.synchronize()
         return there

@@ -95,8 +95,8 @@ class FactorRoom:
         return tuple(by_model)
 
     def _put(self, values: NDArray[np.float32], place: int) -> tuple[Tensor, int]:
-        """Copy a factor; return where it is, and what comes behind."""
-        there = self._ring.bring_factor(torch.from_numpy(values).view(-1), place)
+        """Copy a factor, row by row; return where it is, and what comes behind."""
+        there = self._ring.bring_factor(torch.from_numpy(values), place)
         return there, place + values.size
 
 

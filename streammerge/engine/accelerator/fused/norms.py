@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from streammerge.adapters.onto_base.products import Normed, Product
+from streammerge.adapters.onto_base.rows import by_rows
 from streammerge.dtypes import DType
 from streammerge.engine.accelerator.copies import Bytes, StagedCopies
 from streammerge.engine.accelerator.fused.functions import add_square_columns
@@ -79,16 +80,23 @@ class SquaredMatrix:
         self._stored = room.take(numel, torch_dtype(work.dtype))
         self._changed = room.take(numel, torch.float32)
         self._factors = (
-            self._bring(work.product.up.reshape(-1), room),
+            self._bring(work.product.up, room),
             self._bring(work.product.down, room),
-            self._bring(_write_constants(work.product), room),
+            self._bring(_write_constants(work.product)[None], room),
         )
         copies.stream.run(self._clear)
 
     def _bring(self, side: NDArray[Any], room: _Room) -> Tensor:
-        own = torch.from_numpy(side)
-        there = room.take(own.numel(), own.dtype)
-        self._copies.bring(side.view(np.uint8), there.view(torch.uint8))
+        """Copy ``[m, n]``, with any strides; return where it is, row after row."""
+        there = room.take(side.size, torch.from_numpy(side).dtype)
+
+        def give(byte: int, staged: Bytes) -> None:
+            own = staged.view(side.dtype)
+            for part, row, column in by_rows(own, byte // side.itemsize, side.shape[1]):
+                count, width = part.shape
+                part[:] = side[row : row + count, column : column + width]
+
+        self._copies.bring_from(give, there.view(torch.uint8))
         return there
 
     def _clear(self) -> None:

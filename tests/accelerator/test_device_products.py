@@ -1,0 +1,170 @@
+"""Products of adapters whose factors lie another way round, or are parts of larger ones, on a device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fake_backend import MakeDevices
+from models import BLOCK, MEMORY, assert_same_model, load_model, write_model
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel
+
+import streammerge
+from streammerge.adapters.onto_base.changes import Change, ChangeKind
+from streammerge.checkpoint.types import TensorEntry
+from streammerge.dtypes import DType
+from streammerge.plan import devices as planning_devices
+from streammerge.plan.asking import find_method
+from streammerge.plan.devices import runs_on_device
+from streammerge.plan.estimating import why_not
+from streammerge.plan.sweeps import programs_of_plan
+from streammerge.plan.types import MergePlan, TensorTask
+from streammerge.probing.host import CoreSeconds, measure_computing
+from tests.adapters.tiny import llama, make_lora, mixtral
+
+WIDE = {"hidden_size": 528, "intermediate_size": 512, "num_hidden_layers": 1}
+
+
+def gpt2() -> nn.Module:
+    torch.manual_seed(0)
+    sizes = {"n_embd": 528, "n_layer": 1, "n_head": 4}
+    return GPT2LMHeadModel(GPT2Config(vocab_size=64, n_positions=16, **sizes)).eval()
+
+
+def convolution() -> nn.Module:
+    torch.manual_seed(0)
+    model = nn.Sequential()
+    model.add_module("conv", nn.Conv2d(177, 176, 3, bias=False))
+    return model
+
+
+CASES: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
+    "transposed": (gpt2, {"r": 3, "target_modules": ["c_attn", "c_proj"]}),
+    "transposed, DoRA": (gpt2, {"r": 3, "target_modules": ["c_attn"], "use_dora": True}),
+    "embedding": (
+        lambda: llama(vocab_size=520, **WIDE),
+        {"r": 3, "target_modules": ["embed_tokens", "q_proj"]},
+    ),
+    "a tensor per expert": (
+        lambda: mixtral(num_local_experts=2, **WIDE),
+        {
+            "r": 2,
+            "target_modules": [],
+            "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+        },
+    ),
+    "convolution": (convolution, {"r": 2, "target_modules": ["conv"]}),
+    "convolution, DoRA": (convolution, {"r": 2, "target_modules": ["conv"], "use_dora": True}),
+}
+
+
+def write_case(case: str, directory: Path, method: str, dtype: torch.dtype) -> dict[str, Any]:
+    make, options = CASES[case]
+    model = make().to(dtype)
+    if hasattr(model, "save_pretrained"):
+        model.save_pretrained(directory / "base")
+    else:
+        write_model(directory / "base", model.state_dict())
+    adapters = [make_lora(directory / f"a{seed}", make(), seed=seed, **options) for seed in (1, 2)]
+    return {
+        "method": method,
+        "base": str(directory / "base"),
+        "sources": [{"path": str(path), "weight": 0.7} for path in adapters],
+        "parameters": {"density": 0.4} if method == "ties" else {},
+    }
+
+
+def changed_there(plan: MergePlan) -> list[TensorTask]:
+    """Return the tensors that adapters change and a device merges."""
+    programs = programs_of_plan(plan, find_method(plan.method))
+    return [
+        task
+        for task in plan.tasks
+        if task.changes and runs_on_device(task, programs, plan.settings, fused=True)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("case", "method", "dtype"),
+    [
+        *((case, "task_arithmetic", torch.float32) for case in CASES),
+        ("transposed", "ties", torch.bfloat16),
+        ("embedding", "ties", torch.bfloat16),
+        ("a tensor per expert", "ties", torch.float32),
+    ],
+)
+def test_products_have_the_bits_of_the_cpu(
+    case: str, method: str, dtype: torch.dtype, devices: MakeDevices, tmp_path: Path
+) -> None:
+    backend = devices(proves=True)["cuda:0"]
+    recipe = write_case(case, tmp_path, method, dtype)
+    expected = streammerge.plan(recipe, memory=MEMORY, device="cpu", workers=1)
+    planned = streammerge.plan(recipe, memory=MEMORY, device="cuda:0", workers=1)
+    assert isinstance(planned, MergePlan)
+
+    streammerge.merge(expected, tmp_path / "cpu")
+    streammerge.merge(planned, tmp_path / "there")
+
+    large = [task for task in planned.tasks if task.changes and task.numel > BLOCK]
+    assert large
+    assert changed_there(planned) == large
+    assert planned.device is not None
+    assert planned.device.norms == (len(large) * 2 if case.endswith("DoRA") else 0)
+    assert not all(each.adds_plain_product for task in planned.tasks for each in task.changes)
+    assert backend.log
+    assert_same_model(load_model(tmp_path / "there"), load_model(tmp_path / "cpu"))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_how_long_products_take_is_tried(case: str, tmp_path: Path) -> None:
+    recipe = write_case(case, tmp_path, "ties", torch.float32)
+    planned = streammerge.plan(recipe, memory=MEMORY, device="cpu")
+    assert isinstance(planned, MergePlan)
+    method = find_method("ties")
+
+    tried = measure_computing(planned, method)
+
+    assert why_not(planned, method) is None
+    assert isinstance(tried, CoreSeconds)
+    assert tried.term > 0
+
+
+def test_factors_larger_than_a_stage_come_in_parts(
+    devices: MakeDevices, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which parts of rows are, of a matrix that is stored the other way round."""
+    monkeypatch.setattr(planning_devices, "_STAGED_BYTES", 4 * 100)
+    devices()
+    recipe = write_case("transposed", tmp_path, "task_arithmetic", torch.float32)
+
+    streammerge.merge(recipe, tmp_path / "there", memory=MEMORY, device="cuda:0")
+
+    streammerge.merge(recipe, tmp_path / "cpu", memory=MEMORY, device="cpu")
+    assert_same_model(load_model(tmp_path / "there"), load_model(tmp_path / "cpu"))
+
+
+def change(**more: Any) -> Change:
+    """Return a product for a matrix of 6 x 4 elements, but for what is given."""
+    factors = [TensorEntry("x", DType.F32, shape, 0, 0) for shape in ((2, 4), (6, 2))]
+    return Change(ChangeKind.LOW_RANK, tuple(factors), (6, 4), **more)
+
+
+@pytest.mark.parametrize(
+    ("more", "product", "plain"),
+    [
+        ({}, True, True),
+        ({"transposed": True}, True, False),
+        ({"first_row": 1}, True, False),
+        ({"experts": 2, "expert": 1}, True, False),
+        # A stack has a product per expert, and rows of a tensor leave others as they are.
+        ({"experts": 2}, False, False),
+        ({"window": (0, 24)}, False, False),
+    ],
+)
+def test_what_is_one_product(more: dict[str, Any], *, product: bool, plain: bool) -> None:
+    assert change(**more).adds_product is product
+    assert change(**more).adds_plain_product is plain
