@@ -19,6 +19,8 @@ from streammerge.lazily import torch
 from streammerge.plan.types import TensorTask
 
 MadeT = TypeVar("MadeT")
+_MATRICES = 2
+"""Of a stack, however many it has."""
 
 
 def unit_of(task: TensorTask) -> int:
@@ -35,6 +37,8 @@ def shrink_task(task: TensorTask, most: int) -> TensorTask:
     """
     unit = unit_of(task)
     rows = -(-min(task.numel, most) // unit)
+    if any(map(_is_stack, task.changes)):
+        rows = -(-rows // _MATRICES) * _MATRICES
     shape = (rows, unit) if task.changes or task.row else (rows,)
     return replace(
         task,
@@ -43,24 +47,46 @@ def shrink_task(task: TensorTask, most: int) -> TensorTask:
         scope_block=0,
         region=None,
         encoding=None,
-        changes=tuple(_shrink_change(each, rows) for each in task.changes),
+        changes=tuple(_shrink_change(each, rows, task.numel // unit) for each in task.changes),
     )
 
 
-def _shrink_change(change: Change, rows: int) -> Change:
+def _is_stack(change: Change) -> bool:
+    return change.is_placed and change.window is None
+
+
+def _shrink_change(change: Change, rows: int, of_rows: int) -> Change:
+    """Return the change of as many rows as are left of all of a tensor's."""
     down, up, *magnitude = change.factors
     whole, columns = change.matrix
-    if change.transposed:
-        down = replace(down, shape=(down.shape[0], rows))
-    else:
-        up = replace(up, shape=(rows, *up.shape[1:]))
+    own, window, experts = rows, change.window, change.experts
+    if window is not None:
+        # In the same place, as far as there is one.
+        first = window[0] // columns * rows // of_rows
+        own = max(1, window[1] // columns * rows // of_rows - first)
+        window = first * columns, (first + own) * columns
+    elif _is_stack(change):
+        experts = _MATRICES
+        own = rows // experts
+    outer, inner = (up.shape[0], (own,)) if change.transposed else (own, down.shape[1:])
+    factors = (
+        replace(down, shape=(experts * change.rank, *inner)),
+        replace(up, shape=(outer, experts * change.rank, *up.shape[2:])),
+    )
     if change.along_rows:
         # Of a convolution it has as many dimensions as the kernel.
         magnitude = [
-            replace(each, shape=tuple(rows if size == whole else size for size in each.shape))
+            replace(each, shape=tuple(own if size == whole else size for size in each.shape))
             for each in magnitude
         ]
-    return replace(change, matrix=(rows, columns), first_row=0, factors=(down, up, *magnitude))
+    return replace(
+        change,
+        matrix=(own, columns),
+        first_row=0,
+        factors=(*factors, *magnitude),
+        window=window,
+        experts=experts,
+    )
 
 
 def draw_factors(

@@ -77,7 +77,7 @@ def load_cores(plan: MergePlan, programs: Programs, task: TensorTask) -> CoreLoa
     """Return what a merged tensor takes of cores: products anew for every round, and for norms."""
     values = task.numel * count_sources(task)
     passes = len(_rounds_of(plan, programs, task)) + 1
-    terms = passes * task.numel * sum(change.rank for change in task.changes)
+    terms = passes * sum(count_terms(task, change) for change in task.changes)
     return CoreLoad(values, terms) + _load_norms(task, task.changes)
 
 
@@ -96,6 +96,12 @@ def count_sources(task: TensorTask) -> int:
     """Return the models that a tensor is computed from: those that hold it, or change it."""
     stored = {model for model, entry in enumerate(task.inputs) if entry is not None}
     return len(stored | {change.model for change in task.changes})
+
+
+def count_terms(task: TensorTask, change: Change) -> int:
+    """Return the terms of a product that is added to a tensor, or to a part of it."""
+    begin, end = change.window or (0, task.numel)
+    return (end - begin) * change.rank
 
 
 def load_device(
@@ -118,13 +124,12 @@ def load_device(
     loads = [_load_of(each, stored, by_kernel=by_kernel) for each in passes.all]
     moved = task.made_dtype.itemsize + sum(each for each, _ in loads)
     moved += len(norms) * _MOVED_ITEMSIZE
-    terms = len(loads) * sum(change.rank for change in task.changes) + sum(
-        change.rank for change in norms
-    )
+    terms = len(loads) * sum(count_terms(task, change) for change in task.changes)
+    terms += sum(count_terms(task, change) for change in norms)
     steps = -(-task.numel // plan.device.step_numel)
     return DeviceLoad(
         crossing=_crossing_bytes(plan, shape, task, passes) + _norm_bytes(task, norms),
-        moved=task.numel * (moved + terms * _TERM_BYTES),
+        moved=task.numel * moved + terms * _TERM_BYTES,
         sorted=task.numel * sum(each.ranked for each in passes.ranking),
         operations=steps * sum(count for _, count in loads),
         kernels=frozenset(_kernels_of(passes, task, norms=bool(norms)) if by_kernel else ()),

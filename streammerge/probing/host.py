@@ -41,7 +41,7 @@ from streammerge.methods.programs import Programs
 from streammerge.native.library import load_kernels
 from streammerge.plan.budgeting import values_limit
 from streammerge.plan.estimating import Rates
-from streammerge.plan.loads import count_sources
+from streammerge.plan.loads import count_sources, count_terms
 from streammerge.plan.sweeps import programs_of_plan
 from streammerge.plan.types import MergePlan, TensorTask
 from streammerge.probing.drawing import DRAWN_NUMEL, draw_piece
@@ -146,12 +146,11 @@ def measure_computing(plan: MergePlan, method: MergeMethod) -> CoreSeconds | str
     except StreamMergeError as error:
         return f"a moment of its work on the cpu failed ({error})"
     task = trial.piece.first.task
-    ranks = sum(change.rank for change in task.changes)
-    term = _fastest(_Products.of(trial.piece).run) / (task.numel * ranks) if ranks else 0.0
+    terms = sum(count_terms(task, change) for change in task.changes)
+    term = _fastest(_Products.of(trial.piece).run) / terms if terms else 0.0
     # Products are computed anew for every round.
-    passes = len(trial.programs.rounds) + 1
-    rest = seconds / task.numel - passes * ranks * term
-    return CoreSeconds(max(rest, 0.0) / count_sources(task), term)
+    rest = seconds - (len(trial.programs.rounds) + 1) * terms * term
+    return CoreSeconds(max(rest, 0.0) / (task.numel * count_sources(task)), term)
 
 
 def _choose_task(plan: MergePlan) -> TensorTask:

@@ -12,6 +12,9 @@ from itertools import count
 
 from streammerge.tiles.program import SINKS, Op, Program
 
+PER_PRODUCT = 7
+"""Numbers about each product."""
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -44,13 +47,16 @@ class Layout:
 
     @cached_property
     def factors(self) -> int:
-        """Per product: its scaling as float64, its rank, its columns, and those of a tile of A."""
+        """Per product: scaling as float64, rank, columns, those of a tile of A, rows, and where it is added.
+
+        That is the flat index of the first element of the tensor, and past the last.
+        """
         return self.limits + 2 * len(self.program.streams)
 
     @cached_property
     def size(self) -> int:
         """Numbers in all."""
-        return self.factors + 4 * self.products
+        return self.factors + PER_PRODUCT * self.products
 
 
 def sink_rows(program: Program) -> dict[int, tuple[int, int | None]]:

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 from fake_backend import MakeDevices
-from models import BLOCK, MEMORY, assert_same_model, load_model, write_model
+from models import BLOCK, MEMORY, assert_same_model, load_model, recipe_of, write_model
+from safetensors.torch import save_file
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -24,8 +25,12 @@ from streammerge.plan.estimating import why_not
 from streammerge.plan.sweeps import programs_of_plan
 from streammerge.plan.types import MergePlan, TensorTask
 from streammerge.probing.host import CoreSeconds, measure_computing
-from tests.adapters.tiny import llama, make_lora, mixtral
+from tests.adapters.onto_base.test_baking_experts import stack_experts
+from tests.adapters.tiny import gpt_oss, llama, make_lora, mixtral, qwen_moe
 
+STACKS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+ROWS, COLUMNS = 333, 321
+"""Of a part of a fused layer, all three of which have a row that two blocks share."""
 WIDE = {"hidden_size": 528, "intermediate_size": 512, "num_hidden_layers": 1}
 
 
@@ -54,8 +59,16 @@ CASES: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
         {
             "r": 2,
             "target_modules": [],
-            "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+            "target_parameters": STACKS,
         },
+    ),
+    "stack": (
+        lambda: qwen_moe(moe_intermediate_size=136, num_experts=4, hidden_size=528),
+        {"r": 2, "target_modules": [], "target_parameters": STACKS},
+    ),
+    "transposed stack": (
+        lambda: gpt_oss(hidden_size=272, intermediate_size=272),
+        {"r": 2, "target_modules": [], "target_parameters": STACKS},
     ),
     "convolution": (convolution, {"r": 2, "target_modules": ["conv"]}),
     "convolution, DoRA": (convolution, {"r": 2, "target_modules": ["conv"], "use_dora": True}),
@@ -67,6 +80,8 @@ def write_case(case: str, directory: Path, method: str, dtype: torch.dtype) -> d
     model = make().to(dtype)
     if hasattr(model, "save_pretrained"):
         model.save_pretrained(directory / "base")
+        if case == "stack":
+            stack_experts(directory / "base")
     else:
         write_model(directory / "base", model.state_dict())
     adapters = [make_lora(directory / f"a{seed}", make(), seed=seed, **options) for seed in (1, 2)]
@@ -95,6 +110,8 @@ def changed_there(plan: MergePlan) -> list[TensorTask]:
         ("transposed", "ties", torch.bfloat16),
         ("embedding", "ties", torch.bfloat16),
         ("a tensor per expert", "ties", torch.float32),
+        ("stack", "ties", torch.bfloat16),
+        ("transposed stack", "linear", torch.float32),
     ],
 )
 def test_products_have_the_bits_of_the_cpu(
@@ -116,6 +133,37 @@ def test_products_have_the_bits_of_the_cpu(
     assert planned.device.norms == (len(large) * 2 if case.endswith("DoRA") else 0)
     assert not all(each.adds_plain_product for task in planned.tasks for each in task.changes)
     assert backend.log
+    assert_same_model(load_model(tmp_path / "there"), load_model(tmp_path / "cpu"))
+
+
+@pytest.mark.parametrize("method", ["task_arithmetic", "ties", "slerp"])
+@pytest.mark.parametrize("parts", ["qkv", "k", "qv"])
+def test_rows_of_a_fused_layer_change_alone(
+    parts: str, method: str, devices: MakeDevices, tmp_path: Path
+) -> None:
+    devices(proves=True)
+    torch.manual_seed(1)
+    base = {"double_blocks.0.img_attn.qkv.weight": torch.randn(3 * ROWS, COLUMNS)}
+    write_model(tmp_path / "base", base)
+    adapters = []
+    for seed in range(2):
+        tensors = {}
+        for part in parts:
+            stem = f"transformer.transformer_blocks.0.attn.to_{part}"
+            tensors[f"{stem}.lora_A.weight"] = torch.randn(3, COLUMNS)
+            tensors[f"{stem}.lora_B.weight"] = torch.randn(ROWS, 3)
+        adapters.append(tmp_path / f"a{seed}.safetensors")
+        save_file(tensors, adapters[-1])
+    parameters = {"ties": {"density": 0.4}, "slerp": {"t": 0.3}}.get(method, {})
+    taken = adapters[:1] if method == "slerp" else adapters
+    recipe = recipe_of(method, tmp_path / "base", taken, parameters=parameters)
+    planned = streammerge.plan(recipe, memory=MEMORY, device="cuda:0", workers=1)
+    assert isinstance(planned, MergePlan)
+    assert len(changed_there(planned)) == 1
+
+    streammerge.merge(planned, tmp_path / "there")
+    streammerge.merge(recipe, tmp_path / "cpu", memory=MEMORY, device="cpu")
+
     assert_same_model(load_model(tmp_path / "there"), load_model(tmp_path / "cpu"))
 
 
@@ -150,7 +198,8 @@ def test_factors_larger_than_a_stage_come_in_parts(
 def change(**more: Any) -> Change:
     """Return a product for a matrix of 6 x 4 elements, but for what is given."""
     factors = [TensorEntry("x", DType.F32, shape, 0, 0) for shape in ((2, 4), (6, 2))]
-    return Change(ChangeKind.LOW_RANK, tuple(factors), (6, 4), **more)
+    kind = more.pop("kind", ChangeKind.LOW_RANK)
+    return Change(kind, tuple(factors), (6, 4), **more)
 
 
 @pytest.mark.parametrize(
@@ -161,8 +210,9 @@ def change(**more: Any) -> Change:
         ({"first_row": 1}, True, False),
         ({"experts": 2, "expert": 1}, True, False),
         # A stack has a product per expert, and rows of a tensor leave others as they are.
-        ({"experts": 2}, False, False),
-        ({"window": (0, 24)}, False, False),
+        ({"experts": 2}, True, False),
+        ({"window": (0, 24)}, True, False),
+        ({"window": (0, 24), "kind": ChangeKind.NORMED}, False, False),
     ],
 )
 def test_what_is_one_product(more: dict[str, Any], *, product: bool, plain: bool) -> None:

@@ -18,7 +18,7 @@ import torch
 from hypothesis import HealthCheck, assume, given, settings
 from programs_at_random import Case, ModelsInMemory, Outcome, Ran, cases, chance_of, interpret
 
-from streammerge.adapters.onto_base.products import Normed, Tiles, multiply_in_order
+from streammerge.adapters.onto_base.products import ProductKind, Tiles, multiply_in_order
 from streammerge.dtypes import DType
 from streammerge.engine.accelerator.fused import functions
 from streammerge.engine.accelerator.fused.kernels import compile_source, kernel_of, launch
@@ -352,11 +352,16 @@ def test_changes_of_one_tensor_are_made_in_turn(op: Op) -> None:
     """Sums and norms of rows and of columns, from the middle of a row on, in the order of `Delta.apply_`."""
     generator = torch.Generator().manual_seed(4)
     rows, columns, start = 40, 150, 3
-    normed = (Normed.NOT, Normed.ROWS, Normed.NOT, Normed.COLUMNS)
+    kinds = (
+        ProductKind.ADDED,
+        ProductKind.NORMED_ROWS,
+        ProductKind.ADDED,
+        ProductKind.NORMED_COLUMNS,
+    )
     base = torch.randn(rows, columns, generator=generator)
     expected = base.clone()
     factors, constants = [], [start]
-    for index, each in enumerate(normed):
+    for index, each in enumerate(kinds):
         rank, scaling = 3 + index, 0.3 + index
         up = torch.randn(rows, rank, generator=generator)
         down = torch.randn(rank, columns, generator=generator)
@@ -364,25 +369,62 @@ def test_changes_of_one_tensor_are_made_in_turn(op: Op) -> None:
         multiply_in_order(up, down, product)
         expected += product.mul_(scaling)
         factors += [up, down]
-        constants += [bits(scaling), rank, columns, columns]
-        if each is not Normed.NOT:
-            count = rows if each is Normed.ROWS else columns
+        constants += [bits(scaling), rank, columns, columns, rows, 0, rows * columns]
+        if each is not ProductKind.ADDED:
+            count = rows if each is ProductKind.NORMED_ROWS else columns
             factors.append(torch.rand(count, generator=generator) + 0.5)
-            expected *= factors[-1][:, None] if each is Normed.ROWS else factors[-1]
+            expected *= factors[-1][:, None] if each is ProductKind.NORMED_ROWS else factors[-1]
+    found, largest = run_changes(op, base, kinds, factors, constants)
+
+    if op is Op.TASK_VECTOR:
+        expected -= base
+    assert_same_values(found, expected.flatten()[start:])
+    assert largest == float(expected.flatten()[start:].abs().max())
+
+
+def run_changes(
+    op: Op,
+    base: torch.Tensor,
+    kinds: tuple[ProductKind, ...],
+    factors: list[torch.Tensor],
+    constants: list[int],
+) -> tuple[torch.Tensor, float]:
+    """Return what a kernel makes of a base and one source that changes it, and the largest that it notes."""
     program = Program((Step(op, 0, 0), Step(Op.STORE, 0, 0)), 1, (), (), ())
-    kind = Kind(program, DType.F32, (None,), DType.F32, DType.F32, 2, True, products=(normed,))
-    numel = rows * columns - start
+    kind = Kind(program, DType.F32, (None,), DType.F32, DType.F32, 2, True, products=(kinds,))
+    # Where the tensor's first element that comes there is.
+    start = constants[0]
+    numel = base.numel() - start
     here = there(base.flatten()[start:])
     out, notes = there(torch.empty(numel)), torch.zeros(3, device=HERE)
     numbers, none = there(torch.tensor(constants)), there(torch.zeros(1, dtype=torch.int64))
     brought = map(there, factors)
     pointers = here, here, *brought, out, numbers, none, notes.view(torch.int32), none
     launch(kernel_of(kind), -(-numel // TILE), *pointers, none, none, 16, 16, 0, numel, numel, TILE)
+    return out.cpu(), float(notes[1])
 
-    if op is Op.TASK_VECTOR:
-        expected -= base
-    assert_same_values(out.cpu(), expected.flatten()[start:])
-    assert float(notes[1]) == float(expected.flatten()[start:].abs().max())
+
+@pytest.mark.parametrize("matrices", [1, 3])
+@pytest.mark.parametrize(("op", "zero"), [(Op.SOURCE, -0.0), (Op.TASK_VECTOR, 0.0)])
+def test_placed_products_leave_other_elements_alone(op: Op, zero: float, matrices: int) -> None:
+    """A zero of the base keeps its sign; a task vector is zero where nothing is added."""
+    generator = torch.Generator().manual_seed(5)
+    rows, columns, rank, begin, start = 7, 150, 3, 2 * 150, 3
+    ups = torch.randn(matrices, rows, rank, generator=generator)
+    downs = torch.randn(matrices, rank, columns, generator=generator)
+    product = torch.empty(matrices, rows, columns)
+    for one in range(matrices):
+        multiply_in_order(ups[one], downs[one], product[one])
+    end = begin + product.numel()
+    base = torch.full((end + 4 * columns,), -0.0)
+    expected = torch.full_like(base, zero)
+    expected[begin:end] = product.flatten() * 0.5
+    constants = [start, bits(0.5), rank, columns, columns, rows, begin, end]
+
+    found, _ = run_changes(op, base, (ProductKind.PLACED,), [ups, downs], constants)
+
+    assert_same_values(found, expected[start:])
+    assert torch.equal(found.signbit(), expected[start:].signbit())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -411,7 +453,7 @@ import json, re, sys
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from streammerge.adapters.onto_base.products import Normed
+from streammerge.adapters.onto_base.products import ProductKind
 from streammerge.dtypes import DType
 from streammerge.engine.accelerator.fused import functions
 from streammerge.engine.accelerator.fused.kernels import kernel_of
@@ -451,7 +493,7 @@ def compiled(kernel, types, constants, warps):
 
 texts = []
 for compute, stored in ((DType.F32, DType.BF16), (DType.F32, DType.F16), (DType.F64, DType.F64)):
-    products = ((Normed.ROWS,), (Normed.NOT, Normed.COLUMNS)) if compute is DType.F32 else ()
+    products = ((ProductKind.NORMED_ROWS,), (ProductKind.PLACED, ProductKind.NORMED_COLUMNS)) if compute is DType.F32 else ()
     kind = Kind(program, stored, (stored, None), compute, stored, 2, True, True, True, products)
     kernel = kernel_of(kind)
     pattern = "i32" if compute is DType.F32 else "i64"

@@ -87,18 +87,18 @@ def mixtral(**changes: Any) -> MixtralForCausalLM:
     return MixtralForCausalLM(MixtralConfig(**options | changes)).eval()
 
 
-def qwen_moe() -> Qwen3MoeForCausalLM:
+def qwen_moe(**changes: Any) -> Qwen3MoeForCausalLM:
     """Return a Qwen3 with experts, which are stored one by one under today's names."""
     torch.manual_seed(0)
     options = _SMALL | {"moe_intermediate_size": 24, "num_experts": 4, "num_experts_per_tok": 2}
-    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**options)).eval()
+    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**options | changes)).eval()
 
 
-def gpt_oss() -> GptOssForCausalLM:
+def gpt_oss(**changes: Any) -> GptOssForCausalLM:
     """Return a gpt-oss, whose experts are stacked, transposed, and square in one projection."""
     torch.manual_seed(0)
     options = _SMALL | {"intermediate_size": 32, "num_local_experts": 4, "head_dim": 8}
-    model = GptOssForCausalLM(GptOssConfig(**options)).eval()
+    model = GptOssForCausalLM(GptOssConfig(**options | changes)).eval()
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.2)
     return model

@@ -125,7 +125,7 @@ class Change:
     def adds_plain_product(self) -> bool:
         """Whether such a product is added; DoRA's norms, of whole rows or columns, may follow."""
         rows, columns = self.matrix
-        if not self.adds_product or self.transposed or self.first_row:
+        if not self.adds_product or self.is_placed or self.transposed or self.first_row:
             return False
         if self.experts != 1 or self.expert is not None:
             return False
@@ -134,16 +134,23 @@ class Change:
 
     @property
     def adds_product(self) -> bool:
-        """Whether one product of matrices is added to all of the tensor; DoRA's norms, as above, may follow.
+        """Whether products of two stored matrices are added, and nothing else; DoRA's norms, as above, may follow.
 
-        The matrices may be stored the other way round, or be parts of larger ones.
+        The matrices may be stored the other way round, or be parts of larger ones. Where the product is placed,
+        no norms follow.
         """
-        is_product = self.sum_kind is ChangeKind.LOW_RANK and not self.workings
-        if not is_product or self.window is not None or (self.experts != 1 and self.expert is None):
+        if self.sum_kind is not ChangeKind.LOW_RANK or self.workings:
             return False
+        if self.is_placed:
+            return self.kind is ChangeKind.LOW_RANK
         # A convolution has several columns per input.
         normed = self.matrix[0] if self.along_rows else self.matrix[1]
         return all(each.numel == normed for each in self.factors[2:])
+
+    @property
+    def is_placed(self) -> bool:
+        """Whether it changes some rows of the tensor, or each matrix of a stack by factors of its own."""
+        return self.window is not None or (self.experts != 1 and self.expert is None)
 
     @property
     def rank(self) -> int:

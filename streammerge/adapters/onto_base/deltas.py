@@ -25,7 +25,7 @@ from streammerge.adapters.onto_base.norms import (
     row_norms,
     row_norms_of_torch,
 )
-from streammerge.adapters.onto_base.products import Adder, Normed, Product, multiply
+from streammerge.adapters.onto_base.products import Adder, Product, ProductKind, multiply
 from streammerge.adapters.onto_base.rotations import rotate_
 from streammerge.adapters.onto_base.rows import by_rows
 from streammerge.adapters.onto_base.workings import LEAST_ROWS
@@ -98,15 +98,18 @@ class Delta:
         change = self._change
         if not change.adds_product or self.depends_on_cut:
             return None
-        own = change.expert or 0
-        up, down = self._left(own, 0).numpy(), self._right(own, 0).numpy()
-        columns = change.matrix[1]
+        ups, downs = self._lefts(0).numpy(), self._rights(0).numpy()
+        own, columns = change.expert or 0, change.matrix[1]
         # All columns in one tile.
-        of_factors = up, down, columns, max(columns, 1), change.scaling
+        others = columns, max(columns, 1), change.scaling
+        if change.is_placed:
+            if change.expert is not None:
+                ups, downs = ups[own : own + 1], downs[own : own + 1]
+            return Product(ups, downs, *others, ProductKind.PLACED, window=change.window)
         if change.kind is not ChangeKind.NORMED:
-            return Product(*of_factors)
-        normed = Normed.ROWS if change.along_rows else Normed.COLUMNS
-        return Product(*of_factors, normed, self._vector.numpy())
+            return Product(ups[own], downs[own], *others)
+        kind = ProductKind.NORMED_ROWS if change.along_rows else ProductKind.NORMED_COLUMNS
+        return Product(ups[own], downs[own], *others, kind, self._vector.numpy())
 
     @property
     def is_sum(self) -> bool:
@@ -257,33 +260,33 @@ class Delta:
             yield flat[done : done + count], self._change.expert or expert, start
             done += count
 
-    def _left(self, expert: int, pair: int) -> Tensor:
-        """Return the left factor of a product, ``[rows, r]``."""
+    def _lefts(self, pair: int) -> Tensor:
+        """Return the left factors of a product, ``[experts, rows, r]``."""
         change = self._change
         down, up = self._factors[2 * pair], self._factors[2 * pair + 1]
         rank = down.shape[0] // change.experts
         if change.transposed:
             # The product's transpose: A' @ B'.
-            left = down.reshape(change.experts, rank, -1)[expert].T
-            return left[change.first_row : change.first_row + self._rows]
-        rows = up.reshape(up.shape[0], rank, change.experts)[:, :, expert]
-        return rows[change.first_row : change.first_row + self._rows]
+            lefts = down.reshape(change.experts, rank, -1).transpose(1, 2)
+        else:
+            lefts = up.reshape(up.shape[0], rank, change.experts).permute(2, 0, 1)
+        return lefts[:, change.first_row : change.first_row + self._rows]
 
-    def _right(self, expert: int, pair: int) -> Tensor:
-        """Return the right factor of a product, ``[r, columns]``."""
+    def _rights(self, pair: int) -> Tensor:
+        """Return the right factors of a product, ``[experts, r, columns]``."""
         change = self._change
         down, up = self._factors[2 * pair], self._factors[2 * pair + 1]
         rank = down.shape[0] // change.experts
         if change.transposed:
-            return up.reshape(up.shape[0], rank, change.experts)[:, :, expert].T
-        return down.reshape(change.experts, rank, -1)[expert]
+            return up.reshape(up.shape[0], rank, change.experts).permute(2, 1, 0)
+        return down.reshape(change.experts, rank, -1)
 
     def _fill_matrix(self, out: Tensor, expert: int, start: int, work: Tensor) -> None:
         """Write one matrix of a stack, from flat index ``start`` of it on."""
-        first = self._left(expert, 0), self._right(expert, 0)
+        first = self._lefts(0)[expert], self._rights(0)[expert]
         self._put_product(torch.Tensor.copy_, out, first, start, work)
         if self._kind is ChangeKind.HADAMARD:
-            second = self._left(expert, 1), self._right(expert, 1)
+            second = self._lefts(1)[expert], self._rights(1)[expert]
             self._put_product(torch.Tensor.mul_, out, second, start, work)
 
     def _put_product(

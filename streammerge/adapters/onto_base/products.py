@@ -24,14 +24,17 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-class Normed(Enum):
-    """What is multiplied by a vector, once a product has been added to it."""
+class ProductKind(Enum):
+    """How a product of two factors changes a tensor."""
 
-    NOT = "nothing"
-    ROWS = "rows"
-    """Row i, by element i."""
-    COLUMNS = "columns"
-    """Column i, likewise."""
+    ADDED = "added"
+    """It is added, element by element."""
+    NORMED_ROWS = "normed by rows"
+    """It is added; then row i is multiplied by element i of a vector (DoRA)."""
+    NORMED_COLUMNS = "normed by columns"
+    """Likewise for column i."""
+    PLACED = "placed"
+    """It is added to some rows of the tensor; or there is one for each matrix of a stack."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,19 +42,33 @@ class Product:
     """A product of two stored factors and a number, for whoever computes it elsewhere."""
 
     up: NDArray[np.float32]
-    """B, ``[rows, rank]``; may be a part of what is stored, or its transpose, with strides of its own."""
+    """B, ``[rows, rank]``; may be a part of what is stored, or its transpose, with strides of its own. Of a
+    placed product ``[matrices, rows, rank]``."""
     down: NDArray[np.float32]
-    """A, ``[rank, columns]``, likewise, or ``[rank * columns]`` in tiles of columns; see :class:`Tiles`."""
+    """A, ``[rank, columns]``, likewise, or ``[rank * columns]`` in tiles of columns; see :class:`Tiles`. Of a
+    placed product ``[matrices, rank, columns]``."""
     columns: int
     """Columns of A."""
     wide: int
     """Those of a tile; the last one may have fewer."""
     scaling: float
     """Factor of the product."""
-    normed: Normed = Normed.NOT
-    """DoRA: what has other norms than the sum."""
+    kind: ProductKind = ProductKind.ADDED
+    """What is done with it."""
     vector: NDArray[np.float32] | None = None
-    """The factor of each, ``[rows]`` or ``[columns]``; None where there is none."""
+    """DoRA: what each row or column is multiplied by, ``[rows]`` or ``[columns]``; None without."""
+    window: tuple[int, int] | None = None
+    """Of a placed product: flat index of the first element that it is added to, and past the last; None for all."""
+
+    @property
+    def rank(self) -> int:
+        """Terms of an element."""
+        return int(self.up.shape[-1])
+
+    @property
+    def rows(self) -> int:
+        """Rows of the matrix, or of each."""
+        return int(self.up.shape[-2])
 
 
 class PlainProduct:

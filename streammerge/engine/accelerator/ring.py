@@ -149,17 +149,14 @@ class Ring:
         if count:
             self._copy_in.copy(to.device_bytes(count), to.host_bytes(count))
 
-    def bring_factor(self, values: Tensor, place: int) -> Tensor:
+    def bring_factor(self, values: Tensor, place: int) -> None:
         """Copy a factor to its place among those of a tensor, and wait; nothing may be in flight.
 
         It comes once for many pieces, so that little page-locked memory does.
 
         Args:
             values: ``[n]`` float32, or ``[rows, columns]`` with any strides.
-            place: Index of its first element there.
-
-        Returns:
-            Where it lies now, ``[n]``, row after row.
+            place: Index of its first element in ``factors``, where it lies row after row.
         """
         there = self.factors[place : place + values.numel()]
         table = values if values.dim() > 1 else values[None]
@@ -173,7 +170,6 @@ class Ring:
             self._copy_in.copy(part, staged)
             self._copy_in.record(self._done)
             self._done.synchronize()
-        return there
 
     def clear(self) -> None:
         """Set all that is added up over a piece to zero; to be run."""

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from streammerge.adapters.onto_base.products import Normed, Product
+from streammerge.adapters.onto_base.products import Product, ProductKind
 from streammerge.engine.accelerator.ring import Ring
 from streammerge.engine.pieces import PieceInMemory
 from streammerge.lazily import torch
@@ -30,21 +30,15 @@ class ProductThere:
     """A product of factors that lie on the device."""
 
     up: Tensor
-    """B, ``[rows * rank]``."""
+    """B, ``[rows * rank]``, or one behind the other."""
     down: Tensor
-    """A, ``[rank * columns]``, in tiles."""
-    scaling: float
-    """Factor of the product."""
-    rank: int
-    """Terms of each element."""
-    columns: int
-    """Columns of A."""
-    wide: int
-    """Columns of a tile of A."""
-    normed: Normed
-    """What is multiplied by the vector."""
+    """A, ``[rank * columns]``, in tiles, likewise."""
     vector: Tensor | None
-    """``[rows]`` or ``[columns]``; None where nothing is."""
+    """``[rows]`` or ``[columns]``; None where nothing is multiplied by it."""
+    kind: ProductKind
+    """What is done with it."""
+    numbers: tuple[int, ...]
+    """What kernels must know of it; see :class:`~streammerge.tiles.fusing.Layout`."""
 
     @property
     def sides(self) -> tuple[Tensor, ...]:
@@ -90,18 +84,27 @@ class FactorRoom:
                 vector = None
                 if product.vector is not None:
                     vector, place = self._put(product.vector, place)
-                own.append(_there(product, up, down, vector))
+                numbers = numbers_of(product, piece.first.task.numel)
+                own.append(ProductThere(up, down, vector, product.kind, numbers))
             by_model.append(tuple(own))
         return tuple(by_model)
 
     def _put(self, values: NDArray[np.float32], place: int) -> tuple[Tensor, int]:
         """Copy a factor, row by row; return where it is, and what comes behind."""
-        there = self._ring.bring_factor(torch.from_numpy(values), place)
-        return there, place + values.size
+        end = place + values.size
+        for matrix in values if values.ndim > 2 else (values,):
+            self._ring.bring_factor(torch.from_numpy(matrix), place)
+            place += matrix.size
+        return self._ring.factors[end - values.size : end], end
 
 
-def _there(product: Product, up: Tensor, down: Tensor, vector: Tensor | None) -> ProductThere:
-    rank = product.up.shape[1]
-    return ProductThere(
-        up, down, product.scaling, rank, product.columns, product.wide, product.normed, vector
-    )
+def numbers_of(product: Product, numel: int) -> tuple[int, ...]:
+    """Return what kernels must know of a product, in the order of :class:`~streammerge.tiles.fusing.Layout`.
+
+    Args:
+        product: The product.
+        numel: Elements of the tensor that it changes.
+    """
+    scaling = int(np.float64(product.scaling).view(np.int64))
+    begin, end = product.window or (0, numel)
+    return scaling, product.rank, product.columns, product.wide, product.rows, begin, end

@@ -254,6 +254,58 @@ def multiply(
     step = tl.minimum(wide.to(tl.int32), narrow - tile)
     left = up + row * rank
     right = down + tile * rank + (column - tile)
+    return _add_terms(left, right, step, rank, here, COUNT)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def multiply_placed(
+    up: tl.tensor,
+    down: tl.tensor,
+    element: tl.tensor,
+    rank: tl.tensor,
+    columns: tl.tensor,
+    rows: tl.tensor,
+    inside: tl.tensor,
+    COUNT: tl.constexpr,
+) -> tl.tensor:
+    """Return elements of one of several products, ``[COUNT]`` float32.
+
+    Args:
+        up: B of each, ``[matrices, rows, rank]``.
+        down: A of each, ``[matrices, rank, columns]``.
+        element: ``[COUNT]`` int64: flat indices.
+        rank: Terms of every element.
+        columns: Columns of a matrix.
+        rows: Rows of a matrix.
+        inside: ``[COUNT]``: which elements there are.
+        COUNT: Elements.
+    """
+    place = tl.where(inside, element, 0)
+    row = place // columns
+    left = up + row * rank
+    right = down + row // rows * rank * columns + place % columns
+    return _add_terms(left, right, columns, rank, inside, COUNT)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _add_terms(
+    left: tl.tensor,
+    right: tl.tensor,
+    step: tl.tensor,
+    rank: tl.tensor,
+    here: tl.tensor,
+    COUNT: tl.constexpr,
+) -> tl.tensor:
+    """Return sums of products, from the first to the last, each rounded.
+
+    Args:
+        left: ``[COUNT]``: where the first factors of the first terms are; further ones follow each other.
+        right: ``[COUNT]``: where the second ones are.
+        step: From one of these to the next.
+        rank: Terms.
+        here: ``[COUNT]``: which elements there are.
+        COUNT: Elements.
+    """
     # A number for each element: the interpreter takes no other for a mask.
     terms = tl.zeros([COUNT], tl.int32) + rank.to(tl.int32)
     there = here & (terms > 0)

@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from streammerge.adapters.onto_base.products import Normed, Product
+from streammerge.adapters.onto_base.products import Product, ProductKind
 from streammerge.adapters.onto_base.rows import by_rows
 from streammerge.dtypes import DType
 from streammerge.engine.accelerator.copies import Bytes, StagedCopies
+from streammerge.engine.accelerator.fused.factors import numbers_of
 from streammerge.engine.accelerator.fused.functions import add_square_columns
 from streammerge.engine.accelerator.fused.kernels import kernel_of, launch
 from streammerge.engine.accelerator.fused.running import FusedSteps
@@ -73,7 +74,7 @@ class SquaredMatrix:
         """
         self._work, self._copies, self._tile = work, copies, tile
         room = _Room(memory)
-        self.rows, self._columns = len(work.product.up), work.product.columns
+        self.rows, self._columns = work.product.rows, work.product.columns
         self.step = min(max(1, most // self._columns), self.rows)
         self.totals = room.take(self.rows if work.along_rows else self._columns, torch.float64)
         numel = self.step * self._columns
@@ -129,9 +130,7 @@ def _write_constants(product: Product) -> NDArray[np.int64]:
     """Return what :func:`_add_product` reads beside a product's factors, ``[n]``."""
     layout = Layout(_CHANGED, products=1)
     constants = np.zeros(layout.size, dtype=np.int64)
-    scaling = np.array([product.scaling], dtype=np.float64).view(np.int64)
-    of_factors = [int(scaling[0]), product.up.shape[1], product.columns, product.wide]
-    constants[layout.factors :] = of_factors
+    constants[layout.factors :] = numbers_of(product, product.rows * product.columns)
     return constants
 
 
@@ -163,7 +162,7 @@ def _add_product(
 
 def changing_kind(stored: DType) -> Kind:
     """Return which kernel changes rows that are stored in a type."""
-    products = ((Normed.NOT,),)
+    products = ((ProductKind.ADDED,),)
     return Kind(
         _CHANGED, None, (stored,), DType.F32, DType.F32, 1, False, notes=False, products=products
     )

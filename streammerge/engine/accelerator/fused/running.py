@@ -141,7 +141,7 @@ class FusedSteps:
             written += _limits(probabilities[stream])
         products = [product for own in self._products for product in own]
         for product in products:
-            written += [_bits(product.scaling), product.rank, product.columns, product.wide]
+            written += product.numbers
         assert len(written) == Layout(program, len(products)).size  # noqa: S101 - its twin
         return written
 
@@ -200,7 +200,7 @@ class FusedSteps:
     def _kernel(self, program: Program, made: DType | None, *, checked: bool, count: bool) -> Any:
         piece, plan, setting = self._piece, self._plan, self._setting
         stored = tuple(None if each is None else each.dtype for each in piece.inputs)
-        products = tuple(tuple(each.normed for each in own) for own in self._products)
+        products = tuple(tuple(each.kind for each in own) for own in self._products)
         key = id(program), made, stored, products, checked, count
         if key not in self._kernels:
             self._kernels[key] = kernel_of(

@@ -21,12 +21,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from streammerge.adapters.onto_base.products import Normed
+from streammerge.adapters.onto_base.products import ProductKind
 from streammerge.dtypes import DType
 from streammerge.tiles.functions import NOT_FOR_SINGLE
-from streammerge.tiles.fusing import Layout, sink_rows
+from streammerge.tiles.fusing import PER_PRODUCT, Layout, sink_rows
 from streammerge.tiles.program import FUNCTIONS, SINKS, Op, Origin, Program, Step, Vote
 
+_NORMED = (ProductKind.NORMED_ROWS, ProductKind.NORMED_COLUMNS)
+_PLACED = (ProductKind.PLACED,)
 _COMPUTED = {DType.F32: ("tl.float32", "tl.int32"), DType.F64: ("tl.float64", "tl.int64")}
 _CALLS = {
     Op.EXPONENTIAL: "exponential",
@@ -60,8 +62,8 @@ class Kind:
     """Whether it counts what is kept."""
     notes: bool = True
     """Whether it notes the largest magnitudes."""
-    products: tuple[tuple[Normed, ...], ...] = ()
-    """What follows each product of factors that is added, per source; empty where nothing is changed."""
+    products: tuple[tuple[ProductKind, ...], ...] = ()
+    """What is done with each product of factors, per source; empty where nothing is changed."""
 
 
 @dataclass
@@ -80,8 +82,8 @@ class _Writer:
         models = [f"model{place}" for place in range(len(self.kind.sources) + 1)]
         factors = [
             f"{side}{i}"
-            for i, normed in enumerate(self._products)
-            for side in ("up", "down", "vector")[: 2 if normed is Normed.NOT else 3]
+            for i, kind in enumerate(self._products)
+            for side in ("up", "down", "vector")[: 3 if kind in _NORMED else 2]
         ]
         others = (
             "out, constants, lasts, notes, counts, computed, row_numbers, row, known, "
@@ -96,8 +98,8 @@ class _Writer:
         )
 
     @property
-    def _products(self) -> list[Normed]:
-        return [normed for own in self.kind.products for normed in own]
+    def _products(self) -> list[ProductKind]:
+        return [kind for own in self.kind.products for kind in own]
 
     @property
     def _float(self) -> str:
@@ -148,11 +150,11 @@ class _Writer:
 
     def _is_sum(self, source: int) -> bool:
         """Whether a source's task vector is what adapters add, whatever it is added to."""
-        normed = any(normed is not Normed.NOT for _, normed in self._changes(source))
+        normed = any(kind in _NORMED for _, kind in self._changes(source))
         return self.kind.sources[source] is None and not normed
 
-    def _changes(self, source: int) -> list[tuple[int, Normed]]:
-        """Return which of all products a source adds, and what follows each."""
+    def _changes(self, source: int) -> list[tuple[int, ProductKind]]:
+        """Return which of all products a source adds, and what is done with each."""
         products = self.kind.products
         if not products:
             return []
@@ -265,11 +267,13 @@ class _Writer:
             self.lines.append(f"{out} = base")
         else:
             self._load(out, source + 1)
-        for product, normed in self._changes(source):
-            self._multiply(product)
-            self.lines.append(f"{out} = {out} + product")
-            if normed is not Normed.NOT:
-                along_rows = normed is Normed.ROWS
+        for product, kind in self._changes(source):
+            self._multiply(product, kind)
+            # Where nothing is added, zeros have their sign.
+            added = "tl.where(inside, {0} + product, {0})" if kind in _PLACED else "{0} + product"
+            self.lines.append(f"{out} = {added.format(out)}")
+            if kind in _NORMED:
+                along_rows = kind is ProductKind.NORMED_ROWS
                 vector = (
                     f"functions.spread(vector{product}, start, columns, here, {along_rows}, TILE)"
                 )
@@ -288,17 +292,31 @@ class _Writer:
         changes = self._changes(source)
         if not changes:
             self.lines.append(f"{out} = tl.zeros([TILE], {self._float})")
-        for place, (product, _) in enumerate(changes):
-            self._multiply(product)
+        for place, (product, kind) in enumerate(changes):
+            self._multiply(product, kind)
             self.lines.append(f"{out} = {out} + product" if place else f"{out} = product")
 
-    def _multiply(self, product: int) -> None:
+    def _multiply(self, product: int, kind: ProductKind) -> None:
         """Compute elements of a product: sums of terms from the first to the last, each rounded."""
-        at = self._layout.factors + 4 * product
+        at = self._layout.factors + PER_PRODUCT * product
         self.lines += [
             f"scaling = {self._constant(at)}",
             f"rank = tl.load(constants + {at + 1})",
             f"columns = tl.load(constants + {at + 2})",
+        ]
+        if kind in _PLACED:
+            self.lines += [
+                f"rows = tl.load(constants + {at + 4})",
+                f"low = tl.load(constants + {at + 5})",
+                f"high = tl.load(constants + {at + 6})",
+                "element = start - low + tl.arange(0, TILE)",
+                "inside = here & (element >= 0) & (element < high - low)",
+                f"product = functions.multiply_placed(up{product}, down{product}, element, rank, columns, rows,",
+                "    inside, TILE) * scaling",
+                "product = tl.where(inside, product, 0.0)",
+            ]
+            return
+        self.lines += [
             f"wide = tl.load(constants + {at + 3})",
             f"product = functions.multiply(up{product}, down{product}, start, rank, columns, wide,",
             "    here, TILE) * scaling",
