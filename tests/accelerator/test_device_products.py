@@ -136,27 +136,31 @@ def test_products_have_the_bits_of_the_cpu(
     assert_same_model(load_model(tmp_path / "there"), load_model(tmp_path / "cpu"))
 
 
+def recipe_of_parts(parts: str, method: str, directory: Path) -> dict[str, Any]:
+    """Return a recipe with adapters for some of what a base has in one layer."""
+    torch.manual_seed(1)
+    base = {"double_blocks.0.img_attn.qkv.weight": torch.randn(3 * ROWS, COLUMNS)}
+    write_model(directory / "base", base)
+    adapters = []
+    for seed in range(1 if method == "slerp" else 2):
+        tensors = {}
+        for part in parts:
+            stem = f"transformer.transformer_blocks.0.attn.to_{part}"
+            tensors[f"{stem}.lora_A.weight"] = torch.randn(3, COLUMNS)
+            tensors[f"{stem}.lora_B.weight"] = torch.randn(ROWS, 3)
+        adapters.append(directory / f"a{seed}.safetensors")
+        save_file(tensors, adapters[-1])
+    parameters = {"ties": {"density": 0.4}, "slerp": {"t": 0.3}}.get(method, {})
+    return recipe_of(method, directory / "base", adapters, parameters=parameters)
+
+
 @pytest.mark.parametrize("method", ["task_arithmetic", "ties", "slerp"])
 @pytest.mark.parametrize("parts", ["qkv", "k", "qv"])
 def test_rows_of_a_fused_layer_change_alone(
     parts: str, method: str, devices: MakeDevices, tmp_path: Path
 ) -> None:
     devices(proves=True)
-    torch.manual_seed(1)
-    base = {"double_blocks.0.img_attn.qkv.weight": torch.randn(3 * ROWS, COLUMNS)}
-    write_model(tmp_path / "base", base)
-    adapters = []
-    for seed in range(2):
-        tensors = {}
-        for part in parts:
-            stem = f"transformer.transformer_blocks.0.attn.to_{part}"
-            tensors[f"{stem}.lora_A.weight"] = torch.randn(3, COLUMNS)
-            tensors[f"{stem}.lora_B.weight"] = torch.randn(ROWS, 3)
-        adapters.append(tmp_path / f"a{seed}.safetensors")
-        save_file(tensors, adapters[-1])
-    parameters = {"ties": {"density": 0.4}, "slerp": {"t": 0.3}}.get(method, {})
-    taken = adapters[:1] if method == "slerp" else adapters
-    recipe = recipe_of(method, tmp_path / "base", taken, parameters=parameters)
+    recipe = recipe_of_parts(parts, method, tmp_path)
     planned = streammerge.plan(recipe, memory=MEMORY, device="cuda:0", workers=1)
     assert isinstance(planned, MergePlan)
     assert len(changed_there(planned)) == 1

@@ -32,6 +32,8 @@ from test_device_merge import (
     recipe_for,
 )
 from test_device_norms import recipe_of_dora
+from test_device_products import CASES as PRODUCTS
+from test_device_products import recipe_of_parts, write_case
 from test_device_rows import METHODS as ROWS
 from test_device_rows import recipe_for as recipe_for_rows
 from test_kernels import divide
@@ -86,6 +88,16 @@ def test_rows_have_the_bytes_of_the_cpu(
 
     check_equal(models.merge(plan), expected)
     check_equal(models.merge(small), expected)
+
+
+@pytest.mark.parametrize("case", [*PRODUCTS, "rows of a fused layer"])
+def test_products_have_the_bytes_of_the_cpu(case: str, models: Models, tmp_path: Path) -> None:
+    if case in PRODUCTS:
+        recipe = write_case(case, tmp_path, "task_arithmetic", torch.bfloat16)
+    else:
+        recipe = recipe_of_parts("qv", "ties", tmp_path)
+
+    check_equal(models.merge(plan_on(recipe)), models.merge(recipe, device="cpu"))
 
 
 def test_what_dora_makes_has_the_bytes_of_the_cpu(models: Models, tmp_path: Path) -> None:
