@@ -21,11 +21,8 @@ from streammerge.plan.types import TensorTask
 MadeT = TypeVar("MadeT")
 _MATRICES = 2
 """Of a stack, however many it has."""
-
-
-def unit_of(task: TensorTask) -> int:
-    """Return the elements that are tried together: a row of what is a matrix to adapters, or seen by rows."""
-    return task.changes[0].matrix[1] if task.changes else task.row or 1
+_LEAST_ROWS = 4
+"""Of a matrix that has too many columns."""
 
 
 def shrink_task(task: TensorTask, most: int) -> TensorTask:
@@ -33,12 +30,16 @@ def shrink_task(task: TensorTask, most: int) -> TensorTask:
 
     Args:
         task: The tensor, to which adapters add products, if they change it.
-        most: Elements that are enough; the last row may have some more.
+        most: Elements that are enough; there may be up to half as many more, or a row that is seen whole.
     """
-    unit = unit_of(task)
-    rows = -(-min(task.numel, most) // unit)
+    columns = task.changes[0].matrix[1] if task.changes else 1
+    unit = min(columns, most // _LEAST_ROWS) if task.changes else task.row or 1
+    rows = -(-min(task.numel // columns * unit, most) // unit)
     if any(map(_is_stack, task.changes)):
         rows = -(-rows // _MATRICES) * _MATRICES
+    changes = tuple(
+        _shrink_change(each, (rows, unit), task.numel // columns) for each in task.changes
+    )
     shape = (rows, unit) if task.changes or task.row else (rows,)
     return replace(
         task,
@@ -47,7 +48,7 @@ def shrink_task(task: TensorTask, most: int) -> TensorTask:
         scope_block=0,
         region=None,
         encoding=None,
-        changes=tuple(_shrink_change(each, rows, task.numel // unit) for each in task.changes),
+        changes=changes,
     )
 
 
@@ -55,35 +56,35 @@ def _is_stack(change: Change) -> bool:
     return change.is_placed and change.window is None
 
 
-def _shrink_change(change: Change, rows: int, of_rows: int) -> Change:
-    """Return the change of as many rows as are left of all of a tensor's."""
+def _shrink_change(change: Change, shape: tuple[int, int], of_rows: int) -> Change:
+    """Return the change of a smaller matrix.
+
+    Args:
+        change: The change.
+        shape: Rows and columns of the tensor that is left.
+        of_rows: Rows that it had.
+    """
     down, up, *magnitude = change.factors
-    whole, columns = change.matrix
-    own, window, experts = rows, change.window, change.experts
+    rows, columns = shape
+    window, experts = change.window, change.experts
     if window is not None:
         # In the same place, as far as there is one.
-        first = window[0] // columns * rows // of_rows
-        own = max(1, window[1] // columns * rows // of_rows - first)
-        window = first * columns, (first + own) * columns
+        first, end = (each // change.matrix[1] * rows // of_rows for each in window)
+        end = max(end, first + 1)
+        window, rows = (first * columns, end * columns), end - first
     elif _is_stack(change):
-        experts = _MATRICES
-        own = rows // experts
-    outer, inner = (up.shape[0], (own,)) if change.transposed else (own, down.shape[1:])
+        experts, rows = _MATRICES, rows // _MATRICES
+    outer, inner = (columns, rows) if change.transposed else (rows, columns)
     factors = (
-        replace(down, shape=(experts * change.rank, *inner)),
-        replace(up, shape=(outer, experts * change.rank, *up.shape[2:])),
+        replace(down, shape=(experts * change.rank, inner)),
+        replace(up, shape=(outer, experts * change.rank)),
+        *(replace(each, shape=(rows if change.along_rows else columns,)) for each in magnitude),
     )
-    if change.along_rows:
-        # Of a convolution it has as many dimensions as the kernel.
-        magnitude = [
-            replace(each, shape=tuple(own if size == whole else size for size in each.shape))
-            for each in magnitude
-        ]
     return replace(
         change,
-        matrix=(own, columns),
+        matrix=(rows, columns),
         first_row=0,
-        factors=(*factors, *magnitude),
+        factors=factors,
         window=window,
         experts=experts,
     )

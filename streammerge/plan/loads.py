@@ -184,7 +184,7 @@ def _norm_bytes(task: TensorTask, norms: Iterable[Change]) -> int:
 def _kernels_of(passes: _Passes, task: TensorTask, *, norms: bool) -> Iterator[Hashable]:
     """Yield what tells kernels apart: steps, stored types and kinds of changes, for numbers are not compiled."""
     stored = tuple(None if entry is None else entry.dtype for entry in task.inputs)
-    changes = tuple((change.model, change.kind, change.along_rows) for change in task.changes)
+    changes = tuple((change.model, change.product_kind) for change in task.changes)
     for each in passes.all:
         yield each.steps, stored, task.made_dtype, changes
         yield from (("total", op) for op in each.totals)

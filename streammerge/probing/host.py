@@ -31,7 +31,6 @@ from streammerge.engine.device import DeviceStage
 from streammerge.engine.pieces import PieceInMemory, Stored
 from streammerge.engine.resident import measure, sample_pieces
 from streammerge.engine.scopes import ScopeStatistics
-from streammerge.engine.small import unit_of
 from streammerge.errors import StreamMergeError
 from streammerge.floats import KINDS
 from streammerge.lazily import torch
@@ -136,8 +135,8 @@ def measure_computing(plan: MergePlan, method: MergeMethod) -> CoreSeconds | str
     kinds = {entry.dtype for entry in task.inputs if entry is not None} | {task.made_dtype}
     if others := sorted(str(kind) for kind in kinds - {*KINDS, DType.BF16}):
         return f"how long values stored as {', '.join(others)} take is not tried"
-    if (unit := unit_of(task)) > DRAWN_NUMEL:
-        return f"how long rows of {unit:,} elements take is not tried"
+    if task.row > DRAWN_NUMEL:
+        return f"how long rows of {task.row:,} elements take is not tried"
     try:
         trial = _Trial.of(plan, method, task)
         # Memory that is touched for the first time takes longer than the arithmetic.

@@ -731,21 +731,15 @@ def test_products_of_adapters_are_tried(baking: Baking, *, dora: bool) -> None:
     assert tried.value >= 0
 
 
-@pytest.mark.parametrize("method", ["nuslerp", "task_arithmetic"])
 def test_rows_that_are_too_wide_to_try_are_named(
-    method: str, models: Models, monkeypatch: pytest.MonkeyPatch
+    models: Models, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(probing_host, "DRAWN_NUMEL", 63)
-    base = models.write({"layer.weight": torch.randn(8, 64)})
-    if method == "nuslerp":
-        others = [models.write({"layer.weight": torch.randn(8, 64)}) for _ in range(2)]
-        parameters: dict[str, Any] = {"axis": "rows"}
-    else:
-        others = [write_adapter(models.new_output(), {"layer.weight": (8, 64)}, seed=0)]
-        parameters = {}
-    planned = planned_of(recipe_of(method, base, others, parameters=parameters), device="cpu")
+    paths = [models.write({"w": torch.randn(8, 64)}) for _ in range(3)]
+    recipe = recipe_of("nuslerp", paths[0], paths[1:], parameters={"axis": "rows"})
+    planned = planned_of(recipe, device="cpu")
 
-    tried = probing_host.measure_computing(planned, discover_methods()[method])
+    tried = probing_host.measure_computing(planned, discover_methods()["nuslerp"])
 
     assert tried == "how long rows of 64 elements take is not tried"
 

@@ -14,6 +14,7 @@ from math import prod
 from streammerge.adapters.files.forms import Form, FormedModule
 from streammerge.adapters.files.types import LayerKind, LowRankModule
 from streammerge.adapters.onto_base.homes import Homes, ModuleHome, TokensHome, VectorHome
+from streammerge.adapters.onto_base.products import ProductKind
 from streammerge.adapters.onto_base.workings import Part, Working, form_workings
 from streammerge.checkpoint.types import TensorEntry
 
@@ -151,6 +152,15 @@ class Change:
     def is_placed(self) -> bool:
         """Whether it changes some rows of the tensor, or each matrix of a stack by factors of its own."""
         return self.window is not None or (self.experts != 1 and self.expert is None)
+
+    @property
+    def product_kind(self) -> ProductKind:
+        """How a product, if it is one, changes the tensor."""
+        if self.is_placed:
+            return ProductKind.PLACED
+        if self.kind is not ChangeKind.NORMED:
+            return ProductKind.ADDED
+        return ProductKind.NORMED_ROWS if self.along_rows else ProductKind.NORMED_COLUMNS
 
     @property
     def rank(self) -> int:

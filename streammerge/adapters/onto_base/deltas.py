@@ -25,7 +25,7 @@ from streammerge.adapters.onto_base.norms import (
     row_norms,
     row_norms_of_torch,
 )
-from streammerge.adapters.onto_base.products import Adder, Product, ProductKind, multiply
+from streammerge.adapters.onto_base.products import Adder, Product, multiply
 from streammerge.adapters.onto_base.rotations import rotate_
 from streammerge.adapters.onto_base.rows import by_rows
 from streammerge.adapters.onto_base.workings import LEAST_ROWS
@@ -101,15 +101,13 @@ class Delta:
         ups, downs = self._lefts(0).numpy(), self._rights(0).numpy()
         own, columns = change.expert or 0, change.matrix[1]
         # All columns in one tile.
-        others = columns, max(columns, 1), change.scaling
+        others = columns, max(columns, 1), change.scaling, change.product_kind
         if change.is_placed:
             if change.expert is not None:
                 ups, downs = ups[own : own + 1], downs[own : own + 1]
-            return Product(ups, downs, *others, ProductKind.PLACED, window=change.window)
-        if change.kind is not ChangeKind.NORMED:
-            return Product(ups[own], downs[own], *others)
-        kind = ProductKind.NORMED_ROWS if change.along_rows else ProductKind.NORMED_COLUMNS
-        return Product(ups[own], downs[own], *others, kind, self._vector.numpy())
+            return Product(ups, downs, *others, window=change.window)
+        vector = self._vector.numpy() if change.kind is ChangeKind.NORMED else None
+        return Product(ups[own], downs[own], *others, vector)
 
     @property
     def is_sum(self) -> bool:

@@ -70,7 +70,8 @@ def prove(plan: MergePlan, method: MergeMethod, backend: Backend) -> None:
         ):
             stored = tuple(entry and entry.dtype for entry in task.inputs)
             # Rows of another length may be ranked by another kernel.
-            kind = task.setting, stored, task.made_dtype, bool(task.changes), task.row
+            changes = tuple((change.model, change.product_kind) for change in task.changes)
+            kind = task.setting, stored, task.made_dtype, changes, task.row
             kinds.setdefault(kind, task)
     for task in kinds.values():
         if plan.device.fused or not _adds_up(programs[task.setting]):
