@@ -21,6 +21,7 @@ from streammerge.adapters.onto_base.deltas import WORK_NUMEL, Delta
 from streammerge.adapters.onto_base.norms import rounded_roots
 from streammerge.checkpoint.types import TensorEntry
 from streammerge.dtypes import DType
+from streammerge.engine.accelerator.fused import norms
 from streammerge.engine.accelerator.norms import NormBench, NormsOnDevices
 from streammerge.engine.factors import NormWork
 from streammerge.engine.pieces import torch_dtype
@@ -29,6 +30,7 @@ from streammerge.plan import device_norms
 from streammerge.plan.asking import find_method
 from streammerge.plan.device_norms import NormsShape
 from streammerge.plan.types import MergePlan
+from streammerge.tiles.fusing import Layout
 
 ROWS, COLUMNS = 600, 700
 
@@ -92,6 +94,10 @@ def test_norms_have_the_bits_of_the_cpu(
         for _ in range(2):
             found = rounded_roots(bench.square(drawn.work), torch.float32)
             assert torch.equal(found, drawn.on_cpu())
+
+
+def test_the_numbers_of_a_kernel_fit_a_bench() -> None:
+    assert Layout(norms._CHANGED, products=1).size <= device_norms.CONSTANTS
 
 
 def test_a_bench_takes_what_is_stated(devices: MakeDevices) -> None:
