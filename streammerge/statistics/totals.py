@@ -1,6 +1,6 @@
 """Totals of blocks, joined to totals of a scope.
 
-Memory: nothing beside what it is given.
+Memory: nothing beside what it is given; a few numbers per block where sums pass the range of float64.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from streammerge.statistics.exact import NOT_FINITE, exact_sums, rounded
 from streammerge.tiles.program import Op
 
 
@@ -38,6 +39,9 @@ def _sum(column: NDArray[np.float64]) -> float:
     try:
         return math.fsum(column)
     except (OverflowError, ValueError):
-        # Beyond float64, or infinities of both signs: what adding them comes to.
-        with np.errstate(all="ignore"):
-            return float(column.sum())
+        # Some terms add up to more than float64 holds, whatever all of them come to; or some are infinite.
+        (exact,) = exact_sums(column[:, None])
+    if exact != NOT_FINITE:
+        return rounded(exact)
+    with np.errstate(all="ignore"):
+        return float(column.sum())
