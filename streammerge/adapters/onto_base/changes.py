@@ -140,13 +140,24 @@ class Change:
         The matrices may be stored the other way round, or be parts of larger ones. Where the product is placed,
         no norms follow.
         """
-        if self.sum_kind is not ChangeKind.LOW_RANK or self.workings:
+        if self.sum_kind is not ChangeKind.LOW_RANK or self.workings or not self._has_factors:
             return False
         if self.is_placed:
             return self.kind is ChangeKind.LOW_RANK
         # A convolution has several columns per input.
         normed = self.matrix[0] if self.along_rows else self.matrix[1]
         return all(each.numel == normed for each in self.factors[2:])
+
+    @property
+    def _has_factors(self) -> bool:
+        """Whether the factors are matrices, or stacks side by side, of the product's rows and columns."""
+        rows, columns = self.matrix
+        down, up = (each.shape for each in self.factors[:2])
+        inner, outer = prod(down[1:]), up[0]
+        of_rows, of_columns = (inner, outer) if self.transposed else (outer, inner)
+        # An expert's columns of B are as many as its rows of A.
+        fits = prod(up[1:]) == down[0] == self.rank * self.experts
+        return fits and of_columns == columns and self.first_row + rows <= of_rows
 
     @property
     def is_placed(self) -> bool:
@@ -161,6 +172,14 @@ class Change:
         if self.kind is not ChangeKind.NORMED:
             return ProductKind.ADDED
         return ProductKind.NORMED_ROWS if self.along_rows else ProductKind.NORMED_COLUMNS
+
+    @property
+    def product_numel(self) -> int:
+        """Elements of the factors that a product takes, and of DoRA's vector."""
+        rows, columns = self.matrix
+        matrices = self.experts if self.is_placed and self.expert is None else 1
+        vector = sum(each.numel for each in self.factors[2:])
+        return matrices * self.rank * (rows + columns) + vector
 
     @property
     def rank(self) -> int:
@@ -205,8 +224,9 @@ def _iter_changes(homes: Homes, base: dict[str, TensorEntry]) -> Iterator[tuple[
 
 
 def _product(home: ModuleHome, module: LowRankModule, entry: TensorEntry) -> Change:
-    # A stack that the base stores whole has the experts in front.
-    stacked = home.experts > 1 and home.expert is None
+    # A stack that the base stores whole has the experts in front, even if there is only one.
+    is_stack = module.layer is LayerKind.EXPERTS and len(entry.shape) == 3
+    stacked = home.expert is None and (home.experts > 1 or is_stack)
     rows, *others = entry.shape[1:] if stacked else entry.shape
     window = _window(home, entry)
     if home.rows is not None:

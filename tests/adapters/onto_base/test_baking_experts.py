@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -83,6 +84,25 @@ def test_a_stacked_base_gets_what_a_base_per_expert_gets(tmp_path: Path) -> None
 
     got = bake(tmp_path, [adapter])
 
+    assert got.keys() == expected.keys()
+    assert all(torch.equal(got[name], expected[name]) for name in expected)
+
+
+def test_a_stack_of_one_expert_is_a_stack(tmp_path: Path) -> None:
+    def lonely() -> nn.Module:
+        return qwen_moe(num_experts=1, num_experts_per_tok=1)
+
+    lonely().save_pretrained(tmp_path / "base")
+    options = {"r": 2, "target_modules": [], "target_parameters": BOTH}
+    adapter = make_lora(tmp_path / "a", lonely(), seed=1, **options)
+    peft = PeftModel.from_pretrained(lonely(), tmp_path / "a")
+    peft.merge_and_unload().save_pretrained(tmp_path / "expected")
+    for name in ("base", "expected"):
+        stack_experts(tmp_path / name)
+
+    got = bake(tmp_path, [adapter], rounding="peft")
+
+    expected = load_file(tmp_path / "expected" / "model.safetensors")
     assert got.keys() == expected.keys()
     assert all(torch.equal(got[name], expected[name]) for name in expected)
 

@@ -96,18 +96,7 @@ def test_one_adapter_on_two_models_has_norms_of_its_own_on_each(
     models: Models, tmp_path: Path
 ) -> None:
     """DoRA's norms depend on the weights."""
-    adapter = write_adapter(tmp_path / "dora", CHANGED, seed=7)
-    factors = load_file(adapter / "adapter_model.safetensors")
-    for name, (rows, _) in CHANGED.items():
-        module = f"base_model.model.{name.removesuffix('.weight')}"
-        generator = torch.Generator().manual_seed(rows)
-        magnitudes = torch.rand(rows, generator=generator) + 0.5
-        factors[f"{module}.lora_magnitude_vector"] = magnitudes
-    from safetensors.torch import save_file
-
-    save_file(factors, adapter / "adapter_model.safetensors")
-    config = (adapter / "adapter_config.json").read_text()
-    (adapter / "adapter_config.json").write_text(config[:-1] + ', "use_dora": true}')
+    adapter = write_adapter(tmp_path / "dora", CHANGED, seed=7, dora=True)
     paths = [models.write(draw(seed)) for seed in range(2)]
     alone = [
         models.merge(recipe_of("task_arithmetic", path, [adapter], output={"dtype": "float32"}))[0]
