@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 
 from streammerge.adapters.onto_base.changes import Change, ChangeKind
 from streammerge.adapters.onto_base.deltas import Delta
+from streammerge.dtypes import DType
+from streammerge.engine.pieces import torch_dtype
 from streammerge.lazily import torch
 from streammerge.plan.types import TensorTask
 
@@ -26,14 +28,19 @@ _LEAST_ROWS = 4
 
 
 def shrink_task(task: TensorTask, most: int) -> TensorTask:
-    """Return a tensor with the first rows of another one.
+    """Return a tensor with some rows of another one, and some columns, if it has very many.
 
     Args:
         task: The tensor, to which adapters add products, if they change it.
-        most: Elements that are enough; there may be up to half as many more, or a row that is seen whole.
+        most: Elements that are enough, and fewer only where it has no more itself; there may be up to half as
+            many more, or a row that is seen whole.
     """
-    columns = task.changes[0].matrix[1] if task.changes else 1
-    unit = min(columns, most // _LEAST_ROWS) if task.changes else task.row or 1
+    columns = task.changes[0].matrix[1] if task.changes else task.row or 1
+    unit = columns
+    if task.changes:
+        # Enough that few rows have as many elements; of rows that are seen whole all, or some.
+        enough = max(most // _LEAST_ROWS, -(-most // (task.numel // columns)))
+        unit = min(columns, max(-(-enough // (task.row or 1)), 1) * (task.row or 1))
     rows = -(-min(task.numel // columns * unit, most) // unit)
     if any(map(_is_stack, task.changes)):
         rows = -(-rows // _MATRICES) * _MATRICES
@@ -66,13 +73,14 @@ def _shrink_change(change: Change, shape: tuple[int, int], of_rows: int) -> Chan
     """
     down, up, *magnitude = change.factors
     rows, columns = shape
-    window, experts = change.window, change.experts
+    # One of many experts has a part of the factors, and needs no others.
+    window, experts = change.window, 1
     if window is not None:
         # In the same place, as far as there is one.
         first, end = (each // change.matrix[1] * rows // of_rows for each in window)
         end = max(end, first + 1)
         window, rows = (first * columns, end * columns), end - first
-    elif _is_stack(change):
+    if _is_stack(change):
         experts, rows = _MATRICES, rows // _MATRICES
     outer, inner = (columns, rows) if change.transposed else (rows, columns)
     factors = (
@@ -87,6 +95,7 @@ def _shrink_change(change: Change, shape: tuple[int, int], of_rows: int) -> Chan
         factors=factors,
         window=window,
         experts=experts,
+        expert=None,
     )
 
 
@@ -106,9 +115,17 @@ def draw_factors(
     return factors
 
 
-def delta_of(change: Change, factors: Sequence[NDArray[np.float32]]) -> Delta:
-    """Return what drawn factors do to a tensor; what DoRA divides by is any number here."""
-    tensors = [torch.from_numpy(factor) for factor in factors]
+def delta_of(
+    change: Change, factors: Sequence[NDArray[np.float32]], dtype: DType = DType.F32
+) -> Delta:
+    """Return what drawn factors do to a tensor; what DoRA divides by is any number here.
+
+    Args:
+        change: What they belong to.
+        factors: The factors.
+        dtype: The compute dtype.
+    """
+    tensors = [torch.from_numpy(factor).to(torch_dtype(dtype)) for factor in factors]
     if change.kind is not ChangeKind.NORMED:
         return Delta(change, tensors)
     return Delta(change, tensors, tensors[-1].flatten().square() + 0.5)

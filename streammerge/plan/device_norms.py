@@ -92,6 +92,6 @@ def shape_norms(tasks: Iterable[TensorTask]) -> NormsShape:
         changes=len(found),
         rows_numel=max(_ROWS_NUMEL, *(change.matrix[1] for _, change in found)),
         itemsize=max(itemsize for itemsize, _ in found),
-        factors_numel=max(sum(each.numel for each in change.factors[:2]) for _, change in found),
+        factors_numel=max(change.product_numel for _, change in found),
         sums=max(max(change.matrix) for _, change in found),
     )

@@ -36,6 +36,7 @@ from streammerge.plan.chunking import widest_input
 from streammerge.plan.demanding import count_plain_rows
 from streammerge.plan.device_matrices import shape_matrices, told_matrix, with_matrices
 from streammerge.plan.device_norms import NormsShape, shape_norms
+from streammerge.plan.device_products import factor_bytes, has_products_for_device
 from streammerge.plan.device_rows import (
     count_rows_before_ranks,
     count_rows_of,
@@ -220,7 +221,7 @@ def runs_on_device(
         return False
     if fused and is_fused(task):
         has_bits = not task.changes or compute_itemsize == DType.F32.itemsize
-        return has_bits and all(change.adds_product for change in task.changes)
+        return has_bits and has_products_for_device(task.changes)
     return not task.changes and not any(program.uses(*FUNCTIONS) for program in work.all)
 
 
@@ -252,14 +253,6 @@ def _has_steps_of_the_cpu(program: Program, *, by_rows: bool) -> bool:
         return program.uses(Op.CHANGED)
     draws_by_row = any(step.op is Op.KEEP_RANDOM and step.b >= 0 for step in program.steps)
     return draws_by_row or program.uses(Op.COMPUTED, Op.CHANGED)
-
-
-def factor_bytes(task: TensorTask) -> int:
-    """Return the bytes of all factors of a tensor's adapters, in float32, of which it may need a part.
-
-    DoRA's vector has as many elements as the magnitude that it is made of.
-    """
-    return 4 * sum(factor.numel for change in task.changes for factor in change.factors)
 
 
 def shape_step(

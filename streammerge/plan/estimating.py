@@ -26,6 +26,7 @@ from streammerge.methods.base import MergeMethod
 from streammerge.methods.programs import Programs
 from streammerge.plan.choice import Seconds
 from streammerge.plan.device_matrices import shape_matrices
+from streammerge.plan.device_products import has_products_for_device
 from streammerge.plan.devices import is_fused, plan_step, runs_on_device
 from streammerge.plan.loads import (
     CoreLoad,
@@ -44,6 +45,8 @@ START_SECONDS = 3.0
 which torch is 1.3."""
 COMPILING_SECONDS = 1.0
 """For Triton to compile one kernel that it has not compiled before. An estimate."""
+PRODUCT_SECONDS = 0.5
+"""More, for each product of adapters' factors in it: without a device, eight took some seconds. An estimate."""
 _ENQUEUING_SECONDS = 1e-5
 """To ask a device for one operation from Python. An estimate, twice what torch takes."""
 
@@ -60,6 +63,8 @@ class Rates:
     """Seconds of one core per value of an input, for all that is asked of it and its merge."""
     cores: int
     """Cores that this process may use."""
+    changed_seconds: float = 0.0
+    """Likewise of tensors that adapters change, beside their products; 0 where a plan has none."""
     term_seconds: float = 0.0
     """Seconds of one core per term of a product of adapters' factors; 0 where a plan has none."""
 
@@ -101,8 +106,8 @@ def why_not(plan: MergePlan, method: MergeMethod) -> str | None:
         return "nothing of this merge is for it"
     if any(task.whole for task in merged):
         return "how long matrices take that are seen whole is not estimated"
-    if not all(change.adds_product for task in merged for change in task.changes):
-        return "how long it takes what adapters change by more than products is not estimated"
+    if not all(has_products_for_device(task.changes) for task in merged):
+        return "what adapters change by more than some products is not estimated"
     if any(task.encoding is not None for task in merged):
         return "how long it takes to make codes is not estimated"
     return None
@@ -164,14 +169,15 @@ def estimate_on_device(
             left += load_cores_beside(plan.device, task)
             loads.append(load_device(plan, shape, programs[task.setting], task, fused=fused))
     there = sum(_compute_there(each, device) for each in loads)
-    kernels = frozenset[Hashable]().union(*(each.kernels for each in loads))
+    kernels = frozenset[tuple[Hashable, int]]().union(*(each.kernels for each in loads))
+    compiling = sum(COMPILING_SECONDS + count * PRODUCT_SECONDS for _, count in kernels)
     slots = plan.memory.inputs + plan.memory.outputs
     return _seconds(
         plan,
         rates,
         bus=sum(each.crossing for each in loads) / device.bus,
         computing=max(there, _compute(plan, rates, left)),
-        start=START_SECONDS + len(kernels) * COMPILING_SECONDS + slots / device.locking,
+        start=START_SECONDS + compiling + slots / device.locking,
     )
 
 
@@ -206,7 +212,8 @@ def _runs_there(
 
 def _compute(plan: MergePlan, rates: Rates, load: CoreLoad) -> float:
     """Return how long the CPU takes."""
-    seconds = load.values * rates.value_seconds + load.terms * rates.term_seconds
+    seconds = load.values * rates.value_seconds + load.changed * rates.changed_seconds
+    seconds += load.terms * rates.term_seconds
     return seconds / min(plan.resources.workers, rates.cores)
 
 

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from streammerge.adapters.onto_base.changes import Change, ChangeKind
 from streammerge.methods.programs import Programs
 from streammerge.plan.device_norms import has_norms_for_device
-from streammerge.plan.devices import StepShape, factor_bytes, is_fused
+from streammerge.plan.device_products import factor_bytes
+from streammerge.plan.devices import StepShape, is_fused
 from streammerge.plan.factors import changed_input
 from streammerge.plan.sweeps import asks
 from streammerge.plan.types import DeviceResources, MergePlan, TensorTask
@@ -49,12 +50,16 @@ class CoreLoad:
 
     values: int = 0
     """Values of inputs, once however often they are asked for."""
+    changed: int = 0
+    """Likewise, of tensors that adapters change."""
     terms: int = 0
     """Terms of products."""
 
     def __add__(self, other: CoreLoad) -> CoreLoad:
         """Return both together."""
-        return CoreLoad(self.values + other.values, self.terms + other.terms)
+        return CoreLoad(
+            self.values + other.values, self.changed + other.changed, self.terms + other.terms
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,16 +74,18 @@ class DeviceLoad:
     """Values that are sorted."""
     operations: int
     """Operations that it is asked for."""
-    kernels: frozenset[Hashable]
-    """What tells the kernels that it must have compiled from others."""
+    kernels: frozenset[tuple[Hashable, int]]
+    """What tells the kernels that it must have compiled from others, and the products that are written out in each."""
 
 
 def load_cores(plan: MergePlan, programs: Programs, task: TensorTask) -> CoreLoad:
     """Return what a merged tensor takes of cores: products anew for every round, and for norms."""
     values = task.numel * count_sources(task)
+    if not task.changes:
+        return CoreLoad(values)
     passes = len(_rounds_of(plan, programs, task)) + 1
     terms = passes * sum(count_terms(task, change) for change in task.changes)
-    return CoreLoad(values, terms) + _load_norms(task, task.changes)
+    return CoreLoad(changed=values, terms=terms) + _load_norms(task, task.changes)
 
 
 def load_cores_beside(device: DeviceResources, task: TensorTask) -> CoreLoad:
@@ -89,7 +96,7 @@ def load_cores_beside(device: DeviceResources, task: TensorTask) -> CoreLoad:
 
 def _load_norms(task: TensorTask, changes: Iterable[Change]) -> CoreLoad:
     ranks = [each.rank for each in changes if each.kind is ChangeKind.NORMED]
-    return CoreLoad(task.numel * len(ranks), task.numel * sum(ranks))
+    return CoreLoad(changed=task.numel * len(ranks), terms=task.numel * sum(ranks))
 
 
 def count_sources(task: TensorTask) -> int:
@@ -99,7 +106,7 @@ def count_sources(task: TensorTask) -> int:
 
 
 def count_terms(task: TensorTask, change: Change) -> int:
-    """Return the terms of a product that is added to a tensor, or to a part of it."""
+    """Return the terms of a product that a core adds to a tensor, or to a part of it."""
     begin, end = change.window or (0, task.numel)
     return (end - begin) * change.rank
 
@@ -124,12 +131,13 @@ def load_device(
     loads = [_load_of(each, stored, by_kernel=by_kernel) for each in passes.all]
     moved = task.made_dtype.itemsize + sum(each for each, _ in loads)
     moved += len(norms) * _MOVED_ITEMSIZE
-    terms = len(loads) * sum(count_terms(task, change) for change in task.changes)
-    terms += sum(count_terms(task, change) for change in norms)
+    # A kernel goes through all elements, wherever a product is added.
+    terms = len(loads) * sum(change.rank for change in task.changes)
+    terms += sum(change.rank for change in norms)
     steps = -(-task.numel // plan.device.step_numel)
     return DeviceLoad(
         crossing=_crossing_bytes(plan, shape, task, passes) + _norm_bytes(task, norms),
-        moved=task.numel * moved + terms * _TERM_BYTES,
+        moved=task.numel * (moved + terms * _TERM_BYTES),
         sorted=task.numel * sum(each.ranked for each in passes.ranking),
         operations=steps * sum(count for _, count in loads),
         kernels=frozenset(_kernels_of(passes, task, norms=bool(norms)) if by_kernel else ()),
@@ -181,19 +189,24 @@ def _norm_bytes(task: TensorTask, norms: Iterable[Change]) -> int:
     return task.numel * sum(stored)
 
 
-def _kernels_of(passes: _Passes, task: TensorTask, *, norms: bool) -> Iterator[Hashable]:
-    """Yield what tells kernels apart: steps, stored types and kinds of changes, for numbers are not compiled."""
+def _kernels_of(
+    passes: _Passes, task: TensorTask, *, norms: bool
+) -> Iterator[tuple[Hashable, int]]:
+    """Yield what tells kernels apart, and the products in each.
+
+    That is steps, stored types and kinds of changes, for numbers are not compiled.
+    """
     stored = tuple(None if entry is None else entry.dtype for entry in task.inputs)
     changes = tuple((change.model, change.product_kind) for change in task.changes)
     for each in passes.all:
-        yield each.steps, stored, task.made_dtype, changes
-        yield from (("total", op) for op in each.totals)
+        yield (each.steps, stored, task.made_dtype, changes), len(changes)
+        yield from ((("total", op), 0) for op in each.totals)
     if any(each.ranked for each in passes.through):
-        yield from _RANKING
+        yield from ((name, 0) for name in _RANKING)
     if passes.ranking:
-        yield "ranks"
+        yield "ranks", 0
     if norms:
-        yield from _NORMS
+        yield from ((name, 0) for name in _NORMS)
 
 
 def _crossing_bytes(plan: MergePlan, shape: StepShape, task: TensorTask, passes: _Passes) -> int:

@@ -1,11 +1,12 @@
 """Small tensors like those of a plan, with numbers drawn at random, to see how long their work takes.
 
-Memory: two blocks per model, and what an adapter's factors have for as many rows.
+Memory: two blocks per model, or half as much again, and what an adapter's factors have for as many rows.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -28,17 +29,18 @@ _DRAWN = 4
 """Sources that differ; further ones are copies of them, for to draw takes longer than to merge."""
 
 
-def draw_piece(task: TensorTask, *, by_torch: bool) -> PieceInMemory:
-    """Return a tensor of two blocks, or of whole rows that are at most that, to be merged as a larger one is.
+def draw_piece(task: TensorTask, compute_dtype: DType, *, by_torch: bool) -> PieceInMemory:
+    """Return a tensor of two blocks, or of rows that are about that, to be merged as a larger one is.
 
     Args:
-        task: The tensor, whose rows have at most :data:`DRAWN_NUMEL` elements, and to which adapters add
-            plain products, if they change it.
+        task: The tensor, whose rows have at most :data:`DRAWN_NUMEL` elements, if they are seen whole, and to
+            which adapters add products, if they change it.
+        compute_dtype: F32 or F64.
         by_torch: Whether the plan changes tensors by torch.
     """
     generator = np.random.default_rng(0)
     small = shrink_task(task, DRAWN_NUMEL)
-    make = delta_of if by_torch else _make_plain
+    make = partial(delta_of, dtype=compute_dtype) if by_torch else _make_plain
     drawn = (
         make(change, draw_factors(change, generator, scale=_FACTORS)) for change in small.changes
     )

@@ -12,11 +12,13 @@ a worker has.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,6 +42,7 @@ from streammerge.methods.programs import Programs
 from streammerge.native.library import load_kernels
 from streammerge.plan.budgeting import values_limit
 from streammerge.plan.estimating import Rates
+from streammerge.plan.kernels import takes_torch
 from streammerge.plan.loads import count_sources, count_terms
 from streammerge.plan.sweeps import programs_of_plan
 from streammerge.plan.types import MergePlan, TensorTask
@@ -78,7 +81,8 @@ def measure_host(plan: MergePlan, method: MergeMethod) -> Rates | str:
     if isinstance(computing, str):
         return computing
     write = min(read, _MOST_WRITTEN)
-    return Rates(read, write, computing.value, count_cores(), computing.term)
+    cores = count_cores()
+    return Rates(read, write, computing.value, cores, computing.changed, computing.term)
 
 
 def measure_reading(files: Sequence[ShardFile]) -> float | None:
@@ -117,44 +121,88 @@ def measure_reading(files: Sequence[ShardFile]) -> float | None:
 
 @dataclass(frozen=True, slots=True)
 class CoreSeconds:
-    """How long one core takes."""
+    """How long one core takes; 0 for what a plan has not."""
 
-    value: float
+    value: float = 0.0
     """For a value of an input, with all that is asked of it and its merge."""
-    term: float
-    """For a term of a product of adapters' factors; 0 where a plan has none."""
+    changed: float = 0.0
+    """Likewise of a tensor that adapters change, beside the products of their factors."""
+    term: float = 0.0
+    """For a term of such a product."""
+
+    def joined(self, other: CoreSeconds) -> CoreSeconds:
+        """Return what is known of either."""
+        return CoreSeconds(
+            self.value + other.value, self.changed + other.changed, self.term + other.term
+        )
 
 
 def measure_computing(plan: MergePlan, method: MergeMethod) -> CoreSeconds | str:
     """Return how long a core takes, or why that cannot be had.
 
-    Tried is the largest tensor of the setting that most values are merged with; where adapters change
-    any, the largest of those that they change.
+    Tried are the largest tensor of those that adapters change, and of the others, each of the setting that
+    most values are merged with.
     """
-    task = _choose_task(plan)
+    merged = [task for task in plan.tasks if task.action is Action.MERGE and task.numel]
+    found = CoreSeconds()
+    try:
+        with _on_one_core(plan):
+            for changed in (False, True):
+                among = [task for task in merged if bool(task.changes) is changed]
+                if not among:
+                    continue
+                task = _choose_task(among)
+                if (why := _why_not_tried(task)) is not None:
+                    return why
+                found = found.joined(_try(plan, method, task))
+    # Of torch's, too: an estimate is no reason to end.
+    except (StreamMergeError, RuntimeError) as error:
+        return f"a moment of its work on the cpu failed ({error})"
+    return found
+
+
+@contextmanager
+def _on_one_core(plan: MergePlan) -> Iterator[None]:
+    """Let torch, if it is needed, compute as it does for a worker: on one thread, with nothing recorded."""
+    if not takes_torch(plan):
+        yield
+        return
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _why_not_tried(task: TensorTask) -> str | None:
     kinds = {entry.dtype for entry in task.inputs if entry is not None} | {task.made_dtype}
     if others := sorted(str(kind) for kind in kinds - {*KINDS, DType.BF16}):
         return f"how long values stored as {', '.join(others)} take is not tried"
     if task.row > DRAWN_NUMEL:
         return f"how long rows of {task.row:,} elements take is not tried"
-    try:
-        trial = _Trial.of(plan, method, task)
-        # Memory that is touched for the first time takes longer than the arithmetic.
-        trial.run()
-        seconds = _fastest(trial.run)
-    except StreamMergeError as error:
-        return f"a moment of its work on the cpu failed ({error})"
-    task = trial.piece.first.task
-    terms = sum(count_terms(task, change) for change in task.changes)
-    term = _fastest(_Products.of(trial.piece).run) / terms if terms else 0.0
+    return None
+
+
+def _try(plan: MergePlan, method: MergeMethod, task: TensorTask) -> CoreSeconds:
+    """Return how long a core takes for a small tensor in the place of a large one."""
+    trial = _Trial.of(plan, method, task)
+    # Memory that is touched for the first time takes longer than the arithmetic.
+    trial.run()
+    seconds = _fastest(trial.run)
+    small = trial.piece.first.task
+    values = small.numel * count_sources(small)
+    if not small.changes:
+        return CoreSeconds(value=seconds / values)
+    terms = sum(count_terms(small, change) for change in small.changes)
+    term = _fastest(_Products.of(trial.piece, plan.compute_dtype).run) / terms
     # Products are computed anew for every round.
     rest = seconds - (len(trial.programs.rounds) + 1) * terms * term
-    return CoreSeconds(max(rest, 0.0) / (task.numel * count_sources(task)), term)
+    return CoreSeconds(changed=max(rest, 0.0) / values, term=term)
 
 
-def _choose_task(plan: MergePlan) -> TensorTask:
-    merged = [task for task in plan.tasks if task.action is Action.MERGE and task.numel]
-    among = [task for task in merged if task.changes] or merged
+def _choose_task(among: Sequence[TensorTask]) -> TensorTask:
     values: dict[int, int] = {}
     for task in among:
         values[task.setting] = values.get(task.setting, 0) + task.numel
@@ -182,7 +230,7 @@ class _Trial:
     @classmethod
     def of(cls, plan: MergePlan, method: MergeMethod, task: TensorTask) -> _Trial:
         """Prepare what is done to a tensor of a plan."""
-        piece = draw_piece(task, by_torch=plan.needs_torch)
+        piece = draw_piece(task, plan.compute_dtype, by_torch=plan.needs_torch)
         small = piece.first.task
         searched_whole = values_limit(task.numel) >= task.numel
         memory = np.empty(small.numel * small.made_dtype.itemsize, np.uint8)
@@ -229,14 +277,15 @@ class _Products:
 
     deltas: tuple[Delta | PlainProduct, ...]
     """What is added."""
-    out: NDArray[np.float32]
-    """``[numel]``; receives it."""
+    out: NDArray[Any]
+    """``[numel]``, float32 or float64; receives it."""
 
     @classmethod
-    def of(cls, piece: PieceInMemory) -> _Products:
-        """Prepare what is added to a piece."""
+    def of(cls, piece: PieceInMemory, dtype: DType) -> _Products:
+        """Prepare what is added to a piece, in the compute dtype."""
         deltas = tuple(each for some in piece.deltas for each in some)
-        return cls(deltas, np.empty(piece.numel, np.float32))
+        kind = np.float32 if dtype is DType.F32 else np.float64
+        return cls(deltas, np.empty(piece.numel, kind))
 
     def run(self) -> float:
         """Compute all of it; return the seconds."""
@@ -249,7 +298,8 @@ class _Products:
         return perf_counter() - began
 
     def _fill(self, delta: Delta) -> None:
-        out, work = torch.from_numpy(self.out), torch.empty(WORK_NUMEL)
+        out = torch.from_numpy(self.out)
+        work = torch.empty(WORK_NUMEL, dtype=out.dtype)
         for begin in range(0, self.out.size, BLOCK):
             delta.fill(out[begin : begin + BLOCK], begin, work)
 

@@ -46,6 +46,7 @@ from streammerge.plan.choice import Seconds
 from streammerge.plan.codec import dump_plan, parse_plan
 from streammerge.plan.estimating import (
     COMPILING_SECONDS,
+    PRODUCT_SECONDS,
     START_SECONDS,
     DeviceRates,
     Rates,
@@ -368,10 +369,12 @@ def test_terms_are_counted_for_every_round(baking: Baking, auto: MakeAuto) -> No
     planned = baking.plan("ties", 3, device="cpu", workers=1)
 
     on_cpu = estimate_on_cpu(planned, method, Rates(1e9, 1e9, 0.0, 1, term_seconds=1.0))
-    by_values = estimate_on_cpu(planned, method, Rates(1e9, 1e9, 1.0, 1))
+    by_values = estimate_on_cpu(planned, method, Rates(1e9, 1e9, 0.0, 1, changed_seconds=1.0))
+    by_others = estimate_on_cpu(planned, method, Rates(1e9, 1e9, 1.0, 1))
 
     assert on_cpu.computing == 2 * 3 * NUMEL * RANK
     assert by_values.computing == 4 * NUMEL
+    assert by_others.computing == 0
 
 
 def test_what_crosses_the_bus_for_products(baking: Baking, auto: MakeAuto) -> None:
@@ -449,15 +452,16 @@ def test_what_is_foreseen_to_cross_the_bus_does(
 @pytest.mark.parametrize(
     ("method", "dora", "kernels"),
     [
-        ("task_arithmetic", False, 1),
+        # Two products are written out in it.
+        ("task_arithmetic", False, (1, 2)),
         # One measures; three count in bins, count in a band and collect from it.
-        ("ties", False, 1 + 1 + 3),
+        ("ties", False, (1 + 1 + 3, 2 + 2)),
         # Two change rows and add up their squares.
-        ("task_arithmetic", True, 1 + 2),
+        ("task_arithmetic", True, (1 + 2, 2)),
     ],
 )
 def test_every_kernel_takes_time_to_be_compiled(
-    method: str, kernels: int, baking: Baking, auto: MakeAuto, *, dora: bool
+    method: str, kernels: tuple[int, int], baking: Baking, auto: MakeAuto, *, dora: bool
 ) -> None:
     auto()
     planned = baking.plan(method, 2, dora=dora, device="cuda:0")
@@ -465,7 +469,9 @@ def test_every_kernel_takes_time_to_be_compiled(
 
     foreseen = estimate_on_device(planned, discover_methods()[method], rates, device)
 
-    assert foreseen.start == pytest.approx(START_SECONDS + kernels * COMPILING_SECONDS)
+    count, products = kernels
+    compiling = count * COMPILING_SECONDS + products * PRODUCT_SECONDS
+    assert foreseen.start == pytest.approx(START_SECONDS + compiling)
 
 
 def test_what_is_more_than_a_product_stays_on_the_cpu(models: Models, auto: MakeAuto) -> None:
@@ -482,7 +488,7 @@ def test_what_is_more_than_a_product_stays_on_the_cpu(models: Models, auto: Make
     planned = planned_of(recipe_of("task_arithmetic", base, [product, scaling]))
 
     assert planned.device is None
-    assert "more than products is not estimated" in str(planned)
+    assert "what adapters change by more than some products is not estimated" in str(planned)
 
 
 @pytest.mark.parametrize("method", ["della", "model_stock"])
@@ -728,7 +734,44 @@ def test_products_of_adapters_are_tried(baking: Baking, *, dora: bool) -> None:
     assert isinstance(tried, probing_host.CoreSeconds)
     # Between what no processor reaches and what an interpreter would take.
     assert 1e-12 < tried.term < 1e-6
-    assert tried.value >= 0
+    assert tried.changed >= 0
+    assert tried.value == 0
+
+
+def test_what_adapters_change_is_tried_apart_from_the_rest(models: Models, baking: Baking) -> None:
+    """A small layer that takes torch says nothing of how long others take; nor is torch left with one thread."""
+    drawn = load_model(baking.base)
+    base = models.write(drawn | {"large.weight": torch.randn(2048, 512)})
+    tuned = models.write(
+        {"layer.weight": drawn["layer.weight"] * 1.1, "large.weight": torch.randn(2048, 512)}
+    )
+    adapter = write_adapter(models.new_output(), {"layer.weight": (1024, 512)}, seed=0, dora=True)
+    planned = planned_of(recipe_of("task_arithmetic", base, [tuned, adapter]), device="cpu")
+    assert planned.needs_torch
+    threads = torch.get_num_threads()
+    method = discover_methods()["task_arithmetic"]
+
+    tried = probing_host.measure_computing(planned, method)
+    on_cpu = estimate_on_cpu(planned, method, Rates(1.0, 1.0, 1.0, 1, 0.0, 0.0))
+
+    assert isinstance(tried, probing_host.CoreSeconds)
+    assert min(tried.value, tried.changed, tried.term) > 0
+    assert on_cpu.computing == 2 * 2048 * 512
+    assert torch.get_num_threads() == threads
+
+
+def test_what_torch_says_of_a_trial_is_no_reason_to_end(
+    recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> Any:
+        raise RuntimeError("no such thing")
+
+    monkeypatch.setattr(probing_host, "_try", fail)
+    planned = planned_of(recipe, device="cpu")
+
+    tried = probing_host.measure_computing(planned, discover_methods()["ties"])
+
+    assert tried == "a moment of its work on the cpu failed (no such thing)"
 
 
 def test_rows_that_are_too_wide_to_try_are_named(

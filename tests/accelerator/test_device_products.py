@@ -9,7 +9,15 @@ from typing import Any
 import pytest
 import torch
 from fake_backend import MakeDevices
-from models import BLOCK, MEMORY, assert_same_model, load_model, recipe_of, write_model
+from models import (
+    BLOCK,
+    MEMORY,
+    assert_same_model,
+    load_model,
+    recipe_of,
+    write_adapter,
+    write_model,
+)
 from safetensors.torch import save_file
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -20,6 +28,7 @@ from streammerge.checkpoint.types import TensorEntry
 from streammerge.dtypes import DType
 from streammerge.plan import devices as planning_devices
 from streammerge.plan.asking import find_method
+from streammerge.plan.device_products import MOST_PLACED, has_products_for_device
 from streammerge.plan.devices import runs_on_device
 from streammerge.plan.estimating import why_not
 from streammerge.plan.sweeps import programs_of_plan
@@ -185,6 +194,65 @@ def test_how_long_products_take_is_tried(case: str, tmp_path: Path) -> None:
     assert tried.term > 0
 
 
+@pytest.mark.parametrize("columns", [80_000, 140_000])
+def test_long_rows_that_adapters_change_are_seen_whole(
+    columns: int, devices: MakeDevices, tmp_path: Path
+) -> None:
+    """In trials, too, which leave columns out of other matrices."""
+    devices(proves=True)
+    torch.manual_seed(2)
+    write_model(tmp_path / "base", {"layer.weight": torch.randn(8, columns)})
+    shape = {"layer.weight": (8, columns)}
+    adapters = [write_adapter(tmp_path / f"a{seed}", shape, seed=seed) for seed in range(2)]
+    recipe = recipe_of("della", tmp_path / "base", adapters, parameters={"density": 0.5})
+    planned = streammerge.plan(recipe, memory=MEMORY, device="cuda:0", workers=1)
+    assert isinstance(planned, MergePlan)
+    assert changed_there(planned)
+
+    streammerge.merge(planned, tmp_path / "there")
+    streammerge.merge(recipe, tmp_path / "cpu", memory=MEMORY, device="cpu")
+
+    assert isinstance(measure_computing(planned, find_method("della")), CoreSeconds)
+    assert_same_model(load_model(tmp_path / "there"), load_model(tmp_path / "cpu"))
+
+
+def test_many_placed_products_stay_on_the_cpu() -> None:
+    """A kernel that adds the parts of a layer that is cut by head would take minutes to compile."""
+    plain, placed = change(), change(window=(0, 24))
+
+    assert has_products_for_device([plain] * 40)
+    assert has_products_for_device([plain] * (MOST_PLACED - 1) + [placed])
+    assert not has_products_for_device([plain] * MOST_PLACED + [placed])
+    assert has_products_for_device([])
+
+
+@pytest.mark.parametrize(
+    ("more", "numel"),
+    [
+        ({}, 2 * (6 + 4)),
+        ({"expert": 1, "experts": 3}, 2 * (6 + 4)),
+        ({"experts": 3}, 3 * 2 * (6 + 4)),
+        ({"first_row": 5}, 2 * (6 + 4)),
+    ],
+)
+def test_what_a_product_takes_of_its_factors(more: dict[str, Any], numel: int) -> None:
+    assert change(**more).product_numel == numel
+
+
+@pytest.mark.parametrize(
+    "more",
+    [{"matrix": (1, 24)}, {"matrix": (4, 6)}, {"transposed": True}, {"rows": 1}, {"columns": 8}],
+)
+def test_factors_of_another_matrix_are_no_product(more: dict[str, Any]) -> None:
+    """Or a kernel would read beyond them."""
+    down, up = (2, more.pop("columns", 4)), (6, 2)
+    rows = more.pop("rows", 0)
+    factors = tuple(TensorEntry("x", DType.F32, shape, 0, 0) for shape in (down, up))
+    fits = {"kind": ChangeKind.LOW_RANK, "factors": factors, "matrix": (6, 4), "first_row": rows}
+
+    assert not Change(**fits | more).adds_product
+
+
 def test_factors_larger_than_a_stage_come_in_parts(
     devices: MakeDevices, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -201,7 +269,11 @@ def test_factors_larger_than_a_stage_come_in_parts(
 
 def change(**more: Any) -> Change:
     """Return a product for a matrix of 6 x 4 elements, but for what is given."""
-    factors = [TensorEntry("x", DType.F32, shape, 0, 0) for shape in ((2, 4), (6, 2))]
+    experts = more.get("experts", 1)
+    down, up = (2 * experts, 4), (6 + more.get("first_row", 0), 2 * experts)
+    if more.get("transposed"):
+        down, up = (2, 6), (4, 2)
+    factors = [TensorEntry("x", DType.F32, shape, 0, 0) for shape in (down, up)]
     kind = more.pop("kind", ChangeKind.LOW_RANK)
     return Change(kind, tuple(factors), (6, 4), **more)
 

@@ -14,9 +14,11 @@ from streammerge.assignment.types import Action
 from streammerge.checkpoint.types import TensorEntry
 from streammerge.dtypes import DType
 from streammerge.engine.small import by_model, delta_of, draw_factors, shrink_task
+from streammerge.plan.devices import TRIAL_NUMEL
 from streammerge.plan.types import TensorTask
+from streammerge.statistics import BLOCK
 
-MOST = 266_240
+MOST = TRIAL_NUMEL
 
 
 def task_of(shape: tuple[int, ...], *changes: Change, row: int = 0) -> TensorTask:
@@ -79,6 +81,8 @@ def test_what_changes_a_large_tensor_changes_a_small_one(case: str) -> None:
     rows, columns = small.matrix
     assert task.numel <= min(1.5 * MOST, max(prod(shape), 2 * columns))
     assert prod(task.shape) == task.numel
+    # More than a block, or no device would be asked for it.
+    assert task.numel > BLOCK or task.numel == prod(shape)
     assert small.adds_product
     assert (small.product_kind, small.rank) == (change.product_kind, change.rank)
     assert small.transposed is change.transposed

@@ -7,7 +7,8 @@ leaves what a round ranks and totals in rows, for those who count. What depends 
 
     models     base, then sources: pointers to ``[numel]``, as stored; bfloat16 as int16, here and below
     products   of adapters: pointers to B ``[rows, rank]`` and to A, ``[rank, columns]`` in tiles, with DoRA
-               to what rows ``[rows]`` or columns ``[columns]`` are multiplied by
+               to what rows ``[rows]`` or columns ``[columns]`` are multiplied by; of placed ones to
+               ``[matrices, rows, rank]`` and ``[matrices, rank, columns]``
     out        ``[numel]``, as stored; of a round ``[rows, stride]`` in the compute type
     constants  int64: numbers as float64, thresholds, keys and limits; see :class:`Layout`
     lasts      int64 per rank of the tensor: the last tie that is kept, as an index into the piece
