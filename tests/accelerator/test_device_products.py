@@ -117,10 +117,7 @@ def changed_there(plan: MergePlan) -> list[TensorTask]:
     [
         *((case, "task_arithmetic", torch.float32) for case in CASES),
         ("transposed", "ties", torch.bfloat16),
-        ("embedding", "ties", torch.bfloat16),
-        ("a tensor per expert", "ties", torch.float32),
         ("stack", "ties", torch.bfloat16),
-        ("transposed stack", "linear", torch.float32),
     ],
 )
 def test_products_have_the_bits_of_the_cpu(
@@ -194,11 +191,11 @@ def test_how_long_products_take_is_tried(case: str, tmp_path: Path) -> None:
     assert tried.term > 0
 
 
-@pytest.mark.parametrize("columns", [80_000, 140_000])
 def test_long_rows_that_adapters_change_are_seen_whole(
-    columns: int, devices: MakeDevices, tmp_path: Path
+    devices: MakeDevices, tmp_path: Path
 ) -> None:
     """In trials, too, which leave columns out of other matrices."""
+    columns = 140_000
     devices(proves=True)
     torch.manual_seed(2)
     write_model(tmp_path / "base", {"layer.weight": torch.randn(8, columns)})
