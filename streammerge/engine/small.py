@@ -42,7 +42,7 @@ def shrink_task(task: TensorTask, most: int) -> TensorTask:
         enough = max(most // _LEAST_ROWS, -(-most // (task.numel // columns)))
         unit = min(columns, max(-(-enough // (task.row or 1)), 1) * (task.row or 1))
     rows = -(-min(task.numel // columns * unit, most) // unit)
-    if any(map(_is_stack, task.changes)):
+    if any(change.is_stack for change in task.changes):
         rows = -(-rows // _MATRICES) * _MATRICES
     changes = tuple(
         _shrink_change(each, (rows, unit), task.numel // columns) for each in task.changes
@@ -57,10 +57,6 @@ def shrink_task(task: TensorTask, most: int) -> TensorTask:
         encoding=None,
         changes=changes,
     )
-
-
-def _is_stack(change: Change) -> bool:
-    return change.is_placed and change.window is None
 
 
 def _shrink_change(change: Change, shape: tuple[int, int], of_rows: int) -> Change:
@@ -80,7 +76,7 @@ def _shrink_change(change: Change, shape: tuple[int, int], of_rows: int) -> Chan
         first, end = (each // change.matrix[1] * rows // of_rows for each in window)
         end = max(end, first + 1)
         window, rows = (first * columns, end * columns), end - first
-    if _is_stack(change):
+    elif change.is_stack:
         experts, rows = _MATRICES, rows // _MATRICES
     outer, inner = (columns, rows) if change.transposed else (rows, columns)
     factors = (

@@ -90,8 +90,8 @@ def load_cores(plan: MergePlan, programs: Programs, task: TensorTask) -> CoreLoa
 
 def load_cores_beside(device: DeviceResources, task: TensorTask) -> CoreLoad:
     """Return what a tensor that is merged on a device takes of cores: norms that are not found there."""
-    there = {id(each) for each in _norms_there(device, task)}
-    return _load_norms(task, [each for each in task.changes if id(each) not in there])
+    left = (each for each in task.changes if not _has_norms_there(device, each))
+    return _load_norms(task, left)
 
 
 def _load_norms(task: TensorTask, changes: Iterable[Change]) -> CoreLoad:
@@ -126,7 +126,7 @@ def load_device(
     assert plan.device is not None  # noqa: S101 - the caller's matter
     passes = _Passes.of(plan, programs, task)
     by_kernel = fused and is_fused(task)
-    norms = _norms_there(plan.device, task)
+    norms = [each for each in task.changes if _has_norms_there(plan.device, each)]
     stored = sum(entry.dtype.itemsize for entry in task.inputs if entry is not None)
     loads = [_load_of(each, stored, by_kernel=by_kernel) for each in passes.all]
     moved = task.made_dtype.itemsize + sum(each for each, _ in loads)
@@ -178,9 +178,9 @@ def _rounds_of(plan: MergePlan, programs: Programs, task: TensorTask) -> Sequenc
     return ()
 
 
-def _norms_there(device: DeviceResources, task: TensorTask) -> list[Change]:
-    """Return the changes whose norms are found on a device that merges their tensor."""
-    return [each for each in task.changes if device.norm_benches and has_norms_for_device(each)]
+def _has_norms_there(device: DeviceResources, change: Change) -> bool:
+    """Return whether the norms of a change are found on a device that merges its tensor."""
+    return device.norm_benches > 0 and has_norms_for_device(change)
 
 
 def _norm_bytes(task: TensorTask, norms: Iterable[Change]) -> int:

@@ -129,6 +129,17 @@ def plan_on(recipe: dict[str, Any], device: str = "cuda:0", workers: int = 2) ->
     return planned
 
 
+def refuse_on_both(recipe: dict[str, Any], directory: Path) -> str:
+    """Merge what is not finite on the CPU and on a device; return what both say of it."""
+    said = []
+    for device in ("cpu", "cuda:0"):
+        with pytest.raises(NonFiniteError) as caught:
+            streammerge.merge(plan_on(recipe, device), directory / device.replace(":", ""))
+        said.append(str(caught.value))
+    assert said[0] == said[1]
+    return said[0]
+
+
 def in_steps(plan: MergePlan, blocks: int) -> MergePlan:
     """Return a plan whose steps on the device have so many blocks."""
     assert plan.device is not None

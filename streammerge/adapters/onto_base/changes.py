@@ -162,7 +162,12 @@ class Change:
     @property
     def is_placed(self) -> bool:
         """Whether it changes some rows of the tensor, or each matrix of a stack by factors of its own."""
-        return self.window is not None or (self.experts != 1 and self.expert is None)
+        return self.window is not None or self.is_stack
+
+    @property
+    def is_stack(self) -> bool:
+        """Whether the tensor holds the matrices of all experts."""
+        return self.experts != 1 and self.expert is None
 
     @property
     def product_kind(self) -> ProductKind:
@@ -177,7 +182,7 @@ class Change:
     def product_numel(self) -> int:
         """Elements of the factors that a product takes, and of DoRA's vector."""
         rows, columns = self.matrix
-        matrices = self.experts if self.is_placed and self.expert is None else 1
+        matrices = self.experts if self.is_stack else 1
         vector = sum(each.numel for each in self.factors[2:])
         return matrices * self.rank * (rows + columns) + vector
 
